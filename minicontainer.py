@@ -1,0 +1,3342 @@
+#!/usr/bin/env python3
+"""minicontainer: the container engine you can read.
+
+    $ sudo python3 minicontainer.py run /bin/sh
+    / # echo I am process $$ of $(hostname)
+    I am process 1 of 3f0c2b7e9d41
+    / # exit
+
+A container is not a thing that the kernel knows.  It is an ordinary process that
+was born with blinkers on (namespaces), on a leash (a control group), in a room of
+its own (a root file system) and without most of root's powers (capabilities).
+This file makes such processes, from the system calls up, with nothing but Python's
+standard library.  `--explain` narrates every request it makes to the kernel.
+
+      the host                                   the container
+    ┌──────────────┐  clone3: eight namespaces  ┌────────────────────────────────┐
+    │ run: parent  │ ─────────────────────────▶ │ init: the steps of BIRTH       │
+    │   id maps    │                            │   mounts, /dev, pivot_root     │
+    │   cgroup     │  "go"                      │   user, capabilities           │
+    │   overlay    │ ─────────────────────────▶ │   execve ── your program,      │
+    │   waits      │ ◀──────── exit status ──── │             process 1 inside   │
+    └──────────────┘                            └────────────────────────────────┘
+
+Contents (`grep -n '^# ══' minicontainer.py` finds each):
+
+     1. THE DOORS            every request to the kernel, and its narration
+     2. NAMESPACES           what a process can see
+     3. CONTROL GROUPS       what it can use
+     4. FILE SYSTEMS         what it can open
+     5. PRIVILEGES           what it can do
+     6. THE CONTAINER        all of it, in order, on one screen
+     8. IMAGES               layers from tarballs; a root file system from nothing
+    11. THE SHIM             its terminal, its signals, its end
+    12. THE ENGINE           containers by name: run, exec, system prune
+    16. COMMAND LINE         main
+
+A chapter uses only what stands above it: cut the file after any of them, and what
+is left still works.  (7, 9, 10 and 13 to 15 are not written yet; see README.md.)
+
+Vocabulary:
+    rootfs   the directory that a container sees as /
+    layer    a directory with part of a rootfs; overlay shows several as one
+    digest   "sha256:" and 64 hex digits: a name that proves its content
+    spec     an OCI config.json as a dict: all that chapter 6 needs to know
+    step     a function that takes a Container and does one thing to the world
+    place    a path of the container, found without leaving it, as a descriptor
+    parent   the process on the host that starts a container and waits for it
+    init     the container's first process, until it becomes your program
+    pid      the host's number of a process, unless it is called inner_pid
+
+Promises, each cited where it is kept and held by a test:
+    (P1) One door: every request that makes or enters a container is in chapter 1.
+    (P2) Nothing is loaded from the image: importing ends before its files appear.
+    (P3) Files that matter are replaced by rename, never edited.
+    (P4) A path of the container is never resolved by string from the host's side.
+    (P5) What start did, the end undoes: after any error, and after kill -9 and
+         `system prune`, the host is as it was.
+    (P6) One birthplace: only chapter 6 makes containers.
+    (P7) A container's root is nobody on the host, unless asked for in words.
+"""
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import select
+import signal
+import stat
+import struct
+import sys
+import time
+
+# Only what every command needs is imported here, because every start pays for it;
+# the rest (argparse, tarfile, hashlib …) is imported by the function that needs it.
+
+# ══ 1. THE DOORS ══════════════════════════════════════════════════════════════════
+#
+# All that a container is, it is by the kernel's leave.  So every request that makes
+# one goes through one of three functions,
+#
+#       syscall("mount", "proc", "/proc", "proc", MS_NOSUID, None, why="…")
+#       write_file("/sys/fs/cgroup/…/memory.max", "67108864", why="…")
+#       read_file("/proc/self/mountinfo", why="…")
+#
+# and all three go through one, request().  A door costs a few microseconds, and
+# having only one buys four things: --explain can narrate, in order and from every
+# process, what was asked, what was answered, how long it took and why it was asked;
+# a test can record the sequence without being root; another can make the n-th
+# request fail, for every n; and an error always knows which call it came from.
+#
+# There is no C library wrapper for half of these calls, so we use syscall(2), which
+# takes a number and up to six words.  The numbers differ by processor: each chapter
+# declares the calls it needs, with its number on x86_64 and on aarch64 and the names
+# of its arguments.  An argument named like `MS_` is a set of flags, and is narrated
+# as the names of the constants of this file that begin so.
+#
+# Man pages: syscall(2), syscalls(2), errno(3).
+
+CALLS = {}  # name: (number on this machine, names of its arguments)
+KERNEL_NAMES = ("x86_64", "aarch64")
+
+
+def calls(**table):
+    """Declare system calls: name = (number on x86_64, on aarch64, argument names)."""
+    machine = os.uname().machine
+    column = KERNEL_NAMES.index(machine) if machine in KERNEL_NAMES else 0
+    for name, row in table.items():
+        CALLS[name] = row[column], row[2].split()
+
+
+class Fail(Exception):
+    """What went wrong in words for the person, what to do about it, and exit code."""
+
+    def __init__(self, message, hint="", code=125):
+        super().__init__(message)
+        self.message, self.hint, self.code = message, hint, code
+
+
+def say(message):
+    """One line from us to the person, on standard error."""
+    print(f"minicontainer: {message}", file=sys.stderr, flush=True)
+
+
+# PyDLL, unlike CDLL, keeps Python's global lock during the call.  Nothing else may
+# run while clone3 below copies the process.
+LIBC = ctypes.PyDLL(None, use_errno=True)
+LIBC.syscall.restype = ctypes.c_long
+
+
+class Place(str):
+    """A path of the container that was opened safely: its name, and descriptor `fd`.
+
+    It is printed as the name, but the kernel is given /proc/self/fd/N, which leads
+    to what was opened, whatever the name means by now (P4).
+    """
+
+    fd = -1
+
+    def close(self):
+        """Give the descriptor back."""
+        os.close(self.fd)
+
+
+def c_argument(value):
+    """The ctypes form of one argument of a system call."""
+    if isinstance(value, Place):
+        return ctypes.c_char_p(b"/proc/self/fd/%d" % value.fd)
+    if isinstance(value, str):
+        return ctypes.c_char_p(os.fsencode(value))
+    if isinstance(value, list):  # argv and envp end in a null pointer
+        strings = [os.fsencode(item) for item in value]
+        return (ctypes.c_char_p * (len(strings) + 1))(*strings)
+    if isinstance(value, int):
+        return ctypes.c_long(value)
+    return ctypes.byref(value) if isinstance(value, ctypes.Structure) else value
+
+
+def kernel(name, args):
+    """What syscall(2) returns, or OSError.  Tests put their own function here."""
+    result = LIBC.syscall(ctypes.c_long(CALLS[name][0]), *map(c_argument, args))
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return result
+
+
+def syscall(name, *args, why=""):
+    """Ask for a system call; its result, or an OSError that says what was asked."""
+    return request(name, args, lambda: kernel(name, args), why)
+
+
+def write_file(path, text, why="", create=None):
+    """Write `text` to a file at once; `create` is the mode of a file to be made.
+
+    One write(2), because a file of /proc or a control group takes each as an order.
+    An open descriptor will do for a path.
+    """
+    def ask():
+        if isinstance(path, int):
+            return os.write(path, os.fsencode(text))
+        flags = os.O_WRONLY | os.O_CLOEXEC
+        flags |= 0 if create is None else os.O_CREAT | os.O_TRUNC
+        fd = os.open(path, flags, 0o600 if create is None else create)
+        try:
+            return os.write(fd, os.fsencode(text))
+        finally:
+            os.close(fd)
+    return request("write", (path, text), ask, why)
+
+
+def read_file(path, why=""):
+    """The whole text of a (small) file."""
+    def ask():
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            parts = []
+            while part := os.read(fd, 1 << 16):
+                parts.append(part)
+            return os.fsdecode(b"".join(parts))
+        finally:
+            os.close(fd)
+    return request("read", (path,), ask, why)
+
+
+class narration:
+    """How --explain talks: kept by every process, inherited by every fork."""
+
+    style = ""  # "", "text" or "json"
+    who = "parent"  # who is talking
+    fd = 2  # where to
+    colour = False
+    began = time.monotonic_ns()
+
+
+def request(name, args, ask, why):
+    """ask(), narrated: the one function that all doors lead through (P1)."""
+    if not narration.style:
+        try:
+            return ask()
+        except OSError as error:
+            error.filename = spell(name, args)
+            raise
+    if name == "execve":  # never returns, so it is told first
+        narrate(name, args, time.monotonic_ns(), "…", why)
+    began, result = time.monotonic_ns(), "?"
+    try:
+        answer = ask()
+        result = f"{len(answer)} bytes" if isinstance(answer, str) else str(answer)
+        return answer
+    except OSError as error:
+        error.filename = spell(name, args)
+        result = f"-1 {errno.errorcode.get(error.errno, error.errno)}"
+        result += f" ({error.strerror})"
+        raise
+    finally:
+        if (name, result) != ("clone3", "0"):  # in the child: its parent has told it
+            narrate(name, args, began, result, why)
+
+
+def narrate(name, args, began, result, why):
+    """One line on the narration's descriptor, written at once so that lines of
+    several processes never mix."""
+    now = time.monotonic_ns()
+    at, took = (began - narration.began) / 1e6, (now - began) / 1e6
+    call = spell(name, args)
+    if narration.style == "json":
+        line = json.dumps({"at_ms": round(at, 3), "took_ms": round(took, 3),
+                           "who": narration.who, "call": call, "result": result,
+                           "why": why})
+    else:
+        grey, bold, red, end = (("\033[2m", "\033[1m", "\033[31m", "\033[0m")
+                                if narration.colour else ("",) * 4)
+        mark = red if result.startswith("-1") else bold
+        line = (f"{grey}{at:9.3f} ms {took:8.3f} ms{end}  {narration.who:<7} "
+                f"{mark}{call}{end} = {result}" + (f"  {grey}# {why}{end}" if why else ""))
+    os.write(narration.fd, line.encode("utf-8", "backslashreplace") + b"\n")
+
+
+def spell(name, args):
+    """The request as a C programmer or strace would write it."""
+    words = CALLS[name][1] if name in CALLS else ()
+    spelled = [spell_one(value, words[i] if i < len(words) else "")
+               for i, value in enumerate(args)]
+    return f"{name}({', '.join(spelled)})"
+
+
+def spell_one(value, word):
+    """One argument, by the name that the call's declaration gives it."""
+    if value is None:
+        return "NULL"
+    if isinstance(value, str):
+        short = value if len(value) <= 200 else value[:197] + "…"
+        return json.dumps(short, ensure_ascii=False)
+    if isinstance(value, list):
+        return "[" + ", ".join(spell_one(item, "") for item in value) + "]"
+    if word.endswith("_"):
+        return spell_flags(value, word)
+    if word == "mode":
+        return f"0{value:o}"
+    if word.endswith("dirfd") and value == AT_FDCWD:
+        return "AT_FDCWD"
+    if isinstance(value, ctypes.Array) and not isinstance(value[:], bytes):
+        return spell_one(value[:], "")
+    return str(value) if isinstance(value, (int, ctypes.Structure)) else "…"
+
+
+def spell_flags(value, prefix):
+    """The names of the flags in `value`: those constants of this file that begin
+    with `prefix`."""
+    names, left = [], value
+    for name, flag in globals().items():
+        if name.startswith(prefix) and isinstance(flag, int) and flag:
+            if flag == value:
+                return name
+            if flag & left == flag:
+                names.append(name)
+                left &= ~flag
+    if left or not names:
+        names.append(hex(left) if left else "0")
+    return "|".join(names)
+
+
+def start_narration(style):
+    """Begin to narrate in `style`, on a copy of standard error that no container
+    can inherit or replace."""
+    narration.style = style
+    narration.fd = fcntl.fcntl(2, fcntl.F_DUPFD_CLOEXEC, 100)
+    narration.colour = (style == "text" and os.isatty(2)
+                        and not os.environ.get("NO_COLOR"))
+
+
+# Where a path argument starts from, and what every chapter opens files with.
+AT_FDCWD, AT_EMPTY_PATH, AT_RECURSIVE = -100, 0x1000, 0x8000
+AT_SYMLINK_NOFOLLOW = 0x100
+
+# A command is declared beside its meaning, with the options it takes; chapter 16
+# builds the parser of the one that was asked for.
+COMMANDS = {}  # words: (function, options)
+
+
+def arg(*names, **how):
+    """One option or operand, in argparse's words."""
+    return names, how
+
+
+def command(words, *options):
+    """Declare that `words` on the command line call the decorated function."""
+    def declare(function):
+        COMMANDS[words] = function, options
+        return function
+    return declare
+
+
+UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+def size(text):
+    """The bytes that Docker's "64m", "64MB" or "64MiB" means."""
+    digits = text.rstrip("bBiIkKmMgGtT")
+    unit = text[len(digits):].lower().removesuffix("b").removesuffix("i")
+    if unit not in UNITS or not digits.replace(".", "", 1).isdecimal():
+        raise Fail(f"invalid size: {text!r}",
+                   "a number and perhaps a unit b, k, m, g or t, as in 64m")
+    return int(float(digits) * UNITS[unit])
+
+
+def human(number):
+    """Bytes as Docker writes them, to four digits: 67108864 is 64MiB."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if number < 1024 or unit == "TiB":
+            return f"{number:.4g}{unit}"
+        number /= 1024
+
+
+# What the steps of all chapters are given: one container, in one process.  Parent and
+# init each have a copy, since init is a fork, and talk over two pipes in lines of JSON:
+# init tells news and may ask for what only the parent can do, which is declared beside
+# the step that asks; the parent answers with a line.
+
+ANSWERS = {}  # what init may ask for: the parent's function that does it
+
+
+def answers(question):
+    """Declare the function that the parent calls when init asks `question`."""
+    def declare(function):
+        ANSWERS[question] = function
+        return function
+    return declare
+
+
+class Container:
+    """One container: the spec, and what parent or init holds of it while it lives."""
+
+    def __init__(self, id, spec, directory, layers=()):
+        self.id = id  # 64 hex digits; the first 12 are its short id
+        self.spec = spec  # the OCI config.json, as a dict
+        self.directory = directory  # on the host: config.json, upper, work, hosts …
+        self.layers = layers  # directories of the host, bottom first
+        self.workshop = ""  # an empty directory of the host, to mount the workshop on
+        self.throw_away = False  # nothing it writes is kept: --rm
+        self.wants_stdin = True  # otherwise its standard input is empty
+        self.wants_reaper = False  # --init: process 1 only reaps and forwards
+        self.is_new = True  # False for what `exec` runs in a running one
+        self.target = None  # then: the pidfd of the running one's process 1
+        self.cgroup = None  # its Cgroup
+        self.pid, self.pidfd = 0, -1  # process 1, or the program that `exec` runs
+        self.status = None  # what waitpid said of it
+        self.users = -1  # its user namespace, for the parent's id-mapped mounts
+        self.sources = {}  # path inside: descriptor of the mount that goes there
+        self.lock = -1  # keeps `system prune` away while we live
+        self.home = None  # where the parent was before it opened the workshop
+        self.root_fd = -1  # in init: the container's root, for openat2
+        self.console = -1  # in the parent: the outer end of the terminal
+        self.news, self.orders = (-1, -1), (-1, -1)  # pipes: init's, the parent's
+
+    def open_pipes(self):
+        """Both pipes, before init is forked."""
+        self.news, self.orders = os.pipe(), os.pipe()
+
+    # ── init's side ──
+
+    def tell_parent(self, **news):
+        """Send a line to the parent; BrokenPipeError if it is dead."""
+        os.write(self.news[1], json.dumps(news).encode() + b"\n")
+
+    def await_parent(self):
+        """Wait for the parent's next line; if it is dead, so are we."""
+        if not os.read(self.orders[0], 64):
+            os._exit(125)
+
+    def ask_parent(self, question, **details):
+        """Have the parent do what only it can do, and wait until it is done."""
+        self.tell_parent(ask=question, **details)
+        self.await_parent()
+
+    def report(self, step, error):
+        """Tell the parent what went wrong in a step: a Fail's words or an OSError's."""
+        if isinstance(error, Fail):
+            self.tell_parent(fail=[error.message, error.hint, error.code])
+        elif isinstance(error, OSError):
+            what = f"{error.filename or step.__name__}: {error.strerror}"
+            self.tell_parent(fail=[what, f"while taking the step {step.__name__}", 125])
+        elif not isinstance(error, KeyboardInterrupt):
+            self.tell_parent(fail=[f"{step.__name__}: {error!r}", "please report it",
+                                   125])
+
+    # ── the parent's side ──
+
+    def answer(self, word):
+        """Send a line to init; that it has died is told by what it said before."""
+        for end_ in (self.news[1], self.orders[0]):  # init's ends, so that we see EOF
+            if end_ >= 0:
+                os.close(end_)
+        self.news, self.orders = (self.news[0], -1), (-1, self.orders[1])
+        try:
+            os.write(self.orders[1], word.encode() + b"\n")
+        except BrokenPipeError:
+            pass
+
+    def listen(self):
+        """Do what init asks for until its program runs; a Fail if it never does."""
+        runs, buffered = False, b""
+        while part := os.read(self.news[0], 1 << 16):
+            buffered += part
+            while b"\n" in buffered:
+                line, _, buffered = buffered.partition(b"\n")
+                news = json.loads(line)
+                if "fail" in news:
+                    raise Fail(*news["fail"])
+                if "ask" in news:
+                    ANSWERS[news.pop("ask")](self, **news)
+                    self.answer("done")
+                runs = runs or "running" in news
+        if not runs:
+            raise Fail("the container's first process died before it became your "
+                       "program", "was it killed, or out of memory? see `dmesg`")
+
+    def wait(self):
+        """Reap the process; its exit code, with 128 + n for signal n."""
+        if self.status is None:
+            self.status = os.waitpid(self.pid, 0)[1]
+        code = os.waitstatus_to_exitcode(self.status)
+        return code if code >= 0 else 128 - code
+
+    def close(self):
+        """Give back every descriptor."""
+        held = [self.pidfd, self.users, self.console, *self.sources.values(),
+                *self.news, *self.orders]
+        self.pidfd = self.users = self.console = -1
+        self.sources, self.news, self.orders = {}, (-1, -1), (-1, -1)
+        for fd in held:
+            if fd >= 0:
+                os.close(fd)
+
+# ══ 2. NAMESPACES ═════════════════════════════════════════════════════════════════
+#
+# A namespace is a pair of blinkers: the processes that share one share a view of
+# one kind of thing, and see nothing of the others' things.  Linux has eight kinds:
+#
+#       user     ids and what root may do     uts   the host name
+#       mount    the tree of files            ipc   System V and POSIX queues
+#       pid      process numbers              net   interfaces, addresses, ports
+#       cgroup   the root of the cgroup tree  time  the uptime clocks
+#
+# Each is a file in /proc/PID/ns; two processes are in the same one if those files
+# have the same inode.  Three calls deal with them: clone3 makes a process in new
+# ones, unshare moves the caller to new ones, setns moves it to existing ones.
+#
+# The user namespace is the strongest wall.  It maps a range of ids: root inside is,
+# say, 1879048192 outside, who owns nothing and may do nothing on the host (P7).  All
+# the other namespaces made in the same call belong to it, so inside, that nobody is
+# root over them: it may mount, set the host name, bring up interfaces.  The kernel
+# takes the maps once, from a privileged process outside: our parent.
+#
+# Trap: namespaces are copied as they are at the time of the call.  The mount and the
+# cgroup namespace must show what the parent has yet to build, so init unshares those
+# two later (chapter 4), and only six are made at birth.
+#
+# Man pages: namespaces(7), user_namespaces(7), pid_namespaces(7), clone(2), setns(2).
+
+CLONE_NEWTIME, CLONE_NEWNS, CLONE_NEWCGROUP = 0x80, 0x20000, 0x2000000
+CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWUSER = 0x4000000, 0x8000000, 0x10000000
+CLONE_NEWPID, CLONE_NEWNET = 0x20000000, 0x40000000
+CLONE_PIDFD, CLONE_PARENT, CLONE_INTO_CGROUP = 0x1000, 0x8000, 0x200000000
+
+calls(
+    clone3=(435, 435, "args size"),
+    clone=(56, 220, "CLONE_ stack parent_tid child_tid tls"),
+    unshare=(272, 97, "CLONE_"),
+    setns=(308, 268, "fd CLONE_"),
+    pidfd_open=(434, 434, "pid flags"),
+    sethostname=(170, 161, "name length"),
+    setdomainname=(171, 162, "name length"),
+    socket=(41, 198, "family type protocol"),
+    ioctl=(16, 29, "fd request argument"),
+)
+
+NAMESPACES = {  # the name in a spec: (flag, file in /proc/PID/ns, what it holds)
+    "user": (CLONE_NEWUSER, "user", "ids, capabilities"),
+    "mount": (CLONE_NEWNS, "mnt", "the tree of files"),
+    "pid": (CLONE_NEWPID, "pid", "process numbers"),
+    "uts": (CLONE_NEWUTS, "uts", "host and domain name"),
+    "ipc": (CLONE_NEWIPC, "ipc", "queues, semaphores, shared memory"),
+    "network": (CLONE_NEWNET, "net", "interfaces, routes, ports"),
+    "cgroup": (CLONE_NEWCGROUP, "cgroup", "the root of the cgroup tree"),
+    "time": (CLONE_NEWTIME, "time", "uptime clocks"),
+}
+LATER = CLONE_NEWNS | CLONE_NEWCGROUP  # what init unshares itself, see the trap
+
+NAMESPACE_OPTIONS = (
+    arg("--userns", choices=["host"], help="host: root inside is root outside"),
+    arg("--pid", choices=["host"], help="host: see and signal the host's processes"),
+    arg("--network", "--net", choices=["none", "host"], default="none",
+        help="none: a loopback interface only; host: the host's network"),
+    arg("--uts", choices=["host"], help="host: the host's name"),
+    arg("--ipc", choices=["host"], help="host: the host's System V IPC and queues"),
+    arg("--cgroupns", choices=["host", "private"], help="host: show the host's tree"),
+    arg("-h", "--hostname", metavar="NAME", help="the host name inside"),
+    arg("--domainname", metavar="NAME", help="the NIS domain name inside"),
+)
+
+
+def namespaces_spec(options):
+    """The spec's list of namespaces: all eight but those that an option keeps the
+    host's, and those that this kernel does not have, which is announced."""
+    shared = {"user": options.userns, "pid": options.pid, "network": options.network,
+              "uts": options.uts, "ipc": options.ipc, "cgroup": options.cgroupns}
+    wanted = [kind for kind in NAMESPACES if shared.get(kind) != "host"]
+    have = os.listdir("/proc/self/ns")
+    for kind in [k for k in wanted if NAMESPACES[k][1] not in have]:
+        say(f"this kernel has no {kind} namespaces: the container shares the "
+            f"host's {NAMESPACES[kind][2]}")
+        wanted.remove(kind)
+    if options.uts == "host" and (options.hostname or options.domainname):
+        raise Fail("--hostname and --domainname cannot be set with --uts host",
+                   "leave one of them out: the name would be the host's")
+    return [{"type": kind} for kind in wanted]
+
+
+def namespace_flags(spec):
+    """The CLONE_NEW… flags of the new namespaces that the spec asks for."""
+    flags = 0
+    for namespace in spec["linux"]["namespaces"]:
+        flags |= NAMESPACES[namespace["type"]][0]
+    return flags
+
+
+class clone_args(ctypes.Structure):
+    """struct clone_args of <linux/sched.h>, 88 bytes."""
+
+    _fields_ = [(name, ctypes.c_uint64) for name in (
+        "flags", "pidfd", "child_tid", "parent_tid", "exit_signal", "stack",
+        "stack_size", "tls", "set_tid", "set_tid_size", "cgroup")]
+
+    def __str__(self):
+        signal_name = "SIGCHLD" if self.exit_signal else "0"
+        return ("{.flags = " + spell_flags(self.flags, "CLONE_")
+                + f", .exit_signal = {signal_name}" + "}")
+
+
+def clone3(flags, cgroup_fd=-1, why=""):
+    """Fork into new namespaces: (pid, pidfd), with pid 0 in the child.
+
+    Without a stack of its own the child is a copy of its caller, as after fork(2).
+    Python must know: the three PyOS calls put its locks in order on both sides.
+    Caller must be single-threaded.  `cgroup_fd`, a v2 directory, is where the child
+    is born.  Where clone3 is refused (ENOSYS: a seccomp filter around us), the older
+    clone does the same but for the time namespace and the cgroup.
+    """
+    pidfd, python = ctypes.c_int(-1), ctypes.pythonapi
+    args = clone_args(flags=flags | CLONE_PIDFD, exit_signal=signal.SIGCHLD,
+                      pidfd=ctypes.addressof(pidfd))
+    if flags & CLONE_PARENT:  # then the parent's signal counts, and pidfd is unused
+        args.flags, args.exit_signal = flags, 0
+    if cgroup_fd >= 0:
+        args.flags, args.cgroup = args.flags | CLONE_INTO_CGROUP, cgroup_fd
+    python.PyOS_BeforeFork()
+    pid = -1
+    try:
+        pid = syscall("clone3", args, ctypes.sizeof(args), why=why)
+    except OSError as error:
+        if error.errno != errno.ENOSYS:
+            raise
+        old = args.flags & 0xFFFFFF00 | args.exit_signal  # without _NEWTIME, _INTO_
+        pid = syscall("clone", old, None, ctypes.byref(pidfd), None, None,
+                      why="clone3 is refused here: no time namespace, then")
+    finally:
+        if pid == 0:
+            python.PyOS_AfterFork_Child()
+        else:
+            python.PyOS_AfterFork_Parent()
+    return pid, pidfd.value
+
+
+def map_ids(c):
+    """Outside: give a new user namespace its ids, before anything is done in it.
+
+    The kernel takes each file once, and maps that are not the writer's own only from
+    a writer with CAP_SETUID over the parent namespace: the host's root.
+    """
+    if not namespace_flags(c.spec) & CLONE_NEWUSER:
+        return
+    for file, key in (("uid_map", "uidMappings"), ("gid_map", "gidMappings")):
+        lines = [f"{m['containerID']} {m['hostID']} {m['size']}"
+                 for m in c.spec["linux"][key]]
+        write_file(f"/proc/{c.pid}/{file}", "\n".join(lines),
+                   why="root inside is this id outside, who owns nothing there")
+    c.users = os.open(f"/proc/{c.pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+
+
+def join_namespaces(c):
+    """Step of `exec`: into all of a running container's namespaces, at once.
+
+    To be in a pid namespace takes being born there, hence the second fork; with
+    CLONE_PARENT the newborn is the waiting parent's child, and we are done.
+    """
+    flags = namespace_flags(c.spec) | CLONE_NEWNS
+    syscall("setns", c.target, flags, why="all namespaces of its process 1")
+    pid, _ = clone3(CLONE_PARENT, why="born in the container's pid namespace")
+    if pid:
+        c.tell_parent(ask="follow", pid=pid)
+        os._exit(0)
+    c.await_parent()
+    c.root_fd = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+@answers("follow")
+def follow(c, pid):
+    """Outside: from now on wait for the process that was born inside."""
+    os.waitpid(c.pid, 0)
+    os.close(c.pidfd)
+    c.pid, c.pidfd = pid, syscall("pidfd_open", pid, 0, why="the program, for us")
+
+
+def kill_and_wait(c):
+    """Outside: end init, and with it its whole pid namespace."""
+    if c.pid > 0 and c.status is None:
+        os.kill(c.pid, signal.SIGKILL)
+        c.wait()
+
+
+def set_names(c):
+    """Step: the host and domain name, in the UTS namespace that is ours alone."""
+    for call, name in (("sethostname", c.spec.get("hostname")),
+                       ("setdomainname", c.spec.get("domainname"))):
+        if name:
+            syscall(call, name, len(name), why="what `hostname` shows inside")
+
+
+def loopback_up(c):
+    """Step: bring up the loopback interface, down in every new network namespace."""
+    AF_INET, SOCK_DGRAM, SIOCSIFFLAGS, IFF_UP = 2, 0x80002, 0x8914, 1  # CLOEXEC'd
+    if not namespace_flags(c.spec) & CLONE_NEWNET:
+        return
+    fd = syscall("socket", AF_INET, SOCK_DGRAM, 0, why="any socket will do for ioctl")
+    ifreq = ctypes.create_string_buffer(struct.pack("16sh", b"lo", IFF_UP), 40)
+    syscall("ioctl", fd, SIOCSIFFLAGS, ifreq, why="127.0.0.1 works: lo is up")
+    os.close(fd)
+
+
+def namespaces_of(pid):
+    """{kind: inode} of the namespaces that a process is in."""
+    found = {}
+    for kind, (_, file, _) in NAMESPACES.items():
+        try:
+            found[kind] = os.stat(f"/proc/{pid}/ns/{file}").st_ino
+        except FileNotFoundError:
+            if not os.path.exists(f"/proc/{pid}"):
+                raise Fail(f"no such process: {pid}", "see `ps -e`", 1) from None
+    return found
+
+
+def a_process_of_the_host():
+    """A process in the first namespaces: kthreadd, a thread of the kernel's own; in
+    a container around us, where it is not to be seen, that container's process 1."""
+    try:
+        return 2 if read_file("/proc/2/comm") == "kthreadd\n" else 1
+    except FileNotFoundError:
+        return 1
+
+
+@command("ns", arg("pid", nargs="?", metavar="PID", help="default: this process"))
+def ns_command(options):
+    """What a process is isolated from: its namespaces beside the host's."""
+    pid = options.pid or "self"
+    if pid != "self" and not pid.isdecimal():
+        raise Fail(f"not a process number: {pid!r}", "see `ps -e`", 1)
+    try:
+        mine, host = namespaces_of(pid), namespaces_of(a_process_of_the_host())
+        lines = [f"{'NAMESPACE':10} {'INODE':>11} {'HOST':>11}  ISOLATES"]
+        for kind, inode in mine.items():
+            what = NAMESPACES[kind][2] if inode != host[kind] else "-"
+            lines.append(f"{kind:10} {inode:>11} {host[kind]:>11}  {what}")
+        for title, file in (("uid map", "uid_map"), ("gid map", "gid_map")):
+            for row in read_file(f"/proc/{pid}/{file}").splitlines():
+                inside, outside, count = map(int, row.split())
+                lines.append(f"{title}: {inside}-{inside + count - 1} inside is "
+                             f"{outside}-{outside + count - 1} outside")
+        for row in read_file(f"/proc/{pid}/status").splitlines():
+            if row.startswith("NSpid:"):
+                lines.append("pid, from the host's namespace to the innermost: "
+                             + " → ".join(row.split()[1:]))
+    except PermissionError as error:
+        raise Fail(f"{error.filename}: {error.strerror}",
+                   "only root may look at another user's process", 1) from None
+    print("\n".join(lines))
+
+# ══ 3. CONTROL GROUPS ═════════════════════════════════════════════════════════════
+#
+# Namespaces limit what a process sees; a control group limits what it uses.  It is a
+# directory in /sys/fs/cgroup: mkdir makes one, a number written to cgroup.procs moves
+# a process into it, its children are born there, rmdir removes it.  Controllers put
+# files into it, and four jobs are done through those files:
+#
+#       limit    memory.max  cpu.max  pids.max  io.max  cpuset.cpus
+#       weigh    cpu.weight  io.weight             (a share, when there is a rush)
+#       measure  memory.current  cpu.stat  io.stat  memory.events
+#       control  cgroup.freeze  cgroup.kill        (everything inside, at once)
+#
+# That is version 2: one tree, a controller works in a directory if the parent names
+# it in cgroup.subtree_control.  In version 1 every controller is a tree of its own,
+# mounted somewhere, with other file names.  One table below says both, version 2
+# first; "hybrid" (v1 controllers beside an empty v2 tree) is version 1 to us.
+#
+# Each container has one group of that tree, minicontainer-ID, next to the root: no
+# group of ours stands between, so there is nothing to share, enable or leave behind.
+#
+# Not here: control of devices.  Ours do not need it, because every file system of
+# a container is mounted nodev (chapter 4), so that a device node in it is inert.
+#
+# Man pages: cgroups(7); the kernel's Documentation/admin-guide/cgroup-v2.rst.
+
+CGROUP_ROOT = "/sys/fs/cgroup"
+
+
+def cgroup_trees():
+    """{controller: mount point} of version 1, or {} where there is only version 2."""
+    if os.path.exists(f"{CGROUP_ROOT}/cgroup.controllers"):
+        return {}
+    trees = {}
+    for line in read_file("/proc/self/mountinfo", why="where v1 trees are").splitlines():
+        left, _, right = line.partition(" - ")
+        kind, _, super_options = right.split(" ", 2)
+        if kind == "cgroup":
+            for controller in super_options.split(","):
+                if controller in V1_CONTROLLERS:
+                    trees[controller] = left.split()[4]
+    return trees
+
+
+V1_CONTROLLERS = ("memory", "cpu", "cpuacct", "cpuset", "blkio", "pids", "freezer")
+
+CGROUP_OPTIONS = (
+    arg("-m", "--memory", metavar="BYTES", help="memory limit (64m)"),
+    arg("--memory-swap", metavar="BYTES", help="memory plus swap; -1: no limit"),
+    arg("--memory-reservation", metavar="BYTES", help="memory kept from reclaim"),
+    arg("--cpus", metavar="N", help="processors' worth of time (1.5)"),
+    arg("-c", "--cpu-shares", metavar="N", help="weight among others (1024)"),
+    arg("--cpuset-cpus", metavar="LIST", help="processors to run on (0-2,5)"),
+    arg("--cpuset-mems", metavar="LIST", help="memory nodes to use"),
+    arg("--pids-limit", metavar="N", help="processes and threads; -1: no limit"),
+    arg("--blkio-weight", metavar="N", help="share of the disk, 10 to 1000"),
+    *(arg(f"--device-{way}-{unit}", metavar="DEVICE:RATE", action="append", default=[],
+          help=f"limit {way}s, in {'bytes' if unit == 'bps' else 'requests'} a second")
+      for way in ("read", "write") for unit in ("bps", "iops")),
+)
+
+
+def whole(option, text, low, high=1 << 62):
+    """The integer that an option's text means, within its bounds."""
+    try:
+        number = int(text)
+        if low <= number <= high:
+            return number
+    except ValueError:
+        pass
+    bounds = f"from {low} to {high}" if high < 1 << 62 else f"from {low} on"
+    raise Fail(f"invalid value for {option}: {text!r}", f"a whole number {bounds}")
+
+
+def resources_spec(o):
+    """linux.resources of the spec, as the options ask; sizes in bytes."""
+    memory, cpu, pids, block = {}, {}, {}, {}
+    if o.memory:
+        memory["limit"] = size(o.memory)
+        if memory["limit"] < 6 << 20:
+            raise Fail(f"--memory {o.memory} is too small", "6m is the least")
+        memory["swap"] = 2 * memory["limit"]  # Docker's: as much swap as memory
+    if o.memory_swap:
+        if "limit" not in memory:
+            raise Fail("--memory-swap without --memory", "set --memory as well")
+        memory["swap"] = -1 if o.memory_swap == "-1" else size(o.memory_swap)
+        if -1 < memory["swap"] < memory["limit"]:
+            raise Fail("--memory-swap is less than --memory",
+                       "it counts memory and swap together")
+    if o.memory_reservation:
+        memory["reservation"] = size(o.memory_reservation)
+    if o.cpus:
+        try:
+            quota = round(float(o.cpus) * 100_000)
+        except (ValueError, OverflowError):
+            quota = 0
+        if not 1000 <= quota <= 100_000 * os.cpu_count():
+            raise Fail(f"invalid value for --cpus: {o.cpus!r}",
+                       f"a number from 0.01 to {os.cpu_count()}, the host's")
+        cpu.update(quota=quota, period=100_000)
+    if o.cpu_shares:
+        cpu["shares"] = whole("--cpu-shares", o.cpu_shares, 2, 262144)
+    for key, value in (("cpus", o.cpuset_cpus), ("mems", o.cpuset_mems)):
+        if value:
+            cpu[key] = value
+    if o.pids_limit and o.pids_limit != "-1":
+        pids["limit"] = whole("--pids-limit", o.pids_limit, 1)
+    if o.blkio_weight:
+        block["weight"] = whole("--blkio-weight", o.blkio_weight, 10, 1000)
+    for way in ("read", "write"):
+        for unit in ("bps", "iops"):
+            rules = getattr(o, f"device_{way}_{unit}")
+            if rules:
+                key = f"throttle{way.title()}{unit.upper()}Device"
+                block[key] = [throttle(f"--device-{way}-{unit}", r) for r in rules]
+    found = {"memory": memory, "cpu": cpu, "pids": pids, "blockIO": block}
+    return {name: value for name, value in found.items() if value}
+
+
+def throttle(option, text):
+    """One rule of a block device: "/dev/sda:1mb" as major, minor and rate."""
+    path, _, rate = text.rpartition(":")
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise Fail(f"{option} {text}: {error.strerror}: {path!r}",
+                   "DEVICE:RATE, as in /dev/sda:1mb") from None
+    if not stat.S_ISBLK(status.st_mode):
+        raise Fail(f"{option} {text}: {path} is not a block device", "see `lsblk`")
+    return {"major": os.major(status.st_rdev), "minor": os.minor(status.st_rdev),
+            "rate": size(rate)}
+
+
+def swap_only(spec):
+    """What version 2 wants to know: swap without the memory that OCI adds to it."""
+    memory = spec["memory"]
+    return "max" if memory["swap"] < 0 else memory["swap"] - memory.get("limit", 0)
+
+
+def cpu_weight(spec):
+    """Shares 2 to 262144 (1024 is normal) as a weight 1 to 10000."""
+    return 1 + (spec["cpu"]["shares"] - 2) * 9999 // 262142
+
+
+def io_weight(spec):
+    """Docker's 10 to 1000 as version 2's 1 to 10000."""
+    return 1 + (spec["blockIO"]["weight"] - 10) * 9999 // 990
+
+
+def bandwidth(spec):
+    """Quota and period in microseconds, as cpu.max takes them."""
+    return f"{spec['cpu'].get('quota', 'max')} {spec['cpu'].get('period', 100_000)}"
+
+
+def rules(key, word=""):
+    """A function of the spec: its list of throttles, one line for each device."""
+    return lambda spec: [f"{d['major']}:{d['minor']} {word}{d['rate']}"
+                         for d in spec["blockIO"][key]]
+
+
+# What the spec says, and which controller's file says so to the kernel: with its name
+# in version 2, then in version 1.  A value is the spec's own, or a function of it.
+# Order matters once: in version 1 memory+swap may not be below memory, so memory
+# is first.
+LIMITS = (
+    # in the spec           controller   v2 file and value, v1 file and value
+    ("memory limit", "memory", ("memory.max",), ("memory.limit_in_bytes",)),
+    ("memory swap", "memory", ("memory.swap.max", swap_only),
+     ("memory.memsw.limit_in_bytes",)),
+    ("memory reservation", "memory", ("memory.low",), ("memory.soft_limit_in_bytes",)),
+    ("cpu shares", "cpu", ("cpu.weight", cpu_weight), ("cpu.shares",)),
+    ("cpu period", "cpu", ("cpu.max", bandwidth), ("cpu.cfs_period_us",)),
+    ("cpu quota", "cpu", ("cpu.max", bandwidth), ("cpu.cfs_quota_us",)),
+    ("cpu cpus", "cpuset", ("cpuset.cpus",), ("cpuset.cpus",)),
+    ("cpu mems", "cpuset", ("cpuset.mems",), ("cpuset.mems",)),
+    ("pids limit", "pids", ("pids.max",), ("pids.max",)),
+    ("blockIO weight", "blkio", ("io.bfq.weight io.weight", io_weight),
+     ("blkio.bfq.weight blkio.weight",)),
+    *((f"blockIO throttle{way.title()}{unit.upper()}Device", "blkio",
+       ("io.max", rules(f"throttle{way.title()}{unit.upper()}Device", f"{way[0]}{unit}=")),
+       (f"blkio.throttle.{way}_{unit}_device",
+        rules(f"throttle{way.title()}{unit.upper()}Device")))
+      for way in ("read", "write") for unit in ("bps", "iops")),
+)
+
+
+class Cgroup:
+    """The control group of one container, in whichever version the host has."""
+
+    def __init__(self, path, trees=None):
+        self.path = path.strip("/")  # below each tree's root
+        self.birth_fd = -1  # version 2: the directory, for CLONE_INTO_CGROUP
+        self.task_fds = []  # version 1: the open `tasks` file of each tree
+        self.trees = cgroup_trees() if trees is None else trees
+
+    def directory(self, controller=""):
+        """Where the group is, in the tree of a version 1 controller or of version 2."""
+        root = self.trees.get(controller) if self.trees else CGROUP_ROOT
+        return f"{root}/{self.path}" if root else None
+
+    def directories(self):
+        """All directories that make up the group: one, or one for each v1 tree."""
+        if not self.trees:
+            return [self.directory()]
+        return sorted({self.directory(name) for name in self.trees})
+
+    def read(self, file, controller=""):
+        """The text of one of the group's files, or "" where there is no such file."""
+        directory = self.directory(controller)
+        try:
+            return read_file(f"{directory}/{file}") if directory else ""
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENODEV, errno.EOPNOTSUPP):
+                return ""
+            raise
+
+    def table(self, file, controller=""):
+        """A file of `key number` lines as a dict."""
+        rows = [line.split() for line in self.read(file, controller).splitlines()]
+        return {row[0]: int(row[1]) for row in rows if len(row) == 2}
+
+    def number(self, file, controller=""):
+        """A file of one number; None where there is none, or no limit ("max")."""
+        text = self.read(file, controller).strip()
+        return int(text) if text.isdecimal() and int(text) < 1 << 62 else None
+
+    def create(self, resources):
+        """Make the group and set the limits in it.  Processes come in later."""
+        if not self.trees:
+            self.enable_controllers()
+        for directory in self.directories():
+            syscall("mkdirat", AT_FDCWD, directory, 0o755, why="a new control group")
+        if "cpuset" in self.trees:  # a v1 cpuset refuses processes while it is empty
+            for file in ("cpuset.cpus", "cpuset.mems"):
+                parent = os.path.dirname(self.directory("cpuset"))
+                write_file(f"{self.directory('cpuset')}/{file}",
+                           read_file(f"{parent}/{file}"), why="a v1 cpuset starts empty")
+        for row in LIMITS:
+            section, key = row[0].split()
+            if key in resources.get(section, {}):
+                self.limit(row, resources)
+
+    def enable_controllers(self):
+        """Have the root of the version 2 tree pass all its controllers down."""
+        have = read_file(f"{CGROUP_ROOT}/cgroup.controllers").split()
+        on = read_file(f"{CGROUP_ROOT}/cgroup.subtree_control").split()
+        for name in {"memory", "cpu", "cpuset", "io", "pids"} & set(have) - set(on):
+            write_file(f"{CGROUP_ROOT}/cgroup.subtree_control", f"+{name}",
+                       why="let groups below the root use this controller")
+
+    def limit(self, row, resources):
+        """Write one limit; a Fail that names the controller where there is none."""
+        what, controller, v2, v1 = row
+        section, key = what.split()
+        files, value = (v1 if self.trees else v2)[0].split(), resources[section][key]
+        form = (v1 if self.trees else v2)[1:]
+        lines = form[0](resources) if form else value
+        directory = self.directory(controller)
+        found = [f for f in files if directory and os.path.exists(f"{directory}/{f}")]
+        if not found:
+            if what == "memory swap" and value == 2 * resources["memory"]["limit"]:
+                return  # nobody asked: it only goes with a memory limit
+            raise Fail(f"this host cannot set the {what} of a container: its "
+                       f"{controller} controller has no {' or '.join(files)}",
+                       "leave the option out, or enable the controller in the kernel")
+        for line in lines if isinstance(lines, list) else [lines]:
+            try:
+                write_file(f"{directory}/{found[0]}", str(line), why=f"limit: {what}")
+            except OSError as error:
+                raise Fail(f"the kernel refuses {what} {line!r}: {error.strerror} "
+                           f"({controller} controller, {found[0]})",
+                           "is the value within what the host has?") from None
+
+    def add(self, pid):
+        """Move a process into the group; its children will be born there."""
+        for directory in self.directories():
+            write_file(f"{directory}/cgroup.procs", str(pid),
+                       why="from now on it is counted and limited")
+
+    def pids(self):
+        """The processes in the group and in the groups below it."""
+        found = set()
+        for top, _, files in os.walk(self.directory("freezer") or self.directories()[0]):
+            if "cgroup.procs" in files:
+                found.update(read_file(f"{top}/cgroup.procs").split())
+        return sorted(map(int, found))
+
+    def freeze(self, frozen=True):
+        """Stop everything in the group where it stands, or let it go on; returns
+        when that is so."""
+        if self.trees:
+            file, want = f"{self.directory('freezer')}/freezer.state", "FROZEN"
+            write_file(file, want if frozen else "THAWED", why="freeze or thaw, v1")
+            wait_for(lambda: (read_file(file).strip() == want) == frozen)
+        else:
+            write_file(f"{self.directory()}/cgroup.freeze", str(int(frozen)),
+                       why="freeze or thaw everything in the group")
+            wait_for(lambda: self.table("cgroup.events")["frozen"] == int(frozen))
+
+    def kill(self):
+        """Kill everything in the group at once, frozen or not; returns when it is
+        empty."""
+        if not any(map(os.path.isdir, self.directories())):
+            return
+        if not self.trees:
+            write_file(f"{self.directory()}/cgroup.kill", "1", why="all at once")
+            wait_for(lambda: not self.table("cgroup.events")["populated"])
+            return
+        while self.pids():  # v1: frozen, none can fork; killed, they die when thawed
+            self.freeze()
+            for pid in self.pids():
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    pass
+            self.freeze(False)
+
+    def remove(self):
+        """Kill what is left in the group, and remove it."""
+        self.kill()
+        for fd in (self.birth_fd, *self.task_fds):
+            if fd >= 0:
+                os.close(fd)
+        self.birth_fd, self.task_fds = -1, []
+        for directory in self.directories():
+            for top, _, _ in os.walk(directory, topdown=False):
+                wait_for(lambda top=top: removed(top))
+
+    def measure(self):
+        """What the group has used, in bytes and microseconds, and where it hit a
+        limit; None where this host does not count something."""
+        if self.trees:
+            return self.measure_v1()
+        cpu, events = self.table("cpu.stat"), self.table("memory.events")
+        return {
+            "cpu_usec": cpu.get("usage_usec"),
+            "cpu_throttled_usec": cpu.get("throttled_usec"),
+            "memory": self.number("memory.current"),
+            "memory_peak": self.number("memory.peak"),
+            "memory_limit": self.number("memory.max"),
+            "pids": self.number("pids.current"),
+            "pids_limit": self.number("pids.max"),
+            "io_read": io_sum(self.read("io.stat"), "rbytes="),
+            "io_written": io_sum(self.read("io.stat"), "wbytes="),
+            "oom_kills": events.get("oom_kill"),
+            "pressure": {kind: first for kind in ("cpu", "memory", "io")
+                         if (first := self.read(f"{kind}.pressure").partition("\n")[0])},
+        }
+
+    def measure_v1(self):
+        """measure(), from the files of version 1."""
+        stat_, usage = self.table("cpu.stat", "cpu"), self.number
+        io = self.read("blkio.throttle.io_service_bytes_recursive", "blkio")
+        nsec, throttled = usage("cpuacct.usage", "cpuacct"), stat_.get("throttled_time")
+        return {
+            "cpu_usec": None if nsec is None else nsec // 1000,
+            "cpu_throttled_usec": None if throttled is None else throttled // 1000,
+            "memory": usage("memory.usage_in_bytes", "memory"),
+            "memory_peak": usage("memory.max_usage_in_bytes", "memory"),
+            "memory_limit": usage("memory.limit_in_bytes", "memory"),
+            "pids": usage("pids.current", "pids"),
+            "pids_limit": usage("pids.max", "pids"),
+            "io_read": io_sum(io, "Read "),
+            "io_written": io_sum(io, "Write "),
+            "oom_kills": self.table("memory.oom_control", "memory").get("oom_kill"),
+            "pressure": {},
+        }
+
+
+def io_sum(text, word):
+    """The numbers that follow `word` in a table of devices, added up."""
+    return sum(int(line.split(word)[1].split()[0])
+               for line in text.splitlines() if word in line)
+
+
+def removed(directory):
+    """Whether rmdir of a group has worked; a dying process keeps it for a moment."""
+    try:
+        os.rmdir(directory)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        return False
+    return True
+
+
+def wait_for(condition, seconds=10):
+    """Return when condition() holds.  For the few things that the kernel finishes
+    later and tells nobody about; nothing else here polls."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            raise Fail("the kernel has not finished after 10 seconds",
+                       "is a process of the container stuck? see `ps -eo pid,stat,wchan`")
+        time.sleep(0.0005)
+
+
+calls(mkdirat=(258, 34, "dirfd path mode"))
+
+
+def show_stats(used):
+    """What a container has used, as lines for the person."""
+    def known(value, form=str):
+        return "-" if value is None else form(value)
+
+    yield (f"cpu     {known(used['cpu_usec'], lambda u: f'{u / 1e6:.3f} s')}, throttled "
+           f"{known(used['cpu_throttled_usec'], lambda u: f'{u / 1e6:.3f} s')}")
+    yield (f"memory  {known(used['memory'], human)}, peak "
+           f"{known(used['memory_peak'], human)}, limit "
+           f"{known(used['memory_limit'], human)}, OOM kills "
+           f"{known(used['oom_kills'])}")
+    yield f"pids    {known(used['pids'])}, limit {known(used['pids_limit'])}"
+    yield f"io      read {human(used['io_read'])}, written {human(used['io_written'])}"
+    for kind, line in used["pressure"].items():
+        yield f"{kind} pressure: {line}"
+
+
+def make_cgroup(c):
+    """Outside: the container's control group, limits and all, still empty."""
+    c.cgroup = Cgroup(c.spec["linux"]["cgroupsPath"])
+    c.cgroup.create(c.spec["linux"].get("resources", {}))
+    if not c.cgroup.trees:
+        c.cgroup.birth_fd = os.open(c.cgroup.directory(), os.O_PATH | os.O_CLOEXEC)
+    for directory in c.cgroup.directories() if c.cgroup.trees else ():
+        c.cgroup.task_fds.append(os.open(f"{directory}/tasks",
+                                         os.O_WRONLY | os.O_CLOEXEC))
+
+
+def join_cgroup(c):
+    """Step: into the groups of version 1; in version 2, init was born there.
+
+    It says "0", itself, to the files that the parent opened for it: to move another
+    process the kernel would stop every fork on the machine, which takes it 10 ms.
+    """
+    for fd in c.cgroup.task_fds:
+        write_file(fd, "0", why="from here on it is counted and limited")
+
+
+def remove_cgroup(c):
+    """Outside: kill whatever is left of the container, and remove its group."""
+    if c.cgroup:
+        c.cgroup.remove()
+
+# ══ 4. FILE SYSTEMS ═══════════════════════════════════════════════════════════════
+#
+# A container's root is an overlay: read-only layers, shared by all who use them, and
+# on top a directory of its own that takes what it changes.
+#
+#          upper    (this container's)      /etc/motd changed, /tmp/x new
+#        ─ layer 1  (shared, read-only)     /usr/bin/python3
+#        ─ layer 0  (shared, read-only)     /bin/sh  /etc/motd
+#        ═ rootfs                           all of it, the topmost wins
+#
+# It takes two to build it, because of the user namespace.  The parent, real root,
+# opens a workshop: a mount namespace of its own, copied from the host's, with an
+# empty tmpfs in it as working directory.  There it attaches each layer through an
+# id-mapped mount (an owner 0 on disk is the container's root, so that one copy on
+# disk serves every range of ids) and mounts the overlay.  Init was cloned into the
+# workshop and now copies that namespace for itself; the parent goes home, and the
+# workshop lives on only as the container's.  Nothing was ever mounted on the host,
+# so whatever dies, and however, no mount is left behind (P5).
+#
+# In its copy init mounts /proc, /sys and /dev, attaches volumes, hides what tells too
+# much about the host, and pivots: rootfs becomes /, and the host's tree falls away.
+#
+# Two rules keep an image from fooling us.  Its paths are opened with openat2 and
+# RESOLVE_IN_ROOT, as if we were inside already, and mounted on by descriptor (P4).
+# And every mount is nodev except the few devices that we bind from the host's /dev.
+#
+# A volume's source is opened on the host before the workshop is, so that "shared"
+# still means shared with the host; everything in the workshop is a slave of the host's
+# mounts (an unmount there comes through) and never the other way around.
+#
+# Man pages: mount(2), mount_namespaces(7), open_tree(2), mount_setattr(2),
+# pivot_root(2), openat2(2); the kernel's Documentation/filesystems/overlayfs.rst.
+
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
+MS_SYNCHRONOUS, MS_REMOUNT, MS_NOATIME, MS_NODIRATIME = 16, 32, 1024, 2048
+MS_BIND, MS_REC, MS_UNBINDABLE, MS_PRIVATE = 1 << 12, 1 << 14, 1 << 17, 1 << 18
+MS_SLAVE, MS_SHARED, MS_RELATIME, MS_STRICTATIME = 1 << 19, 1 << 20, 1 << 21, 1 << 24
+MNT_DETACH = 2
+OPEN_TREE_CLONE, OPEN_TREE_CLOEXEC = 1, os.O_CLOEXEC
+MOVE_MOUNT_F_EMPTY_PATH, MOVE_MOUNT_T_EMPTY_PATH = 4, 0x40
+MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV = 1, 2, 4
+MOUNT_ATTR_NOEXEC, MOUNT_ATTR_IDMAP = 8, 0x100000
+RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS = 2, 4
+RESOLVE_BENEATH, RESOLVE_IN_ROOT = 8, 16
+TIOCSPTLCK, TIOCGPTPEER, TIOCSCTTY = 0x40045431, 0x5441, 0x540E
+
+calls(
+    mount=(165, 40, "source target type MS_ data"),
+    umount2=(166, 39, "target MNT_"),
+    pivot_root=(155, 41, "new_root put_old"),
+    open_tree=(428, 428, "dirfd path OPEN_TREE_"),
+    move_mount=(429, 429, "dirfd path to_dirfd to_path MOVE_MOUNT_"),
+    mount_setattr=(442, 442, "dirfd path AT_ attr size"),
+    openat2=(437, 437, "dirfd path how size"),
+    mknodat=(259, 33, "dirfd path mode dev"),
+    pidfd_getfd=(438, 438, "pidfd fd flags"),
+    symlinkat=(266, 36, "target dirfd path"),
+    chdir=(80, 49, "path"),
+    fchdir=(81, 50, "fd"),
+)
+
+OPTION_WORDS = {
+    "ro": MS_RDONLY, "nosuid": MS_NOSUID, "nodev": MS_NODEV, "noexec": MS_NOEXEC,
+    "sync": MS_SYNCHRONOUS, "noatime": MS_NOATIME, "nodiratime": MS_NODIRATIME,
+    "relatime": MS_RELATIME, "strictatime": MS_STRICTATIME,
+    "bind": MS_BIND, "rbind": MS_BIND | MS_REC,
+}
+NEUTRAL_WORDS = ("rw", "suid", "dev", "exec", "async", "atime", "idmap", "defaults",
+                 "nocopy", "z", "Z", "consistent", "cached", "delegated")
+PROPAGATIONS = {
+    "private": MS_PRIVATE, "rprivate": MS_REC | MS_PRIVATE,
+    "slave": MS_SLAVE, "rslave": MS_REC | MS_SLAVE,
+    "shared": MS_SHARED, "rshared": MS_REC | MS_SHARED,
+    "unbindable": MS_UNBINDABLE, "runbindable": MS_REC | MS_UNBINDABLE,
+}
+MASKED_PATHS = [  # Docker's list: they tell about, or reach, the host
+    "/proc/acpi", "/proc/asound", "/proc/interrupts", "/proc/kcore", "/proc/keys",
+    "/proc/latency_stats", "/proc/sched_debug", "/proc/scsi", "/proc/timer_list",
+    "/proc/timer_stats", "/sys/devices/virtual/powercap", "/sys/firmware"]
+READONLY_PATHS = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys",
+                  "/proc/sysrq-trigger"]
+DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
+
+MOUNT_OPTIONS = (
+    arg("--read-only", action="store_true", help="mount the root file system so"),
+    arg("-v", "--volume", metavar="SRC:DST[:OPTIONS]", action="append", default=[],
+        help="show a file or directory of the host; options as ro, rshared"),
+    arg("--mount", metavar="KEY=VALUE,…", action="append", default=[],
+        help="type=bind|tmpfs,source=…,target=…,readonly"),
+    arg("--tmpfs", metavar="DST[:OPTIONS]", action="append", default=[],
+        help="an empty directory in memory"),
+)
+
+
+class open_how(ctypes.Structure):
+    """struct open_how of <linux/openat2.h>."""
+
+    _fields_ = [(name, ctypes.c_uint64) for name in ("flags", "mode", "resolve")]
+
+    def __str__(self):
+        return ("{.flags = " + oct(self.flags).replace("o", "")
+                + ", .resolve = " + spell_flags(self.resolve, "RESOLVE_") + "}")
+
+
+class mount_attr(ctypes.Structure):
+    """struct mount_attr of <linux/mount.h>."""
+
+    _fields_ = [(name, ctypes.c_uint64) for name in (
+        "attr_set", "attr_clr", "propagation", "userns_fd")]
+
+    def __str__(self):
+        spelled = [".attr_set = " + spell_flags(self.attr_set, "MOUNT_ATTR_")]
+        if self.propagation:
+            spelled.append(".propagation = " + spell_flags(self.propagation, "MS_"))
+        return "{" + ", ".join(spelled) + "}"
+
+
+# ── the spec: what the options mean ──
+
+def mounts_spec(options):
+    """The spec's mounts: those that every container has, then the volumes asked for.
+
+    Three file systems show what a namespace holds, and a user namespace may mount
+    one only if it owns that namespace; shared with the host, the host's is shown.
+    """
+    quiet = ["nosuid", "noexec", "nodev"]
+    own_users = options.userns != "host"
+
+    def special(kind, path, shared, words, host=None):
+        if shared == "host" and own_users:
+            return {"destination": path, "type": "bind", "source": host or path,
+                    "options": ["rbind", *words]}
+        return {"destination": path, "type": kind, "source": kind, "options": words}
+
+    mounts = [
+        special("proc", "/proc", options.pid, quiet),
+        {"destination": "/dev", "type": "tmpfs", "source": "tmpfs",
+         "options": ["nosuid", "strictatime", "mode=755", "size=65536k"]},
+        {"destination": "/dev/pts", "type": "devpts", "source": "devpts",
+         "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620",
+                     "gid=5"]},
+        special("sysfs", "/sys", options.network, [*quiet, "ro"]),
+        {"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup",
+         "options": [*quiet, "ro"]},
+        special("mqueue", "/dev/mqueue", options.ipc, quiet),
+    ]
+    if options.ipc == "host":
+        mounts.append({"destination": "/dev/shm", "type": "bind", "source": "/dev/shm",
+                       "options": ["rbind", *quiet]})
+    else:
+        mounts.append({"destination": "/dev/shm", "type": "tmpfs", "source": "shm",
+                       "options": [*quiet, "mode=1777", "size=65536k"]})
+    mounts += [volume_mount(text) for text in options.volume]
+    mounts += [long_mount(text) for text in options.mount]
+    mounts += [tmpfs_mount(*text.partition(":")[::2]) for text in options.tmpfs]
+    return mounts
+
+
+def volume_mount(text):
+    """The mount that Docker's -v SRC:DST[:OPTIONS] means; SRC is made if missing."""
+    source, _, rest = text.partition(":")
+    target, _, words = rest.partition(":")
+    if not source.startswith("/"):
+        what = f"-v {text}: " + ("named volumes do not exist yet" if target
+                                 else "anonymous volumes do not exist yet")
+        raise Fail(what, "name a directory of the host: -v /SRC:/DST")
+    if not target:
+        raise Fail(f"-v {text}: no target", "-v /SRC:/DST[:ro]")
+    if not os.path.lexists(source):
+        os.makedirs(source, exist_ok=True)
+    return bind_mount(f"-v {text}", source, target, words.split(",") if words else [])
+
+
+def bind_mount(option, source, target, words):
+    """A bind mount in the spec's form, its words checked."""
+    check_target(option, target)
+    for word in words:
+        if word not in OPTION_WORDS and word not in PROPAGATIONS and (
+                word not in NEUTRAL_WORDS):
+            raise Fail(f"{option}: unknown option {word!r}",
+                       "ro, rw, rprivate, rslave, rshared, nosuid, noexec …")
+    if not set(words) & set(PROPAGATIONS):
+        words = [*words, "rprivate"]
+    return {"destination": os.path.normpath(target), "type": "bind",
+            "source": os.path.abspath(source),
+            "options": ["rbind", "nodev", "idmap", *words]}
+
+
+def check_target(option, target):
+    """Refuse a mount's target that is not an absolute path below /."""
+    if not target.startswith("/") or os.path.normpath(target) in ("/", "//"):
+        raise Fail(f"{option}: invalid target {target!r}",
+                   "an absolute path inside the container, and not / itself")
+
+
+def long_mount(text):
+    """The mount that Docker's --mount key=value,… means."""
+    keys, words = {}, []
+    names = {"src": "source", "dst": "target", "destination": "target",
+             "ro": "readonly", "propagation": "bind-propagation"}
+    for part in text.split(","):
+        key, _, value = part.partition("=")
+        keys[names.get(key, key)] = value
+    unknown = set(keys) - {"type", "source", "target", "readonly", "bind-propagation",
+                           "tmpfs-size", "tmpfs-mode"}
+    if unknown:
+        raise Fail(f"--mount {text}: unknown key {min(unknown)!r}",
+                   "type, source, target, readonly, bind-propagation, tmpfs-size, "
+                   "tmpfs-mode")
+    kind, target = keys.get("type", "volume"), keys.get("target", "")
+    if keys.get("readonly", "false").lower() in ("", "true", "1"):
+        words.append("ro")
+    if kind == "tmpfs":
+        if "tmpfs-size" in keys:
+            words.append(f"size={size(keys['tmpfs-size'])}")
+        words.append(f"mode={keys.get('tmpfs-mode', '1777')}")
+        return tmpfs_mount(target, ",".join(words))
+    if kind != "bind":
+        raise Fail(f"--mount {text}: type {kind!r} does not exist yet",
+                   "type=bind or type=tmpfs")
+    if not os.path.isabs(keys.get("source", "")):
+        raise Fail(f"--mount {text}: the source must be an absolute path", "source=/…")
+    if not os.path.lexists(keys["source"]):
+        raise Fail(f"--mount {text}: bind source path does not exist: "
+                   f"{keys['source']}", "make it first; only -v makes it for you")
+    if "bind-propagation" in keys:
+        words.append(keys["bind-propagation"])
+    return bind_mount(f"--mount {text}", keys["source"], target, words)
+
+
+def tmpfs_mount(target, words):
+    """A tmpfs in the spec's form, with Docker's defaults."""
+    check_target(f"--tmpfs {target}", target)
+    return {"destination": os.path.normpath(target), "type": "tmpfs",
+            "source": "tmpfs", "options": ["nosuid", "nodev", "noexec",
+                                           *(words.split(",") if words else [])]}
+
+
+# ── the parent's part: sources, the workshop, the overlay ──
+
+class CannotMapIds(Fail):
+    """This kernel or file system has no id-mapped mounts."""
+
+
+def take_sources(c):
+    """Outside: open the source of each bind mount, where the host still is."""
+    for mount in c.spec["mounts"]:
+        if mount["type"] == "bind":
+            flags = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC
+            deep = AT_RECURSIVE if "rbind" in mount["options"] else 0
+            c.sources[mount["destination"]] = syscall(
+                "open_tree", AT_FDCWD, mount["source"], flags | deep,
+                why=f"a copy of this mount, to be {mount['destination']}")
+
+
+def open_workshop(c):
+    """Outside: a mount namespace to build in, with an empty tmpfs as directory."""
+    c.home = (os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC),
+              os.open(".", os.O_PATH | os.O_CLOEXEC))
+    syscall("unshare", CLONE_NEWNS, why="a copy of the host's mounts to build in")
+    syscall("mount", None, "/", None, MS_REC | MS_SLAVE, None,
+            why="nothing mounted from here on shows on the host")
+    syscall("mount", "workshop", c.workshop, "tmpfs", MS_NODEV, "mode=755",
+            why="an empty place that vanishes with the namespace")
+    syscall("chdir", c.workshop, why="short names, and init inherits the directory")
+
+
+def leave_workshop(c):
+    """Outside: the parent goes back to where it came from."""
+    if c.home:
+        (namespace, directory), c.home = c.home, None
+        try:
+            syscall("setns", namespace, CLONE_NEWNS, why="the parent goes home")
+            syscall("fchdir", directory)
+        finally:
+            os.close(namespace)
+            os.close(directory)
+
+
+def set_attributes(tree, attributes, propagation=0, users=-1, what=""):
+    """Change a mount and those below it, detached or not; `users` is a user namespace
+    whose map it is to be seen through."""
+    if users >= 0:
+        attributes |= MOUNT_ATTR_IDMAP
+    attr = mount_attr(attr_set=attributes, propagation=propagation,
+                      userns_fd=max(users, 0))
+    try:
+        syscall("mount_setattr", tree, "", AT_EMPTY_PATH | AT_RECURSIVE, attr,
+                ctypes.sizeof(attr), why=f"how {what} is seen from inside")
+    except OSError as error:
+        if users >= 0 and error.errno in (errno.EINVAL, errno.ENOSYS, errno.EPERM,
+                                          errno.EOPNOTSUPP):
+            raise CannotMapIds(
+                f"{what}: its file system cannot be id-mapped by this kernel") from None
+        raise
+
+
+def prepare_sources(c):
+    """Outside: make each taken source read-only, nodev, private … and id-mapped."""
+    for mount in c.spec["mounts"]:
+        if mount["type"] == "bind":
+            attributes = propagation = 0
+            for word in mount["options"]:
+                flag = OPTION_WORDS.get(word, 0)
+                attributes |= flag & (MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC)
+                propagation |= PROPAGATIONS.get(word, 0) & ~MS_REC
+            users = c.users if "idmap" in mount["options"] else -1
+            set_attributes(c.sources[mount["destination"]], attributes,
+                           check_shared(mount, propagation), users, mount["source"])
+
+
+def check_shared(mount, propagation):
+    """The propagation to set: none for "shared", which a source is or is not."""
+    if not propagation & MS_SHARED:
+        return propagation
+    source, best = os.path.realpath(mount["source"]), ("", "")
+    for line in read_file("/proc/self/mountinfo", why="shared?").splitlines():
+        fields = line.split()
+        point = fields[4].encode().decode("unicode_escape")
+        if os.path.commonpath((point, source)) == point and len(point) >= len(best[0]):
+            best = point, fields[6]
+    if not best[1].startswith(("shared:", "master:")):
+        raise Fail(f"{mount['source']} is on {best[0]}, which is not a shared mount",
+                   f"mount --make-rshared {best[0]}")
+    return 0
+
+
+def build_rootfs(c):
+    """Outside: all layers as one file system, the directory `rootfs` of the workshop.
+
+    Names are short because mount(2) takes one page of options: with `0`, `1`, … for
+    layers, hundreds of them fit, and no path needs its commas and colons escaped.
+    """
+    for number, layer in enumerate(c.layers):
+        syscall("mkdirat", AT_FDCWD, str(number), 0o755)
+        tree = syscall("open_tree", AT_FDCWD, layer, OPEN_TREE_CLONE
+                       | OPEN_TREE_CLOEXEC, why=f"layer {number}, not yet anywhere")
+        set_attributes(tree, MOUNT_ATTR_RDONLY, MS_PRIVATE, c.users, layer)
+        syscall("move_mount", tree, "", AT_FDCWD, str(number), MOVE_MOUNT_F_EMPTY_PATH,
+                why="attached in the workshop")
+        os.close(tree)
+    for name in ("changes", "rootfs"):
+        syscall("mkdirat", AT_FDCWD, name, 0o755)
+    syscall("mount", c.directory, "changes", None, MS_BIND, None,
+            why="upper and work directory must be on one mount")
+    lower = ":".join(map(str, reversed(range(len(c.layers)))))
+    options = f"lowerdir={lower},upperdir=changes/upper,workdir=changes/work"
+    if c.throw_away:
+        options += ",volatile"  # not synced to disk at the end: it is removed then
+    syscall("mount", "overlay", "rootfs", "overlay", MS_NODEV, options,
+            why="layers below, changes on top; device nodes in it are inert")
+
+
+# ── init's part: the steps of BIRTH that mount ──
+
+def own_the_mounts(c):
+    """Step: a copy of the workshop that only this container sees or changes."""
+    flags = namespace_flags(c.spec) & LATER
+    syscall("unshare", flags, why="mounts of our own; our cgroup becomes the root of "
+            "the tree")
+    syscall("mount", None, "/", None, MS_REC | MS_PRIVATE, None,
+            why="nothing from here on reaches the host, or comes from there")
+
+
+def hold_rootfs(c):
+    """Step: make the rootfs a mount of our own, which pivot_root asks for."""
+    syscall("mount", "rootfs", "rootfs", None, MS_BIND | MS_REC, None,
+            why="a mount copied from the workshop is locked; this one is ours")
+    c.root_fd = os.open("rootfs", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def open_inside(c, path, flags=os.O_PATH):
+    """A descriptor of a path of the container, resolved as if / were its root (P4)."""
+    how = open_how(flags=flags | os.O_CLOEXEC,
+                   resolve=RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS)
+    return syscall("openat2", c.root_fd, path, how, ctypes.sizeof(how))
+
+
+def inside(c, path, make=""):
+    """The Place of a path of the container; `make` "dir" or "file" if it is missing."""
+    place = Place(path)
+    try:
+        place.fd = open_inside(c, path)
+    except FileNotFoundError:
+        if not make:
+            raise
+        above = inside(c, os.path.dirname(path), "dir")
+        name = os.path.basename(path)
+        if make == "dir":
+            syscall("mkdirat", above.fd, name, 0o755, why="a place to mount on")
+        else:
+            syscall("mknodat", above.fd, name, stat.S_IFREG | 0o644, 0,
+                    why="a file to mount on")
+        above.close()
+        place.fd = open_inside(c, path)
+    return place
+
+
+def mount_all(c):
+    """Step: everything in the spec's mounts, in its order."""
+    for mount in c.spec["mounts"]:
+        flags, data = 0, []
+        for word in mount["options"]:
+            if word in OPTION_WORDS:
+                flags |= OPTION_WORDS[word]
+            elif word not in NEUTRAL_WORDS and word not in PROPAGATIONS:
+                data.append(word)
+        if mount["type"] == "bind":
+            attach_source(c, mount["destination"])
+        elif mount["type"] == "cgroup":
+            mount_cgroup(c, mount["destination"], flags)
+        else:
+            place = inside(c, mount["destination"], "dir")
+            syscall("mount", mount["source"], place, mount["type"], flags,
+                    ",".join(data), why=f"the container's own {mount['destination']}")
+            place.close()
+
+
+def attach_source(c, path):
+    """Put a source that the parent took and prepared at its place."""
+    tree = c.sources[path]
+    is_directory = stat.S_ISDIR(os.fstat(tree).st_mode)
+    place = inside(c, path, "dir" if is_directory else "file")
+    syscall("move_mount", tree, "", place.fd, "",
+            MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH,
+            why=f"the volume appears at {path}")
+    place.close()
+
+
+def mount_cgroup(c, path, flags):
+    """The container's own cgroup as the root of the tree, in the host's layout."""
+    place = inside(c, path, "dir")
+    if not namespace_flags(c.spec) & CLONE_NEWCGROUP:
+        syscall("mount", CGROUP_ROOT, place, None, MS_BIND | MS_REC, None,
+                why="--cgroupns host: the host's whole tree")
+    elif not c.cgroup.trees:
+        syscall("mount", "cgroup", place, "cgroup2", flags & ~MS_RDONLY, None,
+                why="its own cgroup looks like the root")
+    else:
+        syscall("mount", "cgroup", place, "tmpfs", flags & ~MS_RDONLY, "mode=755",
+                why="v1: a directory for each tree")
+        for point in sorted(set(c.cgroup.trees.values())):
+            names = [n for n, at in c.cgroup.trees.items() if at == point]
+            tree = inside(c, f"{path}/{os.path.basename(point)}", "dir")
+            syscall("mount", "cgroup", tree, "cgroup", flags & ~MS_RDONLY,
+                    ",".join(names), why="its own cgroup looks like the root")
+            tree.close()
+    place.close()
+    if flags & MS_RDONLY:
+        place = inside(c, path)
+        set_attributes(place.fd, MOUNT_ATTR_RDONLY, what=path)
+        place.close()
+
+
+def make_devices(c):
+    """Step: the few devices that every program expects, bound from the host's /dev."""
+    for name in DEVICES:
+        place = inside(c, f"/dev/{name}", "file")
+        syscall("mount", f"/dev/{name}", place, None, MS_BIND, None,
+                why="the host's node: a user namespace may not make any")
+        place.close()
+    dev = inside(c, "/dev")
+    for target, name in (("/proc/self/fd", "fd"), ("/proc/self/fd/0", "stdin"),
+                         ("/proc/self/fd/1", "stdout"), ("/proc/self/fd/2", "stderr"),
+                         ("pts/ptmx", "ptmx")):
+        syscall("symlinkat", target, dev.fd, name)
+    dev.close()
+
+
+def open_console(c):
+    """Step: a pseudo-terminal from the container's own /dev/pts, for -t.
+
+    The program gets the terminal end as descriptors 0, 1, 2 and as /dev/console; the
+    parent takes the other end out of us with pidfd_getfd, told the number by a line.
+    """
+    if not c.spec["process"].get("terminal"):
+        return
+    master = open_inside(c, "/dev/pts/ptmx", os.O_RDWR | os.O_NOCTTY)
+    syscall("ioctl", master, TIOCSPTLCK, ctypes.byref(ctypes.c_int(0)),
+            why="unlock the other end")
+    terminal = Place("/dev/pts/N")
+    terminal.fd = syscall("ioctl", master, TIOCGPTPEER, os.O_RDWR | os.O_NOCTTY,
+                          why="the terminal itself, without a path")
+    if c.is_new:
+        place = inside(c, "/dev/console", "file")
+        syscall("mount", terminal, place, None, MS_BIND, None, why="/dev/console is it")
+        place.close()
+    c.ask_parent("console", fd=master)
+    os.close(master)
+    syscall("ioctl", terminal.fd, TIOCSCTTY, 0, why="Ctrl-C there signals us")
+    for number in (0, 1, 2):
+        os.dup2(terminal.fd, number)
+    terminal.close()
+
+
+@answers("console")
+def take_console(c, fd):
+    """Outside: init's end of its new terminal becomes ours."""
+    c.console = syscall("pidfd_getfd", c.pidfd, fd, 0, why="the terminal's outer end")
+
+
+def empty_stdin(c):
+    """Step: without -i or -t, standard input is at its end."""
+    if not (c.wants_stdin or c.spec["process"].get("terminal")):
+        fd = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+        os.dup2(fd, 0)
+        os.close(fd)
+
+
+def mask_paths(c):
+    """Step: hide what tells too much, and make read-only what is dangerous to write."""
+    for path in c.spec["linux"].get("maskedPaths", ()):
+        try:
+            place = inside(c, path)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        if stat.S_ISDIR(os.fstat(place.fd).st_mode):
+            syscall("mount", "tmpfs", place, "tmpfs", MS_RDONLY, None,
+                    why="hidden: an empty directory")
+        else:
+            syscall("mount", "/dev/null", place, None, MS_BIND, None,
+                    why="hidden: an empty file, the host's own null device")
+        place.close()
+    for path in c.spec["linux"].get("readonlyPaths", ()):
+        try:
+            place = inside(c, path)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        syscall("mount", place, place, None, MS_BIND | MS_REC, None,
+                why="a mount of its own, so that it can be read-only")
+        place.close()
+        place = inside(c, path)
+        set_attributes(place.fd, MOUNT_ATTR_RDONLY, what=path)
+        place.close()
+
+
+def pivot(c):
+    """Step: the rootfs becomes /, and the host's tree is let go.
+
+    pivot_root(".", ".") stacks the old root on the new one, so that no directory is
+    needed to put it in, and "." is then the old one.
+    """
+    syscall("fchdir", c.root_fd)
+    syscall("pivot_root", ".", ".", why="the container's files become /")
+    syscall("umount2", ".", MNT_DETACH, why="the host's tree falls away")
+    syscall("chdir", "/", why="into the new root")
+    os.close(c.root_fd)
+    c.root_fd = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def seal_root(c):
+    """Step: --read-only, now that every place to mount on has been made."""
+    if c.spec["root"].get("readonly"):
+        attr = mount_attr(attr_set=MOUNT_ATTR_RDONLY)
+        syscall("mount_setattr", AT_FDCWD, "/", 0, attr, ctypes.sizeof(attr),
+                why="--read-only")
+
+# ══ 5. PRIVILEGES ═════════════════════════════════════════════════════════════════
+#
+# Root's power comes in some forty pieces, the capabilities, and a process carries
+# five sets of them:
+#
+#       bounding     what it can ever have again
+#       permitted    what it may switch on         effective  what is switched on
+#       inheritable, ambient                       what survives execve for non-root
+#
+# Docker leaves a container's root fourteen, and so do we; inheritable and ambient
+# stay empty, so that a program run as another user has none at all.  With a user
+# namespace even these fourteen count only over what belongs to the container.
+#
+# Order is everything here.  Groups are set before the user, because a plain user may
+# not; the bounding set shrinks first, because that needs CAP_SETPCAP; the user
+# changes before the last capabilities go, because that needs CAP_SETUID; and
+# no_new_privs, a promise that execve never adds power (no setuid, no file
+# capabilities), comes when nothing more has to be gained.
+#
+# Names of users are those of the image, read by our own parser, for two reasons: the
+# C library would load the image's NSS modules as root (P2), and a name means in the
+# container what the container's /etc/passwd says, not the host's.
+#
+# Man pages: capabilities(7), credentials(7), prctl(2), passwd(5), keyctl(2).
+
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_KEEPCAPS, PR_CAPBSET_DROP = 1, 4, 8, 24
+PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 38, 47, 4
+KEYCTL_JOIN_SESSION_KEYRING = 1
+CLOSE_RANGE_CLOEXEC = 4
+
+calls(
+    prctl=(157, 167, "PR_ arg2 arg3 arg4 arg5"),
+    capget=(125, 90, "header data"),
+    capset=(126, 91, "header data"),
+    setgroups=(116, 159, "count groups"),
+    setresuid=(117, 147, "ruid euid suid"),
+    setresgid=(119, 149, "rgid egid sgid"),
+    fchown=(93, 55, "fd owner group"),
+    umask=(95, 166, "mode"),
+    setsid=(112, 157, ""),
+    keyctl=(250, 219, "KEYCTL_ arg2"),
+    prlimit64=(302, 261, "pid resource new old"),
+    close_range=(436, 436, "first last CLOSE_RANGE_"),
+    execve=(59, 221, "path argv envp"),
+)
+
+CAPABILITIES = tuple("CAP_" + name for name in """
+    CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID KILL SETGID SETUID SETPCAP
+    LINUX_IMMUTABLE NET_BIND_SERVICE NET_BROADCAST NET_ADMIN NET_RAW IPC_LOCK
+    IPC_OWNER SYS_MODULE SYS_RAWIO SYS_CHROOT SYS_PTRACE SYS_PACCT SYS_ADMIN SYS_BOOT
+    SYS_NICE SYS_RESOURCE SYS_TIME SYS_TTY_CONFIG MKNOD LEASE AUDIT_WRITE
+    AUDIT_CONTROL SETFCAP MAC_OVERRIDE MAC_ADMIN SYSLOG WAKE_ALARM BLOCK_SUSPEND
+    AUDIT_READ PERFMON BPF CHECKPOINT_RESTORE""".split())  # by their numbers, from 0
+DOCKER_CAPABILITIES = ["CAP_" + name for name in """
+    CHOWN DAC_OVERRIDE FSETID FOWNER MKNOD NET_RAW SETGID SETUID SETFCAP SETPCAP
+    NET_BIND_SERVICE SYS_CHROOT KILL AUDIT_WRITE""".split()]
+RLIMITS = ("cpu", "fsize", "data", "stack", "core", "rss", "nproc", "nofile",
+           "memlock", "as", "locks", "sigpending", "msgqueue", "nice", "rtprio",
+           "rttime")  # by their numbers, from 0
+DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+PROCESS_OPTIONS = (
+    arg("-i", "--interactive", action="store_true", help="keep standard input open"),
+    arg("-t", "--tty", action="store_true", help="give it a terminal"),
+    arg("-e", "--env", metavar="NAME[=VALUE]", action="append", default=[],
+        help="set a variable, or pass on the host's"),
+    arg("--env-file", metavar="FILE", action="append", default=[],
+        help="variables from a file, a line each"),
+    arg("-w", "--workdir", metavar="DIR", default="", help="directory to start in"),
+    arg("-u", "--user", metavar="USER[:GROUP]", default="", help="names or numbers"),
+)
+PRIVILEGE_OPTIONS = (
+    arg("--group-add", metavar="GROUP", action="append", default=[],
+        help="one more group"),
+    arg("--ulimit", metavar="NAME=SOFT[:HARD]", action="append", default=[],
+        help="a resource limit of setrlimit(2), as nofile=1024"),
+    arg("--security-opt", metavar="OPTION", action="append", default=[],
+        help="no-new-privileges: execve never gains privileges"),
+)
+
+
+# ── the spec ──
+
+def process_spec(options, args):
+    """The spec's process: the program, its variables and where it starts."""
+    if options.workdir and not options.workdir.startswith("/"):
+        raise Fail(f"the working directory {options.workdir!r} is invalid",
+                   "it needs to be an absolute path")
+    env = {"PATH": DEFAULT_PATH}
+    if options.tty:
+        env["TERM"] = "xterm"
+    lines = [(line, name) for name in options.env_file for line in env_lines(name)]
+    for line, origin in lines + [(line, "-e") for line in options.env]:
+        name, equals, value = line.partition("=")
+        if not name or "\0" in line or (origin != "-e" and " " in name):
+            raise Fail(f"{origin}: invalid environment variable: {line!r}",
+                       "NAME=VALUE, or NAME to pass on the host's")
+        if equals or name in os.environ:
+            env[name] = value if equals else os.environ[name]
+    return {
+        "terminal": options.tty, "args": args, "cwd": options.workdir or "/",
+        "env": [f"{name}={value}" for name, value in env.items()],
+        "user": {"uid": 0, "gid": 0, "username": options.user},
+    }
+
+
+def env_lines(name):
+    """The lines of an --env-file that are not empty or a comment."""
+    try:
+        with open(name, encoding="utf-8", errors="surrogateescape") as file:
+            lines = file.read().splitlines()
+    except OSError as error:
+        raise Fail(f"--env-file {name}: {error.strerror}", "a text file") from None
+    return [line.lstrip() for line in lines
+            if line.strip() and not line.lstrip().startswith("#")]
+
+
+def privileges_spec(options):
+    """The parts of the spec's process that say what it may do."""
+    no_new_privileges = False
+    for option in options.security_opt:
+        if option.replace(":", "=") in ("no-new-privileges", "no-new-privileges=true"):
+            no_new_privileges = True
+        elif option.replace(":", "=") != "no-new-privileges=false":
+            raise Fail(f"--security-opt {option}: unknown option",
+                       "no-new-privileges")
+    capabilities = {name: DOCKER_CAPABILITIES
+                    for name in ("bounding", "effective", "permitted")}
+    return {"capabilities": {**capabilities, "inheritable": [], "ambient": []},
+            "noNewPrivileges": no_new_privileges,
+            "rlimits": [rlimit_spec(text) for text in options.ulimit]}
+
+
+def rlimit_spec(text):
+    """The spec's form of --ulimit nofile=1024:2048."""
+    name, _, limits = text.partition("=")
+    soft, _, hard = limits.partition(":")
+    if name not in RLIMITS:
+        raise Fail(f"--ulimit {text}: no such limit: {name!r}", ", ".join(RLIMITS))
+    try:
+        low, high = int(soft), int(hard or soft)
+    except ValueError:
+        raise Fail(f"--ulimit {text}: not a number", f"{name}=SOFT[:HARD]") from None
+    if high != -1 and (low > high or low == -1):
+        raise Fail(f"--ulimit {text}: the soft limit is above the hard one",
+                   f"{name}=SOFT:HARD, -1 for none")
+    return {"type": f"RLIMIT_{name.upper()}", "soft": low, "hard": high}
+
+
+# ── steps ──
+
+def no_more_imports(c):
+    """Step: close Python's import machinery for good (P2)."""
+    sys.meta_path.clear()
+    sys.path_hooks.clear()
+    sys.path.clear()
+
+
+def hide_memory(c):
+    """Step: nobody in the container may look into this process through /proc."""
+    syscall("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0,
+            why="our memory, our descriptors and our interpreter are the host's")
+
+
+def wait_for_go(c):
+    """Step: let the parent do its part first."""
+    c.await_parent()
+
+
+def become_root(c):
+    """Step: root of the user namespace; until the maps were there it was nobody."""
+    set_ids(0, 0, [])
+
+
+def new_session(c):
+    """Step: a session, and a session keyring, of its own."""
+    syscall("setsid", why="no terminal of the host is ours: no TIOCSTI, no Ctrl-C")
+    try:
+        syscall("keyctl", KEYCTL_JOIN_SESSION_KEYRING, f"_ses.{c.id}",
+                why="root's keys stay outside")
+    except OSError as error:
+        if error.errno != errno.ENOSYS:  # a kernel without keyrings has none to hide
+            raise
+
+
+def set_ids(uid, gid, groups):
+    """Become a user for good: real, effective and saved ids, and just these groups."""
+    array = (ctypes.c_uint32 * len(groups))(*groups)
+    syscall("setgroups", len(groups), array, why=f"groups {groups}")
+    syscall("setresgid", gid, gid, gid)
+    syscall("setresuid", uid, uid, uid, why=f"it runs as {uid}:{gid}")
+
+
+def image_table(c, path):
+    """The lines of one of the image's files as lists of fields, or [] if it is none.
+
+    Only a plain file is read: a FIFO or a device there must not stop or feed us.
+    """
+    try:
+        fd = open_inside(c, path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError:
+        return []
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            return []
+        text = os.read(fd, 1 << 20).decode("utf-8", "surrogateescape")
+    finally:
+        os.close(fd)
+    return [line.split(":") for line in text.splitlines()]
+
+
+def look_up(rows, text, what, fields):
+    """The row of a passwd or group table that a name or number means, or None for a
+    number that is not in it."""
+    for row in rows:
+        if len(row) >= fields and row[0] == text and row[2].isdecimal():
+            return row
+    if not (text.isascii() and text.isdecimal() and int(text) < 1 << 31):
+        raise Fail(f"unable to find {what} {text}: no matching entries in {what} file",
+                   f"a name from the image's own files, or a number for any {what}")
+    for row in rows:
+        if len(row) >= fields and row[2] == text:
+            return row
+    return None
+
+
+def find_user(c):
+    """Step: what --user and --group-add mean by the image's own files; also HOME."""
+    user = c.spec["process"]["user"]
+    if "username" not in user:
+        return
+    name, _, group = user["username"].partition(":")
+    groups = image_table(c, "/etc/group")
+    row = look_up(image_table(c, "/etc/passwd"), name or "0", "user", 4)
+    user["uid"] = int(row[2]) if row else int(name or 0)
+    user["gid"] = int(row[3]) if row and row[3].isdecimal() else 0
+    extra = []
+    if group:
+        found = look_up(groups, group, "group", 3)
+        user["gid"] = int(found[2]) if found else int(group)
+    elif row:
+        extra = [int(g[2]) for g in groups if len(g) >= 4 and g[2].isdecimal()
+                 and row[0] in g[3].split(",")]
+    for text in user.get("groupnames", ()):
+        found = look_up(groups, text, "group", 3)
+        extra.append(int(found[2]) if found else int(text))
+    user["additionalGids"] = sorted({user["gid"], *extra})
+    env = c.spec["process"]["env"]
+    if not any(line.startswith("HOME=") for line in env):
+        env.append(f"HOME={row[5] if row and len(row) > 5 and row[5] else '/'}")
+
+
+def enter_cwd(c):
+    """Step: the working directory, found inside, so that it cannot be the host's."""
+    cwd = c.spec["process"]["cwd"]
+    try:
+        place = inside(c, cwd)
+        syscall("fchdir", place.fd, why="--workdir")
+    except OSError as error:
+        code = 127 if error.errno == errno.ENOENT else 126
+        raise Fail(f"working directory {cwd}: {error.strerror}",
+                   "a directory of the image; -w names another", code) from None
+    place.close()
+
+
+def drop_bounding(c):
+    """Step: what leaves the bounding set cannot come back, whatever is executed."""
+    keep = c.spec["process"]["capabilities"]["bounding"]
+    for number, name in enumerate(CAPABILITIES):
+        if name not in keep:
+            try:
+                syscall("prctl", PR_CAPBSET_DROP, number, 0, 0, 0, why=f"no {name}")
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                break  # an older kernel: it has neither this one nor the next
+
+
+@answers("rlimits")
+def set_rlimits(c):
+    """Outside: resource limits, by the host's root, who may also raise them."""
+    for limit in c.spec["process"].get("rlimits", ()):
+        name = limit["type"].removeprefix("RLIMIT_").lower()
+        pair = (ctypes.c_uint64 * 2)(limit["soft"] % 2**64, limit["hard"] % 2**64)
+        try:
+            syscall("prlimit64", c.pid, RLIMITS.index(name), pair, None,
+                    why=f"--ulimit {name}")
+        except PermissionError:
+            raise Fail(f"--ulimit {name}={limit['soft']}:{limit['hard']} is more than "
+                       "this machine lets even root set",
+                       "raising a hard limit takes CAP_SYS_RESOURCE; see "
+                       "`ulimit -a`") from None
+
+
+def ask_for_rlimits(c):
+    """Step: have them set so late that they bind the program and not our own work."""
+    if c.spec["process"].get("rlimits"):
+        c.ask_parent("rlimits")
+
+
+def become_user(c):
+    """Step: the user it runs as, who also owns the terminal."""
+    user = c.spec["process"]["user"]
+    if c.spec["process"].get("terminal"):
+        syscall("fchown", 0, user["uid"], 0xFFFFFFFF, why="the terminal is its own")
+    syscall("umask", user.get("umask", 0o022), why="Docker's mask for new files")
+    set_ids(user["uid"], user["gid"], user.get("additionalGids", []))
+
+
+def set_capabilities(c):
+    """Step: the other four sets, of what is left: a plain user has none to keep."""
+    sets = c.spec["process"]["capabilities"]
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3, this process
+    data = (ctypes.c_uint32 * 6)()  # low words of three sets, then their high words
+    syscall("capget", header, data, why="what may be kept")
+    have = data[1] | data[4] << 32
+    words = []
+    for name in ("effective", "permitted", "inheritable"):
+        bits = sum(1 << CAPABILITIES.index(cap) for cap in sets.get(name, ()))
+        words.append(bits & have)
+    data[:] = [*(word & 0xFFFFFFFF for word in words), *(word >> 32 for word in words)]
+    syscall("prctl", PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0,
+            why="no program inherits any")
+    syscall("capset", header, data, why="just these, from here on")
+
+
+def no_new_privileges(c):
+    """Step: from here on execve never adds privileges."""
+    if c.spec["process"].get("noNewPrivileges"):
+        syscall("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0,
+                why="setuid programs and file capabilities count for nothing")
+
+
+def die_with_parent(c):
+    """Step: a container of the foreground does not outlive the one who waits for it.
+
+    The kernel forgets this wish whenever a process changes its user, hence so late;
+    and if the parent died before, telling it that we are about to run fails.
+    """
+    syscall("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0,
+            why="if the parent is killed, so are we")
+    c.tell_parent(running=True)
+
+
+def close_descriptors(c):
+    """Step: the program gets 0, 1 and 2, and nothing else of ours."""
+    syscall("close_range", 3, 0x7FFFFFFF, CLOSE_RANGE_CLOEXEC,
+            why="all others are closed by execve")
+
+
+# ── the program ──
+
+def become_reaper(c):
+    """Step: with --init, stay behind as process 1: reap orphans, forward signals, end
+    when the program ends.  The program is a child, and goes on with the next step."""
+    if not c.wants_reaper:
+        return
+    program = os.fork()
+    if program == 0:
+        return
+    for fd in (*c.news, *c.orders):
+        if fd >= 0:
+            os.close(fd)  # so that the parent sees the program's execve close the last
+    every = signal.valid_signals()
+    signal.pthread_sigmask(signal.SIG_BLOCK, every)
+    while True:
+        told = signal.sigwaitinfo(every)
+        while told.si_signo == signal.SIGCHLD:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                os._exit(125)
+            if pid == program:
+                code = os.waitstatus_to_exitcode(status)
+                os._exit(code if code >= 0 else 128 - code)
+            if pid == 0:
+                break
+        if told.si_signo != signal.SIGCHLD and told.si_code <= 0:
+            os.kill(program, told.si_signo)  # the terminal's own reach it without us
+
+
+# Execve resets handlers but keeps what is ignored: by Python, a shell or nohup.
+OFTEN_IGNORED = (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGHUP, signal.SIGINT,
+                 signal.SIGQUIT, signal.SIGTERM, signal.SIGCHLD, signal.SIGTSTP,
+                 signal.SIGTTIN, signal.SIGTTOU, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def execute(c):
+    """Step: the last, this process becomes the program."""
+    process = c.spec["process"]
+    for number in OFTEN_IGNORED:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    name, args, env = process["args"][0], process["args"], process["env"]
+    paths = [name] if "/" in name else [
+        f"{directory or '.'}/{name}" for line in env if line.startswith("PATH=")
+        for directory in line[5:].split(":")]
+    refused = None
+    for path in paths:
+        try:
+            syscall("execve", path, args, env, why="the container's program")
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+                refused = refused or (path, error)
+            elif os.path.lexists(path):
+                refused = refused or (path, error)
+    if refused:
+        raise Fail(*explain_exec(*refused))
+    if "/" in name:
+        raise Fail(f"exec {name}: no such file or directory",
+                   "the program must be in the image; is the path right?", 127)
+    raise Fail(f"exec {name!r}: executable file not found in $PATH",
+               "name it with its path, or set PATH with -e", 127)
+
+
+def explain_exec(path, error):
+    """(message, hint, exit code) for a program that is there but was not executed."""
+    if os.path.isdir(path):
+        return f"exec {path}: is a directory", "name a program", 126
+    if error.errno == errno.EACCES:
+        return (f"exec {path}: permission denied",
+                f"is it executable (chmod +x {path}), for this user?", 126)
+    try:
+        head = open_program(path)
+        machine, interpreter = elf_machine(head), interpreter_of(head)
+    except (OSError, ValueError, struct.error):
+        machine = interpreter = ""
+    if machine and machine != os.uname().machine:
+        return (f"exec {path}: a program for {machine}, but this machine is "
+                f"{os.uname().machine}", "use an image for this architecture", 126)
+    if error.errno == errno.ENOENT and interpreter:
+        return (f"exec {path}: the file exists, but its interpreter {interpreter} does "
+                "not", "add the interpreter to the image, or use a static program", 127)
+    if error.errno == errno.ENOENT:
+        return f"exec {path}: a link to nothing", "the image is incomplete", 127
+    if error.errno == errno.ENOEXEC:
+        return (f"exec {path}: exec format error",
+                "neither a program for this machine nor a script that begins with #!",
+                126)
+    return f"exec {path}: {error.strerror}", "", 126
+
+
+def open_program(path):
+    """The first bytes of a program, where its headers are."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        return os.pread(fd, 1 << 16, 0) if stat.S_ISREG(os.fstat(fd).st_mode) else b""
+    finally:
+        os.close(fd)
+
+
+ELF_MACHINES = {3: "i386", 8: "mips", 20: "powerpc", 21: "ppc64", 22: "s390x",
+                40: "arm", 62: "x86_64", 183: "aarch64", 243: "riscv64",
+                258: "loongarch64"}
+
+
+def elf_machine(head):
+    """The machine that an ELF file is for, as uname names it; "" if it is no ELF."""
+    if head[:4] != b"\x7fELF":
+        return ""
+    order = "<" if head[5] == 1 else ">"
+    number = struct.unpack_from(order + "H", head, 18)[0]
+    return ELF_MACHINES.get(number, f"machine {number}")
+
+
+def elf_segments(head):
+    """(type, offset in the file, address, size in the file) of each program header of
+    a 64-bit ELF file; elf(5)."""
+    if head[:5] != b"\x7fELF\x02":
+        return []
+    order = "<" if head[5] == 1 else ">"
+    start = struct.unpack_from(order + "Q", head, 32)[0]
+    length, count = struct.unpack_from(order + "HH", head, 54)
+    return [(kind, offset, address, size_) for kind, _, offset, address, _, size_ in (
+        struct.unpack_from(order + "IIQQQQ", head, start + length * i)
+        for i in range(count))]
+
+
+def interpreter_of(head):
+    """What a program asks the kernel to be started by: its #! line's or ELF's; or ""."""
+    if head[:2] == b"#!":
+        words = head[2:256].split(b"\n")[0].split()
+        return os.fsdecode(words[0]) if words else ""
+    PT_INTERP = 3
+    for kind, offset, _, length in elf_segments(head):
+        if kind == PT_INTERP:
+            return os.fsdecode(head[offset:offset + length].rstrip(b"\0"))
+    return ""
+
+# ══ 6. THE CONTAINER ══════════════════════════════════════════════════════════════
+#
+# Everything above, in order.  A container is started by two processes that take
+# turns: the parent, who is root of the host, and init, who becomes the program.
+#
+#       parent  BEFORE            clone3        OUTSIDE                waits
+#                 │                 │              │ "go"                ▲
+#       init      ·                 └─ waits ──────┴─ BIRTH ── execve ───┘
+#
+# Each is a tuple of steps, and the comment on a step says why it stands where it
+# does.  A new feature is a function in a chapter above and a line here, never an `if`
+# in the middle.  All that a step knows is the Container and the spec in it.
+#
+# They talk over two pipes.  Init's is closed by a successful execve, so that the end
+# of it is the good news; bad news is a line of JSON that ends up in the person's
+# terminal.  The parent's carries "go" and answers; its end means that it is dead.
+
+BEFORE = (              # the parent, before there is another process
+    make_cgroup,        # first: init may be born in it
+    take_sources,       # while our mounts are still the host's
+    open_workshop,      # and now they are not
+)
+OUTSIDE = (             # the parent, while init waits
+    map_ids,            # first: all that belongs to root inside needs to know who it is
+    prepare_sources,    # needs the id maps
+    build_rootfs,       # needs the id maps; last, because init copies it all at "go"
+)
+BIRTH = (               # init, from "go" until it is your program
+    no_more_imports,    # from here on Python's library path may lie inside the image
+    hide_memory,        # before anything of the container runs that could look
+    wait_for_go,        # the ids and the rootfs are there after it
+    join_cgroup,        # before it uses what should be counted
+    become_root,        # of the user namespace: all that follows needs its powers
+    new_session,        # before there is a terminal to belong to it
+    own_the_mounts,     # before the first mount: nothing may leak to the host
+    hold_rootfs,        # pivot needs it to be a mount point of ours
+    mount_all,          # /proc, /sys, /dev, volumes: in the spec's order
+    make_devices,       # in the /dev that was just mounted
+    open_console,       # from the /dev/pts that was just mounted
+    empty_stdin,        # where there is none
+    set_names,
+    loopback_up,
+    mask_paths,         # after all mounts that could lie on top of a mask
+    pivot,              # after every step that needs a path of the host
+    seal_root,          # after every step that makes a place to mount on
+    *(TAIL := (         # what `exec` does too
+        find_user,      # names mean what the image says: its files are / now
+        enter_cwd,      # while we may still enter every directory
+        drop_bounding,  # needs CAP_SETPCAP, so before the user changes
+        ask_for_rlimits,  # as late as may be: they bind us too
+        become_user,    # groups, then user
+        set_capabilities,  # what is left of them after that
+        no_new_privileges,  # nothing is to be gained any more
+        close_descriptors,  # all of ours will end with this program
+        die_with_parent,  # forgotten whenever a user changes, so after that
+        become_reaper,  # with --init: process 1 stays behind, its child goes on
+        execute,
+    )),
+)
+JOIN = (no_more_imports, hide_memory, wait_for_go, join_namespaces, become_root,
+        new_session, open_console, empty_stdin, *TAIL)
+
+
+def init(c, steps):
+    """Take the steps and become the program; never returns."""
+    step = None
+    try:
+        for step in steps:
+            step(c)
+    except BaseException as error:
+        c.report(step, error)
+    os._exit(125)
+
+
+def start(c, before=BEFORE, outside=OUTSIDE, birth=BIRTH):
+    """Make the container that c.spec describes; returns when its program runs.
+
+    After an error all that was made has been undone, and the error is the caller's.
+    """
+    try:
+        c.open_pipes()
+        for step in before:
+            step(c)
+        flags = namespace_flags(c.spec) & ~LATER
+        c.pid, c.pidfd = clone3(flags, c.cgroup.birth_fd, why="the container's init")
+        if c.pid == 0:
+            narration.who = "init"
+            init(c, birth)
+        for step in outside:
+            step(c)
+        c.answer("go")
+        leave_workshop(c)
+        c.listen()
+    except BaseException:
+        end(c)
+        raise
+
+
+def enter(c, running):
+    """Run c's process in the namespaces and the cgroup of a `running` container;
+    returns when it runs.  After an error it is gone."""
+    try:
+        c.open_pipes()
+        c.pid, c.pidfd = clone3(0, why="a process to go in")
+        if c.pid == 0:
+            narration.who = "exec"
+            init(c, JOIN)
+        running.cgroup.add(c.pid)
+        c.answer("go")
+        c.listen()
+    except BaseException:
+        if c.pid > 0:
+            os.kill(c.pid, signal.SIGKILL)
+            c.wait()
+        raise
+
+
+def end(c):
+    """Undo all that start did: the processes, the cgroup, the workshop (P5)."""
+    for undo in (leave_workshop, kill_and_wait, remove_cgroup, Container.close):
+        try:
+            undo(c)
+        except OSError:  # the kernel may refuse once; twice is an error
+            undo(c)
+
+# ══ 8. IMAGES ═════════════════════════════════════════════════════════════════════
+#
+# A layer is a tarball on its way, and a directory at rest.  It is unpacked once, under
+# the digest of the tarball, and every container that uses it sees that directory
+# through an id-mapped mount: owners, modes and setuid bits on disk are the image's own.
+#
+# A tarball is hostile until shown otherwise: names with "..", a symlink and then a
+# file written through it, a hard link to outside.  So Python's tarfile only reads the
+# headers and the data for us; what it names is made here, below a descriptor of the
+# layer, with openat2 and RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS.
+#
+# A layer can also take away.  An entry `.wh.NAME` says that NAME of the layers below
+# is gone, `.wh..wh..opq` that its directory hides all of them; overlay says the same
+# with a character device 0,0 and with an attribute, so that is what they become.
+#
+# The default root file system needs no tarball and no network: it is made of what the
+# host has, a static busybox or else its shell and common tools with the libraries that
+# their headers ask for.  We read those headers ourselves: ldd would run the program.
+#
+# Man pages: tar(5), elf(5), ld.so(8); the OCI image specification, "layer.md".
+
+calls(
+    unlinkat=(263, 35, "dirfd path flags"),
+    linkat=(265, 37, "olddirfd oldpath newdirfd newpath AT_"),
+    fchownat=(260, 54, "dirfd path owner group AT_"),
+)
+
+STORE = os.environ.get("MINICONTAINER_ROOT", "/var/lib/minicontainer")
+
+
+def store(*names):
+    """A path in the store, its directory made if need be."""
+    path = os.path.join(STORE, *names)
+    os.makedirs(os.path.dirname(path), mode=0o711, exist_ok=True)
+    return path
+
+
+def remove_tree(path):
+    """Remove a directory and all that is in it, however deep, without recursion.
+
+    Each pass moves the grandchildren up to the top and removes the emptied children,
+    so no path is longer than two names and no symlink is ever followed.
+    """
+    try:
+        top = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    serial = 0
+    try:
+        while entries := list(os.scandir(top)):
+            for entry in entries:
+                if not entry.is_dir(follow_symlinks=False):
+                    os.unlink(entry.name, dir_fd=top)
+                    continue
+                child = os.open(entry.name, os.O_RDONLY | os.O_DIRECTORY
+                                | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=top)
+                for grandchild in list(os.scandir(child)):
+                    if grandchild.is_dir(follow_symlinks=False):
+                        serial += 1
+                        os.rename(grandchild.name, f".removed-{serial}",
+                                  src_dir_fd=child, dst_dir_fd=top)
+                    else:
+                        os.unlink(grandchild.name, dir_fd=child)
+                os.close(child)
+                os.rmdir(entry.name, dir_fd=top)
+    finally:
+        os.close(top)
+    os.rmdir(path)
+
+
+def new_directory(parent, make):
+    """make(path) in a fresh directory of the store that is removed if it fails.
+
+    An unfinished one is named .new-… and is never looked at by anybody but prune.
+    """
+    path = store(parent, f".new-{os.getpid()}-{os.urandom(4).hex()}")
+    os.mkdir(path, 0o755)
+    try:
+        make(path)
+    except BaseException:
+        remove_tree(path)
+        raise
+    return path
+
+
+def publish(path, name):
+    """Give a finished directory its name in the store, all at once (P3); the loser of
+    a race finds that the same has been made already."""
+    target = os.path.join(os.path.dirname(path), name)
+    try:
+        os.rename(path, target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        remove_tree(path)
+    return target
+
+
+# ── layers from tarballs ──
+
+def layer_of(path):
+    """The directory of a --rootfs: itself, or where its tarball is unpacked."""
+    if os.path.isdir(path):
+        return os.path.realpath(path)
+    if not os.path.exists(path):
+        raise Fail(f"--rootfs {path}: no such file or directory",
+                   "a directory or a tarball; ./rootfs-fetch.sh gets a real one")
+    if not os.path.isfile(path):
+        raise Fail(f"--rootfs {path}: neither a directory nor a tarball", "")
+    import hashlib
+
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    target = store("layers", digest.hexdigest())
+    if os.path.isdir(target):
+        return target
+    return publish(new_directory("layers", lambda top: unpack(path, top)),
+                   digest.hexdigest())
+
+
+def unpack(path, top):
+    """Unpack a tarball (plain, gz, xz or bz2) as a layer into the directory `top`."""
+    import lzma
+    import tarfile
+    import zlib
+
+    fd = os.open(top, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    times = []
+    try:
+        with tarfile.open(path, "r:*", errorlevel=2) as tar:
+            for member in tar:
+                unpack_member(tar, member, fd, times)
+        for directory, when in reversed(times):  # last: making files changes them
+            handle = open_beneath(fd, directory)
+            os.utime(handle, ns=when)
+            os.close(handle)
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise Fail(f"{path}: not a tarball, or a damaged one: {error}",
+                   "a .tar, plain or compressed with gzip, xz or bzip2; "
+                   "fetch it again?") from None
+    except OSError as error:
+        if error.filename:
+            raise
+        raise Fail(f"{path}: not a tarball, or a damaged one: {error}",
+                   "fetch it again?") from None
+    finally:
+        os.close(fd)
+
+
+def open_beneath(top, path, flags=os.O_RDONLY | os.O_DIRECTORY):
+    """A descriptor of a path below `top`, reached through no symlink."""
+    how = open_how(flags=flags | os.O_CLOEXEC | os.O_NOFOLLOW,
+                   resolve=RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS)
+    return syscall("openat2", top, path, how, ctypes.sizeof(how))
+
+
+def open_parent(top, path):
+    """(descriptor of the directory that a member goes into, its name there).
+
+    What is missing on the way is made; what is in the way and is no directory is
+    replaced by one, as a later entry replaces an earlier one."""
+    parts = [part for part in path.split("/") if part not in ("", ".")]
+    if ".." in parts:
+        raise Fail(f"the tarball has a name that leads out of it: {path!r}",
+                   "it is damaged or hostile: do not use it")
+    fd = os.dup(top)
+    for part in parts[:-1]:
+        try:
+            below = open_beneath(fd, part)
+        except OSError as error:
+            if error.errno in (errno.ENOTDIR, errno.ELOOP):
+                os.unlink(part, dir_fd=fd)
+            elif error.errno != errno.ENOENT:
+                raise
+            os.mkdir(part, 0o755, dir_fd=fd)
+            below = open_beneath(fd, part)
+        os.close(fd)
+        fd = below
+    return fd, parts[-1] if parts else "."
+
+
+def unpack_member(tar, member, top, times):
+    """Make one entry of a tarball below `top`; its kind may replace an earlier kind."""
+    parent, name = open_parent(top, member.name)
+    try:
+        if name.startswith(".wh."):
+            whiteout(parent, name)
+            return
+        if name != ".":
+            clear_the_way(parent, name, member.isdir())
+        if member.isdir():
+            if name != "." and not exists_at(parent, name):
+                os.mkdir(name, 0o700, dir_fd=parent)
+            times.append((member.name.strip("/") or ".", member_times(member)))
+        elif member.issym():
+            os.symlink(member.linkname, name, dir_fd=parent)
+        elif member.islnk():
+            source, old = open_parent(top, member.linkname)
+            os.link(old, name, src_dir_fd=source, dst_dir_fd=parent,
+                    follow_symlinks=False)
+            os.close(source)
+            return
+        elif member.ischr() or member.isblk() or member.isfifo():
+            kind = (stat.S_IFCHR if member.ischr() else
+                    stat.S_IFBLK if member.isblk() else stat.S_IFIFO)
+            os.mknod(name, kind | 0o600, os.makedev(member.devmajor, member.devminor),
+                     dir_fd=parent)
+        elif member.isfile():
+            write_member(tar, member, parent, name)
+        else:
+            return
+        set_metadata(member, parent, name)
+    finally:
+        os.close(parent)
+
+
+def exists_at(parent, name):
+    """Whether a directory has an entry of this name, be it a dangling symlink."""
+    try:
+        os.stat(name, dir_fd=parent, follow_symlinks=False)
+        return True
+    except FileNotFoundError:
+        return False
+
+
+def clear_the_way(parent, name, for_directory):
+    """Remove an earlier entry of this name, unless a directory meets a directory."""
+    if exists_at(parent, name):
+        status = os.stat(name, dir_fd=parent, follow_symlinks=False)
+        if not stat.S_ISDIR(status.st_mode):
+            os.unlink(name, dir_fd=parent)
+        elif not for_directory:
+            remove_tree(f"/proc/self/fd/{parent}/{name}")
+
+
+def whiteout(parent, name):
+    """Turn a `.wh.` entry into what overlay understands."""
+    if name == ".wh..wh..opq":
+        os.setxattr(parent, "trusted.overlay.opaque", b"y")
+    else:
+        clear_the_way(parent, name[4:], False)
+        os.mknod(name[4:], stat.S_IFCHR, 0, dir_fd=parent)
+
+
+def write_member(tar, member, parent, name):
+    """The data of a file; a hole in it stays a hole."""
+    fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+                 | os.O_CLOEXEC, 0o600, dir_fd=parent)
+    with tar.extractfile(member) as data, open(fd, "wb") as file:
+        while part := data.read(1 << 20):
+            if part.count(0) == len(part):
+                file.seek(len(part), os.SEEK_CUR)
+            else:
+                file.write(part)
+        file.truncate(member.size)
+
+
+def set_metadata(member, parent, name):
+    """Owner, mode, extended attributes and times, in the order that keeps them all:
+    a chown clears setuid and file capabilities."""
+    os.chown(name, member.uid, member.gid, dir_fd=parent, follow_symlinks=False)
+    path = f"/proc/self/fd/{parent}/{name}"
+    if not member.issym():
+        os.chmod(name, member.mode & 0o7777, dir_fd=parent)
+        for key, value in member.pax_headers.items():
+            if key.startswith("SCHILY.xattr."):
+                os.setxattr(path, key.removeprefix("SCHILY.xattr."),
+                            value.encode("utf-8", "surrogateescape"),
+                            follow_symlinks=False)
+    if not member.isdir():
+        os.utime(name, ns=member_times(member), dir_fd=parent, follow_symlinks=False)
+
+
+def member_times(member):
+    """(access, modification) times in nanoseconds."""
+    return (int(member.mtime * 10**9),) * 2
+
+
+# ── a root file system from nothing ──
+
+TOOLS = """sh bash ls cat cp mv rm mkdir rmdir ln chmod chown id whoami ps kill sleep
+    echo env printf true false test head tail cut tr sort uniq wc grep sed awk find
+    xargs readlink dd df du mount umount hostname uname date stat touch tty stty free
+    top nproc dirname basename seq tee yes less vi ip ping""".split()
+HOST_ROOTFS_FILES = {
+    "etc/passwd": "root:x:0:0:root:/root:/bin/sh\n"
+                  "nobody:x:65534:65534:nobody:/:/bin/false\n",
+    "etc/group": "root:x:0:\ntty:x:5:\nnogroup:x:65534:\n",
+}
+
+
+def default_rootfs():
+    """The directory of the default root file system; made from the host's own files
+    if there is none yet."""
+    default = store("rootfs", "default")
+    if not os.path.isdir(default):
+        made = new_directory("rootfs", make_host_rootfs)
+        publish(made, "host")
+        link = f"{default}.{os.getpid()}"
+        os.symlink("host", link)
+        os.replace(link, default)
+        say(f"no root file system yet: made one from this host's own programs in "
+            f"{STORE}/rootfs/host; ./rootfs-fetch.sh gets a real one (Alpine)")
+    return os.path.realpath(default)
+
+
+def make_host_rootfs(top):
+    """Fill a directory with a root file system of the host's own programs."""
+    import shutil
+
+    for name in ("bin", "dev", "etc", "proc", "root", "sys", "tmp", "usr", "var/tmp"):
+        os.makedirs(f"{top}/{name}", exist_ok=True)
+    for name in ("tmp", "var/tmp"):
+        os.chmod(f"{top}/{name}", 0o1777)
+    os.chmod(f"{top}/root", 0o700)
+    for name, text in HOST_ROOTFS_FILES.items():
+        write_file(f"{top}/{name}", text, create=0o644)
+    busybox = shutil.which("busybox")
+    if busybox and elf_segments(open_program(busybox)) and (
+            not interpreter_of(open_program(busybox))):
+        import subprocess
+
+        copy_in(busybox, top, "/bin/busybox")
+        applets = subprocess.run([busybox, "--list"], capture_output=True, text=True)
+        for applet in applets.stdout.split():
+            if not os.path.lexists(f"{top}/bin/{applet}"):
+                os.symlink("busybox", f"{top}/bin/{applet}")
+        return
+    for tool in TOOLS:
+        if path := shutil.which(tool, path=DEFAULT_PATH):
+            copy_program(path, top, f"/bin/{tool}")
+    if not os.path.exists(f"{top}/bin/sh"):
+        raise Fail("this host has no shell to make a root file system of",
+                   "./rootfs-fetch.sh, or --rootfs DIR")
+
+
+def copy_in(source, top, target):
+    """Copy one file of the host into a root file system, times and mode too."""
+    import shutil
+
+    os.makedirs(os.path.dirname(top + target), exist_ok=True)
+    if not os.path.exists(top + target):
+        shutil.copy2(os.path.realpath(source), top + target)
+
+
+def copy_program(path, top, target):
+    """Copy a program, its interpreter, and every library that these ask for."""
+    copy_in(path, top, target)
+    interpreter = interpreter_of(open_program(os.path.realpath(path)))
+    if interpreter and os.path.exists(interpreter):
+        if not os.path.exists(top + interpreter):
+            copy_program(interpreter, top, interpreter)
+    for library in libraries_of(path):
+        if not os.path.exists(top + library):
+            copy_program(library, top, library)
+
+
+def libraries_of(path):
+    """The paths of the libraries that an ELF file names in its dynamic section."""
+    PT_LOAD, PT_DYNAMIC = 1, 2
+    DT_NEEDED, DT_STRTAB, DT_RPATH, DT_RUNPATH = 1, 5, 15, 29
+    with open(path, "rb") as file:
+        data = file.read()
+    if not any(kind == PT_DYNAMIC for kind, *_ in elf_segments(data)):
+        return []
+    segments, values = elf_segments(data), {}
+    order = "<" if data[5] == 1 else ">"
+    for kind, offset, _, length in segments:
+        if kind == PT_DYNAMIC:
+            for tag, value in struct.iter_unpack(order + "qQ",
+                                                 data[offset:offset + length]):
+                values.setdefault(tag, []).append(value)
+    strings = next(offset + values[DT_STRTAB][0] - address
+                   for kind, offset, address, length in segments if kind == PT_LOAD
+                   and address <= values[DT_STRTAB][0] < address + length)
+
+    def text(tag):
+        return [os.fsdecode(data[strings + at:data.index(b"\0", strings + at)])
+                for at in values.get(tag, ())]
+
+    own = [directory.replace("$ORIGIN", os.path.dirname(os.path.realpath(path)))
+           for joined in text(DT_RUNPATH) + text(DT_RPATH)
+           for directory in joined.split(":")]
+    return [found for name in text(DT_NEEDED)
+            if (found := find_library(name, own, elf_machine(data)))]
+
+
+def find_library(name, first, machine):
+    """Where the dynamic linker would find a library for `machine`; "" if nowhere."""
+    for directory in [*first, *library_directories()]:
+        path = f"{directory}/{name}"
+        if os.path.isfile(path) and elf_machine(open_program(path)) == machine:
+            return os.path.normpath(path)
+    return ""
+
+
+def library_directories():
+    """What /etc/ld.so.conf says, and the directories that are always searched."""
+    import glob
+
+    found, files = [], ["/etc/ld.so.conf"]
+    for file in files:  # grows while we read it
+        try:
+            lines = read_file(file).splitlines()
+        except FileNotFoundError:
+            continue
+        for line in lines:
+            if line.startswith("include "):
+                files.extend(sorted(glob.glob(line.split()[1])))
+            elif line.startswith("/"):
+                found.append(line.strip())
+    triplet = f"{os.uname().machine}-linux-gnu"
+    return [*found, f"/lib/{triplet}", f"/usr/lib/{triplet}", "/lib64", "/usr/lib64",
+            "/lib", "/usr/lib", *glob.glob("/lib/*-linux-musl*")]
+
+# ══ 11. THE SHIM ══════════════════════════════════════════════════════════════════
+#
+# Somebody has to stay with a container while it lives: pass on what is typed and what
+# is shown, hand it the signals that were meant for it, and be there when it ends.
+#
+#       keyboard ──▶ stdin ──▶ ┌────────┐ ──▶ console ┄┄▶ /dev/pts/0 ──▶ program
+#       screen   ◀── stdout ◀─ │ parent │ ◀── console ◀┄┄ /dev/pts/0 ◀──    │
+#       Ctrl-C, kill ────────▶ └────────┘ ◀────────── SIGCHLD ───────────────┘
+#
+# A signal that arrives at any moment is awkward; one that is read from a descriptor
+# is a message like the others.  So the parent blocks signals before there is anything
+# to lose, and reads them from a signalfd in the same poll() as the terminal.
+#
+# With -t the caller's terminal is made raw, so that Ctrl-C and Ctrl-Z are bytes that
+# reach the container's terminal, which turns them into signals inside.  It has to be
+# put back whatever happens, even if the parent is killed with -9; so a second process
+# that does nothing else waits for that.  Without -t the program has the caller's own
+# descriptors, and nothing has to be passed on.
+#
+# Man pages: pty(7), signalfd(2), termios(3), poll(2).
+
+calls(signalfd4=(289, 74, "fd mask size flags"))
+
+FORWARDED = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM,
+             signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGCONT)
+WATCHED = (*FORWARDED, signal.SIGCHLD, signal.SIGWINCH)
+
+
+def hold_signals():
+    """From here on signals wait to be read: nothing below can be interrupted."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED)
+
+
+def open_signals():
+    """A descriptor to read held signals from."""
+    mask = sum(1 << (number - 1) for number in WATCHED)
+    return syscall("signalfd4", -1, ctypes.byref(ctypes.c_uint64(mask)), 8,
+                   os.O_CLOEXEC | os.O_NONBLOCK, why="signals become messages")
+
+
+class raw_terminal:
+    """A context in which the terminal at `fd` passes every byte on as it is."""
+
+    def __init__(self, fd):
+        self.fd = fd
+
+    def __enter__(self):
+        import termios
+        import tty
+
+        self.termios, self.saved = termios, termios.tcgetattr(self.fd)
+        read_end, self.alive = os.pipe()
+        self.guard = os.fork()
+        if self.guard == 0:  # the guard: puts the terminal back if we cannot
+            os.setpgid(0, 0)  # Ctrl-C and a shell's hang-up are not for us
+            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+            os.close(self.alive)
+            os.closerange(3, read_end)
+            os.closerange(read_end + 1, 1024)
+            if os.read(read_end, 1) == b"":
+                termios.tcsetattr(self.fd, termios.TCSANOW, self.saved)
+            os._exit(0)
+        os.close(read_end)
+        tty.setraw(self.fd)
+
+    def __exit__(self, *_):
+        self.termios.tcsetattr(self.fd, self.termios.TCSADRAIN, self.saved)
+        os.write(self.alive, b"!")
+        os.close(self.alive)
+        os.waitpid(self.guard, 0)
+
+
+def copy_window_size(c, terminal):
+    """Tell the container's terminal how large ours is."""
+    import termios
+
+    fcntl.ioctl(c.console, termios.TIOCSWINSZ,
+                fcntl.ioctl(terminal, termios.TIOCGWINSZ, b"\0" * 8))
+
+
+class Attendant:
+    """Who stays with a container that runs in the foreground, until it ends."""
+
+    def __init__(self, c, interactive):
+        self.c = c
+        self.terminal = next((fd for fd in (0, 1, 2) if os.isatty(fd)), None)
+        self.typed = b""  # read from our stdin, not yet taken by the container
+        self.interrupts = 0
+        self.signals = open_signals()
+        self.poll = select.poll()
+        self.poll.register(self.signals, select.POLLIN)
+        self.reads_stdin = interactive and c.console >= 0
+        if c.console >= 0:
+            os.set_blocking(c.console, False)
+            self.poll.register(c.console, select.POLLIN)
+
+    def stay(self):
+        """Pass on bytes and signals until the container has ended; its exit code."""
+        try:
+            while self.c.status is None:
+                if self.c.console >= 0:
+                    self.poll.modify(self.c.console, select.POLLIN
+                                     | (select.POLLOUT if self.typed else 0))
+                    self.watch_stdin(self.reads_stdin and not self.typed)
+                for fd, event in self.poll.poll():
+                    self.serve(fd, event)
+            while self.c.console >= 0 and self.show():
+                pass
+        finally:
+            os.close(self.signals)
+        return self.c.wait()
+
+    def watch_stdin(self, wanted):
+        """Read our standard input only while the container takes what is typed."""
+        if wanted:
+            self.poll.register(0, select.POLLIN)
+        elif self.reads_stdin or wanted is False:
+            try:
+                self.poll.unregister(0)
+            except KeyError:
+                pass
+
+    def serve(self, fd, event):
+        """One thing that poll() found."""
+        if fd == self.signals:
+            self.take_signals()
+        elif fd == 0:
+            self.typed = os.read(0, 1 << 16)
+            if not self.typed:
+                self.reads_stdin, self.typed = False, b"\x04"  # end of file, typed
+        else:
+            if event & select.POLLOUT and self.typed:
+                self.typed = self.typed[os.write(fd, self.typed):]
+            if event & ~select.POLLOUT and not self.show():
+                self.poll.unregister(fd)
+                os.close(fd)
+                self.c.console = -1
+
+    def show(self):
+        """Copy what the container's terminal has for us; False at its end."""
+        try:
+            part = os.read(self.c.console, 1 << 16)
+        except BlockingIOError:
+            return self.c.status is None
+        except OSError:  # EIO: nobody has the other end open any more
+            return False
+        while part:
+            part = part[os.write(1, part):]
+        return True
+
+    def take_signals(self):
+        """Forward signals, follow the window's size, notice the end."""
+        while True:
+            try:
+                record = os.read(self.signals, 128)  # struct signalfd_siginfo
+            except BlockingIOError:
+                return
+            number = struct.unpack_from("I", record)[0]
+            if number == signal.SIGCHLD:
+                pid, status = os.waitpid(self.c.pid, os.WNOHANG)
+                if pid:
+                    self.c.status = status
+            elif number == signal.SIGWINCH:
+                if self.c.console >= 0 and self.terminal is not None:
+                    copy_window_size(self.c, self.terminal)
+            else:
+                self.forward(number)
+
+    def forward(self, number):
+        """Pass a signal on; process 1 may ignore it, so a third Ctrl-C kills."""
+        if number in (signal.SIGINT, signal.SIGTERM):
+            self.interrupts += 1
+            if self.interrupts == 3:
+                say("got 3 SIGTERM/SIGINTs, forcefully exiting")
+                number = signal.SIGKILL
+        if self.c.status is None:
+            os.kill(self.c.pid, number)
+
+
+def attend(c, interactive):
+    """Stay with a started container in the foreground; its exit code."""
+    attendant = Attendant(c, interactive)
+    if c.console < 0 or attendant.terminal is None:
+        return attendant.stay()
+    copy_window_size(c, attendant.terminal)
+    if not (interactive and os.isatty(0)):
+        return attendant.stay()
+    with raw_terminal(0):
+        return attendant.stay()
+
+# ══ 12. THE ENGINE ════════════════════════════════════════════════════════════════
+#
+# What Docker's daemon does for one container, in the process of the one who asked: give
+# it an id, a directory and a range of user ids; write the spec that chapter 6 obeys;
+# make the three files of /etc that a host knows better than an image; start it, stay
+# with it, and clear up.
+#
+#       /var/lib/minicontainer/            (or $MINICONTAINER_ROOT)
+#           rootfs/default                 what `run` uses when no other is named
+#           layers/DIGEST/                 tarballs, unpacked
+#           ids/SLOT                       a range of 65536 ids: a link to its owner
+#           containers/ID/config.json      the spec
+#                         state.json       the pid of process 1, while it runs
+#                         upper/  work/    what the container changed
+#                         hosts hostname resolv.conf
+#           workshop/                      always empty, here; see chapter 4
+#
+# A container's directory is locked (flock) by the process that stays with it.  The
+# kernel drops the lock when that process dies, whatever it died of; so "the lock can be
+# had" means "nobody looks after it", and `system prune` may clear it away.
+
+CONTAINER_IDS = 0x70000000, 65536, 4093  # first id, ids each, ranges: below 2**31
+
+RUN_OPTIONS = (
+    arg("--rootfs", metavar="X", action="append", default=[],
+        help="a directory or tarball to use; repeat it for layers, bottom first"),
+    arg("--rm", action="store_true", help="remove the container when it ends"),
+    arg("--init", action="store_true", help="a small process 1 that reaps orphans"),
+    arg("--stats-at-exit", action="store_true", help="print what it used"),
+)
+
+
+def need_root():
+    """Refuse, in words, to begin what only root can finish."""
+    if os.geteuid() != 0:
+        raise Fail("only root can make containers", f"sudo python3 {sys.argv[0]} …")
+
+
+def lock(path, how):
+    """An open, locked descriptor of a directory, or None if it is somebody else's."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, how)
+        return fd
+    except BlockingIOError:
+        os.close(fd)
+        return None
+
+
+def take_ids(id):
+    """A range of user ids that no other container has: the first of them."""
+    base, count, slots = CONTAINER_IDS
+    taken = set(os.listdir(os.path.dirname(store("ids", "x"))))
+    for slot in range(slots):
+        if str(slot) not in taken:
+            try:
+                os.symlink(id, store("ids", str(slot)))
+                return base + slot * count
+            except FileExistsError:
+                pass
+    raise Fail(f"all {slots} ranges of user ids are taken",
+               "remove containers that have ended: system prune")
+
+
+def host_resolv_conf():
+    """The host's resolv.conf; the one behind it where a local stub is named."""
+    for path in ("/etc/resolv.conf", "/run/systemd/resolve/resolv.conf"):
+        try:
+            text = read_file(path)
+        except FileNotFoundError:
+            continue
+        if "nameserver 127.0.0.53" not in text:
+            return text
+    return ""
+
+
+def etc_files(c, network):
+    """{name: text} of the files that Docker puts into every container's /etc."""
+    name = c.spec.get("hostname") or os.uname().nodename
+    resolv = host_resolv_conf()
+    if network == "host":
+        return {"hostname": name + "\n", "hosts": read_file("/etc/hosts"),
+                "resolv.conf": resolv}
+    lines = [line for line in resolv.splitlines() if not line.startswith("nameserver")
+             or not line.split()[1:2] or not line.split()[1].startswith(("127.", "::1"))]
+    return {
+        "hostname": name + "\n",
+        "hosts": "127.0.0.1\tlocalhost\n"
+                 "::1\tlocalhost ip6-localhost ip6-loopback\n"
+                 "fe00::\tip6-localnet\nff00::\tip6-mcastprefix\n"
+                 "ff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n"
+                 f"127.0.1.1\t{name}\n",
+        "resolv.conf": "".join(line + "\n" for line in lines),
+    }
+
+
+def make_spec(options, id, args):
+    """The OCI runtime spec of a container, as the options describe it."""
+    spec = {
+        "ociVersion": "1.2.0",
+        "root": {"path": "rootfs", "readonly": options.read_only},
+        "mounts": mounts_spec(options),
+        "process": {**process_spec(options, args), **privileges_spec(options)},
+        "linux": {
+            "namespaces": namespaces_spec(options),
+            "cgroupsPath": f"/minicontainer-{id}",
+            "resources": resources_spec(options),
+            "maskedPaths": MASKED_PATHS, "readonlyPaths": READONLY_PATHS,
+        },
+    }
+    if options.uts != "host":
+        spec["hostname"] = options.hostname or id[:12]
+        spec["domainname"] = options.domainname or ""
+        if len(spec["hostname"]) > 64:
+            raise Fail(f"--hostname {options.hostname}: longer than 64 characters")
+        spec["process"]["env"].insert(1, f"HOSTNAME={spec['hostname']}")
+    spec["process"]["user"]["groupnames"] = options.group_add
+    return spec
+
+
+def create(options, layers, args):
+    """A container that has everything but a life: its directory, spec and ids."""
+    id = os.urandom(32).hex()
+    spec = make_spec(options, id, args)
+    directory = store("containers", id)
+    guard = lock(os.path.dirname(directory), fcntl.LOCK_SH)  # prune waits for us
+    try:
+        os.mkdir(directory, 0o711)
+        c = Container(id, spec, directory, layers)
+        c.lock = lock(directory, fcntl.LOCK_EX)
+    finally:
+        os.close(guard)
+    try:
+        base = 0
+        if namespace_flags(spec) & CLONE_NEWUSER:
+            base = take_ids(id)
+            maps = [{"containerID": 0, "hostID": base, "size": CONTAINER_IDS[1]}]
+            spec["linux"].update(uidMappings=maps, gidMappings=maps)
+        c.throw_away, c.wants_stdin = options.rm, options.interactive
+        c.wants_reaper, c.workshop = options.init, store("workshop", "")
+        for name in ("upper", "work"):
+            os.mkdir(f"{directory}/{name}", 0o755)
+            os.chown(f"{directory}/{name}", base, base)
+        os.chmod(f"{directory}/upper", stat.S_IMODE(os.stat(layers[-1]).st_mode))
+        for name, text in etc_files(c, options.network).items():
+            write_file(f"{directory}/{name}", text, create=0o644)
+            os.chown(f"{directory}/{name}", base, base)
+            if not any(m["destination"] == f"/etc/{name}" for m in spec["mounts"]):
+                spec["mounts"].append({
+                    "destination": f"/etc/{name}", "type": "bind",
+                    "source": f"{directory}/{name}", "options": ["bind", "rprivate"]})
+        save(f"{directory}/config.json", spec)
+    except BaseException:
+        remove(c)
+        raise
+    return c
+
+
+def save(path, document):
+    """Replace a JSON file, so that a reader sees the old one or the new one (P3)."""
+    write_file(f"{path}.new", json.dumps(document, indent=1), create=0o600)
+    os.rename(f"{path}.new", path)
+
+
+def remove(c):
+    """Remove a container that has ended, and free its ids."""
+    free_ids(c.id)
+    remove_tree(c.directory)
+    os.close(c.lock)
+
+
+def free_ids(id):
+    """Give a container's range of ids back."""
+    for slot in os.listdir(os.path.dirname(store("ids", "x"))):
+        if os.readlink(store("ids", slot)) == id:
+            os.unlink(store("ids", slot))
+
+
+def choose(options):
+    """(layers, arguments) of what `run` was asked to run."""
+    args = [options.command, *options.args] if options.command else []
+    if options.rootfs:
+        layers = [layer_of(path) for path in options.rootfs]
+    elif args and not args[0].startswith("/"):
+        raise Fail(f"unable to find image {args[0]!r}: images do not exist yet",
+                   "a command of the default root file system begins with /, as in "
+                   "run /bin/sh; --rootfs uses another one")
+    elif args:
+        layers = [default_rootfs()]
+    if not args:
+        raise Fail("no command specified", "as in run /bin/sh")
+    if options.tty and options.interactive and not os.isatty(0):
+        raise Fail("the input device is not a TTY", "leave out -t", 1)
+    return layers, args
+
+
+@command("run", *RUN_OPTIONS, *PROCESS_OPTIONS, *NAMESPACE_OPTIONS, *CGROUP_OPTIONS,
+         *MOUNT_OPTIONS, *PRIVILEGE_OPTIONS,
+         arg("command", nargs="?", metavar="COMMAND", help="program, with its path"),
+         arg("args", nargs="...", metavar="ARG", help="and its arguments"))
+def run_command(options):
+    """Run a command in a new container."""
+    need_root()
+    layers, args = choose(options)
+    hold_signals()
+    c = create(options, layers, args)
+    try:
+        try:
+            start(c)
+        except CannotMapIds as error:
+            say(f"{error.message}: using the host's user namespace (root inside is "
+                "root outside)")
+            remove(c)
+            options.userns = "host"
+            c = create(options, layers, args)
+            start(c)
+        save(f"{c.directory}/state.json", {"pid": c.pid})
+        code = attend(c, options.interactive)
+        used = c.cgroup.measure()
+    except BaseException:
+        remove(c)
+        raise
+    end(c)
+    report_end(c, options, code, used)
+    if options.rm:
+        remove(c)
+    return code
+
+
+def report_end(c, options, code, used):
+    """What a person should know about how it ended."""
+    if used["oom_kills"]:
+        limit = used["memory_limit"]
+        what = "the container" if code == 137 else "a process of the container"
+        where = f"its memory limit of {human(limit)}" if limit else "the host's memory"
+        say(f"the kernel's OOM killer ended {what}: {where} was not enough")
+    if options.stats_at_exit:
+        for line in show_stats(used):
+            print(line, file=sys.stderr)
+
+
+def find_container(name):
+    """(id, directory) of the container whose id begins with `name`."""
+    ids = [id for id in os.listdir(os.path.dirname(store("containers", "x")))
+           if id.startswith(name)]
+    if len(ids) != 1:
+        raise Fail(f"no such container: {name}" if not ids else
+                   f"multiple IDs found with provided prefix: {name}",
+                   "its id, or the beginning of it, is its host name")
+    return ids[0], store("containers", ids[0])
+
+
+@command("exec", *PROCESS_OPTIONS, *PRIVILEGE_OPTIONS,
+         arg("container", metavar="CONTAINER", help="its id, or the beginning of it"),
+         arg("command", metavar="COMMAND", help="program"),
+         arg("args", nargs="...", metavar="ARG", help="and its arguments"))
+def exec_command(options):
+    """Run a command in a running container."""
+    need_root()
+    id, directory = find_container(options.container)
+    spec = json.loads(read_file(f"{directory}/config.json"))
+    try:
+        pid = json.loads(read_file(f"{directory}/state.json"))["pid"]
+        target = syscall("pidfd_open", pid, 0, why="its process 1")
+        if f"minicontainer-{id}" not in read_file(f"/proc/{pid}/cgroup"):
+            raise ProcessLookupError
+    except (FileNotFoundError, ProcessLookupError):
+        raise Fail(f"container {id[:12]} is not running", "it has ended", 1) from None
+    running = Container(id, spec, directory)
+    running.cgroup = Cgroup(spec["linux"]["cgroupsPath"])
+    hold_signals()
+    args = [options.command, *options.args]
+    process = {**process_spec(options, args), **privileges_spec(options)}
+    process["user"]["groupnames"] = options.group_add
+    c = Container(id, {**spec, "process": process}, directory)
+    c.is_new, c.target, c.wants_stdin = False, target, options.interactive
+    enter(c, running)
+    try:
+        return attend(c, options.interactive)
+    finally:
+        c.close()
+
+
+@command("system prune")
+def system_prune_command(options):
+    """Remove all containers that have ended, and what killed commands left behind."""
+    need_root()
+    guard = lock(os.path.dirname(store("containers", "x")), fcntl.LOCK_EX)
+    alive = set()
+    for id in os.listdir(os.path.dirname(store("containers", "x"))):
+        directory = store("containers", id)
+        held = lock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if held is None:
+            alive.add(id)
+            continue
+        Cgroup(f"/minicontainer-{id}").remove()
+        remove_tree(directory)
+        os.close(held)
+        print(id)
+    for slot in os.listdir(os.path.dirname(store("ids", "x"))):
+        if os.readlink(store("ids", slot)) not in alive:
+            os.unlink(store("ids", slot))
+    for parent in ("layers", "rootfs"):
+        top = os.path.dirname(store(parent, "x"))
+        for name in os.listdir(top):
+            maker = name.split("-")[1] if name.startswith(".new-") else ""
+            if maker and not os.path.exists(f"/proc/{maker}"):
+                remove_tree(f"{top}/{name}")
+    os.close(guard)
+
+# ══ 16. COMMAND LINE ══════════════════════════════════════════════════════════════
+#
+# Every command was declared beside its meaning; here the one that was asked for gets
+# its parser, and everything that can go wrong ends in one place: a line that says what,
+# a hint that says what to do, and Docker's exit code.
+
+
+def usage():
+    """What `minicontainer --help` prints."""
+    lines = ["Usage: minicontainer [--explain] COMMAND [OPTIONS]", "",
+             "The container engine you can read.", "", "Commands:"]
+    lines += [f"  {words:14} {function.__doc__.splitlines()[0]}"
+              for words, (function, _) in COMMANDS.items()]
+    return "\n".join([*lines, "", "minicontainer COMMAND --help tells more."])
+
+
+def parse(words, argv):
+    """The options of a command as an object; only this command's parser is built."""
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        """argparse, but a mistake is a Fail like any other."""
+
+        def error(self, message):
+            raise Fail(message, f"see `minicontainer {words} --help`")
+
+    function, options = COMMANDS[words]
+    parser = Parser(f"minicontainer {words}", description=function.__doc__,
+                    allow_abbrev=False, add_help=False)
+    parser.add_argument("--help", action="help", help="show this")
+    parser.add_argument("--explain", nargs="?", const="text", choices=["text", "json"],
+                        help="narrate every request to the kernel")
+    for names, how in options:
+        parser.add_argument(*names, **how)
+    return function, parser.parse_args(argv)
+
+
+def dispatch(argv):
+    """Do what the command line asks; its exit code."""
+    style = os.environ.get("MINICONTAINER_EXPLAIN", "").lower()
+    style = style if style in ("text", "json") else "text" if style else ""
+    while argv and argv[0].startswith("--explain"):
+        style = argv.pop(0).partition("=")[2] or "text"
+    if not argv or argv[0] in ("help", "--help", "-h"):
+        print(usage())
+        return 0
+    words = " ".join(argv[:2]) if " ".join(argv[:2]) in COMMANDS else argv[0]
+    if words not in COMMANDS:
+        raise Fail(f"{words!r} is not a minicontainer command",
+                   "see `minicontainer --help`", 1)
+    if os.uname().machine not in KERNEL_NAMES:
+        raise Fail(f"the system calls of {os.uname().machine} are not known here",
+                   f"known are {' and '.join(KERNEL_NAMES)}")
+    function, options = parse(words, argv[len(words.split()):])
+    if options.explain or style:
+        start_narration(options.explain or style)
+    return function(options) or 0
+
+
+def stop(number, _):
+    """A signal while there is something to undo: unwind, as after an error."""
+    raise SystemExit(128 + number)
+
+
+def main(argv=None):
+    """Run one command line; its exit code.  No traceback ever reaches the person."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, stop)
+    try:
+        return dispatch(list(sys.argv[1:] if argv is None else argv))
+    except Fail as error:
+        say(f"{error.message}" + (f"\n  hint: {error.hint}" if error.hint else ""))
+        return error.code
+    except OSError as error:
+        say(f"{error.filename or 'error'}: {error.strerror}")
+        return 125
+
+
+if __name__ == "__main__":
+    sys.exit(main())
