@@ -606,6 +606,8 @@ def clone3(flags, cgroup_fd=-1, why=""):
         old = args.flags & 0xFFFFFF00 | args.exit_signal  # without _NEWTIME, _INTO_
         pid = syscall("clone", old, None, ctypes.byref(pidfd), None, None,
                       why="clone3 is refused here: no time namespace, then")
+        if pid and cgroup_fd >= 0:
+            write_file(f"/proc/self/fd/{cgroup_fd}/cgroup.procs", str(pid))
     finally:
         if pid == 0:
             python.PyOS_AfterFork_Child()
