@@ -276,7 +276,7 @@ def spell_one(value, word):
     if isinstance(value, list):
         return "[" + ", ".join(spell_one(item, "") for item in value) + "]"
     if word.endswith("_"):
-        return spell_flags(value, word)
+        return spell_flags(value, *word.split("|"))
     if word == "mode":
         return f"0{value:o}"
     if word.endswith("dirfd") and value == AT_FDCWD:
@@ -286,12 +286,12 @@ def spell_one(value, word):
     return str(value) if isinstance(value, (int, ctypes.Structure)) else "…"
 
 
-def spell_flags(value, prefix):
+def spell_flags(value, *prefixes):
     """The names of the flags in `value`: those constants of this file that begin
-    with `prefix`."""
+    with one of the prefixes."""
     names, left = [], value
     for name, flag in globals().items():
-        if name.startswith(prefix) and isinstance(flag, int) and flag:
+        if name.startswith(prefixes) and isinstance(flag, int) and flag:
             if flag == value:
                 return name
             if flag & left == flag:
@@ -1223,7 +1223,7 @@ calls(
     mount=(165, 40, "source target type MS_ data"),
     umount2=(166, 39, "target MNT_"),
     pivot_root=(155, 41, "new_root put_old"),
-    open_tree=(428, 428, "dirfd path OPEN_TREE_"),
+    open_tree=(428, 428, "dirfd path OPEN_TREE_|AT_"),
     move_mount=(429, 429, "dirfd path to_dirfd to_path MOVE_MOUNT_"),
     mount_setattr=(442, 442, "dirfd path AT_ attr size"),
     openat2=(437, 437, "dirfd path how size"),
@@ -1317,8 +1317,9 @@ def mounts_spec(options):
         special("sysfs", "/sys", options.network, [*quiet, "ro"]),
         {"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup",
          "options": [*quiet, "ro"]},
-        special("mqueue", "/dev/mqueue", options.ipc, quiet),
     ]
+    if options.ipc != "host" or os.path.isdir("/dev/mqueue"):
+        mounts.append(special("mqueue", "/dev/mqueue", options.ipc, quiet))
     if options.ipc == "host":
         mounts.append({"destination": "/dev/shm", "type": "bind", "source": "/dev/shm",
                        "options": ["rbind", *quiet]})
@@ -1944,11 +1945,12 @@ def image_table(c, path):
 def look_up(rows, text, what, fields):
     """The row of a passwd or group table that a name or number means, or None for a
     number that is not in it."""
+    file = "passwd" if what == "user" else what
     for row in rows:
         if len(row) >= fields and row[0] == text and row[2].isdecimal():
             return row
     if not (text.isascii() and text.isdecimal() and int(text) < 1 << 31):
-        raise Fail(f"unable to find {what} {text}: no matching entries in {what} file",
+        raise Fail(f"unable to find {what} {text}: no matching entries in {file} file",
                    f"a name from the image's own files, or a number for any {what}")
     for row in rows:
         if len(row) >= fields and row[2] == text:
@@ -2290,7 +2292,8 @@ def init(c, steps):
             step(c)
     except BaseException as error:
         c.report(step, error)
-    os._exit(125)
+    finally:
+        os._exit(125)
 
 
 def start(c, before=BEFORE, outside=OUTSIDE, birth=BIRTH):
@@ -3171,6 +3174,7 @@ def run_command(options):
         code = attend(c, options.interactive)
         used = c.cgroup.measure()
     except BaseException:
+        end(c)
         remove(c)
         raise
     end(c)
@@ -3336,8 +3340,10 @@ def main(argv=None):
         say(f"{error.message}" + (f"\n  hint: {error.hint}" if error.hint else ""))
         return error.code
     except OSError as error:
-        say(f"{error.filename or 'error'}: {error.strerror}")
-        return 125
+        say(f"{error.filename or 'error'}: {error.strerror or error}")
+    except Exception as error:  # a mistake of ours
+        say(f"internal error: {error!r}\n  hint: please report it, with what you did")
+    return 125
 
 
 if __name__ == "__main__":
