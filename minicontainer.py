@@ -254,7 +254,8 @@ def narrate(name, args, began, result, why):
                                 if narration.colour else ("",) * 4)
         mark = red if result.startswith("-1") else bold
         line = (f"{grey}{at:9.3f} ms {took:8.3f} ms{end}  {narration.who:<7} "
-                f"{mark}{call}{end} = {result}" + (f"  {grey}# {why}{end}" if why else ""))
+                f"{mark}{call}{end} = {result}")
+        line += f"  {grey}# {why}{end}" if why else ""
     os.write(narration.fd, line.encode("utf-8", "backslashreplace") + b"\n")
 
 
@@ -762,7 +763,8 @@ def cgroup_trees():
     if os.path.exists(f"{CGROUP_ROOT}/cgroup.controllers"):
         return {}
     trees = {}
-    for line in read_file("/proc/self/mountinfo", why="where v1 trees are").splitlines():
+    mounts = read_file("/proc/self/mountinfo", why="where the v1 trees are")
+    for line in mounts.splitlines():
         left, _, right = line.partition(" - ")
         kind, _, super_options = right.split(" ", 2)
         if kind == "cgroup":
@@ -773,6 +775,9 @@ def cgroup_trees():
 
 
 V1_CONTROLLERS = ("memory", "cpu", "cpuacct", "cpuset", "blkio", "pids", "freezer")
+
+THROTTLES = [(way, unit, f"throttle{way.title()}{unit.upper()}Device")
+             for way in ("read", "write") for unit in ("bps", "iops")]
 
 CGROUP_OPTIONS = (
     arg("-m", "--memory", metavar="BYTES", help="memory limit (64m)"),
@@ -786,7 +791,7 @@ CGROUP_OPTIONS = (
     arg("--blkio-weight", metavar="N", help="share of the disk, 10 to 1000"),
     *(arg(f"--device-{way}-{unit}", metavar="DEVICE:RATE", action="append", default=[],
           help=f"limit {way}s, in {'bytes' if unit == 'bps' else 'requests'} a second")
-      for way in ("read", "write") for unit in ("bps", "iops")),
+      for way, unit, _ in THROTTLES),
 )
 
 
@@ -837,12 +842,9 @@ def resources_spec(o):
         pids["limit"] = whole("--pids-limit", o.pids_limit, 1)
     if o.blkio_weight:
         block["weight"] = whole("--blkio-weight", o.blkio_weight, 10, 1000)
-    for way in ("read", "write"):
-        for unit in ("bps", "iops"):
-            rules = getattr(o, f"device_{way}_{unit}")
-            if rules:
-                key = f"throttle{way.title()}{unit.upper()}Device"
-                block[key] = [throttle(f"--device-{way}-{unit}", r) for r in rules]
+    for way, unit, key in THROTTLES:
+        if asked := getattr(o, f"device_{way}_{unit}"):
+            block[key] = [throttle(f"--device-{way}-{unit}", text) for text in asked]
     found = {"memory": memory, "cpu": cpu, "pids": pids, "blockIO": block}
     return {name: value for name, value in found.items() if value}
 
@@ -906,11 +908,9 @@ LIMITS = (
     ("pids limit", "pids", ("pids.max",), ("pids.max",)),
     ("blockIO weight", "blkio", ("io.bfq.weight io.weight", io_weight),
      ("blkio.bfq.weight blkio.weight",)),
-    *((f"blockIO throttle{way.title()}{unit.upper()}Device", "blkio",
-       ("io.max", rules(f"throttle{way.title()}{unit.upper()}Device", f"{way[0]}{unit}=")),
-       (f"blkio.throttle.{way}_{unit}_device",
-        rules(f"throttle{way.title()}{unit.upper()}Device")))
-      for way in ("read", "write") for unit in ("bps", "iops")),
+    *((f"blockIO {key}", "blkio", ("io.max", rules(key, f"{way[0]}{unit}=")),
+       (f"blkio.throttle.{way}_{unit}_device", rules(key)))
+      for way, unit, key in THROTTLES),
 )
 
 
@@ -964,7 +964,8 @@ class Cgroup:
             for file in ("cpuset.cpus", "cpuset.mems"):
                 parent = os.path.dirname(self.directory("cpuset"))
                 write_file(f"{self.directory('cpuset')}/{file}",
-                           read_file(f"{parent}/{file}"), why="a v1 cpuset starts empty")
+                           read_file(f"{parent}/{file}"),
+                           why="a v1 cpuset starts empty")
         for row in LIMITS:
             section, key = row[0].split()
             if key in resources.get(section, {}):
@@ -1009,8 +1010,8 @@ class Cgroup:
 
     def pids(self):
         """The processes in the group and in the groups below it."""
-        found = set()
-        for top, _, files in os.walk(self.directory("freezer") or self.directories()[0]):
+        found, start = set(), self.directory("freezer") or self.directories()[0]
+        for top, _, files in os.walk(start):
             if "cgroup.procs" in files:
                 found.update(read_file(f"{top}/cgroup.procs").split())
         return sorted(map(int, found))
@@ -1073,8 +1074,9 @@ class Cgroup:
             "io_read": io_sum(self.read("io.stat"), "rbytes="),
             "io_written": io_sum(self.read("io.stat"), "wbytes="),
             "oom_kills": events.get("oom_kill"),
-            "pressure": {kind: first for kind in ("cpu", "memory", "io")
-                         if (first := self.read(f"{kind}.pressure").partition("\n")[0])},
+            "pressure": {kind: text.partition("\n")[0]
+                         for kind in ("cpu", "memory", "io")
+                         if (text := self.read(f"{kind}.pressure"))},
         }
 
     def measure_v1(self):
@@ -1123,7 +1125,7 @@ def wait_for(condition, seconds=10):
     while not condition():
         if time.monotonic() > end:
             raise Fail("the kernel has not finished after 10 seconds",
-                       "is a process of the container stuck? see `ps -eo pid,stat,wchan`")
+                       "is a process stuck? see `ps -eo pid,stat,wchan`")
         time.sleep(0.0005)
 
 
@@ -1132,17 +1134,18 @@ calls(mkdirat=(258, 34, "dirfd path mode"))
 
 def show_stats(used):
     """What a container has used, as lines for the person."""
-    def known(value, form=str):
-        return "-" if value is None else form(value)
+    def show(key, form=str):
+        return "-" if used[key] is None else form(used[key])
 
-    yield (f"cpu     {known(used['cpu_usec'], lambda u: f'{u / 1e6:.3f} s')}, throttled "
-           f"{known(used['cpu_throttled_usec'], lambda u: f'{u / 1e6:.3f} s')}")
-    yield (f"memory  {known(used['memory'], human)}, peak "
-           f"{known(used['memory_peak'], human)}, limit "
-           f"{known(used['memory_limit'], human)}, OOM kills "
-           f"{known(used['oom_kills'])}")
-    yield f"pids    {known(used['pids'])}, limit {known(used['pids_limit'])}"
-    yield f"io      read {human(used['io_read'])}, written {human(used['io_written'])}"
+    def seconds(microseconds):
+        return f"{microseconds / 1e6:.3f} s"
+
+    yield (f"cpu     {show('cpu_usec', seconds)}, "
+           f"throttled {show('cpu_throttled_usec', seconds)}")
+    yield (f"memory  {show('memory', human)}, peak {show('memory_peak', human)}, "
+           f"limit {show('memory_limit', human)}, OOM kills {show('oom_kills')}")
+    yield f"pids    {show('pids')}, limit {show('pids_limit')}"
+    yield f"io      read {show('io_read', human)}, written {show('io_written', human)}"
     for kind, line in used["pressure"].items():
         yield f"{kind} pressure: {line}"
 
@@ -1395,7 +1398,7 @@ def long_mount(text):
         raise Fail(f"--mount {text}: type {kind!r} does not exist yet",
                    "type=bind or type=tmpfs")
     if not os.path.isabs(keys.get("source", "")):
-        raise Fail(f"--mount {text}: the source must be an absolute path", "source=/…")
+        raise Fail(f"--mount {text}: the source must be absolute", "source=/…")
     if not os.path.lexists(keys["source"]):
         raise Fail(f"--mount {text}: bind source path does not exist: "
                    f"{keys['source']}", "make it first; only -v makes it for you")
@@ -2211,7 +2214,7 @@ def elf_segments(head):
 
 
 def interpreter_of(head):
-    """What a program asks the kernel to be started by: its #! line's or ELF's; or ""."""
+    """The interpreter that a script's #! line or an ELF file asks for; or ""."""
     if head[:2] == b"#!":
         words = head[2:256].split(b"\n")[0].split()
         return os.fsdecode(words[0]) if words else ""
@@ -3037,8 +3040,9 @@ def etc_files(c, network):
     if network == "host":
         return {"hostname": name + "\n", "hosts": read_file("/etc/hosts"),
                 "resolv.conf": resolv}
-    lines = [line for line in resolv.splitlines() if not line.startswith("nameserver")
-             or not line.split()[1:2] or not line.split()[1].startswith(("127.", "::1"))]
+    local = ("nameserver 127.", "nameserver ::1")  # not to be reached from inside
+    lines = [line for line in resolv.splitlines()
+             if not " ".join(line.split()).startswith(local)]
     return {
         "hostname": name + "\n",
         "hosts": "127.0.0.1\tlocalhost\n"
@@ -3295,8 +3299,10 @@ def parse(words, argv):
     parser = Parser(f"minicontainer {words}", description=function.__doc__,
                     allow_abbrev=False, add_help=False)
     parser.add_argument("--help", action="help", help="show this")
-    parser.add_argument("--explain", nargs="?", const="text", choices=["text", "json"],
-                        help="narrate every request to the kernel")
+    for style in ("text", "json"):  # the whole word, or it would eat an operand
+        parser.add_argument(*["--explain"] * (style == "text"), f"--explain={style}",
+                            dest="explain", action="store_const", const=style,
+                            help="narrate every request to the kernel")
     for names, how in options:
         parser.add_argument(*names, **how)
     return function, parser.parse_args(argv)
