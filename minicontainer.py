@@ -381,7 +381,6 @@ class Container:
         self.layers = layers  # directories of the host, bottom first
         self.workshop = ""  # an empty directory of the host, to mount the workshop on
         self.throw_away = False  # nothing it writes is kept: --rm
-        self.wants_stdin = True  # otherwise its standard input is empty
         self.wants_reaper = False  # --init: process 1 only reaps and forwards
         self.is_new = True  # False for what `exec` runs in a running one
         self.target = None  # then: the pidfd of the running one's process 1
@@ -393,7 +392,8 @@ class Container:
         self.lock = -1  # keeps `system prune` away while we live
         self.home = None  # where the parent was before it opened the workshop
         self.root_fd = -1  # in init: the container's root, for openat2
-        self.console = -1  # in the parent: the outer end of the terminal
+        self.inner = []  # init's ends of the pipes that become its 0, 1 and 2
+        self.outer = {}  # the parent's: "stdin", "stdout", "stderr", or "console"
         self.news, self.orders = (-1, -1), (-1, -1)  # pipes: init's, the parent's
 
     def open_pipes(self):
@@ -431,10 +431,11 @@ class Container:
 
     def answer(self, word):
         """Send a line to init; that it has died is told by what it said before."""
-        for end_ in (self.news[1], self.orders[0]):  # init's ends, so that we see EOF
-            if end_ >= 0:
-                os.close(end_)
+        for fd in (self.news[1], self.orders[0], *self.inner):
+            if fd >= 0:
+                os.close(fd)  # init's ends, or we would never see the end of its
         self.news, self.orders = (self.news[0], -1), (-1, self.orders[1])
+        self.inner = []
         try:
             os.write(self.orders[1], word.encode() + b"\n")
         except BrokenPipeError:
@@ -467,10 +468,11 @@ class Container:
 
     def close(self):
         """Give back every descriptor."""
-        held = [self.pidfd, self.users, self.console, *self.sources.values(),
-                *self.news, *self.orders]
-        self.pidfd = self.users = self.console = -1
-        self.sources, self.news, self.orders = {}, (-1, -1), (-1, -1)
+        held = [self.pidfd, self.users, *self.sources.values(), *self.inner,
+                *self.outer.values(), *self.news, *self.orders]
+        self.pidfd = self.users = -1
+        self.sources, self.outer, self.inner = {}, {}, []
+        self.news, self.orders = (-1, -1), (-1, -1)
         for fd in held:
             if fd >= 0:
                 os.close(fd)
@@ -1675,15 +1677,29 @@ def open_console(c):
 @answers("console")
 def take_console(c, fd):
     """Outside: init's end of its new terminal becomes ours."""
-    c.console = syscall("pidfd_getfd", c.pidfd, fd, 0, why="the terminal's outer end")
+    c.outer["console"] = syscall("pidfd_getfd", c.pidfd, fd, 0,
+                                 why="the outer end of the terminal")
 
 
-def empty_stdin(c):
-    """Step: without -i or -t, standard input is at its end."""
-    if not (c.wants_stdin or c.spec["process"].get("terminal")):
-        fd = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
-        os.dup2(fd, 0)
-        os.close(fd)
+def open_stdio(c):
+    """Outside: pipes for standard input, output and error, unless it gets a terminal.
+
+    The caller's own descriptors stay outside: a program must not change the modes of
+    a terminal of the host, or reopen its files through /dev/stdout.
+    """
+    if c.spec["process"].get("terminal"):
+        return
+    for name in ("stdin", "stdout", "stderr"):
+        pair = os.pipe() if name == "stdin" else os.pipe()[::-1]
+        os.fchmod(pair[0], 0o666)  # whoever it runs as may open /dev/stdout
+        c.inner.append(pair[0])
+        c.outer[name] = pair[1]
+
+
+def take_stdio(c):
+    """Step: those pipes become descriptors 0, 1 and 2."""
+    for number, fd in enumerate(c.inner):
+        os.dup2(fd, number)
 
 
 def mask_paths(c):
@@ -1899,7 +1915,9 @@ def hide_memory(c):
 
 
 def wait_for_go(c):
-    """Step: let the parent do its part first."""
+    """Step: let the parent do its part first; its lock is not ours to hold."""
+    if c.lock >= 0:
+        os.close(c.lock)
     c.await_parent()
 
 
@@ -2243,6 +2261,7 @@ def interpreter_of(head):
 
 BEFORE = (              # the parent, before there is another process
     make_cgroup,        # first: init may be born in it
+    open_stdio,
     take_sources,       # while our mounts are still the host's
     open_workshop,      # and now they are not
 )
@@ -2263,7 +2282,7 @@ BIRTH = (               # init, from "go" until it is your program
     mount_all,          # /proc, /sys, /dev, volumes: in the spec's order
     make_devices,       # in the /dev that was just mounted
     open_console,       # from the /dev/pts that was just mounted
-    empty_stdin,        # where there is none
+    take_stdio,         # if there is no terminal
     set_names,
     loopback_up,
     mask_paths,         # after all mounts that could lie on top of a mask
@@ -2284,7 +2303,7 @@ BIRTH = (               # init, from "go" until it is your program
     )),
 )
 JOIN = (no_more_imports, hide_memory, wait_for_go, join_namespaces, become_root,
-        new_session, open_console, empty_stdin, *TAIL)
+        new_session, open_console, take_stdio, *TAIL)
 
 
 def init(c, steps):
@@ -2328,6 +2347,7 @@ def enter(c, running):
     returns when it runs.  After an error it is gone."""
     try:
         c.open_pipes()
+        open_stdio(c)
         c.pid, c.pidfd = clone3(0, why="a process to go in")
         if c.pid == 0:
             narration.who = "exec"
@@ -2776,15 +2796,15 @@ def library_directories():
 #       screen   ◀── stdout ◀─ │ parent │ ◀── console ◀┄┄ /dev/pts/0 ◀──    │
 #       Ctrl-C, kill ────────▶ └────────┘ ◀────────── SIGCHLD ───────────────┘
 #
+# With -t there is a terminal in between, else three pipes; both are streams of bytes.
 # A signal that arrives at any moment is awkward; one that is read from a descriptor
 # is a message like the others.  So the parent blocks signals before there is anything
-# to lose, and reads them from a signalfd in the same poll() as the terminal.
+# to lose, and reads them from a signalfd in the same poll() as the streams.
 #
 # With -t the caller's terminal is made raw, so that Ctrl-C and Ctrl-Z are bytes that
 # reach the container's terminal, which turns them into signals inside.  It has to be
 # put back whatever happens, even if the parent is killed with -9; so a second process
-# that does nothing else waits for that.  Without -t the program has the caller's own
-# descriptors, and nothing has to be passed on.
+# that does nothing else waits for that.
 #
 # Man pages: pty(7), signalfd(2), termios(3), poll(2).
 
@@ -2798,13 +2818,6 @@ WATCHED = (*FORWARDED, signal.SIGCHLD, signal.SIGWINCH)
 def hold_signals():
     """From here on signals wait to be read: nothing below can be interrupted."""
     signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED)
-
-
-def open_signals():
-    """A descriptor to read held signals from."""
-    mask = sum(1 << (number - 1) for number in WATCHED)
-    return syscall("signalfd4", -1, ctypes.byref(ctypes.c_uint64(mask)), 8,
-                   os.O_CLOEXEC | os.O_NONBLOCK, why="signals become messages")
 
 
 class raw_terminal:
@@ -2839,101 +2852,95 @@ class raw_terminal:
         os.waitpid(self.guard, 0)
 
 
-def copy_window_size(c, terminal):
-    """Tell the container's terminal how large ours is."""
-    import termios
+class Stream:
+    """Bytes on their way from one descriptor to another."""
 
-    fcntl.ioctl(c.console, termios.TIOCSWINSZ,
-                fcntl.ioctl(terminal, termios.TIOCGWINSZ, b"\0" * 8))
+    def __init__(self, c, source, sink, ours, last=b""):
+        self.c, self.source, self.sink = c, source, sink
+        self.ours = ours  # the name in c.outer of the end that is the container's
+        self.last = last  # what tells the sink that it was all
+        self.data, self.ended = b"", False  # read, not yet written
+
+    def awaited(self):
+        """(descriptor, event) of poll() that lets it move on."""
+        if self.data:
+            return self.sink, select.POLLOUT
+        return self.source, select.POLLIN
+
+    def move(self):
+        """Read some, or write some of what was read; at the end, close our side."""
+        try:
+            if self.data:  # no more than a pipe that is ready takes without waiting
+                self.data = self.data[os.write(self.sink, self.data[:4096]):]
+            elif part := os.read(self.source, 1 << 16):
+                self.data = part
+            else:
+                self.data, self.last, self.ended = self.last, b"", not self.last
+        except OSError:  # EIO: a terminal that nobody has open; EPIPE: nobody reads
+            self.data, self.ended = b"", True
+        if self.ended and self.ours in self.c.outer and self.ours != "console":
+            os.close(self.c.outer.pop(self.ours))
 
 
 class Attendant:
     """Who stays with a container that runs in the foreground, until it ends."""
 
     def __init__(self, c, interactive):
-        self.c = c
-        self.terminal = next((fd for fd in (0, 1, 2) if os.isatty(fd)), None)
-        self.typed = b""  # read from our stdin, not yet taken by the container
-        self.interrupts = 0
-        self.signals = open_signals()
-        self.poll = select.poll()
-        self.poll.register(self.signals, select.POLLIN)
-        self.reads_stdin = interactive and c.console >= 0
-        if c.console >= 0:
-            os.set_blocking(c.console, False)
-            self.poll.register(c.console, select.POLLIN)
+        self.c, self.interrupts = c, 0
+        if "console" in c.outer:
+            console = c.outer["console"]
+            self.inputs = [Stream(c, 0, console, "console", b"\x04")]  # typed Ctrl-D
+            self.outputs = [Stream(c, console, 1, "console")]
+        else:
+            self.inputs = [Stream(c, 0, c.outer["stdin"], "stdin")]
+            self.outputs = [Stream(c, c.outer[name], number, name)
+                            for number, name in ((1, "stdout"), (2, "stderr"))]
+        if not interactive:
+            self.inputs = []
+            if "stdin" in c.outer:
+                os.close(c.outer.pop("stdin"))
 
     def stay(self):
-        """Pass on bytes and signals until the container has ended; its exit code."""
+        """Pass on bytes and signals until the container has ended and all that it
+        wrote is out; its exit code."""
+        mask = sum(1 << (number - 1) for number in WATCHED)
+        signals = syscall("signalfd4", -1, ctypes.byref(ctypes.c_uint64(mask)), 8,
+                          os.O_CLOEXEC | os.O_NONBLOCK, why="signals become messages")
         try:
-            while self.c.status is None:
-                if self.c.console >= 0:
-                    self.poll.modify(self.c.console, select.POLLIN
-                                     | (select.POLLOUT if self.typed else 0))
-                    self.watch_stdin(self.reads_stdin and not self.typed)
-                for fd, event in self.poll.poll():
-                    self.serve(fd, event)
-            while self.c.console >= 0 and self.show():
+            while self.once(signals):
                 pass
         finally:
-            os.close(self.signals)
+            os.close(signals)
         return self.c.wait()
 
-    def watch_stdin(self, wanted):
-        """Read our standard input only while the container takes what is typed."""
-        if wanted:
-            self.poll.register(0, select.POLLIN)
-        elif self.reads_stdin or wanted is False:
-            try:
-                self.poll.unregister(0)
-            except KeyError:
-                pass
+    def once(self, signals):
+        """One turn: wait for something, and do it; False when there is nothing left."""
+        over = self.c.status is not None
+        streams = [s for s in (self.outputs if over else self.inputs + self.outputs)
+                   if not s.ended]
+        poll = select.poll()
+        poll.register(signals, select.POLLIN)
+        for stream in streams:
+            poll.register(*stream.awaited())
+        pending = any(stream.data for stream in streams)
+        ready = dict(poll.poll(0 if over and not pending else None))
+        if signals in ready:
+            self.take_signals(signals)
+        moved = [s for s in streams if s.awaited()[0] in ready]
+        for stream in moved:
+            stream.move()
+        return not over or moved or pending
 
-    def serve(self, fd, event):
-        """One thing that poll() found."""
-        if fd == self.signals:
-            self.take_signals()
-        elif fd == 0:
-            self.typed = os.read(0, 1 << 16)
-            if not self.typed:
-                self.reads_stdin, self.typed = False, b"\x04"  # end of file, typed
+    def take_signals(self, signals):
+        """Forward a signal, follow the window's size, or notice the end."""
+        number = struct.unpack_from("I", os.read(signals, 128))[0]  # signalfd_siginfo
+        if number == signal.SIGCHLD:
+            pid, status = os.waitpid(self.c.pid, os.WNOHANG)
+            self.c.status = status if pid else None
+        elif number == signal.SIGWINCH:
+            copy_window_size(self.c)
         else:
-            if event & select.POLLOUT and self.typed:
-                self.typed = self.typed[os.write(fd, self.typed):]
-            if event & ~select.POLLOUT and not self.show():
-                self.poll.unregister(fd)
-                os.close(fd)
-                self.c.console = -1
-
-    def show(self):
-        """Copy what the container's terminal has for us; False at its end."""
-        try:
-            part = os.read(self.c.console, 1 << 16)
-        except BlockingIOError:
-            return self.c.status is None
-        except OSError:  # EIO: nobody has the other end open any more
-            return False
-        while part:
-            part = part[os.write(1, part):]
-        return True
-
-    def take_signals(self):
-        """Forward signals, follow the window's size, notice the end."""
-        while True:
-            try:
-                record = os.read(self.signals, 128)  # struct signalfd_siginfo
-            except BlockingIOError:
-                return
-            number = struct.unpack_from("I", record)[0]
-            if number == signal.SIGCHLD:
-                pid, status = os.waitpid(self.c.pid, os.WNOHANG)
-                if pid:
-                    self.c.status = status
-            elif number == signal.SIGWINCH:
-                if self.c.console >= 0 and self.terminal is not None:
-                    copy_window_size(self.c, self.terminal)
-            else:
-                self.forward(number)
+            self.forward(number)
 
     def forward(self, number):
         """Pass a signal on; process 1 may ignore it, so a third Ctrl-C kills."""
@@ -2946,16 +2953,26 @@ class Attendant:
             os.kill(self.c.pid, number)
 
 
+def copy_window_size(c):
+    """Tell the container's terminal, if it has one, how large ours is."""
+    import termios
+
+    for fd in (0, 1, 2):
+        if "console" in c.outer and os.isatty(fd):
+            size_ = fcntl.ioctl(fd, termios.TIOCGWINSZ, b"\0" * 8)
+            fcntl.ioctl(c.outer["console"], termios.TIOCSWINSZ, size_)
+            return
+
+
 def attend(c, interactive):
     """Stay with a started container in the foreground; its exit code."""
     attendant = Attendant(c, interactive)
-    if c.console < 0 or attendant.terminal is None:
-        return attendant.stay()
-    copy_window_size(c, attendant.terminal)
-    if not (interactive and os.isatty(0)):
-        return attendant.stay()
-    with raw_terminal(0):
-        return attendant.stay()
+    if "console" in c.outer:
+        copy_window_size(c)
+        if interactive:
+            with raw_terminal(0):
+                return attendant.stay()
+    return attendant.stay()
 
 # ══ 12. THE ENGINE ════════════════════════════════════════════════════════════════
 #
@@ -3096,7 +3113,7 @@ def create(options, layers, args):
             base = take_ids(id)
             maps = [{"containerID": 0, "hostID": base, "size": CONTAINER_IDS[1]}]
             spec["linux"].update(uidMappings=maps, gidMappings=maps)
-        c.throw_away, c.wants_stdin = options.rm, options.interactive
+        c.throw_away = options.rm
         c.wants_reaper, c.workshop = options.init, store("workshop", "")
         for name in ("upper", "work"):
             os.mkdir(f"{directory}/{name}", 0o755)
@@ -3234,7 +3251,7 @@ def exec_command(options):
     process = {**process_spec(options, args), **privileges_spec(options)}
     process["user"]["groupnames"] = options.group_add
     c = Container(id, {**spec, "process": process}, directory)
-    c.is_new, c.target, c.wants_stdin = False, target, options.interactive
+    c.is_new, c.target = False, target
     enter(c, running)
     try:
         return attend(c, options.interactive)

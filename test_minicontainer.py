@@ -928,3 +928,903 @@ def test_version_2_gets_the_values_that_mean_the_same():
                     "/bin/true")["linux"]["resources"]
     assert m.swap_only(spec) == 64 << 20
     assert (m.cpu_weight(spec), m.io_weight(spec)) == (39, 10000)
+
+
+# ══ 4. FILE SYSTEMS ══
+
+@pytest.fixture
+def volume(tmp_path):
+    """A directory of the host with a file of root's in it."""
+    (tmp_path / "v").mkdir()
+    (tmp_path / "v" / "file").write_text("from the host\n")
+    return tmp_path / "v"
+
+
+@root
+def test_layers_are_stacked_bottom_first_and_never_written_to(tmp_path):
+    layers = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "who").write_text(name + "\n")
+        (tmp_path / name / f"only-{name}").write_text("")
+        layers += ["--rootfs", tmp_path / name]
+    base = ["--rootfs", m.default_rootfs()]
+    before = tree(tmp_path)
+    assert sh("cat /who; ls /only-*; echo new > /who; rm /only-one; touch /x; cat /who",
+              *base, *layers) == "two\n/only-one\n/only-two\nnew\n"
+    assert tree(tmp_path) == before
+    assert (tmp_path / "two" / "who").read_text() == "two\n"
+
+
+@root
+def test_two_hundred_layers_and_odd_names_are_no_matter(tmp_path):
+    options = ["--rootfs", m.default_rootfs()]
+    for n in range(200):
+        layer = tmp_path / f"a:b,c\\{n}"
+        layer.mkdir()
+        (layer / f"f{n}").touch()
+        options += ["--rootfs", layer]
+    assert sh("ls / | grep -c '^f[0-9]'", *options) == "200\n"
+
+
+@root
+def test_what_a_container_changes_is_kept_unless_it_is_to_be_removed():
+    result = mini("run", "--hostname", "kept", "/bin/sh", "-c", "echo mine > /mark")
+    assert result.returncode == 0
+    (id,) = os.listdir(f"{STORE}/containers")
+    upper = f"{STORE}/containers/{id}/upper"
+    with open(f"{upper}/mark") as file:
+        assert file.read() == "mine\n"
+    assert os.stat(f"{upper}/mark").st_uid >= 0x70000000
+    assert mini("system", "prune").stdout == id + "\n"
+
+
+@root
+def test_a_read_only_container_can_write_to_its_volumes_only(volume):
+    text = sh("touch /x 2>&1; echo y > /v/new; echo z > /dev/shm/z && cat /v/new",
+              "--read-only", "-v", f"{volume}:/v")
+    assert "Read-only file system" in text and text.endswith("y\n")
+
+
+@root
+def test_a_volume_is_visible_inside_and_roots_files_are_roots(volume):
+    text = sh("cat /data/file; ls -ln /data/file; echo back > /data/answer",
+              "-v", f"{volume}:/data")
+    assert text.startswith("from the host\n") and text.split()[5:7] == ["0", "0"]
+    assert (volume / "answer").read_text() == "back\n"
+    assert (volume / "answer").stat().st_uid == 0
+
+
+@root
+def test_a_file_can_be_a_volume_and_a_missing_source_is_made(volume, tmp_path):
+    assert sh("cat /etc/motd", "-v", f"{volume}/file:/etc/motd:ro") == "from the host\n"
+    assert sh("ls -d /n", "-v", f"{tmp_path}/new/dir:/n") == "/n\n"
+    assert (tmp_path / "new" / "dir").is_dir()
+
+
+@root
+def test_a_read_only_volume_cannot_be_written_to(volume):
+    for how in (["-v", f"{volume}:/v:ro"],
+                ["--mount", f"type=bind,src={volume},dst=/v,readonly"]):
+        result = mini("run", "--rm", *how, "/bin/sh", "-c", "echo x > /v/file")
+        assert "Read-only file system" in result.stderr
+    assert (volume / "file").read_text() == "from the host\n"
+
+
+@root
+def test_a_tmpfs_is_empty_and_as_large_as_asked():
+    text = sh("ls -A /t /u; df -k /t | tail -1; grep ' /u ' /proc/mounts", "--mount",
+              "type=tmpfs,dst=/t,tmpfs-size=2m", "--tmpfs", "/u:size=1m,exec")
+    assert text.splitlines()[3].split()[1] == "2048" and "size=1024k" in text
+
+
+@pytest.mark.parametrize("options, words", [
+    (["-v", "name:/x"], "named volumes"), (["-v", "/x"], "no target"),
+    (["-v", "/tmp:x"], "invalid target"), (["-v", "/tmp:/"], "invalid target"),
+    (["-v", "/tmp:/x:fast"], "unknown option 'fast'"),
+    (["--mount", "type=bind,src=/nosuch,dst=/x"], "does not exist"),
+    (["--mount", "type=volume,src=x,dst=/x"], "'volume'"),
+    (["--mount", "type=bind,src=rel,dst=/x"], "absolute"),
+    (["--mount", "type=bind,colour=red"], "'colour'"),
+    (["-w", "tmp"], "working directory"), (["--ulimit", "x=1"], "no such limit"),
+    (["--ulimit", "nofile=9:1"], "soft limit"), (["--ulimit", "nofile=a"], "number"),
+    (["-e", "=x"], "environment"), (["--env-file", "/nosuch"], "/nosuch"),
+    (["--uts=host", "--hostname", "x"], "--uts host"),
+    (["--hostname", "x" * 65], "64 characters"),
+    (["--security-opt", "bogus"], "bogus"),
+])
+def test_an_option_that_makes_no_sense_is_refused_with_a_hint(options, words):
+    with pytest.raises(m.Fail) as caught:
+        spec_for(*options, "/bin/true")
+    assert words in caught.value.message and caught.value.code == 125
+
+
+@root
+def test_propagation_is_as_asked_for_and_the_host_is_never_disturbed(tmp_path):
+    top = tmp_path / "shared"
+    (top).mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "none", top], check=True)
+    try:
+        (top / "sub").mkdir()
+        how = ["--mount", f"type=bind,src={top},dst=/v,bind-propagation="]
+        subprocess.run(["mount", "--make-private", top], check=True)
+        assert "not a shared mount" in refused("run", how[0], how[1] + "rshared",
+                                               "/bin/true")
+        subprocess.run(["mount", "--make-shared", top], check=True)
+        seen = {}
+        for kind in ("rshared", "rslave", "rprivate"):
+            script = "echo up; read x; ls /v/sub"
+            with running(how[0], how[1] + kind, script=script) as (process, _, _):
+                subprocess.run(["mount", "-t", "tmpfs", "none", top / "sub"], check=True)
+                (top / "sub" / "late").touch()
+                seen[kind] = process.communicate("\n")[0]
+            subprocess.run(["umount", top / "sub"], check=True)
+        assert seen == {"rshared": "late\n", "rslave": "late\n", "rprivate": ""}
+    finally:
+        subprocess.run(["umount", "-R", top], check=True)
+
+
+@root
+def test_dev_holds_what_programs_expect_and_nothing_more():
+    names = sh("ls /dev").split()
+    assert names == sorted(["fd", "full", "mqueue", "null", "ptmx", "pts", "random",
+                            "shm", "stderr", "stdin", "stdout", "tty", "urandom", "zero"])
+    assert sh("echo lost > /dev/null; head -c3 /dev/zero | wc -c; echo via > /dev/stdout"
+              "; [ -c /dev/pts/ptmx ] && echo x > /dev/full 2>/dev/null || echo full"
+              ) == "3\nvia\nfull\n"
+
+
+@root
+def test_a_device_node_inside_is_inert(tmp_path):
+    layer = tmp_path / "layer"
+    (layer / "dev").mkdir(parents=True)
+    os.mknod(layer / "zero", stat.S_IFCHR | 0o666, os.makedev(1, 5))
+    for options in ([], ["--userns", "host"]):
+        result = mini("run", "--rm", *options, "--rootfs", m.default_rootfs(),
+                      "--rootfs", layer, "/bin/sh", "-c",
+                      "head -c1 /zero; mknod /mem c 1 5; head -c1 /mem")
+        assert result.stderr.count("Permission denied") + result.stderr.count(
+            "not permitted") + result.stderr.count("No such file") >= 2
+
+
+@root
+def test_what_tells_about_the_host_is_hidden_and_sysctls_are_read_only():
+    text = sh("cat /proc/keys /proc/timer_list /proc/interrupts | wc -c; "
+              "ls /sys/firmware | wc -l; echo x > /proc/sys/kernel/hostname; "
+              "echo c > /proc/sysrq-trigger; umount /proc/keys 2>/dev/null; "
+              "cat /proc/keys | wc -c; true")
+    assert text.split() == ["0", "0", "0"]
+
+
+@root
+def test_the_host_files_of_etc_are_made_as_docker_makes_them():
+    text = sh("cat /etc/hosts /etc/hostname /etc/resolv.conf; echo 1.2.3.4 x >> "
+              "/etc/hosts && tail -1 /etc/hosts", "--hostname", "box")
+    assert "127.0.0.1\tlocalhost\n" in text and "\nbox\n" in text
+    assert text.endswith("1.2.3.4 x\n")
+    assert "nameserver 127." not in text
+    with open("/etc/hosts") as file:
+        assert sh("cat /etc/hosts", "--network", "host") == file.read()
+
+
+def test_a_resolver_that_only_the_host_can_reach_is_left_out(monkeypatch):
+    files = {"/etc/resolv.conf": "nameserver 127.0.0.53\n",
+             "/run/systemd/resolve/resolv.conf": "search x\nnameserver 9.9.9.9\n"}
+    monkeypatch.setattr(m, "read_file", lambda path: files[path])
+    c = m.Container("f" * 64, {"hostname": "box"}, "")
+    assert m.etc_files(c, "none")["resolv.conf"] == "search x\nnameserver 9.9.9.9\n"
+    files["/etc/resolv.conf"] = "nameserver  127.0.0.1\nnameserver 8.8.8.8\n"
+    assert m.etc_files(c, "none")["resolv.conf"] == "nameserver 8.8.8.8\n"
+
+
+@root
+def test_a_mount_point_that_is_a_symlink_to_the_host_stays_inside(tmp_path):
+    outside, layer = tmp_path / "outside", tmp_path / "layer"
+    outside.mkdir()
+    layer.mkdir()
+    (layer / "trap").symlink_to(outside)
+    (layer / outside.relative_to("/").parts[0]).mkdir()
+    result = mini("run", "--rm", "--rootfs", m.default_rootfs(), "--rootfs", layer,
+                  "--tmpfs", "/trap/deep", "/bin/true")
+    assert "Traceback" not in result.stderr
+    assert list(outside.iterdir()) == []
+
+
+@root
+def test_a_file_system_that_cannot_be_id_mapped_is_announced(volume):
+    def cannot():
+        original = m.kernel
+
+        def kernel(name, args):
+            if name == "mount_setattr" and args[3].attr_set & m.MOUNT_ATTR_IDMAP:
+                raise OSError(errno.EINVAL, "Invalid argument")
+            return original(name, args)
+        m.kernel = kernel
+        return m.main(["run", "--rm", "-v", f"{volume}:/v", "/bin/sh", "-c",
+                       "cat /v/file /proc/self/uid_map"])
+    code, out, err = forked(cannot)
+    assert code == 0 and out.startswith("from the host\n") and "4294967295" in out
+    assert err.count("\n") == 1 and "cannot be id-mapped" in err
+    assert "host's user namespace" in err
+
+
+# ══ 5. PRIVILEGES ══
+
+def status(*options, keys="CapInh CapPrm CapEff CapBnd CapAmb NoNewPrivs Groups"):
+    text = sh("cat /proc/self/status", *options)
+    found = dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line)
+    return {key: found[key].strip() for key in keys.split()}
+
+
+@root
+def test_root_has_dockers_fourteen_capabilities_and_others_have_none():
+    fourteen, none = "00000000a80425fb", "0" * 16
+    for options in ([], ["--userns", "host"]):
+        assert status(*options) == {
+            "CapInh": none, "CapPrm": fourteen, "CapEff": fourteen, "CapBnd": fourteen,
+            "CapAmb": none, "NoNewPrivs": "0", "Groups": "0"}
+        assert status("-u", "1000:50", *options) == {
+            "CapInh": none, "CapPrm": none, "CapEff": none, "CapBnd": fourteen,
+            "CapAmb": none, "NoNewPrivs": "0", "Groups": "50"}
+
+
+@root
+def test_no_new_privs_is_set_when_asked_for():
+    assert status("--security-opt", "no-new-privileges")["NoNewPrivs"] == "1"
+    assert status("--security-opt", "no-new-privileges=false")["NoNewPrivs"] == "0"
+
+
+@pytest.fixture
+def users(tmp_path):
+    """A layer whose passwd and group files have a few people in them."""
+    etc = tmp_path / "users" / "etc"
+    etc.mkdir(parents=True)
+    (etc / "passwd").write_text("root:x:0:0:root:/root:/bin/sh\nada:x:1815:1852::"
+                                "/home/ada:/bin/sh\nbroken line\n77:x:5:6::/:/x\n")
+    (etc / "group").write_text("root:x:0:\nmath:x:1852:\nengine:x:99:bob,ada\nt:x:5:\n")
+    return ["--rootfs", m.default_rootfs(), "--rootfs", tmp_path / "users"]
+
+
+@root
+def test_users_and_groups_are_looked_up_in_the_images_own_files(users):
+    script = "echo $(id -u):$(id -g) $(id -G) $HOME"
+    for user, seen in (("ada", "1815:1852 1852 99 /home/ada"),
+                       ("1815", "1815:1852 1852 99 /home/ada"),
+                       ("ada:engine", "1815:99 99 /home/ada"),
+                       ("ada:7", "1815:7 7 /home/ada"), ("4000", "4000:0 0 /"),
+                       ("4000:4001", "4000:4001 4001 /"), ("77", "5:6 6 /")):
+        text = sh(script, *users, "-u", user).split()
+        assert text[0] == seen.split()[0] and text[-1] == seen.split()[-1]
+        assert set(text[1:-1]) == set(seen.split()[1:-1]), user
+    assert "5" in sh("id -G", *users, "-u", "ada", "--group-add", "t").split()
+
+
+@root
+@pytest.mark.parametrize("user", ["nosuch", "0x", "10foo", "-1", "4294967296",
+                                  "ada:nosuch"])
+def test_an_unknown_user_is_refused(user, users):
+    message = refused("run", "--rm", *users, f"--user={user}", "/bin/true")
+    assert "unable to find" in message and "no matching entries" in message
+
+
+@root
+def test_a_passwd_file_that_is_a_fifo_or_leads_outside_does_no_harm(tmp_path):
+    for n, make in enumerate((os.mkfifo, lambda p: os.symlink("/proc/self/fd/0", p),
+                              os.mkdir)):
+        etc = tmp_path / str(n) / "etc"
+        etc.mkdir(parents=True)
+        make(etc / "passwd")
+        text = sh("while read a b; do [ $a = Uid: ] && echo $b; done "
+                  "< /proc/self/status", "--rootfs", m.default_rootfs(), "--rootfs",
+                  tmp_path / str(n), "-u", "12")
+        assert text.split()[0] == "12"
+
+
+@root
+def test_resource_limits_bind_the_program():
+    assert sh("ulimit -n; ulimit -Hn; ulimit -c", "--ulimit", "nofile=100:200",
+              "--ulimit", "core=0") == "100\n200\n0\n"
+    assert sh("ulimit -n", "--ulimit", "nofile=3:50") == "3\n"
+
+
+@root
+def test_the_session_and_its_keyring_are_the_containers_own():
+    assert sh("cut -d' ' -f6 /proc/self/stat") == "1\n"
+
+    with running() as (_, _, pid):
+        assert os.getsid(pid) == pid
+    shown = mini("run", "--rm", "--explain", "/bin/true").stderr
+    assert re.search(r"keyctl\(KEYCTL_JOIN_SESSION_KEYRING, \"_ses\.\w+\"\) = \d+", shown)
+
+
+@root
+def test_the_program_gets_three_descriptors_and_no_more():
+    result = subprocess.run(
+        ["bash", "-c", "exec 7</ 20</etc 200</usr; exec \"$@\"", "-",
+         *command("run", "--rm", "/bin/sh", "-c", "ls /proc/$$/fd; true")],
+        capture_output=True, text=True)
+    assert set(result.stdout.split()) - {"10"} == {"0", "1", "2"}  # 10: the shell's own
+
+
+@root
+def test_ignored_signals_are_not_inherited():
+    result = subprocess.run(["nohup", *command("run", "--rm", "/bin/cat",
+                                               "/proc/self/status")],
+                            capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    found = dict(line.split(":\t") for line in result.stdout.splitlines()
+                 if line.startswith("Sig"))
+    assert int(found["SigIgn"], 16) == 0 and int(found["SigBlk"], 16) == 0
+
+
+@root
+def test_nothing_is_imported_from_the_image(tmp_path):
+    """A planted module at the interpreter's own paths must not run."""
+    layer = tmp_path / "layer"
+    library = os.path.dirname(os.__file__)
+    for name in ("warnings.py", "traceback.py", "encodings/idna.py", "linecache.py"):
+        path = layer / library.lstrip("/") / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("import os\nos.system('touch /poisoned')\n"
+                        "open('/poisoned', 'w').close()\n")
+    (layer / "etc").mkdir()
+    (layer / "etc" / "nsswitch.conf").write_text("passwd: evil\n")
+    base = ["--rootfs", m.default_rootfs(), "--rootfs", layer]
+    assert sh("ls /poisoned 2>&1 || true", *base, "-u", "12").startswith("ls: ")
+    for how in (["/nosuch"], ["nosuch"], ["-u", "nosuch", "/bin/true"],
+                ["-w", "/nosuch", "/bin/true"]):
+        result = mini("run", *base, *how)
+        assert result.returncode in (125, 127)
+        assert not os.listdir(f"{STORE}/containers")
+
+
+# ══ 6. THE CONTAINER ══
+
+@root
+@pytest.mark.parametrize("args, code, words", [
+    (["/bin/nosuch"], 127, "no such file"),
+    (["/etc"], 126, "is a directory"),
+    (["/etc/passwd"], 126, "permission denied"),
+    (["-w", "/nosuch", "/bin/true"], 127, "working directory /nosuch"),
+    (["-w", "/etc/passwd", "/bin/true"], 126, "working directory"),
+])
+def test_a_program_that_cannot_be_executed_is_named(args, code, words):
+    message = refused("run", "--rm", *args, code=code)
+    assert words in message and "hint:" in message
+
+
+def elf(machine=62, interpreter=b"/lib64/ld-nosuch.so.2"):
+    """A small ELF program that asks for an interpreter."""
+    head = struct.pack("<4s5B7xHHIQQQIHHHHHH", b"\x7fELF", 2, 1, 1, 0, 0, 2, machine, 1,
+                       0x400000, 64, 0, 0, 64, 56, 1, 0, 0, 0)
+    text = interpreter + b"\0"
+    return head + struct.pack("<IIQQQQQQ", 3, 4, 120, 0, 0, len(text), len(text),
+                              1) + text
+
+
+@root
+def test_why_a_program_was_not_executed_is_diagnosed(tmp_path):
+    layer = tmp_path / "layer"
+    layer.mkdir()
+    mine = {"x86_64": 62, "aarch64": 183}[os.uname().machine]
+    other = {62: 183, 183: 62}[mine]
+    programs = {"foreign": elf(other), "orphan": elf(mine), "text": b"just text\n",
+                "script": b"#!/no/such/shell -e\n"}
+    for name, data in programs.items():
+        (layer / name).write_bytes(data)
+        (layer / name).chmod(0o755)
+    (layer / "dangling").symlink_to("/nowhere")
+    base = ["--rootfs", m.default_rootfs(), "--rootfs", layer]
+    for name, code, words in (
+            ("foreign", 126, "a program for"), ("text", 126, "exec format error"),
+            ("orphan", 127, "its interpreter /lib64/ld-nosuch.so.2 does not"),
+            ("script", 127, "its interpreter /no/such/shell does not"),
+            ("dangling", 127, "a link to nothing")):
+        assert words in refused("run", "--rm", *base, f"/{name}", code=code)
+    assert "not found in $PATH" in refused("run", "--rm", *base, "nosuch", code=127)
+
+
+@root
+def test_the_exit_code_is_the_programs():
+    for code in (0, 1, 7, 255):
+        assert mini("run", "--rm", "/bin/sh", "-c", f"exit {code}").returncode == code
+    with running() as (process, _, pid):
+        os.kill(pid, signal.SIGKILL)
+        assert process.wait(30) == 137
+
+
+@root
+def test_only_root_can_make_containers():
+    def as_nobody():
+        os.setresgid(65534, 65534, 65534)
+        os.setresuid(65534, 65534, 65534)
+        return m.main(["run", "/bin/true"])
+    code, _, err = forked(as_nobody)
+    assert code == 125 and "only root" in err and "sudo" in err
+
+
+def test_an_unknown_command_or_flag_is_refused_in_one_line():
+    assert "'nosuch' is not a minicontainer command" in refused("nosuch", code=1)
+    for args in (["run", "--nosuch", "/bin/true"], ["run", "--network", "moon", "/x"],
+                 ["ns", "1", "2"]):
+        message = refused(*args)
+        assert message.count("\n") == 2 and "--help" in message
+
+
+@root
+def test_an_image_name_is_not_mistaken_for_a_command():
+    assert "unable to find image 'alpine'" in refused("run", "alpine", "ls")
+    assert "no command specified" in refused("run")
+
+
+@root
+def test_variables_come_from_options_files_and_the_host(tmp_path):
+    (tmp_path / "env").write_text("# comment\n\nFROM_FILE=f x\nPASSED\nABSENT\n")
+    text = sh("env", "-e", "A=1", "-e", "B=x=y", "-e", "PASSED2", "--env-file",
+              tmp_path / "env", env={"PASSED": "p", "PASSED2": "q", "LEAK": "no"})
+    lines = text.splitlines()
+    for line in ("A=1", "B=x=y", "FROM_FILE=f x", "PASSED=p", "PASSED2=q", "HOME=/root",
+                 f"PATH={m.DEFAULT_PATH}"):
+        assert line in lines
+    assert "LEAK" not in text and "ABSENT" not in text
+
+
+@root
+def test_the_working_directory_is_entered():
+    assert sh("pwd", "-w", "/usr") == "/usr\n"
+
+
+@root
+def test_standard_input_is_empty_unless_it_is_kept_open():
+    assert sh("cat; echo end", stdin="typed") == "end\n"
+    assert sh("cat; echo end", "-i", stdin="typed\n") == "typed\nend\n"
+
+
+@root
+def test_bytes_and_odd_arguments_pass_unchanged():
+    data = bytes(range(256))
+    result = subprocess.run(command("run", "--rm", "-i", "/bin/cat"), input=data,
+                            capture_output=True)
+    assert result.stdout == data
+    assert run("/bin/echo", "--rm", "a  b", "$x", "*") == "--rm a  b $x *\n"
+
+
+@root
+@pytest.mark.timeout(1200)
+def test_after_kill_9_at_any_step_of_birth_prune_restores_the_host():
+    run("/bin/true")
+    before = host()
+    step = 1 if "IN_TEST_VM" not in os.environ else 4
+    for n in range(0, len(m.BIRTH), step):
+        reached, let_go = os.pipe(), os.pipe()
+
+        def stopping(n=n, reached=reached, let_go=let_go):
+            original = m.init
+
+            def init(c, steps):
+                def wait(c):
+                    os.write(reached[1], b"!")
+                    os.read(let_go[0], 1)
+                original(c, (*steps[:n], wait, *steps[n:]))
+            m.init = init
+            return m.main(["run", "--rm", "/bin/sh", "-c", "sleep 60"])
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(0)
+            os.close(let_go[1])
+            os.dup2(os.open("/dev/null", os.O_RDWR), 1)
+            os.dup2(1, 2)
+            os._exit(stopping())
+        os.close(let_go[0])
+        assert os.read(reached[0], 1) == b"!"
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        for fd in (*reached, let_go[1]):
+            os.close(fd)
+        result = mini("system", "prune")
+        assert result.returncode == 0, (n, result.stderr)
+        until(lambda: host() == before)
+
+
+@root
+def test_after_kill_9_of_a_running_container_prune_restores_the_host():
+    for options in ([], ["--pid", "host"], ["--init"]):
+        with running(*options, script="sleep 600 & echo up; read x") as (process, id, _):
+            assert mini("system", "prune").stdout == ""  # it lives: left alone
+            process.kill()
+            process.wait()
+            assert mini("system", "prune").stdout == id + "\n"
+            assert our_cgroups() == []
+
+
+@root
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_at_any_moment_leaves_nothing_behind(number):
+    """Ctrl-C while requests 1, 6, 11 … of all are made."""
+    run("/bin/true")
+    args = ("run", "--rm", "/bin/sh", "-c", "trap 'exit 42' INT TERM HUP; "
+            "while :; do sleep 0.05; done")
+    total = count_requests("run", "--rm", "/bin/true")
+    for n in range(1, total, 9 if "IN_TEST_VM" not in os.environ else 40):
+        counter = mmap.mmap(-1, 8)
+
+        def interrupted(n=n, counter=counter):
+            original, parent = m.request, os.getpid()
+
+            def request(*asked):
+                count = struct.unpack("q", counter[:8])[0] + 1
+                counter[:8] = struct.pack("q", count)
+                if count == n and os.getpid() == parent:
+                    os.kill(parent, number)
+                elif count == n:
+                    counter[:8] = struct.pack("q", count - 1)
+                return original(*asked)
+            m.request = request
+            return m.main(list(args))
+        if n > total - 15:
+            continue
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(0)
+            os.dup2(os.open("/dev/null", os.O_RDWR), 2)
+            os._exit(interrupted())
+        for _ in range(3):  # the first may be lost on a shell that has no trap yet
+            with contextlib.suppress(AssertionError):
+                until(lambda pid=pid: os.waitid(
+                    os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT), 3)
+                break
+            os.kill(pid, number)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        assert code in (42, 128 + number, 137), (n, code)
+        assert our_cgroups() == [] and os.listdir(f"{STORE}/containers") == []
+
+
+# ══ 8. IMAGES ══
+
+@root
+def test_a_tarball_is_unpacked_once_and_kept_by_its_digest(tmp_path, busybox):
+    for mode, suffix in (("w", ".tar"), ("w:gz", ".tar.gz"), ("w:xz", ".tar.xz"),
+                         ("w:bz2", ".tar.bz2")):
+        path = make_tar(tmp_path / f"x{suffix}", ("bin", {"type": tarfile.DIRTYPE,
+                                                          "mode": 0o755}),
+                        ("bin/busybox", binary(busybox)),
+                        ("bin/cat", {"type": tarfile.SYMTYPE, "linkname": "busybox"}),
+                        ("hello", suffix.encode() + b"\n"), mode=mode)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        for _ in range(2):
+            assert run("--rootfs", path, "/bin/cat", "/hello") == suffix + "\n"
+        made = os.stat(f"{STORE}/layers/{digest}").st_mtime_ns
+        run("--rootfs", path, "/bin/cat", "/hello")
+        assert os.stat(f"{STORE}/layers/{digest}").st_mtime_ns == made
+
+
+@root
+def test_layers_keep_owners_modes_links_attributes_devices_and_times(tmp_path):
+    path = make_tar(
+        tmp_path / "x.tar",
+        ("d", {"type": tarfile.DIRTYPE, "mode": 0o1770, "uid": 5, "gid": 6,
+               "mtime": 1234567890.25}),
+        ("d/setuid", binary(b"x", 0o4755, uid=7, gid=8)),
+        ("d/hard", {"type": tarfile.LNKTYPE, "linkname": "d/setuid"}),
+        ("d/soft", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd", "uid": 9}),
+        ("d/none", {"type": tarfile.DIRTYPE, "mode": 0}),
+        ("d/none/in", b"hidden"),
+        ("d/cap", binary(b"c", pax_headers={
+            "SCHILY.xattr.user.colour": "red"})),
+        ("d/null", {"type": tarfile.CHRTYPE, "devmajor": 1, "devminor": 3}),
+        ("d/fifo", {"type": tarfile.FIFOTYPE, "mode": 0o600}),
+        ("d/holes", b"\0" * (3 << 20) + b"end"),
+        ("d/" + "long" * 60, b"long"))
+    top = m.layer_of(str(path))
+    d = os.path.join(top, "d")
+    s = os.lstat(d)
+    assert (s.st_mode & 0o7777, s.st_uid, s.st_gid) == (0o1770, 5, 6)
+    assert s.st_mtime_ns == 1234567890250000000
+    s = os.lstat(f"{d}/setuid")
+    assert (s.st_mode & 0o7777, s.st_uid, s.st_nlink) == (0o4755, 7, 2)
+    assert os.readlink(f"{d}/soft") == "/etc/passwd" and os.lstat(f"{d}/soft").st_uid == 9
+    assert os.getxattr(f"{d}/cap", "user.colour") == b"red"
+    s = os.lstat(f"{d}/null")
+    assert stat.S_ISCHR(s.st_mode) and s.st_rdev == os.makedev(1, 3)
+    assert stat.S_ISFIFO(os.lstat(f"{d}/fifo").st_mode)
+    s = os.lstat(f"{d}/holes")
+    assert s.st_size == (3 << 20) + 3 and s.st_blocks * 512 < 1 << 20
+    assert os.path.exists(f"{d}/{'long' * 60}")
+    assert stat.S_IMODE(os.lstat(f"{d}/none").st_mode) == 0
+    m.remove_tree(top)
+
+
+@root
+def test_a_layer_can_take_away_what_is_below_it(tmp_path):
+    below, above = tmp_path / "below.tar", tmp_path / "above.tar"
+    make_tar(below, ("gone", b"x"), ("kept", b"x"), ("dir/old", b"x"), ("kind/f", b"x"))
+    make_tar(above, (".wh.gone", b""), ("dir/.wh..wh..opq", b""), ("dir/new", b"x"),
+             ("kind", b"now a file"))
+    text = sh("ls -d /gone /kept /dir/* /kind 2>/dev/null; cat /kind", "--rootfs",
+              m.default_rootfs(), "--rootfs", below, "--rootfs", above)
+    assert text == "/kept\n/dir/new\n/kind\nnow a file"
+    for name in os.listdir(f"{STORE}/layers"):
+        m.remove_tree(f"{STORE}/layers/{name}")
+
+
+@root
+@pytest.mark.parametrize("members", [
+    [("../escaped", b"x")], [("a/../../escaped", b"x")],
+    [("l", {"type": tarfile.SYMTYPE, "linkname": "OUTSIDE"}), ("l/escaped", b"x")],
+    [("l", {"type": tarfile.SYMTYPE, "linkname": "OUTSIDE"}),
+     ("l", {"type": tarfile.DIRTYPE}), ("l/escaped", b"x")],
+    [("h", {"type": tarfile.LNKTYPE, "linkname": "../escaped"})],
+    [("l", {"type": tarfile.SYMTYPE, "linkname": "OUTSIDE/victim"}), ("l", b"x")],
+    [("l", {"type": tarfile.SYMTYPE, "linkname": "OUTSIDE"}), ("l/.wh.victim", b"")],
+    [("OUTSIDE/escaped", b"x")],
+    [("d", {"type": tarfile.DIRTYPE}), ("d/f", b"x"),
+     ("d", {"type": tarfile.SYMTYPE, "linkname": "OUTSIDE"}), ("d/escaped", b"x")],
+])
+def test_a_hostile_tarball_reaches_nothing_outside_its_layer(tmp_path, members):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "victim").write_text("untouched")
+    fixed = [(n.replace("OUTSIDE", str(outside)),
+              w if isinstance(w, bytes) else
+              {k: v.replace("OUTSIDE", str(outside)) if isinstance(v, str) else v
+               for k, v in w.items()}) for n, w in members]
+    path = make_tar(tmp_path / "evil.tar", *fixed)
+    made = None
+    with contextlib.suppress(m.Fail, OSError):
+        made = m.layer_of(str(path))
+    assert os.listdir(outside) == ["victim"]
+    assert (outside / "victim").read_text() == "untouched"
+    assert not os.path.exists(tmp_path / "escaped")
+    if made:
+        m.remove_tree(made)
+
+
+@root
+def test_a_missing_or_damaged_tarball_is_refused_and_nothing_stays(tmp_path):
+    good = make_tar(tmp_path / "good.tar.gz", ("f", os.urandom(100000)), mode="w:gz")
+    data = good.read_bytes()
+    flipped = bytearray(data)
+    flipped[50000] ^= 0xFF
+    for name, content in (("short.tgz", data[:5000]), ("text.tar", b"not a tarball"),
+                          ("empty.tar", b""), ("flipped.tgz", bytes(flipped))):
+        (tmp_path / name).write_bytes(content)
+        message = refused("run", "--rootfs", tmp_path / name, "/bin/true")
+        assert "damaged" in message and name in message
+    assert "no such file" in refused("run", "--rootfs", tmp_path / "none", "/bin/true")
+    assert "neither" in refused("run", "--rootfs", "/dev/null", "/bin/true")
+    assert tree(f"{STORE}/layers") == []
+
+
+@root
+def test_a_tree_is_removed_however_deep_and_no_link_is_followed(tmp_path):
+    top, outside = tmp_path / "top", tmp_path / "outside"
+    outside.mkdir()
+    (outside / "f").touch()
+    top.mkdir()
+    fd = os.open(top, os.O_RDONLY)
+    for _ in range(3000):
+        os.mkdir("d" * 20, dir_fd=fd)
+        os.symlink(outside, "link", dir_fd=fd)
+        below = os.open("d" * 20, os.O_RDONLY, dir_fd=fd)
+        os.close(fd)
+        fd = below
+    os.close(fd)
+    m.remove_tree(str(top))
+    assert not top.exists() and (outside / "f").exists()
+
+
+@root
+def test_without_busybox_the_hosts_own_shell_and_libraries_are_taken(tmp_path):
+    if shutil.which("busybox"):
+        (tmp_path / "bin").mkdir()
+        path = str(tmp_path / "bin")
+        for tool in m.TOOLS:
+            if found := shutil.which(tool, path=m.DEFAULT_PATH):
+                (tmp_path / "bin" / tool).symlink_to(os.path.realpath(found))
+    else:
+        path = os.environ["PATH"]
+    store = tmp_path / "store"
+    env = {"MINICONTAINER_ROOT": str(store), "PATH": path}
+    result = mini("run", "--rm", "/bin/sh", "-c",
+                  "ls / > /dev/null && cat /etc/passwd && echo $((6*7))", env=env)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.endswith("42\n") and "root:x:0:0" in result.stdout
+    assert result.stderr.count("\n") == 1 and "rootfs-fetch.sh" in result.stderr
+    assert not (store / "rootfs" / "host" / "bin" / "busybox").exists()
+    again = mini("run", "--rm", "/bin/sh", "-c", "echo hi", env=env)
+    assert (again.stdout, again.stderr) == ("hi\n", "")
+
+
+@root
+def test_two_first_runs_at_once_make_one_root_file_system(tmp_path):
+    env = {**os.environ, "MINICONTAINER_ROOT": str(tmp_path / "store")}
+    both = [subprocess.Popen(command("run", "--rm", "/bin/sh", "-c", "echo $$"),
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env,
+                             text=True) for _ in range(4)]
+    assert [p.communicate()[0] for p in both] == ["1\n"] * 4
+    assert sorted(os.listdir(tmp_path / "store" / "rootfs")) == ["default", "host"]
+
+
+# ══ 11. THE SHIM ══
+
+@root
+def test_a_terminal_is_real_and_follows_the_windows_size():
+    t = Terminal("run", "--rm", "-it", "/bin/sh")
+    fcntl.ioctl(t.fd, termios.TIOCSWINSZ, struct.pack("4H", 33, 77, 0, 0))
+    t.expect(r"# $")
+    os.kill(t.pid, signal.SIGWINCH)
+    t.type("tty; [ -t 0 ] && echo is''tty; stty size\n")
+    t.expect(r"/dev/pts/0\s+istty\s+33 77")
+    fcntl.ioctl(t.fd, termios.TIOCSWINSZ, struct.pack("4H", 20, 60, 0, 0))
+    t.type("while [ \"$(stty size)\" != '20 60' ]; do :; done; echo re''sized\n")
+    t.expect("resized")
+    t.type("ls -l /dev/console; exit 5\n")
+    assert t.end() == 5
+    assert re.search(r"crw.* 136, ", t.seen)
+
+
+@root
+def test_ctrl_c_and_ctrl_z_arrive_inside():
+    t = Terminal("run", "--rm", "-it", "/bin/sh")
+    t.expect(r"# $")
+    t.type("sleep 1000\n")
+    t.expect("sleep 1000")
+    until(lambda: inner_command("sleep"))
+    t.type("\x03")
+    t.expect(r"# $")
+    t.type("sleep 2000\n")
+    until(lambda: inner_command("sleep"))
+    t.type("\x1a")
+    t.expect(r"(?i)stopped")
+    t.type("kill %1; fg; exit 0\n")
+    t.end()
+
+
+def inner_command(name):
+    """Pids of processes of that name in containers."""
+    found = []
+    for pid in our_processes():
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/comm") as file:
+            if file.read().strip() == name:
+                found.append(pid)
+    return found
+
+
+@root
+@pytest.mark.parametrize("how", ["exit", "kill", "kill -9"])
+def test_the_callers_terminal_is_restored_whatever_happens(how):
+    outer, inner = pty.openpty()
+    before = termios.tcgetattr(inner)
+    pid = os.fork()
+    if pid == 0:
+        os.setsid()
+        fcntl.ioctl(inner, termios.TIOCSCTTY, 0)
+        for fd in (0, 1, 2):
+            os.dup2(inner, fd)
+        os.execv(PYTHON, command("run", "--rm", "-it", "/bin/sh"))
+    seen = b""
+    while b"# " not in seen:
+        assert select.select([outer], [], [], 30)[0]
+        seen += os.read(outer, 1000)
+    assert termios.tcgetattr(inner) != before
+    if how == "exit":
+        os.write(outer, b"exit\n")
+    else:
+        os.kill(pid, signal.SIGKILL if how == "kill -9" else signal.SIGTERM)
+    if how == "kill":  # process 1 ignores a SIGTERM that it has no handler for
+        os.kill(pid, signal.SIGTERM)
+        time.monotonic()
+        until(lambda: (os.kill(pid, signal.SIGTERM), os.waitid(
+            os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT))[1])
+    os.waitpid(pid, 0)
+    until(lambda: termios.tcgetattr(inner) == before)
+    os.close(inner)
+    os.close(outer)
+    if how == "kill -9":
+        until(lambda: our_processes() == set())
+        assert mini("system", "prune").returncode == 0
+
+
+@root
+def test_all_output_arrives_before_the_end():
+    t = Terminal("run", "--rm", "-t", "/bin/sh", "-c",
+                 "i=0; while [ $i -lt 20000 ]; do echo line $i; i=$((i+1)); done")
+    assert t.end() == 0
+    assert t.seen.rstrip().endswith("line 19999") and t.seen.count("line") == 20000
+
+
+@root
+def test_input_that_is_no_terminal_is_refused_for_a_terminal():
+    assert "not a TTY" in refused("run", "-it", "/bin/sh", code=1)
+
+
+@root
+def test_signals_are_forwarded():
+    script = "trap 'echo got; exit 6' TERM; echo up; while :; do sleep 0.05; done"
+    with running(script=script) as (process, _, _):
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout.read() == "got\n"
+        assert process.wait(30) == 6
+
+
+@root
+def test_a_third_ctrl_c_ends_a_program_that_ignores_it():
+    with running(script="echo up; while :; do sleep 0.05; done") as (process, _, _):
+        def interrupt():
+            process.send_signal(signal.SIGINT)
+            return process.poll()
+        assert until(interrupt) == 137
+        assert "forcefully exiting" in process.stderr.read()
+
+
+@root
+def test_init_reaps_orphans_and_passes_signals_on():
+    text = sh("(sleep 0.01 & ) ; sleep 0.1; echo $$; ls -d /proc/[0-9]*; "
+              "cat /proc/1/stat | cut -d' ' -f4; grep -h State /proc/[0-9]*/status",
+              "--init")
+    assert text.splitlines()[0] == "2" and "zombie" not in text
+    assert mini("run", "--rm", "--init", "/bin/sh", "-c", "exit 9").returncode == 9
+    script = "trap 'exit 6' TERM; echo up; while :; do sleep 0.05; done"
+    with running("--init", script=script) as (process, _, pid):
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 6
+    with running("--init", script="echo up; exec sleep 60") as (process, _, _):
+        process.send_signal(signal.SIGTERM)  # a child has no such immunity
+        assert process.wait(30) == 143
+
+
+@root
+def test_the_reaper_cannot_be_looked_into():
+    shown = mini("run", "--rm", "--init", "/bin/sh", "-c",
+                 "cat /proc/1/maps; ls /proc/1/fd; cat /proc/1/exe").stderr
+    assert shown.count("Permission denied") >= 2
+
+
+# ══ 12. THE ENGINE ══
+
+@root
+def test_prune_removes_what_ended_and_leaves_what_lives(tmp_path):
+    assert mini("run", "/bin/true").returncode == 0
+    os.makedirs(f"{STORE}/layers", exist_ok=True)
+    os.mkdir(f"{STORE}/layers/.new-4194999-dead")
+    with running() as (_, id, _):
+        ended = set(os.listdir(f"{STORE}/containers")) - {id}
+        assert mini("system", "prune").stdout.split() == sorted(ended)
+        assert os.listdir(f"{STORE}/containers") == [id]
+        assert not os.path.exists(f"{STORE}/layers/.new-4194999-dead")
+        assert mini("exec", id, "/bin/true").returncode == 0
+
+
+@root
+@pytest.mark.timeout(600)
+def test_fifty_containers_start_and_end_eight_at_a_time():
+    total = 50 if "IN_TEST_VM" not in os.environ else 16
+    alive, ended = [], []
+    for _ in range(total):
+        alive.append(subprocess.Popen(command("run", "--rm", "/bin/sh", "-c", "exit 3")))
+        if len(alive) == 8:
+            ended.append(alive.pop(0).wait(120))
+    ended += [p.wait(120) for p in alive]
+    assert ended == [3] * total
+
+
+@root
+def test_no_free_range_of_ids_is_an_error_in_words():
+    def full():
+        m.CONTAINER_IDS = (*m.CONTAINER_IDS[:2], 0)
+        return m.main(["run", "/bin/true"])
+    code, _, err = forked(full)
+    assert code == 125 and "system prune" in err
+
+
+# ══ 16. COMMAND LINE ══
+
+def test_a_mistake_of_ours_is_no_traceback_either(monkeypatch, capsys):
+    monkeypatch.setitem(m.COMMANDS, "ns", (lambda o: 1 // 0, ()))
+    assert m.main(["ns"]) == 125
+    assert "internal error" in capsys.readouterr().err
+
+
+def test_a_processor_that_is_not_known_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(m, "KERNEL_NAMES", ("vax",))
+    assert m.main(["ns"]) == 125
+    assert "system calls" in capsys.readouterr().err
