@@ -2356,9 +2356,7 @@ def enter(c, running):
         c.answer("go")
         c.listen()
     except BaseException:
-        if c.pid > 0:
-            os.kill(c.pid, signal.SIGKILL)
-            c.wait()
+        kill_and_wait(c)
         raise
 
 
@@ -2504,6 +2502,8 @@ def unpack(path, top):
         with tarfile.open(path, "r:*", errorlevel=2) as tar:
             for member in tar:
                 unpack_member(tar, member, fd, times)
+            while tar.fileobj.read(1 << 20):
+                pass  # gzip and xz have their checksum at the very end
         for directory, when in reversed(times):  # last: making files changes them
             handle = open_beneath(fd, directory)
             os.utime(handle, ns=when)
@@ -3141,16 +3141,19 @@ def save(path, document):
 
 def remove(c):
     """Remove a container that has ended, and free its ids."""
-    free_ids(c.id)
+    free_ids(lambda id: id != c.id)
     remove_tree(c.directory)
     os.close(c.lock)
 
 
-def free_ids(id):
-    """Give a container's range of ids back."""
+def free_ids(still):
+    """Give back the ranges of ids whose container's id is not one that still(id)."""
     for slot in os.listdir(os.path.dirname(store("ids", "x"))):
-        if os.readlink(store("ids", slot)) == id:
-            os.unlink(store("ids", slot))
+        try:
+            if not still(os.readlink(store("ids", slot))):
+                os.unlink(store("ids", slot))
+        except FileNotFoundError:  # its owner has just done the same
+            pass
 
 
 def choose(options):
@@ -3275,9 +3278,7 @@ def system_prune_command(options):
         remove_tree(directory)
         os.close(held)
         print(id)
-    for slot in os.listdir(os.path.dirname(store("ids", "x"))):
-        if os.readlink(store("ids", slot)) not in alive:
-            os.unlink(store("ids", slot))
+    free_ids(lambda id: id in alive)
     for parent in ("layers", "rootfs"):
         top = os.path.dirname(store(parent, "x"))
         for name in os.listdir(top):

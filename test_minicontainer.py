@@ -261,11 +261,12 @@ def make_tar(path, *members, mode="w"):
             if isinstance(what, bytes):
                 info.size, data = len(what), io.BytesIO(what)
             else:
+                what = dict(what)
+                if "data" in what:
+                    content = what.pop("data")
+                    info.size, data = len(content), io.BytesIO(content)
                 for key, value in what.items():
                     setattr(info, key, value)
-                if "data" in what:
-                    info.size, data = len(what["data"]), io.BytesIO(what["data"])
-                    del info.data
             tar.addfile(info, data)
     return path
 
@@ -1215,7 +1216,7 @@ def test_a_passwd_file_that_is_a_fifo_or_leads_outside_does_no_harm(tmp_path):
         etc.mkdir(parents=True)
         make(etc / "passwd")
         text = sh("while read a b; do [ $a = Uid: ] && echo $b; done "
-                  "< /proc/self/status", "--rootfs", m.default_rootfs(), "--rootfs",
+                  "< /proc/self/status; true", "--rootfs", m.default_rootfs(), "--rootfs",
                   tmp_path / str(n), "-u", "12")
         assert text.split()[0] == "12"
 
@@ -1650,7 +1651,7 @@ def test_two_first_runs_at_once_make_one_root_file_system(tmp_path):
 def test_a_terminal_is_real_and_follows_the_windows_size():
     t = Terminal("run", "--rm", "-it", "/bin/sh")
     fcntl.ioctl(t.fd, termios.TIOCSWINSZ, struct.pack("4H", 33, 77, 0, 0))
-    t.expect(r"# $")
+    t.expect("# ")
     os.kill(t.pid, signal.SIGWINCH)
     t.type("tty; [ -t 0 ] && echo is''tty; stty size\n")
     t.expect(r"/dev/pts/0\s+istty\s+33 77")
@@ -1665,12 +1666,12 @@ def test_a_terminal_is_real_and_follows_the_windows_size():
 @root
 def test_ctrl_c_and_ctrl_z_arrive_inside():
     t = Terminal("run", "--rm", "-it", "/bin/sh")
-    t.expect(r"# $")
+    t.expect("# ")
     t.type("sleep 1000\n")
     t.expect("sleep 1000")
     until(lambda: inner_command("sleep"))
     t.type("\x03")
-    t.expect(r"# $")
+    t.expect("# ")
     t.type("sleep 2000\n")
     until(lambda: inner_command("sleep"))
     t.type("\x1a")
