@@ -1915,9 +1915,16 @@ def hide_memory(c):
 
 
 def wait_for_go(c):
-    """Step: let the parent do its part first; its lock is not ours to hold."""
-    if c.lock >= 0:
-        os.close(c.lock)
+    """Step: let the parent do its part first.
+
+    What it alone should hold is closed before: its lock must be free when it is dead,
+    and its ends of the pipes, or we would never see that it is.
+    """
+    for fd in (c.lock, c.news[0], c.orders[1], *c.outer.values()):
+        if fd >= 0:
+            os.close(fd)
+    c.lock, c.outer = -1, {}
+    c.news, c.orders = (-1, c.news[1]), (c.orders[0], -1)
     c.await_parent()
 
 
@@ -2646,8 +2653,10 @@ def set_metadata(member, parent, name):
 
 
 def member_times(member):
-    """(access, modification) times in nanoseconds."""
-    return (int(member.mtime * 10**9),) * 2
+    """(access, modification) times in nanoseconds, from the decimals as they stand."""
+    seconds, _, decimals = str(member.pax_headers.get("mtime", member.mtime)
+                               ).partition(".")
+    return (int(seconds) * 10**9 + int(f"{decimals:0<9.9}"),) * 2
 
 
 # ── a root file system from nothing ──
@@ -2918,15 +2927,18 @@ class Attendant:
         over = self.c.status is not None
         streams = [s for s in (self.outputs if over else self.inputs + self.outputs)
                    if not s.ended]
-        poll = select.poll()
-        poll.register(signals, select.POLLIN)
-        for stream in streams:
-            poll.register(*stream.awaited())
+        poll, wanted = select.poll(), {signals: select.POLLIN}
+        for fd, event in map(Stream.awaited, streams):
+            wanted[fd] = wanted.get(fd, 0) | event  # a console may be in two streams
+        for fd, events in wanted.items():
+            poll.register(fd, events)
         pending = any(stream.data for stream in streams)
         ready = dict(poll.poll(0 if over and not pending else None))
         if signals in ready:
             self.take_signals(signals)
-        moved = [s for s in streams if s.awaited()[0] in ready]
+        trouble = select.POLLHUP | select.POLLERR | select.POLLNVAL
+        moved = [s for s in streams
+                 if ready.get(s.awaited()[0], 0) & (s.awaited()[1] | trouble)]
         for stream in moved:
             stream.move()
         return not over or moved or pending
