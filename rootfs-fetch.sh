@@ -13,12 +13,13 @@
 #
 # Where things go (MINICONTAINER_ROOT is /var/lib/minicontainer unless you set it):
 #
-#   $MINICONTAINER_ROOT/rootfs/alpine/         the files, with their real owners and modes
-#   $MINICONTAINER_ROOT/rootfs/default         -> alpine, the one that `run` uses; the last one fetched
-#   $MINICONTAINER_ROOT/rootfs/.alpine.XXXXXX  the work in progress
+#   $MINICONTAINER_ROOT/rootfs/alpine/           the files, with their real owners and modes
+#   $MINICONTAINER_ROOT/rootfs/default           -> alpine, what `run` uses: the last one fetched
+#   $MINICONTAINER_ROOT/rootfs/.new-PID-alpine…  the work in progress of the process PID
 #
 # Two rules. Nothing half-made is ever visible under its final name: all work is done in the hidden
-# directory, which disappears however this script ends, and the result arrives by rename(2). And
+# directory, which disappears however this script ends, and the result arrives by rename(2). (Only
+# SIGKILL leaves it behind: `minicontainer.py system prune` clears it away when PID is no more.) And
 # nothing is unpacked before it has been verified: Alpine by a SHA-256 that is written down here,
 # Debian and Ubuntu by the signature of their archive, BusyBox by the host's own package manager.
 #
@@ -340,8 +341,8 @@ case $suite in *[!A-Za-z0-9.-]*|-*) wrong "$suite: not the name of a suite" ;; e
 
 # The store is closed to others, or a set-user-ID program in an old, unpatched root file system
 # would be at the service of every user of this host.
-[ -d "$store" ] || { mkdir -p "$root" && mkdir -m 0700 "$store"; } || fail "cannot create $store"
-work=$(mktemp -d "$store/.$name.XXXXXX")
+mkdir -p "$store" && chmod 0711 "$root" && chmod 0700 "$store" || fail "cannot create $store"
+work=$(mktemp -d "$store/.new-$$-$name-XXXX") || fail "cannot write in $store"
 new=$work/new
 mkdir "$new"
 
