@@ -341,7 +341,7 @@ case $suite in *[!A-Za-z0-9.-]*|-*) wrong "$suite: not the name of a suite" ;; e
 
 # The store is closed to others, or a set-user-ID program in an old, unpatched root file system
 # would be at the service of every user of this host.
-mkdir -p "$store" && chmod 0711 "$root" && chmod 0700 "$store" || fail "cannot create $store"
+{ mkdir -p "$store" && chmod 0700 "$store"; } || fail "cannot create $store"
 work=$(mktemp -d "$store/.new-$$-$name-XXXX") || fail "cannot write in $store"
 new=$work/new
 mkdir "$new"
