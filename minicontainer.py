@@ -118,9 +118,11 @@ class Fail(Exception):
         self.message, self.hint, self.code = message, hint, code
 
 
-def say(message):
-    """One line from us to the person, on standard error."""
-    print(f"minicontainer: {message}", file=sys.stderr, flush=True)
+def say(message, said=set()):  # noqa: B006  (it is meant to remember)
+    """One line from us to the person, on standard error, and each only once."""
+    if message not in said:
+        said.add(message)
+        print(f"minicontainer: {message}", file=sys.stderr, flush=True)
 
 
 # PyDLL, unlike CDLL, keeps Python's global lock during the call.  Nothing else may
@@ -993,8 +995,8 @@ class Cgroup:
         if not found:
             if what == "memory swap" and value == 2 * resources["memory"]["limit"]:
                 return  # nobody asked: it only goes with a memory limit
-            raise Fail(f"this host cannot set the {what} of a container: its "
-                       f"{controller} controller has no {' or '.join(files)}",
+            raise Fail(f"this host cannot set {section}.{key}: its {controller} "
+                       f"controller has no {' or '.join(files)}",
                        "leave the option out, or enable the controller in the kernel")
         for line in lines if isinstance(lines, list) else [lines]:
             try:
@@ -1309,7 +1311,7 @@ def mounts_spec(options):
     def special(kind, path, shared, words, host=None):
         if shared == "host" and own_users:
             return {"destination": path, "type": "bind", "source": host or path,
-                    "options": ["rbind", *words]}
+                    "options": ["bind", *words]}
         return {"destination": path, "type": kind, "source": kind, "options": words}
 
     mounts = [
@@ -1360,8 +1362,6 @@ def bind_mount(option, source, target, words):
                 word not in NEUTRAL_WORDS):
             raise Fail(f"{option}: unknown option {word!r}",
                        "ro, rw, rprivate, rslave, rshared, nosuid, noexec …")
-    if not set(words) & set(PROPAGATIONS):
-        words = [*words, "rprivate"]
     return {"destination": os.path.normpath(target), "type": "bind",
             "source": os.path.abspath(source),
             "options": ["rbind", "nodev", "idmap", *words]}
@@ -1485,6 +1485,9 @@ def prepare_sources(c):
                 flag = OPTION_WORDS.get(word, 0)
                 attributes |= flag & (MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC)
                 propagation |= PROPAGATIONS.get(word, 0) & ~MS_REC
+            # trap: where / is shared, a copy of /proc is the host's peer, and what we
+            # hide in ours would be hidden on the host; hence private unless asked for
+            propagation = propagation or MS_PRIVATE
             users = c.users if "idmap" in mount["options"] else -1
             set_attributes(c.sources[mount["destination"]], attributes,
                            check_shared(mount, propagation), users, mount["source"])
@@ -3137,7 +3140,7 @@ def create(options, layers, args):
             if not any(m["destination"] == f"/etc/{name}" for m in spec["mounts"]):
                 spec["mounts"].append({
                     "destination": f"/etc/{name}", "type": "bind",
-                    "source": f"{directory}/{name}", "options": ["bind", "rprivate"]})
+                    "source": f"{directory}/{name}", "options": ["bind"]})
         save(f"{directory}/config.json", spec)
     except BaseException:
         remove(c)

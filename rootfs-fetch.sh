@@ -25,7 +25,8 @@
 #
 # Fetching a NAME again replaces it: stop the containers that run on the old one first.
 #
-# Exit status: 0 it is there, 1 it could not be done (one line says why), 2 wrong usage.
+# Exit status: 0 it is there, 1 it could not be done (one line says why), 2 wrong usage; as usual,
+# 128 plus the signal's number after Ctrl-C and its like.
 
 set -euo pipefail
 umask 022
@@ -91,7 +92,7 @@ leave() {  # the last thing that happens, whatever happened before
     fi
     [ -n "$work" ] || return 0
     # What the command had started may need a moment longer to die and can still create a file, hence
-    # the second try. --one-file-system: should anything be mounted in there, it must not be emptied.
+    # the other tries. --one-file-system: should anything be mounted in there, it must not be emptied.
     local try
     for try in 1 2 3 4 5; do
         rm -rf --one-file-system "$work" 2>/dev/null && return 0
@@ -156,7 +157,7 @@ download() {  # download URL FILE: with a progress bar for a person, silently fo
 
 reason() {  # reason LOG OTHERWISE: the one line of a log that says what went wrong
     local line=
-    [ ! -s "$1" ] || line=$(grep -aiE -m1 '^E: (Fail|Couldn|Unable|Invalid)|^(curl|wget): |Err:|error' "$1" ||
+    [ ! -s "$1" ] || line=$(grep -aE -m1 '^(E|curl|wget): ' "$1" || grep -ai -m1 'error' "$1" ||
         grep -a . "$1" | tail -n1)
     printf '%s' "${line:-$2}"
 }
@@ -201,7 +202,7 @@ bootstrap() {  # bootstrap debian|ubuntu
     # process is killed, the kernel kills the rest and drops the mounts.
     set -- unshare --mount --mount-proc --pid --fork --kill-child
     if [ "$tool" = mmdebstrap ]; then
-        set -- "$@" mmdebstrap --quiet --mode=root --variant=minbase --format=directory \
+        set -- "$@" mmdebstrap --mode=root --variant=minbase --format=directory \
             --keyring="$keyring" "$suite" "$new" "$mirror"
     else
         set -- "$@" debootstrap --variant=minbase --keyring="$keyring" "$suite" "$new" "$mirror"
@@ -345,6 +346,7 @@ case $suite in *[!A-Za-z0-9.-]*|-*) wrong "$suite: not the name of a suite" ;; e
 work=$(mktemp -d "$store/.new-$$-$name-XXXX") || fail "cannot write in $store"
 new=$work/new
 mkdir "$new"
+export TMPDIR=$work    # what the tools drop goes with the rest
 
 case $name in
     alpine)        fetch_alpine ;;
