@@ -1034,21 +1034,23 @@ class Cgroup:
 
     def kill(self):
         """Kill everything in the group at once, frozen or not; returns when it is
-        empty."""
-        if not any(map(os.path.isdir, self.directories())):
-            return
-        if not self.trees:
-            write_file(f"{self.directory()}/cgroup.kill", "1", why="all at once")
-            wait_for(lambda: not self.table("cgroup.events")["populated"])
-            return
-        while self.pids():  # v1: frozen, none can fork; killed, they die when thawed
-            self.freeze()
-            for pid in self.pids():
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
-            self.freeze(False)
+        empty, or gone."""
+        try:
+            if self.trees:
+                while self.pids():  # frozen, none can fork; killed, they die thawed
+                    self.freeze()
+                    for pid in self.pids():
+                        try:
+                            os.kill(pid, signal.SIGKILL)
+                        except ProcessLookupError:  # it had been killed before
+                            pass
+                    self.freeze(False)
+            else:
+                write_file(f"{self.directory()}/cgroup.kill", "1", why="all at once")
+                wait_for(lambda: not self.table("cgroup.events")["populated"])
+        except (FileNotFoundError, KeyError):
+            if any(map(os.path.isdir, self.directories())):
+                raise
 
     def remove(self):
         """Kill what is left in the group, and remove it."""
