@@ -60,8 +60,12 @@ def command(*args):
 
 def mini(*args, stdin="", env=None, timeout=60):
     """Run minicontainer to its end; its output as text, and its exit code."""
-    return subprocess.run(command(*args), input=stdin, capture_output=True, text=True,
-                          timeout=timeout, env={**os.environ, **(env or {})})
+    result = subprocess.run(command(*args), input=stdin, capture_output=True, text=True,
+                            timeout=timeout, env={**os.environ, **(env or {})})
+    if not os.path.exists("/proc/self/ns/time"):  # announced at every run, then
+        result.stderr = "".join(line for line in result.stderr.splitlines(True)
+                                if "no time namespaces" not in line)
+    return result
 
 
 def run(*args, **how):
@@ -658,6 +662,7 @@ def test_one_namespace_can_be_the_hosts(option, kind):
 @root
 def test_a_kernel_without_a_namespace_is_announced(monkeypatch):
     def without_time():
+        m.say.__defaults__[0].clear()
         m.os.listdir = lambda path, real=os.listdir: [
             n for n in real(path) if not (path == "/proc/self/ns" and n == "time")]
         return m.main(["run", "--rm", "/bin/true"])
