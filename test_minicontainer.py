@@ -164,6 +164,8 @@ def the_host_is_left_as_it_was(request):
 
 @pytest.fixture(scope="session", autouse=True)
 def the_store_is_temporary():
+    if IS_ROOT:
+        m.default_rootfs()  # or the first test would see it announced
     yield
     if IS_ROOT:
         mini("system", "prune")
