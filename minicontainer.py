@@ -715,11 +715,16 @@ def ns_command(options):
     if pid != "self" and not pid.isdecimal():
         raise Fail(f"not a process number: {pid!r}", "see `ps -e`", 1)
     try:
-        mine, host = namespaces_of(pid), namespaces_of(a_process_of_the_host())
+        mine, host = namespaces_of(pid), {}
+        try:
+            host = namespaces_of(a_process_of_the_host())
+        except PermissionError:
+            say("only root may see which namespaces are the host's")
         lines = [f"{'NAMESPACE':10} {'INODE':>11} {'HOST':>11}  ISOLATES"]
         for kind, inode in mine.items():
-            what = NAMESPACES[kind][2] if inode != host[kind] else "-"
-            lines.append(f"{kind:10} {inode:>11} {host[kind]:>11}  {what}")
+            other = host.get(kind, "?")
+            what = NAMESPACES[kind][2] if other not in (inode, "?") else "-"
+            lines.append(f"{kind:10} {inode:>11} {other:>11}  {what}")
         for title, file in (("uid map", "uid_map"), ("gid map", "gid_map")):
             for row in read_file(f"/proc/{pid}/{file}").splitlines():
                 inside, outside, count = map(int, row.split())
