@@ -3193,6 +3193,8 @@ def choose(options):
         raise Fail("no command specified", "as in run /bin/sh")
     if options.tty and options.interactive and not os.isatty(0):
         raise Fail("the input device is not a TTY", "leave out -t", 1)
+    if not (options.tty or options.interactive) and os.isatty(0) and os.isatty(1):
+        options.tty = options.interactive = True  # whoever sits at one wants -it
     return layers, args
 
 

@@ -1685,6 +1685,15 @@ def test_a_terminal_is_real_and_follows_the_windows_size():
 
 
 @root
+def test_at_a_terminal_one_command_leads_into_a_shell_that_is_process_1():
+    t = Terminal("run", "--rm", "/bin/sh")
+    t.expect("# ")
+    t.type("echo process $$; tty; exit 3\n")
+    t.expect(r"process 1\s+/dev/pts/0")
+    assert t.end() == 3
+
+
+@root
 def test_ctrl_c_and_ctrl_z_arrive_inside():
     t = Terminal("run", "--rm", "-it", "/bin/sh")
     t.expect("# ")
