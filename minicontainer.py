@@ -1830,10 +1830,10 @@ PROCESS_OPTIONS = (
         help="variables from a file, a line each"),
     arg("-w", "--workdir", metavar="DIR", default="", help="directory to start in"),
     arg("-u", "--user", metavar="USER[:GROUP]", default="", help="names or numbers"),
-)
-PRIVILEGE_OPTIONS = (
     arg("--group-add", metavar="GROUP", action="append", default=[],
         help="one more group"),
+)
+PRIVILEGE_OPTIONS = (
     arg("--ulimit", metavar="NAME=SOFT[:HARD]", action="append", default=[],
         help="a resource limit of setrlimit(2), as nofile=1024"),
     arg("--security-opt", metavar="OPTION", action="append", default=[],
@@ -1843,12 +1843,14 @@ PRIVILEGE_OPTIONS = (
 
 # ── the spec ──
 
-def process_spec(options, args):
-    """The spec's process: the program, its variables and where it starts."""
+def process_spec(options, args, like=None):
+    """The spec's process: the program, its variables, where it starts and as whom;
+    what no option says is as in the process `like`."""
     if options.workdir and not options.workdir.startswith("/"):
         raise Fail(f"the working directory {options.workdir!r} is invalid",
                    "it needs to be an absolute path")
-    env = {"PATH": DEFAULT_PATH}
+    like = like or {"env": [f"PATH={DEFAULT_PATH}"], "cwd": "/", "user": {}}
+    env = dict(line.split("=", 1) for line in like["env"])
     if options.tty:
         env["TERM"] = "xterm"
     lines = [(line, name) for name in options.env_file for line in env_lines(name)]
@@ -1860,9 +1862,10 @@ def process_spec(options, args):
         if equals or name in os.environ:
             env[name] = value if equals else os.environ[name]
     return {
-        "terminal": options.tty, "args": args, "cwd": options.workdir or "/",
+        "terminal": options.tty, "args": args, "cwd": options.workdir or like["cwd"],
         "env": [f"{name}={value}" for name, value in env.items()],
-        "user": {"uid": 0, "gid": 0, "username": options.user},
+        "user": {"uid": 0, "gid": 0, "groupnames": options.group_add,
+                 "username": options.user or like["user"].get("username", "")},
     }
 
 
@@ -2416,9 +2419,12 @@ STORE = os.environ.get("MINICONTAINER_ROOT", "/var/lib/minicontainer")
 
 
 def store(*names):
-    """A path in the store, its directory made if need be."""
+    """A path in the store, its directory made if need be.
+
+    Only root may look in: a layer has setuid programs that the host never asked for.
+    """
     path = os.path.join(STORE, *names)
-    os.makedirs(os.path.dirname(path), mode=0o711, exist_ok=True)
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
     return path
 
 
@@ -3113,7 +3119,6 @@ def make_spec(options, id, args):
         if len(spec["hostname"]) > 64:
             raise Fail(f"--hostname {options.hostname}: longer than 64 characters")
         spec["process"]["env"].insert(1, f"HOSTNAME={spec['hostname']}")
-    spec["process"]["user"]["groupnames"] = options.group_add
     return spec
 
 
@@ -3275,8 +3280,8 @@ def exec_command(options):
     running.cgroup = Cgroup(spec["linux"]["cgroupsPath"])
     hold_signals()
     args = [options.command, *options.args]
-    process = {**process_spec(options, args), **privileges_spec(options)}
-    process["user"]["groupnames"] = options.group_add
+    process = {**process_spec(options, args, spec["process"]),
+               **privileges_spec(options)}
     c = Container(id, {**spec, "process": process}, directory)
     c.is_new, c.target = False, target
     enter(c, running)

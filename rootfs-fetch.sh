@@ -157,8 +157,7 @@ download() {  # download URL FILE: with a progress bar for a person, silently fo
 
 reason() {  # reason LOG OTHERWISE: the one line of a log that says what went wrong
     local line=
-    [ ! -s "$1" ] || line=$(grep -aE -m1 '^(E|curl|wget): ' "$1" || grep -ai -m1 'error' "$1" ||
-        grep -a . "$1" | tail -n1)
+    [ ! -s "$1" ] || line=$(grep -aE -m1 '^(E|ERROR|curl|wget|unshare): |failed: ' "$1" || tail -n1 "$1")
     printf '%s' "${line:-$2}"
 }
 
@@ -168,9 +167,9 @@ reason() {  # reason LOG OTHERWISE: the one line of a log that says what went wr
 bootstrap() {  # bootstrap debian|ubuntu
     local distribution=$1 keyring package suite_default mirror_default why
     case $distribution in
-        debian) package='debian-archive-keyring' suite_default=trixie
+        debian) package=debian-archive-keyring suite_default=trixie
                 mirror=${mirror:-${DEBIAN_MIRROR:-}} mirror_default=http://deb.debian.org/debian ;;
-        ubuntu) package='ubuntu-keyring (in Debian: ubuntu-archive-keyring)' suite_default=noble
+        ubuntu) package=ubuntu-keyring suite_default=noble
                 mirror=${mirror:-${UBUNTU_MIRROR:-}} mirror_default=http://archive.ubuntu.com/ubuntu
                 # Ubuntu keeps everything but x86 on another server.
                 [ "$(uname -m)" = x86_64 ] || mirror_default=http://ports.ubuntu.com/ubuntu-ports ;;

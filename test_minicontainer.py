@@ -771,6 +771,15 @@ def test_a_second_program_joins_all_the_namespaces_of_a_container():
     assert "no such container" in refused("exec", id, "/bin/true")
 
 
+@root
+def test_a_second_program_is_like_the_first_unless_told_otherwise():
+    with running("-e", "A=first", "-u", "7:8", "-w", "/tmp") as (_, id, _):
+        script = "id -u; id -g; pwd; echo $A"
+        assert mini("exec", id, "/bin/sh", "-c", script).stdout == "7\n8\n/tmp\nfirst\n"
+        assert mini("exec", "-e", "A=second", "-u", "0", "-w", "/", id, "/bin/sh", "-c",
+                    script).stdout == "0\n0\n/\nsecond\n"
+
+
 # ══ 3. CONTROL GROUPS ══
 
 def limit_file(v2, controller, v1):
