@@ -3093,8 +3093,7 @@ def etc_files(c, network):
         "hosts": "127.0.0.1\tlocalhost\n"
                  "::1\tlocalhost ip6-localhost ip6-loopback\n"
                  "fe00::\tip6-localnet\nff00::\tip6-mcastprefix\n"
-                 "ff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n"
-                 f"127.0.1.1\t{name}\n",
+                 "ff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n",
         "resolv.conf": "".join(line + "\n" for line in lines),
     }
 
