@@ -118,10 +118,13 @@ class Fail(Exception):
         self.message, self.hint, self.code = message, hint, code
 
 
-def say(message, said=set()):  # noqa: B006  (it is meant to remember)
+SAID = set()  # what the person has been told
+
+
+def say(message):
     """One line from us to the person, on standard error, and each only once."""
-    if message not in said:
-        said.add(message)
+    if message not in SAID:
+        SAID.add(message)
         print(f"minicontainer: {message}", file=sys.stderr, flush=True)
 
 
@@ -168,6 +171,110 @@ def kernel(name, args):
     return result
 
 
+class narration:
+    """How --explain talks: kept by every process, inherited by every fork."""
+
+    style = ""  # "", "text" or "json"
+    who = "parent"  # who is talking
+    fd = 2  # where to
+    colour = False
+    began = time.monotonic_ns()
+
+
+def spell_flags(value, *prefixes):
+    """The names of the flags in `value`: those constants of this file that begin
+    with one of the prefixes."""
+    names, left = [], value
+    for name, flag in globals().items():
+        if name.startswith(prefixes) and isinstance(flag, int) and flag:
+            if flag == value:
+                return name
+            if flag & left == flag:
+                names.append(name)
+                left &= ~flag
+    if left or not names:
+        names.append(hex(left) if left else "0")
+    return "|".join(names)
+
+
+# Where a path argument starts from, and what every chapter opens files with.
+AT_FDCWD, AT_EMPTY_PATH, AT_RECURSIVE = -100, 0x1000, 0x8000
+AT_SYMLINK_NOFOLLOW = 0x100
+
+
+def spell_one(value, word):
+    """One argument, by the name that the call's declaration gives it."""
+    if value is None:
+        return "NULL"
+    if isinstance(value, str):
+        short = value if len(value) <= 200 else value[:197] + "…"
+        return json.dumps(short, ensure_ascii=False)
+    if isinstance(value, list):
+        return "[" + ", ".join(spell_one(item, "") for item in value) + "]"
+    if word.endswith("_"):
+        return spell_flags(value, *word.split("|"))
+    if word == "mode":
+        return f"0{value:o}"
+    if word.endswith("dirfd") and value == AT_FDCWD:
+        return "AT_FDCWD"
+    if isinstance(value, ctypes.Array) and not isinstance(value[:], bytes):
+        return spell_one(value[:], "")
+    return str(value) if isinstance(value, (int, ctypes.Structure)) else "…"
+
+
+def spell(name, args):
+    """The request as a C programmer or strace would write it."""
+    words = CALLS[name][1] if name in CALLS else ()
+    spelled = [spell_one(value, words[i] if i < len(words) else "")
+               for i, value in enumerate(args)]
+    return f"{name}({', '.join(spelled)})"
+
+
+def narrate(name, args, began, result, why):
+    """One line on the narration's descriptor, written at once so that lines of
+    several processes never mix."""
+    now = time.monotonic_ns()
+    at, took = (began - narration.began) / 1e6, (now - began) / 1e6
+    call = spell(name, args)
+    if narration.style == "json":
+        line = json.dumps({"at_ms": round(at, 3), "took_ms": round(took, 3),
+                           "who": narration.who, "call": call, "result": result,
+                           "why": why})
+    else:
+        grey, bold, red, end = (("\033[2m", "\033[1m", "\033[31m", "\033[0m")
+                                if narration.colour else ("",) * 4)
+        mark = red if result.startswith("-1") else bold
+        line = (f"{grey}{at:9.3f} ms {took:8.3f} ms{end}  {narration.who:<7} "
+                f"{mark}{call}{end} = {result}")
+        line += f"  {grey}# {why}{end}" if why else ""
+    os.write(narration.fd, line.encode("utf-8", "backslashreplace") + b"\n")
+
+
+def request(name, args, ask, why):
+    """ask(), narrated: the one function that all doors lead through (P1)."""
+    if not narration.style:
+        try:
+            return ask()
+        except OSError as error:
+            error.filename = spell(name, args)
+            raise
+    if name == "execve":  # never returns, so it is told first
+        narrate(name, args, time.monotonic_ns(), "…", why)
+    began, result = time.monotonic_ns(), "?"
+    try:
+        answer = ask()
+        result = f"{len(answer)} bytes" if isinstance(answer, str) else str(answer)
+        return answer
+    except OSError as error:
+        error.filename = spell(name, args)
+        result = f"-1 {errno.errorcode.get(error.errno, error.errno)}"
+        result += f" ({error.strerror})"
+        raise
+    finally:
+        if (name, result) != ("clone3", "0"):  # in the child: its parent has told it
+            narrate(name, args, began, result, why)
+
+
 def syscall(name, *args, why=""):
     """Ask for a system call; its result, or an OSError that says what was asked."""
     return request(name, args, lambda: kernel(name, args), why)
@@ -206,105 +313,6 @@ def read_file(path, why=""):
     return request("read", (path,), ask, why)
 
 
-class narration:
-    """How --explain talks: kept by every process, inherited by every fork."""
-
-    style = ""  # "", "text" or "json"
-    who = "parent"  # who is talking
-    fd = 2  # where to
-    colour = False
-    began = time.monotonic_ns()
-
-
-def request(name, args, ask, why):
-    """ask(), narrated: the one function that all doors lead through (P1)."""
-    if not narration.style:
-        try:
-            return ask()
-        except OSError as error:
-            error.filename = spell(name, args)
-            raise
-    if name == "execve":  # never returns, so it is told first
-        narrate(name, args, time.monotonic_ns(), "…", why)
-    began, result = time.monotonic_ns(), "?"
-    try:
-        answer = ask()
-        result = f"{len(answer)} bytes" if isinstance(answer, str) else str(answer)
-        return answer
-    except OSError as error:
-        error.filename = spell(name, args)
-        result = f"-1 {errno.errorcode.get(error.errno, error.errno)}"
-        result += f" ({error.strerror})"
-        raise
-    finally:
-        if (name, result) != ("clone3", "0"):  # in the child: its parent has told it
-            narrate(name, args, began, result, why)
-
-
-def narrate(name, args, began, result, why):
-    """One line on the narration's descriptor, written at once so that lines of
-    several processes never mix."""
-    now = time.monotonic_ns()
-    at, took = (began - narration.began) / 1e6, (now - began) / 1e6
-    call = spell(name, args)
-    if narration.style == "json":
-        line = json.dumps({"at_ms": round(at, 3), "took_ms": round(took, 3),
-                           "who": narration.who, "call": call, "result": result,
-                           "why": why})
-    else:
-        grey, bold, red, end = (("\033[2m", "\033[1m", "\033[31m", "\033[0m")
-                                if narration.colour else ("",) * 4)
-        mark = red if result.startswith("-1") else bold
-        line = (f"{grey}{at:9.3f} ms {took:8.3f} ms{end}  {narration.who:<7} "
-                f"{mark}{call}{end} = {result}")
-        line += f"  {grey}# {why}{end}" if why else ""
-    os.write(narration.fd, line.encode("utf-8", "backslashreplace") + b"\n")
-
-
-def spell(name, args):
-    """The request as a C programmer or strace would write it."""
-    words = CALLS[name][1] if name in CALLS else ()
-    spelled = [spell_one(value, words[i] if i < len(words) else "")
-               for i, value in enumerate(args)]
-    return f"{name}({', '.join(spelled)})"
-
-
-def spell_one(value, word):
-    """One argument, by the name that the call's declaration gives it."""
-    if value is None:
-        return "NULL"
-    if isinstance(value, str):
-        short = value if len(value) <= 200 else value[:197] + "…"
-        return json.dumps(short, ensure_ascii=False)
-    if isinstance(value, list):
-        return "[" + ", ".join(spell_one(item, "") for item in value) + "]"
-    if word.endswith("_"):
-        return spell_flags(value, *word.split("|"))
-    if word == "mode":
-        return f"0{value:o}"
-    if word.endswith("dirfd") and value == AT_FDCWD:
-        return "AT_FDCWD"
-    if isinstance(value, ctypes.Array) and not isinstance(value[:], bytes):
-        return spell_one(value[:], "")
-    return str(value) if isinstance(value, (int, ctypes.Structure)) else "…"
-
-
-def spell_flags(value, *prefixes):
-    """The names of the flags in `value`: those constants of this file that begin
-    with one of the prefixes."""
-    names, left = [], value
-    for name, flag in globals().items():
-        if name.startswith(prefixes) and isinstance(flag, int) and flag:
-            if flag == value:
-                return name
-            if flag & left == flag:
-                names.append(name)
-                left &= ~flag
-    if left or not names:
-        names.append(hex(left) if left else "0")
-    return "|".join(names)
-
-
 def start_narration(style):
     """Begin to narrate in `style`, on a copy of standard error that no container
     can inherit or replace."""
@@ -313,10 +321,6 @@ def start_narration(style):
     narration.colour = (style == "text" and os.isatty(2)
                         and not os.environ.get("NO_COLOR"))
 
-
-# Where a path argument starts from, and what every chapter opens files with.
-AT_FDCWD, AT_EMPTY_PATH, AT_RECURSIVE = -100, 0x1000, 0x8000
-AT_SYMLINK_NOFOLLOW = 0x100
 
 # A command is declared beside its meaning, with the options it takes; chapter 16
 # builds the parser of the one that was asked for.
@@ -766,6 +770,8 @@ def ns_command(options):
 
 CGROUP_ROOT = "/sys/fs/cgroup"
 
+V1_CONTROLLERS = ("memory", "cpu", "cpuacct", "cpuset", "blkio", "pids", "freezer")
+
 
 def cgroup_trees():
     """{controller: mount point} of version 1, or {} where there is only version 2."""
@@ -782,8 +788,6 @@ def cgroup_trees():
                     trees[controller] = left.split()[4]
     return trees
 
-
-V1_CONTROLLERS = ("memory", "cpu", "cpuacct", "cpuset", "blkio", "pids", "freezer")
 
 THROTTLES = [(way, unit, f"throttle{way.title()}{unit.upper()}Device")
              for way in ("read", "write") for unit in ("bps", "iops")]
@@ -814,6 +818,20 @@ def whole(option, text, low, high=1 << 62):
         pass
     bounds = f"from {low} to {high}" if high < 1 << 62 else f"from {low} on"
     raise Fail(f"invalid value for {option}: {text!r}", f"a whole number {bounds}")
+
+
+def throttle(option, text):
+    """One rule of a block device: "/dev/sda:1mb" as major, minor and rate."""
+    path, _, rate = text.rpartition(":")
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise Fail(f"{option} {text}: {error.strerror}: {path!r}",
+                   "DEVICE:RATE, as in /dev/sda:1mb") from None
+    if not stat.S_ISBLK(status.st_mode):
+        raise Fail(f"{option} {text}: {path} is not a block device", "see `lsblk`")
+    return {"major": os.major(status.st_rdev), "minor": os.minor(status.st_rdev),
+            "rate": size(rate)}
 
 
 def resources_spec(o):
@@ -856,20 +874,6 @@ def resources_spec(o):
             block[key] = [throttle(f"--device-{way}-{unit}", text) for text in asked]
     found = {"memory": memory, "cpu": cpu, "pids": pids, "blockIO": block}
     return {name: value for name, value in found.items() if value}
-
-
-def throttle(option, text):
-    """One rule of a block device: "/dev/sda:1mb" as major, minor and rate."""
-    path, _, rate = text.rpartition(":")
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        raise Fail(f"{option} {text}: {error.strerror}: {path!r}",
-                   "DEVICE:RATE, as in /dev/sda:1mb") from None
-    if not stat.S_ISBLK(status.st_mode):
-        raise Fail(f"{option} {text}: {path} is not a block device", "see `lsblk`")
-    return {"major": os.major(status.st_rdev), "minor": os.minor(status.st_rdev),
-            "rate": size(rate)}
 
 
 def swap_only(spec):
@@ -921,6 +925,36 @@ LIMITS = (
        (f"blkio.throttle.{way}_{unit}_device", rules(key)))
       for way, unit, key in THROTTLES),
 )
+
+
+def io_sum(text, word):
+    """The numbers that follow `word` in a table of devices, added up."""
+    return sum(int(line.split(word)[1].split()[0])
+               for line in text.splitlines() if word in line)
+
+
+def removed(directory):
+    """Whether rmdir of a group has worked; a dying process keeps it for a moment."""
+    try:
+        os.rmdir(directory)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        return False
+    return True
+
+
+def wait_for(condition, seconds=10):
+    """Return when condition() holds.  For the few things that the kernel finishes
+    later and tells nobody about; nothing else here polls."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            raise Fail("the kernel has not finished after 10 seconds",
+                       "is a process stuck? see `ps -eo pid,stat,wchan`")
+        time.sleep(0.0005)
 
 
 class Cgroup:
@@ -1110,36 +1144,6 @@ class Cgroup:
         }
 
 
-def io_sum(text, word):
-    """The numbers that follow `word` in a table of devices, added up."""
-    return sum(int(line.split(word)[1].split()[0])
-               for line in text.splitlines() if word in line)
-
-
-def removed(directory):
-    """Whether rmdir of a group has worked; a dying process keeps it for a moment."""
-    try:
-        os.rmdir(directory)
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        if error.errno != errno.EBUSY:
-            raise
-        return False
-    return True
-
-
-def wait_for(condition, seconds=10):
-    """Return when condition() holds.  For the few things that the kernel finishes
-    later and tells nobody about; nothing else here polls."""
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            raise Fail("the kernel has not finished after 10 seconds",
-                       "is a process stuck? see `ps -eo pid,stat,wchan`")
-        time.sleep(0.0005)
-
-
 calls(mkdirat=(258, 34, "dirfd path mode"))
 
 
@@ -1306,6 +1310,85 @@ class mount_attr(ctypes.Structure):
 
 # ── the spec: what the options mean ──
 
+
+def check_target(option, target):
+    """Refuse a mount's target that is not an absolute path below /."""
+    if not target.startswith("/") or os.path.normpath(target) in ("/", "//"):
+        raise Fail(f"{option}: invalid target {target!r}",
+                   "an absolute path inside the container, and not / itself")
+
+
+def bind_mount(option, source, target, words):
+    """A bind mount in the spec's form, its words checked."""
+    check_target(option, target)
+    for word in words:
+        if word not in OPTION_WORDS and word not in PROPAGATIONS and (
+                word not in NEUTRAL_WORDS):
+            raise Fail(f"{option}: unknown option {word!r}",
+                       "ro, rw, rprivate, rslave, rshared, nosuid, noexec …")
+    return {"destination": os.path.normpath(target), "type": "bind",
+            "source": os.path.abspath(source),
+            "options": ["rbind", "nodev", "idmap", *words]}
+
+
+def volume_mount(text):
+    """The mount that Docker's -v SRC:DST[:OPTIONS] means; SRC is made if missing."""
+    source, _, rest = text.partition(":")
+    target, _, words = rest.partition(":")
+    if not source.startswith("/"):
+        what = f"-v {text}: " + ("named volumes do not exist yet" if target
+                                 else "anonymous volumes do not exist yet")
+        raise Fail(what, "name a directory of the host: -v /SRC:/DST")
+    if not target:
+        raise Fail(f"-v {text}: no target", "-v /SRC:/DST[:ro]")
+    if not os.path.lexists(source):
+        os.makedirs(source, exist_ok=True)
+    return bind_mount(f"-v {text}", source, target, words.split(",") if words else [])
+
+
+def tmpfs_mount(target, words):
+    """A tmpfs in the spec's form, with Docker's defaults."""
+    check_target(f"--tmpfs {target}", target)
+    return {"destination": os.path.normpath(target), "type": "tmpfs",
+            "source": "tmpfs", "options": ["nosuid", "nodev", "noexec",
+                                           *(words.split(",") if words else [])]}
+
+
+def long_mount(text):
+    """The mount that Docker's --mount key=value,… means."""
+    keys, words = {}, []
+    names = {"src": "source", "dst": "target", "destination": "target",
+             "ro": "readonly", "propagation": "bind-propagation"}
+    for part in text.split(","):
+        key, _, value = part.partition("=")
+        keys[names.get(key, key)] = value
+    unknown = set(keys) - {"type", "source", "target", "readonly", "bind-propagation",
+                           "tmpfs-size", "tmpfs-mode"}
+    if unknown:
+        raise Fail(f"--mount {text}: unknown key {min(unknown)!r}",
+                   "type, source, target, readonly, bind-propagation, tmpfs-size, "
+                   "tmpfs-mode")
+    kind, target = keys.get("type", "volume"), keys.get("target", "")
+    if keys.get("readonly", "false").lower() in ("", "true", "1"):
+        words.append("ro")
+    if kind == "tmpfs":
+        if "tmpfs-size" in keys:
+            words.append(f"size={size(keys['tmpfs-size'])}")
+        words.append(f"mode={keys.get('tmpfs-mode', '1777')}")
+        return tmpfs_mount(target, ",".join(words))
+    if kind != "bind":
+        raise Fail(f"--mount {text}: type {kind!r} does not exist yet",
+                   "type=bind or type=tmpfs")
+    if not os.path.isabs(keys.get("source", "")):
+        raise Fail(f"--mount {text}: the source must be absolute", "source=/…")
+    if not os.path.lexists(keys["source"]):
+        raise Fail(f"--mount {text}: bind source path does not exist: "
+                   f"{keys['source']}", "make it first; only -v makes it for you")
+    if "bind-propagation" in keys:
+        words.append(keys["bind-propagation"])
+    return bind_mount(f"--mount {text}", keys["source"], target, words)
+
+
 def mounts_spec(options):
     """The spec's mounts: those that every container has, then the volumes asked for.
 
@@ -1346,85 +1429,8 @@ def mounts_spec(options):
     return mounts
 
 
-def volume_mount(text):
-    """The mount that Docker's -v SRC:DST[:OPTIONS] means; SRC is made if missing."""
-    source, _, rest = text.partition(":")
-    target, _, words = rest.partition(":")
-    if not source.startswith("/"):
-        what = f"-v {text}: " + ("named volumes do not exist yet" if target
-                                 else "anonymous volumes do not exist yet")
-        raise Fail(what, "name a directory of the host: -v /SRC:/DST")
-    if not target:
-        raise Fail(f"-v {text}: no target", "-v /SRC:/DST[:ro]")
-    if not os.path.lexists(source):
-        os.makedirs(source, exist_ok=True)
-    return bind_mount(f"-v {text}", source, target, words.split(",") if words else [])
-
-
-def bind_mount(option, source, target, words):
-    """A bind mount in the spec's form, its words checked."""
-    check_target(option, target)
-    for word in words:
-        if word not in OPTION_WORDS and word not in PROPAGATIONS and (
-                word not in NEUTRAL_WORDS):
-            raise Fail(f"{option}: unknown option {word!r}",
-                       "ro, rw, rprivate, rslave, rshared, nosuid, noexec …")
-    return {"destination": os.path.normpath(target), "type": "bind",
-            "source": os.path.abspath(source),
-            "options": ["rbind", "nodev", "idmap", *words]}
-
-
-def check_target(option, target):
-    """Refuse a mount's target that is not an absolute path below /."""
-    if not target.startswith("/") or os.path.normpath(target) in ("/", "//"):
-        raise Fail(f"{option}: invalid target {target!r}",
-                   "an absolute path inside the container, and not / itself")
-
-
-def long_mount(text):
-    """The mount that Docker's --mount key=value,… means."""
-    keys, words = {}, []
-    names = {"src": "source", "dst": "target", "destination": "target",
-             "ro": "readonly", "propagation": "bind-propagation"}
-    for part in text.split(","):
-        key, _, value = part.partition("=")
-        keys[names.get(key, key)] = value
-    unknown = set(keys) - {"type", "source", "target", "readonly", "bind-propagation",
-                           "tmpfs-size", "tmpfs-mode"}
-    if unknown:
-        raise Fail(f"--mount {text}: unknown key {min(unknown)!r}",
-                   "type, source, target, readonly, bind-propagation, tmpfs-size, "
-                   "tmpfs-mode")
-    kind, target = keys.get("type", "volume"), keys.get("target", "")
-    if keys.get("readonly", "false").lower() in ("", "true", "1"):
-        words.append("ro")
-    if kind == "tmpfs":
-        if "tmpfs-size" in keys:
-            words.append(f"size={size(keys['tmpfs-size'])}")
-        words.append(f"mode={keys.get('tmpfs-mode', '1777')}")
-        return tmpfs_mount(target, ",".join(words))
-    if kind != "bind":
-        raise Fail(f"--mount {text}: type {kind!r} does not exist yet",
-                   "type=bind or type=tmpfs")
-    if not os.path.isabs(keys.get("source", "")):
-        raise Fail(f"--mount {text}: the source must be absolute", "source=/…")
-    if not os.path.lexists(keys["source"]):
-        raise Fail(f"--mount {text}: bind source path does not exist: "
-                   f"{keys['source']}", "make it first; only -v makes it for you")
-    if "bind-propagation" in keys:
-        words.append(keys["bind-propagation"])
-    return bind_mount(f"--mount {text}", keys["source"], target, words)
-
-
-def tmpfs_mount(target, words):
-    """A tmpfs in the spec's form, with Docker's defaults."""
-    check_target(f"--tmpfs {target}", target)
-    return {"destination": os.path.normpath(target), "type": "tmpfs",
-            "source": "tmpfs", "options": ["nosuid", "nodev", "noexec",
-                                           *(words.split(",") if words else [])]}
-
-
 # ── the parent's part: sources, the workshop, the overlay ──
+
 
 class CannotMapIds(Fail):
     """This kernel or file system has no id-mapped mounts."""
@@ -1483,6 +1489,22 @@ def set_attributes(tree, attributes, propagation=0, users=-1, what=""):
         raise
 
 
+def check_shared(mount, propagation):
+    """The propagation to set: none for "shared", which a source is or is not."""
+    if not propagation & MS_SHARED:
+        return propagation
+    source, best = os.path.realpath(mount["source"]), ("", "")
+    for line in read_file("/proc/self/mountinfo", why="shared?").splitlines():
+        fields = line.split()
+        point = fields[4].encode().decode("unicode_escape")
+        if os.path.commonpath((point, source)) == point and len(point) >= len(best[0]):
+            best = point, fields[6]
+    if not best[1].startswith(("shared:", "master:")):
+        raise Fail(f"{mount['source']} is on {best[0]}, which is not a shared mount",
+                   f"mount --make-rshared {best[0]}")
+    return 0
+
+
 def prepare_sources(c):
     """Outside: make each taken source read-only, nodev, private … and id-mapped."""
     for mount in c.spec["mounts"]:
@@ -1498,22 +1520,6 @@ def prepare_sources(c):
             users = c.users if "idmap" in mount["options"] else -1
             set_attributes(c.sources[mount["destination"]], attributes,
                            check_shared(mount, propagation), users, mount["source"])
-
-
-def check_shared(mount, propagation):
-    """The propagation to set: none for "shared", which a source is or is not."""
-    if not propagation & MS_SHARED:
-        return propagation
-    source, best = os.path.realpath(mount["source"]), ("", "")
-    for line in read_file("/proc/self/mountinfo", why="shared?").splitlines():
-        fields = line.split()
-        point = fields[4].encode().decode("unicode_escape")
-        if os.path.commonpath((point, source)) == point and len(point) >= len(best[0]):
-            best = point, fields[6]
-    if not best[1].startswith(("shared:", "master:")):
-        raise Fail(f"{mount['source']} is on {best[0]}, which is not a shared mount",
-                   f"mount --make-rshared {best[0]}")
-    return 0
 
 
 def build_rootfs(c):
@@ -1543,6 +1549,7 @@ def build_rootfs(c):
 
 
 # ── init's part: the steps of BIRTH that mount ──
+
 
 def own_the_mounts(c):
     """Step: a copy of the workshop that only this container sees or changes."""
@@ -1587,26 +1594,6 @@ def inside(c, path, make=""):
     return place
 
 
-def mount_all(c):
-    """Step: everything in the spec's mounts, in its order."""
-    for mount in c.spec["mounts"]:
-        flags, data = 0, []
-        for word in mount["options"]:
-            if word in OPTION_WORDS:
-                flags |= OPTION_WORDS[word]
-            elif word not in NEUTRAL_WORDS and word not in PROPAGATIONS:
-                data.append(word)
-        if mount["type"] == "bind":
-            attach_source(c, mount["destination"])
-        elif mount["type"] == "cgroup":
-            mount_cgroup(c, mount["destination"], flags)
-        else:
-            place = inside(c, mount["destination"], "dir")
-            syscall("mount", mount["source"], place, mount["type"], flags,
-                    ",".join(data), why=f"the container's own {mount['destination']}")
-            place.close()
-
-
 def attach_source(c, path):
     """Put a source that the parent took and prepared at its place."""
     tree = c.sources[path]
@@ -1641,6 +1628,26 @@ def mount_cgroup(c, path, flags):
         place = inside(c, path)
         set_attributes(place.fd, MOUNT_ATTR_RDONLY, what=path)
         place.close()
+
+
+def mount_all(c):
+    """Step: everything in the spec's mounts, in its order."""
+    for mount in c.spec["mounts"]:
+        flags, data = 0, []
+        for word in mount["options"]:
+            if word in OPTION_WORDS:
+                flags |= OPTION_WORDS[word]
+            elif word not in NEUTRAL_WORDS and word not in PROPAGATIONS:
+                data.append(word)
+        if mount["type"] == "bind":
+            attach_source(c, mount["destination"])
+        elif mount["type"] == "cgroup":
+            mount_cgroup(c, mount["destination"], flags)
+        else:
+            place = inside(c, mount["destination"], "dir")
+            syscall("mount", mount["source"], place, mount["type"], flags,
+                    ",".join(data), why=f"the container's own {mount['destination']}")
+            place.close()
 
 
 def make_devices(c):
@@ -1840,8 +1847,19 @@ PRIVILEGE_OPTIONS = (
         help="no-new-privileges: execve never gains privileges"),
 )
 
-
 # ── the spec ──
+
+
+def env_lines(name):
+    """The lines of an --env-file that are not empty or a comment."""
+    try:
+        with open(name, encoding="utf-8", errors="surrogateescape") as file:
+            lines = file.read().splitlines()
+    except OSError as error:
+        raise Fail(f"--env-file {name}: {error.strerror}", "a text file") from None
+    return [line.lstrip() for line in lines
+            if line.strip() and not line.lstrip().startswith("#")]
+
 
 def process_spec(options, args, like=None):
     """The spec's process: the program, its variables, where it starts and as whom;
@@ -1869,15 +1887,20 @@ def process_spec(options, args, like=None):
     }
 
 
-def env_lines(name):
-    """The lines of an --env-file that are not empty or a comment."""
+def rlimit_spec(text):
+    """The spec's form of --ulimit nofile=1024:2048."""
+    name, _, limits = text.partition("=")
+    soft, _, hard = limits.partition(":")
+    if name not in RLIMITS:
+        raise Fail(f"--ulimit {text}: no such limit: {name!r}", ", ".join(RLIMITS))
     try:
-        with open(name, encoding="utf-8", errors="surrogateescape") as file:
-            lines = file.read().splitlines()
-    except OSError as error:
-        raise Fail(f"--env-file {name}: {error.strerror}", "a text file") from None
-    return [line.lstrip() for line in lines
-            if line.strip() and not line.lstrip().startswith("#")]
+        low, high = int(soft), int(hard or soft)
+    except ValueError:
+        raise Fail(f"--ulimit {text}: not a number", f"{name}=SOFT[:HARD]") from None
+    if high != -1 and (low > high or low == -1):
+        raise Fail(f"--ulimit {text}: the soft limit is above the hard one",
+                   f"{name}=SOFT:HARD, -1 for none")
+    return {"type": f"RLIMIT_{name.upper()}", "soft": low, "hard": high}
 
 
 def privileges_spec(options):
@@ -1896,23 +1919,8 @@ def privileges_spec(options):
             "rlimits": [rlimit_spec(text) for text in options.ulimit]}
 
 
-def rlimit_spec(text):
-    """The spec's form of --ulimit nofile=1024:2048."""
-    name, _, limits = text.partition("=")
-    soft, _, hard = limits.partition(":")
-    if name not in RLIMITS:
-        raise Fail(f"--ulimit {text}: no such limit: {name!r}", ", ".join(RLIMITS))
-    try:
-        low, high = int(soft), int(hard or soft)
-    except ValueError:
-        raise Fail(f"--ulimit {text}: not a number", f"{name}=SOFT[:HARD]") from None
-    if high != -1 and (low > high or low == -1):
-        raise Fail(f"--ulimit {text}: the soft limit is above the hard one",
-                   f"{name}=SOFT:HARD, -1 for none")
-    return {"type": f"RLIMIT_{name.upper()}", "soft": low, "hard": high}
-
-
 # ── steps ──
+
 
 def no_more_imports(c):
     """Step: close Python's import machinery for good (P2)."""
@@ -1941,6 +1949,14 @@ def wait_for_go(c):
     c.await_parent()
 
 
+def set_ids(uid, gid, groups):
+    """Become a user for good: real, effective and saved ids, and just these groups."""
+    array = (ctypes.c_uint32 * len(groups))(*groups)
+    syscall("setgroups", len(groups), array, why=f"groups {groups}")
+    syscall("setresgid", gid, gid, gid)
+    syscall("setresuid", uid, uid, uid, why=f"it runs as {uid}:{gid}")
+
+
 def become_root(c):
     """Step: root of the user namespace; until the maps were there it was nobody."""
     set_ids(0, 0, [])
@@ -1955,14 +1971,6 @@ def new_session(c):
     except OSError as error:
         if error.errno != errno.ENOSYS:  # a kernel without keyrings has none to hide
             raise
-
-
-def set_ids(uid, gid, groups):
-    """Become a user for good: real, effective and saved ids, and just these groups."""
-    array = (ctypes.c_uint32 * len(groups))(*groups)
-    syscall("setgroups", len(groups), array, why=f"groups {groups}")
-    syscall("setresgid", gid, gid, gid)
-    syscall("setresuid", uid, uid, uid, why=f"it runs as {uid}:{gid}")
 
 
 def image_table(c, path):
@@ -2125,6 +2133,7 @@ def close_descriptors(c):
 
 # ── the program ──
 
+
 def become_reaper(c):
     """Step: with --init, stay behind as process 1: reap orphans, forward signals, end
     when the program ends.  The program is a child, and goes on with the next step."""
@@ -2158,61 +2167,6 @@ def become_reaper(c):
 OFTEN_IGNORED = (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGHUP, signal.SIGINT,
                  signal.SIGQUIT, signal.SIGTERM, signal.SIGCHLD, signal.SIGTSTP,
                  signal.SIGTTIN, signal.SIGTTOU, signal.SIGUSR1, signal.SIGUSR2)
-
-
-def execute(c):
-    """Step: the last, this process becomes the program."""
-    process = c.spec["process"]
-    for number in OFTEN_IGNORED:
-        signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    name, args, env = process["args"][0], process["args"], process["env"]
-    paths = [name] if "/" in name else [
-        f"{directory or '.'}/{name}" for line in env if line.startswith("PATH=")
-        for directory in line[5:].split(":")]
-    refused = None
-    for path in paths:
-        try:
-            syscall("execve", path, args, env, why="the container's program")
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENOTDIR):
-                refused = refused or (path, error)
-            elif os.path.lexists(path):
-                refused = refused or (path, error)
-    if refused:
-        raise Fail(*explain_exec(*refused))
-    if "/" in name:
-        raise Fail(f"exec {name}: no such file or directory",
-                   "the program must be in the image; is the path right?", 127)
-    raise Fail(f"exec {name!r}: executable file not found in $PATH",
-               "name it with its path, or set PATH with -e", 127)
-
-
-def explain_exec(path, error):
-    """(message, hint, exit code) for a program that is there but was not executed."""
-    if os.path.isdir(path):
-        return f"exec {path}: is a directory", "name a program", 126
-    if error.errno == errno.EACCES:
-        return (f"exec {path}: permission denied",
-                f"is it executable (chmod +x {path}), for this user?", 126)
-    try:
-        head = open_program(path)
-        machine, interpreter = elf_machine(head), interpreter_of(head)
-    except (OSError, ValueError, struct.error):
-        machine = interpreter = ""
-    if machine and machine != os.uname().machine:
-        return (f"exec {path}: a program for {machine}, but this machine is "
-                f"{os.uname().machine}", "use an image for this architecture", 126)
-    if error.errno == errno.ENOENT and interpreter:
-        return (f"exec {path}: the file exists, but its interpreter {interpreter} does "
-                "not", "add the interpreter to the image, or use a static program", 127)
-    if error.errno == errno.ENOENT:
-        return f"exec {path}: a link to nothing", "the image is incomplete", 127
-    if error.errno == errno.ENOEXEC:
-        return (f"exec {path}: exec format error",
-                "neither a program for this machine nor a script that begins with #!",
-                126)
-    return f"exec {path}: {error.strerror}", "", 126
 
 
 def open_program(path):
@@ -2261,6 +2215,61 @@ def interpreter_of(head):
         if kind == PT_INTERP:
             return os.fsdecode(head[offset:offset + length].rstrip(b"\0"))
     return ""
+
+
+def explain_exec(path, error):
+    """(message, hint, exit code) for a program that is there but was not executed."""
+    if os.path.isdir(path):
+        return f"exec {path}: is a directory", "name a program", 126
+    if error.errno == errno.EACCES:
+        return (f"exec {path}: permission denied",
+                f"is it executable (chmod +x {path}), for this user?", 126)
+    try:
+        head = open_program(path)
+        machine, interpreter = elf_machine(head), interpreter_of(head)
+    except (OSError, ValueError, struct.error):
+        machine = interpreter = ""
+    if machine and machine != os.uname().machine:
+        return (f"exec {path}: a program for {machine}, but this machine is "
+                f"{os.uname().machine}", "use an image for this architecture", 126)
+    if error.errno == errno.ENOENT and interpreter:
+        return (f"exec {path}: the file exists, but its interpreter {interpreter} does "
+                "not", "add the interpreter to the image, or use a static program", 127)
+    if error.errno == errno.ENOENT:
+        return f"exec {path}: a link to nothing", "the image is incomplete", 127
+    if error.errno == errno.ENOEXEC:
+        return (f"exec {path}: exec format error",
+                "neither a program for this machine nor a script that begins with #!",
+                126)
+    return f"exec {path}: {error.strerror}", "", 126
+
+
+def execute(c):
+    """Step: the last, this process becomes the program."""
+    process = c.spec["process"]
+    for number in OFTEN_IGNORED:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    name, args, env = process["args"][0], process["args"], process["env"]
+    paths = [name] if "/" in name else [
+        f"{directory or '.'}/{name}" for line in env if line.startswith("PATH=")
+        for directory in line[5:].split(":")]
+    refused = None
+    for path in paths:
+        try:
+            syscall("execve", path, args, env, why="the container's program")
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+                refused = refused or (path, error)
+            elif os.path.lexists(path):
+                refused = refused or (path, error)
+    if refused:
+        raise Fail(*explain_exec(*refused))
+    if "/" in name:
+        raise Fail(f"exec {name}: no such file or directory",
+                   "the program must be in the image; is the path right?", 127)
+    raise Fail(f"exec {name!r}: executable file not found in $PATH",
+               "name it with its path, or set PATH with -e", 127)
 
 # ══ 6. THE CONTAINER ══════════════════════════════════════════════════════════════
 #
@@ -2338,6 +2347,15 @@ def init(c, steps):
         os._exit(125)
 
 
+def end(c):
+    """Undo all that start did: the processes, the cgroup, the workshop (P5)."""
+    for undo in (leave_workshop, kill_and_wait, remove_cgroup, Container.close):
+        try:
+            undo(c)
+        except OSError:  # the kernel may refuse once; twice is an error
+            undo(c)
+
+
 def start(c, before=BEFORE, outside=OUTSIDE, birth=BIRTH):
     """Make the container that c.spec describes; returns when its program runs.
 
@@ -2378,15 +2396,6 @@ def enter(c, running):
     except BaseException:
         kill_and_wait(c)
         raise
-
-
-def end(c):
-    """Undo all that start did: the processes, the cgroup, the workshop (P5)."""
-    for undo in (leave_workshop, kill_and_wait, remove_cgroup, Container.close):
-        try:
-            undo(c)
-        except OSError:  # the kernel may refuse once; twice is an error
-            undo(c)
 
 # ══ 8. IMAGES ═════════════════════════════════════════════════════════════════════
 #
@@ -2491,58 +2500,6 @@ def publish(path, name):
 
 # ── layers from tarballs ──
 
-def layer_of(path):
-    """The directory of a --rootfs: itself, or where its tarball is unpacked."""
-    if os.path.isdir(path):
-        return os.path.realpath(path)
-    if not os.path.exists(path):
-        raise Fail(f"--rootfs {path}: no such file or directory",
-                   "a directory or a tarball; ./rootfs-fetch.sh gets a real one")
-    if not os.path.isfile(path):
-        raise Fail(f"--rootfs {path}: neither a directory nor a tarball", "")
-    import hashlib
-
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    target = store("layers", digest.hexdigest())
-    if os.path.isdir(target):
-        return target
-    return publish(new_directory("layers", lambda top: unpack(path, top)),
-                   digest.hexdigest())
-
-
-def unpack(path, top):
-    """Unpack a tarball (plain, gz, xz or bz2) as a layer into the directory `top`."""
-    import lzma
-    import tarfile
-    import zlib
-
-    fd = os.open(top, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    times = []
-    try:
-        with tarfile.open(path, "r:*", errorlevel=2) as tar:
-            for member in tar:
-                unpack_member(tar, member, fd, times)
-            while tar.fileobj.read(1 << 20):
-                pass  # gzip and xz have their checksum at the very end
-        for directory, when in reversed(times):  # last: making files changes them
-            handle = open_beneath(fd, directory)
-            os.utime(handle, ns=when)
-            os.close(handle)
-    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise Fail(f"{path}: not a tarball, or a damaged one: {error}",
-                   "a .tar, plain or compressed with gzip, xz or bzip2; "
-                   "fetch it again?") from None
-    except OSError as error:
-        if error.filename:
-            raise
-        raise Fail(f"{path}: not a tarball, or a damaged one: {error}",
-                   "fetch it again?") from None
-    finally:
-        os.close(fd)
-
 
 def open_beneath(top, path, flags=os.O_RDONLY | os.O_DIRECTORY):
     """A descriptor of a path below `top`, reached through no symlink."""
@@ -2574,41 +2531,6 @@ def open_parent(top, path):
         os.close(fd)
         fd = below
     return fd, parts[-1] if parts else "."
-
-
-def unpack_member(tar, member, top, times):
-    """Make one entry of a tarball below `top`; its kind may replace an earlier kind."""
-    parent, name = open_parent(top, member.name)
-    try:
-        if name.startswith(".wh."):
-            whiteout(parent, name)
-            return
-        if name != ".":
-            clear_the_way(parent, name, member.isdir())
-        if member.isdir():
-            if name != "." and not exists_at(parent, name):
-                os.mkdir(name, 0o700, dir_fd=parent)
-            times.append((member.name.strip("/") or ".", member_times(member)))
-        elif member.issym():
-            os.symlink(member.linkname, name, dir_fd=parent)
-        elif member.islnk():
-            source, old = open_parent(top, member.linkname)
-            os.link(old, name, src_dir_fd=source, dst_dir_fd=parent,
-                    follow_symlinks=False)
-            os.close(source)
-            return
-        elif member.ischr() or member.isblk() or member.isfifo():
-            kind = (stat.S_IFCHR if member.ischr() else
-                    stat.S_IFBLK if member.isblk() else stat.S_IFIFO)
-            os.mknod(name, kind | 0o600, os.makedev(member.devmajor, member.devminor),
-                     dir_fd=parent)
-        elif member.isfile():
-            write_member(tar, member, parent, name)
-        else:
-            return
-        set_metadata(member, parent, name)
-    finally:
-        os.close(parent)
 
 
 def exists_at(parent, name):
@@ -2652,6 +2574,13 @@ def write_member(tar, member, parent, name):
         file.truncate(member.size)
 
 
+def member_times(member):
+    """(access, modification) times in nanoseconds, from the decimals as they stand."""
+    seconds, _, decimals = str(member.pax_headers.get("mtime", member.mtime)
+                               ).partition(".")
+    return (int(seconds) * 10**9 + int(f"{decimals:0<9.9}"),) * 2
+
+
 def set_metadata(member, parent, name):
     """Owner, mode, extended attributes and times, in the order that keeps them all:
     a chown clears setuid and file capabilities."""
@@ -2668,11 +2597,92 @@ def set_metadata(member, parent, name):
         os.utime(name, ns=member_times(member), dir_fd=parent, follow_symlinks=False)
 
 
-def member_times(member):
-    """(access, modification) times in nanoseconds, from the decimals as they stand."""
-    seconds, _, decimals = str(member.pax_headers.get("mtime", member.mtime)
-                               ).partition(".")
-    return (int(seconds) * 10**9 + int(f"{decimals:0<9.9}"),) * 2
+def unpack_member(tar, member, top, times):
+    """Make one entry of a tarball below `top`; its kind may replace an earlier kind."""
+    parent, name = open_parent(top, member.name)
+    try:
+        if name.startswith(".wh."):
+            whiteout(parent, name)
+            return
+        if name != ".":
+            clear_the_way(parent, name, member.isdir())
+        if member.isdir():
+            if name != "." and not exists_at(parent, name):
+                os.mkdir(name, 0o700, dir_fd=parent)
+            times.append((member.name.strip("/") or ".", member_times(member)))
+        elif member.issym():
+            os.symlink(member.linkname, name, dir_fd=parent)
+        elif member.islnk():
+            source, old = open_parent(top, member.linkname)
+            os.link(old, name, src_dir_fd=source, dst_dir_fd=parent,
+                    follow_symlinks=False)
+            os.close(source)
+            return
+        elif member.ischr() or member.isblk() or member.isfifo():
+            kind = (stat.S_IFCHR if member.ischr() else
+                    stat.S_IFBLK if member.isblk() else stat.S_IFIFO)
+            os.mknod(name, kind | 0o600, os.makedev(member.devmajor, member.devminor),
+                     dir_fd=parent)
+        elif member.isfile():
+            write_member(tar, member, parent, name)
+        else:
+            return
+        set_metadata(member, parent, name)
+    finally:
+        os.close(parent)
+
+
+def unpack(path, top):
+    """Unpack a tarball (plain, gz, xz or bz2) as a layer into the directory `top`."""
+    import lzma
+    import tarfile
+    import zlib
+
+    fd = os.open(top, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    times = []
+    try:
+        with tarfile.open(path, "r:*", errorlevel=2) as tar:
+            for member in tar:
+                unpack_member(tar, member, fd, times)
+            while tar.fileobj.read(1 << 20):
+                pass  # gzip and xz have their checksum at the very end
+        for directory, when in reversed(times):  # last: making files changes them
+            handle = open_beneath(fd, directory)
+            os.utime(handle, ns=when)
+            os.close(handle)
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise Fail(f"{path}: not a tarball, or a damaged one: {error}",
+                   "a .tar, plain or compressed with gzip, xz or bzip2; "
+                   "fetch it again?") from None
+    except OSError as error:
+        if error.filename:
+            raise
+        raise Fail(f"{path}: not a tarball, or a damaged one: {error}",
+                   "fetch it again?") from None
+    finally:
+        os.close(fd)
+
+
+def layer_of(path):
+    """The directory of a --rootfs: itself, or where its tarball is unpacked."""
+    if os.path.isdir(path):
+        return os.path.realpath(path)
+    if not os.path.exists(path):
+        raise Fail(f"--rootfs {path}: no such file or directory",
+                   "a directory or a tarball; ./rootfs-fetch.sh gets a real one")
+    if not os.path.isfile(path):
+        raise Fail(f"--rootfs {path}: neither a directory nor a tarball", "")
+    import hashlib
+
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    target = store("layers", digest.hexdigest())
+    if os.path.isdir(target):
+        return target
+    return publish(new_directory("layers", lambda top: unpack(path, top)),
+                   digest.hexdigest())
 
 
 # ── a root file system from nothing ──
@@ -2688,51 +2698,6 @@ HOST_ROOTFS_FILES = {
 }
 
 
-def default_rootfs():
-    """The directory of the default root file system; made from the host's own files
-    if there is none yet."""
-    default = store("rootfs", "default")
-    if not os.path.isdir(default):
-        made = new_directory("rootfs", make_host_rootfs)
-        publish(made, "host")
-        link = f"{default}.{os.getpid()}"
-        os.symlink("host", link)
-        os.replace(link, default)
-        say(f"no root file system yet: made one from this host's own programs in "
-            f"{STORE}/rootfs/host; ./rootfs-fetch.sh gets a real one (Alpine)")
-    return os.path.realpath(default)
-
-
-def make_host_rootfs(top):
-    """Fill a directory with a root file system of the host's own programs."""
-    import shutil
-
-    for name in ("bin", "dev", "etc", "proc", "root", "sys", "tmp", "usr", "var/tmp"):
-        os.makedirs(f"{top}/{name}", exist_ok=True)
-    for name in ("tmp", "var/tmp"):
-        os.chmod(f"{top}/{name}", 0o1777)
-    os.chmod(f"{top}/root", 0o700)
-    for name, text in HOST_ROOTFS_FILES.items():
-        write_file(f"{top}/{name}", text, create=0o644)
-    busybox = shutil.which("busybox")
-    if busybox and elf_segments(open_program(busybox)) and (
-            not interpreter_of(open_program(busybox))):
-        import subprocess
-
-        copy_in(busybox, top, "/bin/busybox")
-        applets = subprocess.run([busybox, "--list"], capture_output=True, text=True)
-        for applet in applets.stdout.split():
-            if not os.path.lexists(f"{top}/bin/{applet}"):
-                os.symlink("busybox", f"{top}/bin/{applet}")
-        return
-    for tool in TOOLS:
-        if path := shutil.which(tool, path=DEFAULT_PATH):
-            copy_program(path, top, f"/bin/{tool}")
-    if not os.path.exists(f"{top}/bin/sh"):
-        raise Fail("this host has no shell to make a root file system of",
-                   "./rootfs-fetch.sh, or --rootfs DIR")
-
-
 def copy_in(source, top, target):
     """Copy one file of the host into a root file system, times and mode too."""
     import shutil
@@ -2742,16 +2707,33 @@ def copy_in(source, top, target):
         shutil.copy2(os.path.realpath(source), top + target)
 
 
-def copy_program(path, top, target):
-    """Copy a program, its interpreter, and every library that these ask for."""
-    copy_in(path, top, target)
-    interpreter = interpreter_of(open_program(os.path.realpath(path)))
-    if interpreter and os.path.exists(interpreter):
-        if not os.path.exists(top + interpreter):
-            copy_program(interpreter, top, interpreter)
-    for library in libraries_of(path):
-        if not os.path.exists(top + library):
-            copy_program(library, top, library)
+def library_directories():
+    """What /etc/ld.so.conf says, and the directories that are always searched."""
+    import glob
+
+    found, files = [], ["/etc/ld.so.conf"]
+    for file in files:  # grows while we read it
+        try:
+            lines = read_file(file).splitlines()
+        except FileNotFoundError:
+            continue
+        for line in lines:
+            if line.startswith("include "):
+                files.extend(sorted(glob.glob(line.split()[1])))
+            elif line.startswith("/"):
+                found.append(line.strip())
+    triplet = f"{os.uname().machine}-linux-gnu"
+    return [*found, f"/lib/{triplet}", f"/usr/lib/{triplet}", "/lib64", "/usr/lib64",
+            "/lib", "/usr/lib", *glob.glob("/lib/*-linux-musl*")]
+
+
+def find_library(name, first, machine):
+    """Where the dynamic linker would find a library for `machine`; "" if nowhere."""
+    for directory in [*first, *library_directories()]:
+        path = f"{directory}/{name}"
+        if os.path.isfile(path) and elf_machine(open_program(path)) == machine:
+            return os.path.normpath(path)
+    return ""
 
 
 def libraries_of(path):
@@ -2784,33 +2766,61 @@ def libraries_of(path):
             if (found := find_library(name, own, elf_machine(data)))]
 
 
-def find_library(name, first, machine):
-    """Where the dynamic linker would find a library for `machine`; "" if nowhere."""
-    for directory in [*first, *library_directories()]:
-        path = f"{directory}/{name}"
-        if os.path.isfile(path) and elf_machine(open_program(path)) == machine:
-            return os.path.normpath(path)
-    return ""
+def copy_program(path, top, target):
+    """Copy a program, its interpreter, and every library that these ask for."""
+    copy_in(path, top, target)
+    interpreter = interpreter_of(open_program(os.path.realpath(path)))
+    if interpreter and os.path.exists(interpreter):
+        if not os.path.exists(top + interpreter):
+            copy_program(interpreter, top, interpreter)
+    for library in libraries_of(path):
+        if not os.path.exists(top + library):
+            copy_program(library, top, library)
 
 
-def library_directories():
-    """What /etc/ld.so.conf says, and the directories that are always searched."""
-    import glob
+def make_host_rootfs(top):
+    """Fill a directory with a root file system of the host's own programs."""
+    import shutil
 
-    found, files = [], ["/etc/ld.so.conf"]
-    for file in files:  # grows while we read it
-        try:
-            lines = read_file(file).splitlines()
-        except FileNotFoundError:
-            continue
-        for line in lines:
-            if line.startswith("include "):
-                files.extend(sorted(glob.glob(line.split()[1])))
-            elif line.startswith("/"):
-                found.append(line.strip())
-    triplet = f"{os.uname().machine}-linux-gnu"
-    return [*found, f"/lib/{triplet}", f"/usr/lib/{triplet}", "/lib64", "/usr/lib64",
-            "/lib", "/usr/lib", *glob.glob("/lib/*-linux-musl*")]
+    for name in ("bin", "dev", "etc", "proc", "root", "sys", "tmp", "usr", "var/tmp"):
+        os.makedirs(f"{top}/{name}", exist_ok=True)
+    for name in ("tmp", "var/tmp"):
+        os.chmod(f"{top}/{name}", 0o1777)
+    os.chmod(f"{top}/root", 0o700)
+    for name, text in HOST_ROOTFS_FILES.items():
+        write_file(f"{top}/{name}", text, create=0o644)
+    busybox = shutil.which("busybox")
+    if busybox and elf_segments(open_program(busybox)) and (
+            not interpreter_of(open_program(busybox))):
+        import subprocess
+
+        copy_in(busybox, top, "/bin/busybox")
+        applets = subprocess.run([busybox, "--list"], capture_output=True, text=True)
+        for applet in applets.stdout.split():
+            if not os.path.lexists(f"{top}/bin/{applet}"):
+                os.symlink("busybox", f"{top}/bin/{applet}")
+        return
+    for tool in TOOLS:
+        if path := shutil.which(tool, path=DEFAULT_PATH):
+            copy_program(path, top, f"/bin/{tool}")
+    if not os.path.exists(f"{top}/bin/sh"):
+        raise Fail("this host has no shell to make a root file system of",
+                   "./rootfs-fetch.sh, or --rootfs DIR")
+
+
+def default_rootfs():
+    """The directory of the default root file system; made from the host's own files
+    if there is none yet."""
+    default = store("rootfs", "default")
+    if not os.path.isdir(default):
+        made = new_directory("rootfs", make_host_rootfs)
+        publish(made, "host")
+        link = f"{default}.{os.getpid()}"
+        os.symlink("host", link)
+        os.replace(link, default)
+        say(f"no root file system yet: made one from this host's own programs in "
+            f"{STORE}/rootfs/host; ./rootfs-fetch.sh gets a real one (Alpine)")
+    return os.path.realpath(default)
 
 # ══ 11. THE SHIM ══════════════════════════════════════════════════════════════════
 #
@@ -2907,6 +2917,17 @@ class Stream:
             os.close(self.c.outer.pop(self.ours))
 
 
+def copy_window_size(c):
+    """Tell the container's terminal, if it has one, how large ours is."""
+    import termios
+
+    for fd in (0, 1, 2):
+        if "console" in c.outer and os.isatty(fd):
+            size_ = fcntl.ioctl(fd, termios.TIOCGWINSZ, b"\0" * 8)
+            fcntl.ioctl(c.outer["console"], termios.TIOCSWINSZ, size_)
+            return
+
+
 class Attendant:
     """Who stays with a container that runs in the foreground, until it ends."""
 
@@ -2979,17 +3000,6 @@ class Attendant:
                 number = signal.SIGKILL
         if self.c.status is None:
             os.kill(self.c.pid, number)
-
-
-def copy_window_size(c):
-    """Tell the container's terminal, if it has one, how large ours is."""
-    import termios
-
-    for fd in (0, 1, 2):
-        if "console" in c.outer and os.isatty(fd):
-            size_ = fcntl.ioctl(fd, termios.TIOCGWINSZ, b"\0" * 8)
-            fcntl.ioctl(c.outer["console"], termios.TIOCSWINSZ, size_)
-            return
 
 
 def attend(c, interactive):
@@ -3121,6 +3131,29 @@ def make_spec(options, id, args):
     return spec
 
 
+def save(path, document):
+    """Replace a JSON file, so that a reader sees the old one or the new one (P3)."""
+    write_file(f"{path}.new", json.dumps(document, indent=1), create=0o600)
+    os.rename(f"{path}.new", path)
+
+
+def free_ids(still):
+    """Give back the ranges of ids whose container's id is not one that still(id)."""
+    for slot in os.listdir(os.path.dirname(store("ids", "x"))):
+        try:
+            if not still(os.readlink(store("ids", slot))):
+                os.unlink(store("ids", slot))
+        except FileNotFoundError:  # its owner has just done the same
+            pass
+
+
+def remove(c):
+    """Remove a container that has ended, and free its ids."""
+    free_ids(lambda id: id != c.id)
+    remove_tree(c.directory)
+    os.close(c.lock)
+
+
 def create(options, layers, args):
     """A container that has everything but a life: its directory, spec and ids."""
     id = os.urandom(32).hex()
@@ -3159,29 +3192,6 @@ def create(options, layers, args):
     return c
 
 
-def save(path, document):
-    """Replace a JSON file, so that a reader sees the old one or the new one (P3)."""
-    write_file(f"{path}.new", json.dumps(document, indent=1), create=0o600)
-    os.rename(f"{path}.new", path)
-
-
-def remove(c):
-    """Remove a container that has ended, and free its ids."""
-    free_ids(lambda id: id != c.id)
-    remove_tree(c.directory)
-    os.close(c.lock)
-
-
-def free_ids(still):
-    """Give back the ranges of ids whose container's id is not one that still(id)."""
-    for slot in os.listdir(os.path.dirname(store("ids", "x"))):
-        try:
-            if not still(os.readlink(store("ids", slot))):
-                os.unlink(store("ids", slot))
-        except FileNotFoundError:  # its owner has just done the same
-            pass
-
-
 def choose(options):
     """(layers, arguments) of what `run` was asked to run."""
     args = [options.command, *options.args] if options.command else []
@@ -3200,6 +3210,18 @@ def choose(options):
     if not (options.tty or options.interactive) and os.isatty(0) and os.isatty(1):
         options.tty = options.interactive = True  # whoever sits at one wants -it
     return layers, args
+
+
+def report_end(c, options, code, used):
+    """What a person should know about how it ended."""
+    if used["oom_kills"]:
+        limit = used["memory_limit"]
+        what = "the container" if code == 137 else "a process of the container"
+        where = f"its memory limit of {human(limit)}" if limit else "the host's memory"
+        say(f"the kernel's OOM killer ended {what}: {where} was not enough")
+    if options.stats_at_exit:
+        for line in show_stats(used):
+            print(line, file=sys.stderr)
 
 
 @command("run", *RUN_OPTIONS, *PROCESS_OPTIONS, *NAMESPACE_OPTIONS, *CGROUP_OPTIONS,
@@ -3234,18 +3256,6 @@ def run_command(options):
     if options.rm:
         remove(c)
     return code
-
-
-def report_end(c, options, code, used):
-    """What a person should know about how it ended."""
-    if used["oom_kills"]:
-        limit = used["memory_limit"]
-        what = "the container" if code == 137 else "a process of the container"
-        where = f"its memory limit of {human(limit)}" if limit else "the host's memory"
-        say(f"the kernel's OOM killer ended {what}: {where} was not enough")
-    if options.stats_at_exit:
-        for line in show_stats(used):
-            print(line, file=sys.stderr)
 
 
 def find_container(name):

@@ -356,19 +356,12 @@ def test_nothing_refers_to_a_name_that_is_defined_further_down():
         own = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)
                and isinstance(n.ctx, ast.Store)}
         own |= {a.arg for a in ast.walk(node) if isinstance(a, ast.arg)}
-        start = chapter_of(node.lineno)
         for name in ast.walk(node):
             if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Load):
                 line = defined.get(name.id, 0)
-                if name.id not in own and chapter_of(line) > start:
+                if name.id not in own and line > node.end_lineno:
                     wrong.append(f"line {name.lineno}: {name.id} of line {line}")
     assert wrong == []
-
-
-def chapter_of(line):
-    """The number of the chapter that a line is in; 0 before the first."""
-    return max([n for n, (_, first, last) in chapters().items()
-                if first <= line <= last], default=0)
 
 
 def functions():
@@ -666,7 +659,7 @@ def test_one_namespace_can_be_the_hosts(option, kind):
 @root
 def test_a_kernel_without_a_namespace_is_announced(monkeypatch):
     def without_time():
-        m.say.__defaults__[0].clear()
+        m.SAID.clear()
         m.os.listdir = lambda path, real=os.listdir: [
             n for n in real(path) if not (path == "/proc/self/ns" and n == "time")]
         return m.main(["run", "--rm", "/bin/true"])
