@@ -247,7 +247,10 @@ def narrate(name, args, began, result, why):
         line = (f"{grey}{at:9.3f} ms {took:8.3f} ms{end}  {narration.who:<7} "
                 f"{mark}{call}{end} = {result}")
         line += f"  {grey}# {why}{end}" if why else ""
-    os.write(narration.fd, line.encode("utf-8", "backslashreplace") + b"\n")
+    try:
+        os.write(narration.fd, line.encode("utf-8", "backslashreplace") + b"\n")
+    except OSError:  # nobody listens any more: `| head`
+        narration.style = ""
 
 
 def request(name, args, ask, why):
@@ -347,7 +350,8 @@ def size(text):
     """The bytes that Docker's "64m", "64MB" or "64MiB" means."""
     digits = text.rstrip("bBiIkKmMgGtT")
     unit = text[len(digits):].lower().removesuffix("b").removesuffix("i")
-    if unit not in UNITS or not digits.replace(".", "", 1).isdecimal():
+    if unit not in UNITS or not digits.replace(".", "", 1).isdecimal() or (
+            len(digits) > 18):
         raise Fail(f"invalid size: {text!r}",
                    "a number and perhaps a unit b, k, m, g or t, as in 64m")
     return int(float(digits) * UNITS[unit])
@@ -610,6 +614,10 @@ def clone3(flags, cgroup_fd=-1, why=""):
     try:
         pid = syscall("clone3", args, ctypes.sizeof(args), why=why)
     except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise Fail("the kernel allows no more namespaces here",
+                       "see the sysctls user.max_*_namespaces, or --userns host"
+                       ) from None
         if error.errno != errno.ENOSYS:
             raise
         old = args.flags & 0xFFFFFF00 | args.exit_signal  # without _NEWTIME, _INTO_
@@ -677,7 +685,7 @@ def set_names(c):
     for call, name in (("sethostname", c.spec.get("hostname")),
                        ("setdomainname", c.spec.get("domainname"))):
         if name:
-            syscall(call, name, len(name), why="what `hostname` shows inside")
+            syscall(call, name, len(os.fsencode(name)), why="what `hostname` shows")
 
 
 def loopback_up(c):
@@ -761,7 +769,8 @@ def ns_command(options):
 # first; "hybrid" (v1 controllers beside an empty v2 tree) is version 1 to us.
 #
 # Each container has one group of that tree, minicontainer-ID, next to the root: no
-# group of ours stands between, so there is nothing to share, enable or leave behind.
+# group of ours stands between, so there is nothing to share or leave behind.  What
+# stays is that the root of a version 2 tree passes its controllers down.
 #
 # Not here: control of devices.  Ours do not need it, because every file system of
 # a container is mounted nodev (chapter 4), so that a device node in it is inert.
@@ -851,6 +860,8 @@ def resources_spec(o):
                        "it counts memory and swap together")
     if o.memory_reservation:
         memory["reservation"] = size(o.memory_reservation)
+        if memory["reservation"] > memory.get("limit", memory["reservation"]):
+            raise Fail("--memory-reservation is more than --memory", "make it less")
     if o.cpus:
         try:
             quota = round(float(o.cpus) * 100_000)
@@ -860,12 +871,12 @@ def resources_spec(o):
             raise Fail(f"invalid value for --cpus: {o.cpus!r}",
                        f"a number from 0.01 to {os.cpu_count()}, the host's")
         cpu.update(quota=quota, period=100_000)
-    if o.cpu_shares:
+    if o.cpu_shares and o.cpu_shares != "0":
         cpu["shares"] = whole("--cpu-shares", o.cpu_shares, 2, 262144)
     for key, value in (("cpus", o.cpuset_cpus), ("mems", o.cpuset_mems)):
         if value:
             cpu[key] = value
-    if o.pids_limit and o.pids_limit != "-1":
+    if o.pids_limit and o.pids_limit not in ("-1", "0"):
         pids["limit"] = whole("--pids-limit", o.pids_limit, 1)
     if o.blkio_weight:
         block["weight"] = whole("--blkio-weight", o.blkio_weight, 10, 1000)
@@ -903,26 +914,27 @@ def rules(key, word=""):
                          for d in spec["blockIO"][key]]
 
 
-# What the spec says, and which controller's file says so to the kernel: with its name
-# in version 2, then in version 1.  A value is the spec's own, or a function of it.
-# Order matters once: in version 1 memory+swap may not be below memory, so memory
-# is first.
+# What the spec says, and the file of which controller says so to the kernel: in
+# version 2, then in version 1.  A value is the spec's own, or a function of the spec;
+# of several files the first that is there is taken.  Order matters once: in version 1
+# memory+swap may not be below memory, so memory is first.
 LIMITS = (
-    # in the spec           controller   v2 file and value, v1 file and value
-    ("memory limit", "memory", ("memory.max",), ("memory.limit_in_bytes",)),
-    ("memory swap", "memory", ("memory.swap.max", swap_only),
-     ("memory.memsw.limit_in_bytes",)),
-    ("memory reservation", "memory", ("memory.low",), ("memory.soft_limit_in_bytes",)),
-    ("cpu shares", "cpu", ("cpu.weight", cpu_weight), ("cpu.shares",)),
-    ("cpu period", "cpu", ("cpu.max", bandwidth), ("cpu.cfs_period_us",)),
-    ("cpu quota", "cpu", ("cpu.max", bandwidth), ("cpu.cfs_quota_us",)),
-    ("cpu cpus", "cpuset", ("cpuset.cpus",), ("cpuset.cpus",)),
-    ("cpu mems", "cpuset", ("cpuset.mems",), ("cpuset.mems",)),
-    ("pids limit", "pids", ("pids.max",), ("pids.max",)),
-    ("blockIO weight", "blkio", ("io.bfq.weight io.weight", io_weight),
-     ("blkio.bfq.weight blkio.weight",)),
-    *((f"blockIO {key}", "blkio", ("io.max", rules(key, f"{way[0]}{unit}=")),
-       (f"blkio.throttle.{way}_{unit}_device", rules(key)))
+    # in the spec           controller   files of v2, files of v1: {name: value}
+    ("memory limit", "memory", {"memory.max": None}, {"memory.limit_in_bytes": None}),
+    ("memory swap", "memory", {"memory.swap.max": swap_only},
+     {"memory.memsw.limit_in_bytes": None}),
+    ("memory reservation", "memory", {"memory.low": None},
+     {"memory.soft_limit_in_bytes": None}),
+    ("cpu shares", "cpu", {"cpu.weight": cpu_weight}, {"cpu.shares": None}),
+    ("cpu period", "cpu", {"cpu.max": bandwidth}, {"cpu.cfs_period_us": None}),
+    ("cpu quota", "cpu", {"cpu.max": bandwidth}, {"cpu.cfs_quota_us": None}),
+    ("cpu cpus", "cpuset", {"cpuset.cpus": None}, {"cpuset.cpus": None}),
+    ("cpu mems", "cpuset", {"cpuset.mems": None}, {"cpuset.mems": None}),
+    ("pids limit", "pids", {"pids.max": None}, {"pids.max": None}),
+    ("blockIO weight", "blkio", {"io.bfq.weight": None, "io.weight": io_weight},
+     {"blkio.bfq.weight": None, "blkio.weight": None}),
+    *((f"blockIO {key}", "blkio", {"io.max": rules(key, f"{way[0]}{unit}=")},
+       {f"blkio.throttle.{way}_{unit}_device": rules(key)})
       for way, unit, key in THROTTLES),
 )
 
@@ -997,6 +1009,10 @@ class Cgroup:
         text = self.read(file, controller).strip()
         return int(text) if text.isdecimal() and int(text) < 1 << 62 else None
 
+    def exists(self):
+        """Whether any directory of the group is there."""
+        return any(map(os.path.isdir, self.directories()))
+
     def create(self, resources):
         """Make the group and set the limits in it.  Processes come in later."""
         if not self.trees:
@@ -1015,34 +1031,38 @@ class Cgroup:
                 self.limit(row, resources)
 
     def enable_controllers(self):
-        """Have the root of the version 2 tree pass all its controllers down."""
+        """Have the root of the version 2 tree pass its controllers down, for good; one
+        that it cannot is missed when a limit asks for it."""
         have = read_file(f"{CGROUP_ROOT}/cgroup.controllers").split()
         on = read_file(f"{CGROUP_ROOT}/cgroup.subtree_control").split()
-        for name in {"memory", "cpu", "cpuset", "io", "pids"} & set(have) - set(on):
-            write_file(f"{CGROUP_ROOT}/cgroup.subtree_control", f"+{name}",
-                       why="let groups below the root use this controller")
+        for name in ("memory", "cpu", "cpuset", "io", "pids"):
+            if name in have and name not in on:
+                try:
+                    write_file(f"{CGROUP_ROOT}/cgroup.subtree_control", f"+{name}",
+                               why="let groups below the root use this controller")
+                except (PermissionError, FileNotFoundError):
+                    say(f"the {name} controller cannot be enabled in {CGROUP_ROOT}")
 
     def limit(self, row, resources):
         """Write one limit; a Fail that names the controller where there is none."""
         what, controller, v2, v1 = row
-        section, key = what.split()
-        files, value = (v1 if self.trees else v2)[0].split(), resources[section][key]
-        form = (v1 if self.trees else v2)[1:]
-        lines = form[0](resources) if form else value
-        directory = self.directory(controller)
-        found = [f for f in files if directory and os.path.exists(f"{directory}/{f}")]
-        if not found:
+        (section, key), forms = what.split(), v1 if self.trees else v2
+        value, directory = resources[section][key], self.directory(controller)
+        file = next((name for name in forms
+                     if directory and os.path.exists(f"{directory}/{name}")), None)
+        if file is None:
             if what == "memory swap" and value == 2 * resources["memory"]["limit"]:
                 return  # nobody asked: it only goes with a memory limit
             raise Fail(f"this host cannot set {section}.{key}: its {controller} "
-                       f"controller has no {' or '.join(files)}",
+                       f"controller has no {' or '.join(forms)}",
                        "leave the option out, or enable the controller in the kernel")
+        lines = forms[file](resources) if forms[file] else value
         for line in lines if isinstance(lines, list) else [lines]:
             try:
-                write_file(f"{directory}/{found[0]}", str(line), why=f"limit: {what}")
+                write_file(f"{directory}/{file}", str(line), why=f"limit: {what}")
             except OSError as error:
                 raise Fail(f"the kernel refuses {what} {line!r}: {error.strerror} "
-                           f"({controller} controller, {found[0]})",
+                           f"({controller} controller, {file})",
                            "is the value within what the host has?") from None
 
     def add(self, pid):
@@ -1088,7 +1108,7 @@ class Cgroup:
                 write_file(f"{self.directory()}/cgroup.kill", "1", why="all at once")
                 wait_for(lambda: not self.table("cgroup.events")["populated"])
         except (FileNotFoundError, KeyError):
-            if any(map(os.path.isdir, self.directories())):
+            if self.exists():
                 raise
 
     def remove(self):
@@ -1258,8 +1278,11 @@ OPTION_WORDS = {
     "relatime": MS_RELATIME, "strictatime": MS_STRICTATIME,
     "bind": MS_BIND, "rbind": MS_BIND | MS_REC,
 }
-NEUTRAL_WORDS = ("rw", "suid", "dev", "exec", "async", "atime", "idmap", "defaults",
-                 "nocopy", "z", "Z", "consistent", "cached", "delegated")
+CLEARING_WORDS = {"rw": MS_RDONLY, "suid": MS_NOSUID, "dev": MS_NODEV,
+                  "exec": MS_NOEXEC, "async": MS_SYNCHRONOUS, "atime": MS_NOATIME}
+NEUTRAL_WORDS = ("idmap", "defaults", "nocopy", "z", "Z", "consistent", "cached",
+                 "delegated")
+TMPFS_WORDS = ("size", "mode", "uid", "gid", "nr_inodes", "nr_blocks", "huge")
 PROPAGATIONS = {
     "private": MS_PRIVATE, "rprivate": MS_REC | MS_PRIVATE,
     "slave": MS_SLAVE, "rslave": MS_REC | MS_SLAVE,
@@ -1322,8 +1345,8 @@ def bind_mount(option, source, target, words):
     """A bind mount in the spec's form, its words checked."""
     check_target(option, target)
     for word in words:
-        if word not in OPTION_WORDS and word not in PROPAGATIONS and (
-                word not in NEUTRAL_WORDS):
+        if not any(word in known for known in (OPTION_WORDS, CLEARING_WORDS,
+                                               PROPAGATIONS, NEUTRAL_WORDS)):
             raise Fail(f"{option}: unknown option {word!r}",
                        "ro, rw, rprivate, rslave, rshared, nosuid, noexec …")
     return {"destination": os.path.normpath(target), "type": "bind",
@@ -1332,7 +1355,7 @@ def bind_mount(option, source, target, words):
 
 
 def volume_mount(text):
-    """The mount that Docker's -v SRC:DST[:OPTIONS] means; SRC is made if missing."""
+    """The mount that Docker's -v SRC:DST[:OPTIONS] means."""
     source, _, rest = text.partition(":")
     target, _, words = rest.partition(":")
     if not source.startswith("/"):
@@ -1341,17 +1364,20 @@ def volume_mount(text):
         raise Fail(what, "name a directory of the host: -v /SRC:/DST")
     if not target:
         raise Fail(f"-v {text}: no target", "-v /SRC:/DST[:ro]")
-    if not os.path.lexists(source):
-        os.makedirs(source, exist_ok=True)
     return bind_mount(f"-v {text}", source, target, words.split(",") if words else [])
 
 
-def tmpfs_mount(target, words):
+def tmpfs_mount(option, target, words):
     """A tmpfs in the spec's form, with Docker's defaults."""
-    check_target(f"--tmpfs {target}", target)
+    check_target(option, target)
+    words = words.split(",") if words else []
+    for word in words:
+        if word not in OPTION_WORDS and word not in CLEARING_WORDS and (
+                word.partition("=")[0] not in TMPFS_WORDS):
+            raise Fail(f"{option}: unknown option {word!r}",
+                       "size=64m, mode=1777, ro, exec …")
     return {"destination": os.path.normpath(target), "type": "tmpfs",
-            "source": "tmpfs", "options": ["nosuid", "nodev", "noexec",
-                                           *(words.split(",") if words else [])]}
+            "source": "tmpfs", "options": ["nosuid", "nodev", "noexec", *words]}
 
 
 def long_mount(text):
@@ -1375,7 +1401,7 @@ def long_mount(text):
         if "tmpfs-size" in keys:
             words.append(f"size={size(keys['tmpfs-size'])}")
         words.append(f"mode={keys.get('tmpfs-mode', '1777')}")
-        return tmpfs_mount(target, ",".join(words))
+        return tmpfs_mount(f"--mount {text}", target, ",".join(words))
     if kind != "bind":
         raise Fail(f"--mount {text}: type {kind!r} does not exist yet",
                    "type=bind or type=tmpfs")
@@ -1407,7 +1433,7 @@ def mounts_spec(options):
     mounts = [
         special("proc", "/proc", options.pid, quiet),
         {"destination": "/dev", "type": "tmpfs", "source": "tmpfs",
-         "options": ["nosuid", "strictatime", "mode=755", "size=65536k"]},
+         "options": ["nosuid", "nodev", "strictatime", "mode=755", "size=65536k"]},
         {"destination": "/dev/pts", "type": "devpts", "source": "devpts",
          "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620",
                      "gid=5"]},
@@ -1423,10 +1449,16 @@ def mounts_spec(options):
     else:
         mounts.append({"destination": "/dev/shm", "type": "tmpfs", "source": "shm",
                        "options": [*quiet, "mode=1777", "size=65536k"]})
-    mounts += [volume_mount(text) for text in options.volume]
-    mounts += [long_mount(text) for text in options.mount]
-    mounts += [tmpfs_mount(*text.partition(":")[::2]) for text in options.tmpfs]
-    return mounts
+    asked = [volume_mount(text) for text in options.volume]
+    asked += [long_mount(text) for text in options.mount]
+    asked += [tmpfs_mount(f"--tmpfs {text}", *text.partition(":")[::2])
+              for text in options.tmpfs]
+    places = [mount["destination"] for mount in asked]
+    for place in places:
+        if places.count(place) > 1:
+            raise Fail(f"Duplicate mount point: {place}", "mount one thing there")
+    mounts = [m for m in mounts if m["destination"] not in places] + asked
+    return sorted(mounts, key=lambda m: m["destination"].count("/"))  # outer first
 
 
 # ── the parent's part: sources, the workshop, the overlay ──
@@ -1441,6 +1473,8 @@ def take_sources(c):
     for mount in c.spec["mounts"]:
         if mount["type"] == "bind":
             flags = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC
+            if not os.path.lexists(mount["source"]):
+                os.makedirs(mount["source"], exist_ok=True)  # -v makes it, as Docker's
             deep = AT_RECURSIVE if "rbind" in mount["options"] else 0
             c.sources[mount["destination"]] = syscall(
                 "open_tree", AT_FDCWD, mount["source"], flags | deep,
@@ -1496,7 +1530,10 @@ def check_shared(mount, propagation):
     source, best = os.path.realpath(mount["source"]), ("", "")
     for line in read_file("/proc/self/mountinfo", why="shared?").splitlines():
         fields = line.split()
-        point = fields[4].encode().decode("unicode_escape")
+        point = fields[4]
+        for escaped, character in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"),
+                                   ("\\134", "\\")):
+            point = point.replace(escaped, character)
         if os.path.commonpath((point, source)) == point and len(point) >= len(best[0]):
             best = point, fields[6]
     if not best[1].startswith(("shared:", "master:")):
@@ -1511,8 +1548,8 @@ def prepare_sources(c):
         if mount["type"] == "bind":
             attributes = propagation = 0
             for word in mount["options"]:
-                flag = OPTION_WORDS.get(word, 0)
-                attributes |= flag & (MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC)
+                attributes |= OPTION_WORDS.get(word, 0) & 15  # as MOUNT_ATTR_ are
+                attributes &= ~CLEARING_WORDS.get(word, 0)
                 propagation |= PROPAGATIONS.get(word, 0) & ~MS_REC
             # trap: where / is shared, a copy of /proc is the host's peer, and what we
             # hide in ours would be hidden on the host; hence private unless asked for
@@ -1574,22 +1611,31 @@ def open_inside(c, path, flags=os.O_PATH):
     return syscall("openat2", c.root_fd, path, how, ctypes.sizeof(how))
 
 
-def inside(c, path, make=""):
-    """The Place of a path of the container; `make` "dir" or "file" if it is missing."""
+def inside(c, path, make="", links=0):
+    """The Place of a path of the container; `make` "dir" or "file" if it is missing,
+    also where a symlink leads to what is missing."""
     place = Place(path)
     try:
         place.fd = open_inside(c, path)
     except FileNotFoundError:
         if not make:
             raise
-        above = inside(c, os.path.dirname(path), "dir")
+        above = inside(c, os.path.dirname(path), "dir", links)
         name = os.path.basename(path)
-        if make == "dir":
-            syscall("mkdirat", above.fd, name, 0o755, why="a place to mount on")
-        else:
-            syscall("mknodat", above.fd, name, stat.S_IFREG | 0o644, 0,
-                    why="a file to mount on")
-        above.close()
+        try:
+            if make == "dir":
+                syscall("mkdirat", above.fd, name, 0o755, why="a place to mount on")
+            else:
+                syscall("mknodat", above.fd, name, stat.S_IFREG | 0o644, 0,
+                        why="a file to mount on")
+        except FileExistsError:  # a symlink, then
+            if links == 40:
+                raise
+            target = os.readlink(name, dir_fd=above.fd)
+            return inside(c, os.path.join(os.path.dirname(path), target), make,
+                          links + 1)
+        finally:
+            above.close()
         place.fd = open_inside(c, path)
     return place
 
@@ -1637,6 +1683,8 @@ def mount_all(c):
         for word in mount["options"]:
             if word in OPTION_WORDS:
                 flags |= OPTION_WORDS[word]
+            elif word in CLEARING_WORDS:
+                flags &= ~CLEARING_WORDS[word]
             elif word not in NEUTRAL_WORDS and word not in PROPAGATIONS:
                 data.append(word)
         if mount["type"] == "bind":
@@ -1651,7 +1699,10 @@ def mount_all(c):
 
 
 def make_devices(c):
-    """Step: the few devices that every program expects, bound from the host's /dev."""
+    """Step: the few devices that every program expects, bound from the host's /dev;
+    a volume that somebody mounted on /dev is left as it is."""
+    if "/dev" in c.sources:
+        return
     for name in DEVICES:
         place = inside(c, f"/dev/{name}", "file")
         syscall("mount", f"/dev/{name}", place, None, MS_BIND, None,
@@ -1696,6 +1747,7 @@ def take_console(c, fd):
     """Outside: init's end of its new terminal becomes ours."""
     c.outer["console"] = syscall("pidfd_getfd", c.pidfd, fd, 0,
                                  why="the outer end of the terminal")
+    os.set_blocking(c.outer["console"], False)  # it takes no more than it has room for
 
 
 def open_stdio(c):
@@ -1719,31 +1771,32 @@ def take_stdio(c):
         os.dup2(fd, number)
 
 
-def mask_paths(c):
-    """Step: hide what tells too much, and make read-only what is dangerous to write."""
-    for path in c.spec["linux"].get("maskedPaths", ()):
+def existing(c, paths):
+    """The Places of those paths that the container has, each open for its turn."""
+    for path in paths:
         try:
             place = inside(c, path)
         except (FileNotFoundError, NotADirectoryError):
             continue
+        yield place
+        place.close()
+
+
+def mask_paths(c):
+    """Step: hide what tells too much, and make read-only what is dangerous to write."""
+    for place in existing(c, c.spec["linux"].get("maskedPaths", ())):
         if stat.S_ISDIR(os.fstat(place.fd).st_mode):
-            syscall("mount", "tmpfs", place, "tmpfs", MS_RDONLY, None,
+            syscall("mount", "tmpfs", place, "tmpfs", MS_RDONLY | MS_NODEV, None,
                     why="hidden: an empty directory")
         else:
             syscall("mount", "/dev/null", place, None, MS_BIND, None,
                     why="hidden: an empty file, the host's own null device")
-        place.close()
-    for path in c.spec["linux"].get("readonlyPaths", ()):
-        try:
-            place = inside(c, path)
-        except (FileNotFoundError, NotADirectoryError):
-            continue
+    paths = c.spec["linux"].get("readonlyPaths", ())
+    for place in existing(c, paths):
         syscall("mount", place, place, None, MS_BIND | MS_REC, None,
                 why="a mount of its own, so that it can be read-only")
-        place.close()
-        place = inside(c, path)
-        set_attributes(place.fd, MOUNT_ATTR_RDONLY, what=path)
-        place.close()
+    for place in existing(c, paths):
+        set_attributes(place.fd, MOUNT_ATTR_RDONLY, what=place)
 
 
 def pivot(c):
@@ -1929,8 +1982,10 @@ def no_more_imports(c):
     sys.path.clear()
 
 
-def hide_memory(c):
-    """Step: nobody in the container may look into this process through /proc."""
+def hide_memory(c=None):
+    """Step: nobody in the container may look into this process through /proc.
+
+    A change of ids may undo it (fs.suid_dumpable), so it is said again after each."""
     syscall("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0,
             why="our memory, our descriptors and our interpreter are the host's")
 
@@ -1941,10 +1996,10 @@ def wait_for_go(c):
     What it alone should hold is closed before: its lock must be free when it is dead,
     and its ends of the pipes, or we would never see that it is.
     """
-    for fd in (c.lock, c.news[0], c.orders[1], *c.outer.values()):
+    for fd in (c.lock, c.news[0], c.orders[1], *c.outer.values(), *(c.home or ())):
         if fd >= 0:
             os.close(fd)
-    c.lock, c.outer = -1, {}
+    c.lock, c.outer, c.home = -1, {}, None
     c.news, c.orders = (-1, c.news[1]), (c.orders[0], -1)
     c.await_parent()
 
@@ -1955,6 +2010,7 @@ def set_ids(uid, gid, groups):
     syscall("setgroups", len(groups), array, why=f"groups {groups}")
     syscall("setresgid", gid, gid, gid)
     syscall("setresuid", uid, uid, uid, why=f"it runs as {uid}:{gid}")
+    hide_memory()
 
 
 def become_root(c):
@@ -1969,8 +2025,9 @@ def new_session(c):
         syscall("keyctl", KEYCTL_JOIN_SESSION_KEYRING, f"_ses.{c.id}",
                 why="root's keys stay outside")
     except OSError as error:
-        if error.errno != errno.ENOSYS:  # a kernel without keyrings has none to hide
+        if error.errno not in (errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EDQUOT):
             raise
+        say(f"no session keyring of its own: {error.strerror}")
 
 
 def image_table(c, path):
@@ -2028,6 +2085,10 @@ def find_user(c):
         found = look_up(groups, text, "group", 3)
         extra.append(int(found[2]) if found else int(text))
     user["additionalGids"] = sorted({user["gid"], *extra})
+    count = sum(m["size"] for m in c.spec["linux"].get("uidMappings", ())) or 1 << 31
+    if max(user["uid"], *user["additionalGids"]) >= count:
+        raise Fail(f"user {user['uid']} with groups {user['additionalGids']}: beyond "
+                   f"the container's {count} ids", "a smaller number, or --userns host")
     env = c.spec["process"]["env"]
     if not any(line.startswith("HOME=") for line in env):
         env.append(f"HOME={row[5] if row and len(row) > 5 and row[5] else '/'}")
@@ -2142,9 +2203,7 @@ def become_reaper(c):
     program = os.fork()
     if program == 0:
         return
-    for fd in (*c.news, *c.orders):
-        if fd >= 0:
-            os.close(fd)  # so that the parent sees the program's execve close the last
+    syscall("close_range", 3, 0x7FFFFFFF, 0, why="nothing of the host's stays open")
     every = signal.valid_signals()
     signal.pthread_sigmask(signal.SIG_BLOCK, every)
     while True:
@@ -2349,11 +2408,14 @@ def init(c, steps):
 
 def end(c):
     """Undo all that start did: the processes, the cgroup, the workshop (P5)."""
-    for undo in (leave_workshop, kill_and_wait, remove_cgroup, Container.close):
+    failed = None
+    for undo in 2 * (leave_workshop, kill_and_wait, remove_cgroup, Container.close):
         try:
             undo(c)
-        except OSError:  # the kernel may refuse once; twice is an error
-            undo(c)
+        except (OSError, Fail) as error:  # the others are undone all the same
+            failed = failed or error
+    if failed and c.cgroup and c.cgroup.exists():
+        raise failed
 
 
 def start(c, before=BEFORE, outside=OUTSIDE, birth=BIRTH):
@@ -2424,7 +2486,8 @@ calls(
     fchownat=(260, 54, "dirfd path owner group AT_"),
 )
 
-STORE = os.environ.get("MINICONTAINER_ROOT", "/var/lib/minicontainer")
+STORE = os.path.abspath(os.environ.get("MINICONTAINER_ROOT")
+                        or "/var/lib/minicontainer")
 
 
 def store(*names):
@@ -2447,7 +2510,7 @@ def remove_tree(path):
         top = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
         return
-    serial = 0
+    serial, mark = 0, f".removed-{os.urandom(8).hex()}"
     try:
         while entries := list(os.scandir(top)):
             for entry in entries:
@@ -2459,7 +2522,7 @@ def remove_tree(path):
                 for grandchild in list(os.scandir(child)):
                     if grandchild.is_dir(follow_symlinks=False):
                         serial += 1
-                        os.rename(grandchild.name, f".removed-{serial}",
+                        os.rename(grandchild.name, f"{mark}-{serial}",
                                   src_dir_fd=child, dst_dir_fd=top)
                     else:
                         os.unlink(grandchild.name, dir_fd=child)
@@ -2557,6 +2620,9 @@ def whiteout(parent, name):
     if name == ".wh..wh..opq":
         os.setxattr(parent, "trusted.overlay.opaque", b"y")
     else:
+        if name[4:] in ("", ".", ".."):
+            raise Fail(f"the tarball has a whiteout of {name[4:]!r}",
+                       "it is damaged or hostile: do not use it")
         clear_the_way(parent, name[4:], False)
         os.mknod(name[4:], stat.S_IFCHR, 0, dir_fd=parent)
 
@@ -2632,6 +2698,20 @@ def unpack_member(tar, member, top, times):
         os.close(parent)
 
 
+def unpack_named(path, tar, member, top, times):
+    """unpack_member(), whose errors name the tarball and the entry."""
+    try:
+        unpack_member(tar, member, top, times)
+    except (ValueError, OverflowError) as error:
+        raise Fail(f"{path}: {member.name!r}: {error}",
+                   "the tarball is damaged") from None
+    except OSError as error:
+        if error.errno is None:  # the decompressor's
+            raise
+        raise Fail(f"{path}: {member.name!r}: {error.strerror}",
+                   "is the disk full, or the tarball damaged?") from None
+
+
 def unpack(path, top):
     """Unpack a tarball (plain, gz, xz or bz2) as a layer into the directory `top`."""
     import lzma
@@ -2643,7 +2723,10 @@ def unpack(path, top):
     try:
         with tarfile.open(path, "r:*", errorlevel=2) as tar:
             for member in tar:
-                unpack_member(tar, member, fd, times)
+                unpack_named(path, tar, member, fd, times)
+            tar.fileobj.seek(tar.offset)  # at a bad header tarfile just stops
+            if tar.fileobj.read(512) != bytes(512):
+                raise tarfile.ReadError("it does not end as a tarball does")
             while tar.fileobj.read(1 << 20):
                 pass  # gzip and xz have their checksum at the very end
         for directory, when in reversed(times):  # last: making files changes them
@@ -2651,7 +2734,8 @@ def unpack(path, top):
             os.utime(handle, ns=when)
             os.close(handle)
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise Fail(f"{path}: not a tarball, or a damaged one: {error}",
+        reason = str(error).splitlines()[0]
+        raise Fail(f"{path}: not a tarball, or a damaged one: {reason}",
                    "a .tar, plain or compressed with gzip, xz or bzip2; "
                    "fetch it again?") from None
     except OSError as error:
@@ -2845,13 +2929,14 @@ def default_rootfs():
 
 calls(signalfd4=(289, 74, "fd mask size flags"))
 
-FORWARDED = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM,
-             signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGCONT)
-WATCHED = (*FORWARDED, signal.SIGCHLD, signal.SIGWINCH)
+# All signals but those that stop us, cannot be held, or are a mistake of our own.
+WATCHED = signal.valid_signals() - {getattr(signal, f"SIG{name}") for name in (
+    "KILL STOP TSTP TTIN TTOU PIPE URG SEGV BUS FPE ILL ABRT SYS").split()}
 
 
 def hold_signals():
     """From here on signals wait to be read: nothing below can be interrupted."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, we would hear of no end
     signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED)
 
 
@@ -2873,7 +2958,7 @@ class raw_terminal:
             signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
             os.close(self.alive)
             os.closerange(3, read_end)
-            os.closerange(read_end + 1, 1024)
+            os.closerange(read_end + 1, 1 << 20)
             if os.read(read_end, 1) == b"":
                 termios.tcsetattr(self.fd, termios.TCSANOW, self.saved)
             os._exit(0)
@@ -2911,10 +2996,13 @@ class Stream:
                 self.data = part
             else:
                 self.data, self.last, self.ended = self.last, b"", not self.last
+        except BlockingIOError:
+            return
         except OSError:  # EIO: a terminal that nobody has open; EPIPE: nobody reads
-            self.data, self.ended = b"", True
-        if self.ended and self.ours in self.c.outer and self.ours != "console":
-            os.close(self.c.outer.pop(self.ours))
+            self.ended = True
+        shared = self.ours == "console" and not (self.data and self.sink == 1)
+        if self.ended and self.ours in self.c.outer and not shared:
+            os.close(self.c.outer.pop(self.ours))  # the program hears of it: SIGHUP
 
 
 def copy_window_size(c):
@@ -2962,8 +3050,10 @@ class Attendant:
     def once(self, signals):
         """One turn: wait for something, and do it; False when there is nothing left."""
         over = self.c.status is not None
+        if over and self.interrupts >= 3:
+            return False
         streams = [s for s in (self.outputs if over else self.inputs + self.outputs)
-                   if not s.ended]
+                   if not s.ended and s.ours in self.c.outer]
         poll, wanted = select.poll(), {signals: select.POLLIN}
         for fd, event in map(Stream.awaited, streams):
             wanted[fd] = wanted.get(fd, 0) | event  # a console may be in two streams
@@ -3125,8 +3215,10 @@ def make_spec(options, id, args):
     if options.uts != "host":
         spec["hostname"] = options.hostname or id[:12]
         spec["domainname"] = options.domainname or ""
-        if len(spec["hostname"]) > 64:
-            raise Fail(f"--hostname {options.hostname}: longer than 64 characters")
+        for name in (spec["hostname"], spec["domainname"]):
+            if len(os.fsencode(name)) > 64 or not name.isprintable() or " " in name:
+                raise Fail(f"invalid host or domain name: {name!r}",
+                           "at most 64 characters, none of them a space")
         spec["process"]["env"].insert(1, f"HOSTNAME={spec['hostname']}")
     return spec
 
@@ -3148,16 +3240,20 @@ def free_ids(still):
 
 
 def remove(c):
-    """Remove a container that has ended, and free its ids."""
+    """Remove a container that has ended, and free its ids; once will do."""
+    if c.lock < 0:
+        return
     free_ids(lambda id: id != c.id)
     remove_tree(c.directory)
     os.close(c.lock)
+    c.lock = -1
 
 
 def create(options, layers, args):
     """A container that has everything but a life: its directory, spec and ids."""
     id = os.urandom(32).hex()
     spec = make_spec(options, id, args)
+    hold_signals()
     directory = store("containers", id)
     guard = lock(os.path.dirname(directory), fcntl.LOCK_SH)  # prune waits for us
     try:
@@ -3184,7 +3280,8 @@ def create(options, layers, args):
             if not any(m["destination"] == f"/etc/{name}" for m in spec["mounts"]):
                 spec["mounts"].append({
                     "destination": f"/etc/{name}", "type": "bind",
-                    "source": f"{directory}/{name}", "options": ["bind"]})
+                    "source": f"{directory}/{name}",
+                    "options": ["bind", *(["ro"] if options.read_only else [])]})
         save(f"{directory}/config.json", spec)
     except BaseException:
         remove(c)
@@ -3192,24 +3289,22 @@ def create(options, layers, args):
     return c
 
 
+def check_terminal(options):
+    """Refuse -it without a terminal."""
+    if options.tty and options.interactive and not os.isatty(0):
+        raise Fail("the input device is not a TTY", "leave out -t", 1)
+
+
 def choose(options):
     """(layers, arguments) of what `run` was asked to run."""
-    args = [options.command, *options.args] if options.command else []
+    args = options.words[options.words[0] == "--":]
     if options.rootfs:
-        layers = [layer_of(path) for path in options.rootfs]
-    elif args and not args[0].startswith("/"):
+        return [layer_of(path) for path in options.rootfs], args
+    if not args[0].startswith("/"):
         raise Fail(f"unable to find image {args[0]!r}: images do not exist yet",
                    "a command of the default root file system begins with /, as in "
                    "run /bin/sh; --rootfs uses another one")
-    elif args:
-        layers = [default_rootfs()]
-    if not args:
-        raise Fail("no command specified", "as in run /bin/sh")
-    if options.tty and options.interactive and not os.isatty(0):
-        raise Fail("the input device is not a TTY", "leave out -t", 1)
-    if not (options.tty or options.interactive) and os.isatty(0) and os.isatty(1):
-        options.tty = options.interactive = True  # whoever sits at one wants -it
-    return layers, args
+    return [default_rootfs()], args
 
 
 def report_end(c, options, code, used):
@@ -3226,13 +3321,15 @@ def report_end(c, options, code, used):
 
 @command("run", *RUN_OPTIONS, *PROCESS_OPTIONS, *NAMESPACE_OPTIONS, *CGROUP_OPTIONS,
          *MOUNT_OPTIONS, *PRIVILEGE_OPTIONS,
-         arg("command", nargs="?", metavar="COMMAND", help="program, with its path"),
-         arg("args", nargs="...", metavar="ARG", help="and its arguments"))
+         arg("words", nargs="A...", metavar="COMMAND", help="program and arguments"))
 def run_command(options):
     """Run a command in a new container."""
     need_root()
+    check_terminal(options)
     layers, args = choose(options)
-    hold_signals()
+    if not (options.tty or options.interactive) and os.isatty(0) and os.isatty(1) and (
+            os.tcgetpgrp(0) == os.getpgrp()):
+        options.tty = options.interactive = True  # whoever sits at one wants -it
     c = create(options, layers, args)
     try:
         try:
@@ -3271,11 +3368,11 @@ def find_container(name):
 
 @command("exec", *PROCESS_OPTIONS, *PRIVILEGE_OPTIONS,
          arg("container", metavar="CONTAINER", help="its id, or the beginning of it"),
-         arg("command", metavar="COMMAND", help="program"),
-         arg("args", nargs="...", metavar="ARG", help="and its arguments"))
+         arg("words", nargs="A...", metavar="COMMAND", help="program and arguments"))
 def exec_command(options):
     """Run a command in a running container."""
     need_root()
+    check_terminal(options)
     id, directory = find_container(options.container)
     spec = json.loads(read_file(f"{directory}/config.json"))
     try:
@@ -3288,7 +3385,7 @@ def exec_command(options):
     running = Container(id, spec, directory)
     running.cgroup = Cgroup(spec["linux"]["cgroupsPath"])
     hold_signals()
-    args = [options.command, *options.args]
+    args = options.words[options.words[0] == "--":]
     process = {**process_spec(options, args, spec["process"]),
                **privileges_spec(options)}
     c = Container(id, {**spec, "process": process}, directory)
@@ -3305,17 +3402,22 @@ def system_prune_command(options):
     """Remove all containers that have ended, and what killed commands left behind."""
     need_root()
     guard = lock(os.path.dirname(store("containers", "x")), fcntl.LOCK_EX)
-    alive = set()
+    alive, failed = set(), None
     for id in os.listdir(os.path.dirname(store("containers", "x"))):
-        directory = store("containers", id)
-        held = lock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if held is None:
-            alive.add(id)
+        try:
+            held = lock(store("containers", id), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if held is None:
+                alive.add(id)
+                continue
+            Cgroup(f"/minicontainer-{id}").remove()
+            remove_tree(store("containers", id))
+            os.close(held)
+            print(id)
+        except FileNotFoundError:  # a run --rm has just ended
             continue
-        Cgroup(f"/minicontainer-{id}").remove()
-        remove_tree(directory)
-        os.close(held)
-        print(id)
+        except (OSError, Fail) as error:  # the others are cleared all the same
+            alive.add(id)
+            failed = error
     free_ids(lambda id: id in alive)
     for parent in ("layers", "rootfs"):
         top = os.path.dirname(store(parent, "x"))
@@ -3324,6 +3426,8 @@ def system_prune_command(options):
             if maker and not os.path.exists(f"/proc/{maker}"):
                 remove_tree(f"{top}/{name}")
     os.close(guard)
+    if failed:
+        raise failed
 
 # ══ 16. COMMAND LINE ══════════════════════════════════════════════════════════════
 #
@@ -3393,6 +3497,10 @@ def stop(number, _):
 
 def main(argv=None):
     """Run one command line; its exit code.  No traceback ever reaches the person."""
+    os.umask(0o022)  # what we make is as readable as it is meant to be
+    while (fd := os.open("/dev/null", os.O_RDWR)) < 3:
+        pass  # the caller had closed it, and anything of ours could land there
+    os.close(fd)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, stop)
@@ -3409,7 +3517,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # taking the interpreter down in order would cost 5 ms
+    sys.exit(main())

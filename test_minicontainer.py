@@ -387,19 +387,25 @@ def test_every_top_level_definition_says_its_result_in_a_docstring():
     assert missing == []
 
 
+def docstring_lines():
+    """The numbers of the lines that are in a docstring."""
+    return {n for node in ast.walk(TREE)
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module))
+            and ast.get_docstring(node)
+            for n in range(node.body[0].lineno, node.body[0].end_lineno + 1)}
+
+
 def test_chapter_6_is_at_most_100_lines_of_code():
     _, first, last = chapters()[6]
-    code = [line for line in LINES[first:last]
-            if line.strip() and not line.strip().startswith("#")]
-    assert len(code) <= 100
+    code = {n for n in range(first + 1, last + 1)
+            if LINES[n - 1].strip() and not LINES[n - 1].strip().startswith("#")}
+    assert len(code - docstring_lines()) <= 100
 
 
 def test_a_fifth_to_a_third_of_what_is_written_explains():
-    explained = sum(line.strip().startswith("#") for line in LINES)
-    for node in ast.walk(TREE):
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module)):
-            if ast.get_docstring(node):
-                explained += node.body[0].end_lineno - node.body[0].lineno + 1
+    comments = {n for n, line in enumerate(LINES, 1)
+                if line.strip().startswith("#") or "  # " in line}
+    explained = len(comments | docstring_lines())
     assert 0.2 <= explained / sum(map(bool, LINES)) <= 0.34
 
 
@@ -468,7 +474,7 @@ def recorded(function):
 def spec_for(*argv):
     """The spec that `run …` writes."""
     _, options = m.parse("run", list(argv))
-    return m.make_spec(options, "f" * 64, [options.command, *options.args])
+    return m.make_spec(options, "f" * 64, options.words)
 
 
 def test_the_sequence_of_requests_can_be_recorded_without_root():
@@ -872,7 +878,8 @@ def test_a_limit_that_the_host_cannot_set_names_its_controller():
         assert result.stdout.strip()
 
     def without():
-        m.LIMITS = tuple((what, controller, ("memory.nosuch",), ("memory.nosuch",))
+        nowhere = {"memory.nosuch": None}
+        m.LIMITS = tuple((what, controller, nowhere, nowhere)
                          for what, controller, *_ in m.LIMITS)
         return m.main(["run", "--memory", "64m", "/bin/true"])
     code, _, err = forked(without)
@@ -932,7 +939,7 @@ def test_the_oom_killer_is_named_in_plain_words():
 @pytest.mark.parametrize("option, value", [
     ("--memory", "12q"), ("--memory", "-1"), ("--memory", "1k"), ("--cpus", "many"),
     ("--cpus", "0"), ("--cpus", "nan"), ("--pids-limit", "few"), ("--cpu-shares", "1"),
-    ("--blkio-weight", "5000"), ("--device-read-bps", "/nosuch:1mb")])
+    ("--blkio-weight", "5000"), ("--memory", "9" * 400), ("--device-read-bps", "/nosuch:1mb")])
 def test_a_limit_that_makes_no_sense_is_refused(option, value):
     with pytest.raises(m.Fail) as caught:
         spec_for(f"{option}={value}", "/bin/true")
@@ -1051,7 +1058,10 @@ def test_a_tmpfs_is_empty_and_as_large_as_asked():
     (["--ulimit", "nofile=9:1"], "soft limit"), (["--ulimit", "nofile=a"], "number"),
     (["-e", "=x"], "environment"), (["--env-file", "/nosuch"], "/nosuch"),
     (["--uts=host", "--hostname", "x"], "--uts host"),
-    (["--hostname", "x" * 65], "64 characters"),
+    (["--hostname", "x" * 65], "invalid host"), (["--hostname", "a\nb"], "invalid host"),
+    (["-v", "/tmp:/x", "--tmpfs", "/x"], "Duplicate mount point: /x"),
+    (["--tmpfs", "/x:colour=red"], "colour=red"),
+    (["--memory=9m", "--memory-reservation=10m"], "more than --memory"),
     (["--security-opt", "bogus"], "bogus"),
 ])
 def test_an_option_that_makes_no_sense_is_refused_with_a_hint(options, words):
@@ -1093,6 +1103,40 @@ def test_dev_holds_what_programs_expect_and_nothing_more():
     assert sh("echo lost > /dev/null; head -c3 /dev/zero | wc -c; echo via > /dev/stdout"
               "; [ -c /dev/pts/ptmx ] && echo x > /dev/full 2>/dev/null || echo full"
               ) == "3\nvia\nfull\n"
+
+
+@root
+def test_every_file_system_but_the_devices_is_nodev():
+    for options in ([], ["--userns", "host"], ["--tmpfs", "/t"]):
+        for line in sh("cat /proc/self/mounts", *options).splitlines():
+            source, point, _, flags = line.split()[:4]
+            assert "nodev" in flags.split(",") or point == "/dev/pts" or (
+                source == "devtmpfs" or point in [f"/dev/{d}" for d in m.DEVICES]
+                or point in m.MASKED_PATHS or point.startswith("/etc/")), line
+
+
+@root
+def test_a_mount_point_that_is_a_dangling_link_is_made_inside(tmp_path):
+    etc = tmp_path / "layer" / "etc"
+    etc.mkdir(parents=True)
+    (etc / "resolv.conf").symlink_to("../run/systemd/resolve/stub-resolv.conf")
+    (tmp_path / "layer" / "data").symlink_to("/else/where")
+    assert sh("cat /etc/resolv.conf > /dev/null; ls -d /else/where/.", "--rootfs",
+              m.default_rootfs(), "--rootfs", tmp_path / "layer", "--tmpfs",
+              "/data") == "/else/where/.\n"
+
+
+@root
+def test_mounts_are_made_from_the_outside_in(volume):
+    assert sh("ls /run/foo; cat /a/b/file", "-v", f"{volume}:/run/foo", "--tmpfs", "/run",
+              "-v", f"{volume}:/a/b", "--tmpfs", "/a") == "file\nfrom the host\n"
+
+
+@root
+def test_the_callers_umask_does_not_matter():
+    result = subprocess.run(["sh", "-c", 'umask 077; exec "$@"', "-", *command(
+        "run", "--rm", "-u", "1000", "/bin/cat", "/etc/hosts")], capture_output=True)
+    assert b"localhost" in result.stdout
 
 
 @root
@@ -1374,7 +1418,7 @@ def test_an_unknown_command_or_flag_is_refused_in_one_line():
 @root
 def test_an_image_name_is_not_mistaken_for_a_command():
     assert "unable to find image 'alpine'" in refused("run", "alpine", "ls")
-    assert "no command specified" in refused("run")
+    assert "COMMAND" in refused("run") and "COMMAND" in refused("run", "--")
 
 
 @root
@@ -1516,6 +1560,7 @@ def test_a_tarball_is_unpacked_once_and_kept_by_its_digest(tmp_path, busybox):
                         ("bin/cat", {"type": tarfile.SYMTYPE, "linkname": "busybox"}),
                         ("hello", suffix.encode() + b"\n"), mode=mode)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        assert run("--rootfs", path, "/bin/cat", "/hello") == suffix + "\n"
         for _ in range(2):
             assert run("--rootfs", path, "/bin/cat", "/hello") == suffix + "\n"
         made = os.stat(f"{STORE}/layers/{digest}").st_mtime_ns
@@ -1579,7 +1624,7 @@ def test_a_layer_can_take_away_what_is_below_it(tmp_path):
     [("h", {"type": tarfile.LNKTYPE, "linkname": "../escaped"})],
     [("l", {"type": tarfile.SYMTYPE, "linkname": "OUTSIDE/victim"}), ("l", b"x")],
     [("l", {"type": tarfile.SYMTYPE, "linkname": "OUTSIDE"}), ("l/.wh.victim", b"")],
-    [("OUTSIDE/escaped", b"x")],
+    [("OUTSIDE/escaped", b"x")], [("d/.wh..", b"")], [(".wh...", b"")],
     [("d", {"type": tarfile.DIRTYPE}), ("d/f", b"x"),
      ("d", {"type": tarfile.SYMTYPE, "linkname": "OUTSIDE"}), ("d/escaped", b"x")],
 ])
@@ -1606,10 +1651,14 @@ def test_a_hostile_tarball_reaches_nothing_outside_its_layer(tmp_path, members):
 def test_a_missing_or_damaged_tarball_is_refused_and_nothing_stays(tmp_path):
     good = make_tar(tmp_path / "good.tar.gz", ("f", os.urandom(100000)), mode="w:gz")
     data, before = good.read_bytes(), tree(f"{STORE}/layers")
+    plain = bytearray(make_tar(tmp_path / "plain.tar", ("a", b"x"), ("b", b"y")
+                               ).read_bytes())
+    plain[1024 + 100] ^= 1
     flipped = bytearray(data)
     flipped[50000] ^= 0xFF
     for name, content in (("short.tgz", data[:5000]), ("text.tar", b"not a tarball"),
-                          ("empty.tar", b""), ("flipped.tgz", bytes(flipped))):
+                          ("empty.tar", b""), ("flipped.tgz", bytes(flipped)),
+                          ("header.tar", bytes(plain)), ("cut.tar", plain[:1024])):
         (tmp_path / name).write_bytes(content)
         message = refused("run", "--rootfs", tmp_path / name, "/bin/true")
         assert "damaged" in message and name in message
@@ -1770,6 +1819,39 @@ def test_input_that_is_no_terminal_is_refused_for_a_terminal():
 
 
 @root
+def test_a_reader_that_goes_away_ends_the_program_and_leaves_nothing():
+    for options in (["--explain"], [], ["-t"]):
+        line = " ".join(command("run", "--rm", *options, "/bin/yes"))
+        subprocess.run(["sh", "-c", f"{line} 2>&1 | head -3 >/dev/null"], timeout=60)
+
+
+@root
+def test_closed_descriptors_and_an_ignored_sigchld_do_no_harm():
+    line = " ".join(command("run", "--rm", "/bin/echo", "x"))
+    for closed in ("<&-", ">&-", "2>&-", "<&- >&- 2>&-"):
+        done = subprocess.run(["sh", "-c", f"{line} {closed}"], capture_output=True)
+        assert b"Traceback" not in done.stderr and done.returncode in (0, 120), closed
+    result = subprocess.run(command("run", "--rm", "/bin/echo", "x"),
+                            capture_output=True, text=True, timeout=60,
+                            preexec_fn=lambda: signal.signal(signal.SIGCHLD,
+                                                             signal.SIG_IGN))
+    assert result.stdout == "x\n"
+
+
+@root
+def test_more_input_than_a_program_reads_does_not_stop_us():
+    t = Terminal("run", "--rm", "-it", "/bin/sh", "-c", "stty raw -echo; echo ready; "
+                 "sleep 1; echo END")
+    t.expect("ready")
+    os.set_blocking(t.fd, False)
+    with contextlib.suppress(BlockingIOError):
+        for _ in range(40):
+            os.write(t.fd, b"x" * 1000)
+    os.set_blocking(t.fd, True)
+    assert t.end() == 0 and "END" in t.seen
+
+
+@root
 def test_signals_are_forwarded():
     script = "trap 'echo got; exit 6' TERM; echo up; while :; do sleep 0.05; done"
     with running(script=script) as (process, _, _):
@@ -1780,7 +1862,8 @@ def test_signals_are_forwarded():
 
 @root
 def test_a_third_ctrl_c_ends_a_program_that_ignores_it():
-    with running(script="echo up; while :; do sleep 0.05; done") as (process, _, _):
+    script = "trap '' INT; echo up; while :; do sleep 0.05; done"
+    with running(script=script) as (process, _, _):
         def interrupt():
             process.send_signal(signal.SIGINT)
             return process.poll()
