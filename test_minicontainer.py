@@ -10,7 +10,9 @@ import ast
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
+import http.server
 import io
 import json
 import mmap
@@ -28,6 +30,7 @@ import sys
 import tarfile
 import tempfile
 import termios
+import threading
 import time
 
 import pytest
@@ -1715,6 +1718,55 @@ def test_two_first_runs_at_once_make_one_root_file_system(tmp_path):
                              text=True) for _ in range(4)]
     assert [p.communicate()[0] for p in both] == ["1\n"] * 4
     assert sorted(os.listdir(tmp_path / "store" / "rootfs")) == ["default", "host"]
+
+
+def fetch(*args, store):
+    """Run rootfs-fetch.sh for a store of its own."""
+    return subprocess.run(["bash", os.path.join(HERE, "rootfs-fetch.sh"), *args],
+                          env={**os.environ, "MINICONTAINER_ROOT": str(store)},
+                          capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+@root
+def test_a_fetched_root_file_system_is_what_run_uses_from_then_on(tmp_path, busybox):
+    result = fetch("busybox", store=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert os.readlink(tmp_path / "rootfs" / "default") == "busybox"
+    env = {"MINICONTAINER_ROOT": str(tmp_path)}
+    result = mini("run", "--rm", "/bin/sh", "-c", "echo $$", env=env)
+    assert (result.stdout, result.stderr) == ("1\n", "")
+
+
+@root
+def test_a_download_with_another_sum_is_refused_and_nothing_stays(tmp_path):
+    site, store = tmp_path / "site", tmp_path / "store"
+    site.mkdir()
+    with open(os.path.join(HERE, "rootfs-fetch.sh")) as file:
+        version = re.search(r"alpine_version=(\d+\.\d+\.\d+)", file.read())[1]
+    machine = os.uname().machine
+    name = f"alpine-minirootfs-{version}-{machine}.tar.gz"
+    below = site / f"v{version.rpartition('.')[0]}" / "releases" / machine
+    below.mkdir(parents=True)
+    make_tar(below / name, ("bin/sh", b"not Alpine's"), mode="w:gz")
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(http.server.SimpleHTTPRequestHandler,
+                                            directory=str(site)))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        mirror = f"http://127.0.0.1:{server.server_address[1]}"
+        result = fetch("--mirror", mirror, "alpine", store=store)
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    found = hashlib.sha256((below / name).read_bytes()).hexdigest()
+    assert result.returncode == 1 and found in result.stderr
+    result = fetch("--mirror", mirror, "alpine", store=store)  # nobody listens now
+    assert result.returncode == 1 and mirror in result.stderr and "--mirror" in (
+        result.stderr)
+    assert [p for p in tree(store) if os.path.isfile(p) or "/." in p] == []
+    assert fetch("plan9", store=store).returncode == 2
 
 
 # ══ 11. THE SHIM ══
