@@ -3073,12 +3073,12 @@ class Attendant:
     def take_signals(self, signals):
         """Forward a signal, follow the window's size, or notice the end."""
         number = struct.unpack_from("I", os.read(signals, 128))[0]  # signalfd_siginfo
-        if number == signal.SIGCHLD:
+        if number == signal.SIGCHLD and self.c.status is None:
             pid, status = os.waitpid(self.c.pid, os.WNOHANG)
             self.c.status = status if pid else None
         elif number == signal.SIGWINCH:
             copy_window_size(self.c)
-        else:
+        elif number != signal.SIGCHLD:
             self.forward(number)
 
     def forward(self, number):
