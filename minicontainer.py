@@ -197,9 +197,11 @@ def spell_flags(value, *prefixes):
     return "|".join(names)
 
 
-# Where a path argument starts from, and what every chapter opens files with.
+# Where a path argument starts from, and how a file is opened.
 AT_FDCWD, AT_EMPTY_PATH, AT_RECURSIVE = -100, 0x1000, 0x8000
 AT_SYMLINK_NOFOLLOW = 0x100
+O_WRONLY, O_RDWR, O_NOCTTY, O_NONBLOCK = 1, 2, os.O_NOCTTY, os.O_NONBLOCK
+O_DIRECTORY, O_PATH, O_CLOEXEC = os.O_DIRECTORY, os.O_PATH, os.O_CLOEXEC
 
 
 def spell_one(value, word):
@@ -214,7 +216,7 @@ def spell_one(value, word):
     if word.endswith("_"):
         return spell_flags(value, *word.split("|"))
     if word == "mode":
-        return f"0{value:o}"
+        return f"0{value:o}" if value else "0"
     if word.endswith("dirfd") and value == AT_FDCWD:
         return "AT_FDCWD"
     if isinstance(value, ctypes.Array) and not isinstance(value[:], bytes):
@@ -281,6 +283,14 @@ def request(name, args, ask, why):
 def syscall(name, *args, why=""):
     """Ask for a system call; its result, or an OSError that says what was asked."""
     return request(name, args, lambda: kernel(name, args), why)
+
+
+calls(openat=(257, 56, "dirfd path O_ mode"))
+
+
+def open_fd(path, flags, why=""):
+    """A descriptor of a path of the host, closed by execve."""
+    return syscall("openat", AT_FDCWD, path, flags | O_CLOEXEC, 0, why=why)
 
 
 def write_file(path, text, why="", create=None):
@@ -646,7 +656,7 @@ def map_ids(c):
                  for m in c.spec["linux"][key]]
         write_file(f"/proc/{c.pid}/{file}", "\n".join(lines),
                    why="root inside is this id outside, who owns nothing there")
-    c.users = os.open(f"/proc/{c.pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+    c.users = open_fd(f"/proc/{c.pid}/ns/user", os.O_RDONLY, "for id-mapped mounts")
 
 
 def join_namespaces(c):
@@ -662,7 +672,7 @@ def join_namespaces(c):
         c.tell_parent(ask="follow", pid=pid)
         os._exit(0)
     c.await_parent()
-    c.root_fd = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    c.root_fd = open_fd("/", O_PATH | O_DIRECTORY, "the container's root")
 
 
 @answers("follow")
@@ -1190,10 +1200,10 @@ def make_cgroup(c):
     c.cgroup = Cgroup(c.spec["linux"]["cgroupsPath"])
     c.cgroup.create(c.spec["linux"].get("resources", {}))
     if not c.cgroup.trees:
-        c.cgroup.birth_fd = os.open(c.cgroup.directory(), os.O_PATH | os.O_CLOEXEC)
+        c.cgroup.birth_fd = open_fd(c.cgroup.directory(), O_PATH, "to be born in")
     for directory in c.cgroup.directories() if c.cgroup.trees else ():
-        c.cgroup.task_fds.append(os.open(f"{directory}/tasks",
-                                         os.O_WRONLY | os.O_CLOEXEC))
+        c.cgroup.task_fds.append(open_fd(f"{directory}/tasks", O_WRONLY,
+                                         "for init, who may not open it"))
 
 
 def join_cgroup(c):
@@ -1314,8 +1324,8 @@ class open_how(ctypes.Structure):
     _fields_ = [(name, ctypes.c_uint64) for name in ("flags", "mode", "resolve")]
 
     def __str__(self):
-        return ("{.flags = " + oct(self.flags).replace("o", "")
-                + ", .resolve = " + spell_flags(self.resolve, "RESOLVE_") + "}")
+        return ("{.flags = " + spell_flags(self.flags, "O_") + ", .resolve = "
+                + spell_flags(self.resolve, "RESOLVE_") + "}")
 
 
 class mount_attr(ctypes.Structure):
@@ -1483,8 +1493,8 @@ def take_sources(c):
 
 def open_workshop(c):
     """Outside: a mount namespace to build in, with an empty tmpfs as directory."""
-    c.home = (os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC),
-              os.open(".", os.O_PATH | os.O_CLOEXEC))
+    c.home = (open_fd("/proc/self/ns/mnt", os.O_RDONLY, "to find home again"),
+              open_fd(".", O_PATH))
     syscall("unshare", CLONE_NEWNS, why="a copy of the host's mounts to build in")
     syscall("mount", None, "/", None, MS_REC | MS_SLAVE, None,
             why="nothing mounted from here on shows on the host")
@@ -1601,7 +1611,7 @@ def hold_rootfs(c):
     """Step: make the rootfs a mount of our own, which pivot_root asks for."""
     syscall("mount", "rootfs", "rootfs", None, MS_BIND | MS_REC, None,
             why="a mount copied from the workshop is locked; this one is ours")
-    c.root_fd = os.open("rootfs", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    c.root_fd = open_fd("rootfs", O_PATH | O_DIRECTORY, "paths inside start here")
 
 
 def open_inside(c, path, flags=os.O_PATH):
@@ -1810,7 +1820,7 @@ def pivot(c):
     syscall("umount2", ".", MNT_DETACH, why="the host's tree falls away")
     syscall("chdir", "/", why="into the new root")
     os.close(c.root_fd)
-    c.root_fd = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    c.root_fd = open_fd("/", O_PATH | O_DIRECTORY, "the container's root")
 
 
 def seal_root(c):
