@@ -60,13 +60,17 @@ Promises, each cited where it is kept and held by a test:
 """
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and callable(signal.getsignal(signal.SIGINT)):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while we are still being read
+
 import ctypes
 import errno
 import fcntl
 import json
 import os
 import select
-import signal
 import stat
 import struct
 import sys
@@ -1288,10 +1292,10 @@ OPTION_WORDS = {
     "relatime": MS_RELATIME, "strictatime": MS_STRICTATIME,
     "bind": MS_BIND, "rbind": MS_BIND | MS_REC,
 }
-CLEARING_WORDS = {"rw": MS_RDONLY, "suid": MS_NOSUID, "dev": MS_NODEV,
-                  "exec": MS_NOEXEC, "async": MS_SYNCHRONOUS, "atime": MS_NOATIME}
+CLEARING_WORDS = {"rw": MS_RDONLY, "suid": MS_NOSUID, "exec": MS_NOEXEC,
+                  "async": MS_SYNCHRONOUS, "atime": MS_NOATIME}
 NEUTRAL_WORDS = ("idmap", "defaults", "nocopy", "z", "Z", "consistent", "cached",
-                 "delegated")
+                 "delegated", "dev")  # "dev": no device works but those we bind
 TMPFS_WORDS = ("size", "mode", "uid", "gid", "nr_inodes", "nr_blocks", "huge")
 PROPAGATIONS = {
     "private": MS_PRIVATE, "rprivate": MS_REC | MS_PRIVATE,
@@ -1359,7 +1363,7 @@ def bind_mount(option, source, target, words):
                                                PROPAGATIONS, NEUTRAL_WORDS)):
             raise Fail(f"{option}: unknown option {word!r}",
                        "ro, rw, rprivate, rslave, rshared, nosuid, noexec …")
-    return {"destination": os.path.normpath(target), "type": "bind",
+    return {"destination": "/" + os.path.normpath(target).lstrip("/"), "type": "bind",
             "source": os.path.abspath(source),
             "options": ["rbind", "nodev", "idmap", *words]}
 
@@ -1382,11 +1386,11 @@ def tmpfs_mount(option, target, words):
     check_target(option, target)
     words = words.split(",") if words else []
     for word in words:
-        if word not in OPTION_WORDS and word not in CLEARING_WORDS and (
-                word.partition("=")[0] not in TMPFS_WORDS):
+        if not any(word.partition("=")[0] in known for known in (
+                OPTION_WORDS, CLEARING_WORDS, NEUTRAL_WORDS, TMPFS_WORDS)):
             raise Fail(f"{option}: unknown option {word!r}",
                        "size=64m, mode=1777, ro, exec …")
-    return {"destination": os.path.normpath(target), "type": "tmpfs",
+    return {"destination": "/" + os.path.normpath(target).lstrip("/"), "type": "tmpfs",
             "source": "tmpfs", "options": ["nosuid", "nodev", "noexec", *words]}
 
 
@@ -1506,13 +1510,12 @@ def open_workshop(c):
 def leave_workshop(c):
     """Outside: the parent goes back to where it came from."""
     if c.home:
-        (namespace, directory), c.home = c.home, None
-        try:
-            syscall("setns", namespace, CLONE_NEWNS, why="the parent goes home")
-            syscall("fchdir", directory)
-        finally:
-            os.close(namespace)
-            os.close(directory)
+        namespace, directory = c.home
+        syscall("setns", namespace, CLONE_NEWNS, why="the parent goes home")
+        syscall("fchdir", directory)
+        c.home = None
+        os.close(namespace)
+        os.close(directory)
 
 
 def set_attributes(tree, attributes, propagation=0, users=-1, what=""):
@@ -1641,7 +1644,7 @@ def inside(c, path, make="", links=0):
         except FileExistsError:  # a symlink, then
             if links == 40:
                 raise
-            target = os.readlink(name, dir_fd=above.fd)
+            target = os.readlink(name, dir_fd=above.fd).rstrip("/") or "/"
             return inside(c, os.path.join(os.path.dirname(path), target), make,
                           links + 1)
         finally:
@@ -2213,6 +2216,7 @@ def become_reaper(c):
     program = os.fork()
     if program == 0:
         return
+    narration.style = ""  # its descriptor goes with the others
     syscall("close_range", 3, 0x7FFFFFFF, 0, why="nothing of the host's stays open")
     every = signal.valid_signals()
     signal.pthread_sigmask(signal.SIG_BLOCK, every)
@@ -2419,12 +2423,14 @@ def init(c, steps):
 def end(c):
     """Undo all that start did: the processes, the cgroup, the workshop (P5)."""
     failed = None
-    for undo in 2 * (leave_workshop, kill_and_wait, remove_cgroup, Container.close):
-        try:
-            undo(c)
-        except (OSError, Fail) as error:  # the others are undone all the same
-            failed = failed or error
-    if failed and c.cgroup and c.cgroup.exists():
+    for undo in (leave_workshop, kill_and_wait, remove_cgroup, Container.close):
+        for last in (False, True):  # the kernel may refuse once
+            try:
+                undo(c)
+                break
+            except (OSError, Fail) as error:  # the others are undone all the same
+                failed = error if last else failed
+    if failed:
         raise failed
 
 
@@ -2743,8 +2749,9 @@ def unpack(path, top):
             handle = open_beneath(fd, directory)
             os.utime(handle, ns=when)
             os.close(handle)
-    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
-        reason = str(error).splitlines()[0]
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, ValueError,
+            IndexError, RecursionError) as error:
+        reason = (str(error).splitlines() or [repr(error)])[0].rstrip(":")
         raise Fail(f"{path}: not a tarball, or a damaged one: {reason}",
                    "a .tar, plain or compressed with gzip, xz or bzip2; "
                    "fetch it again?") from None
@@ -3093,6 +3100,8 @@ class Attendant:
 
     def forward(self, number):
         """Pass a signal on; process 1 may ignore it, so a third Ctrl-C kills."""
+        if signal.getsignal(number) == signal.SIG_IGN:  # nohup, or a shell's `&`
+            return
         if number in (signal.SIGINT, signal.SIGTERM):
             self.interrupts += 1
             if self.interrupts == 3:
@@ -3305,6 +3314,14 @@ def check_terminal(options):
         raise Fail("the input device is not a TTY", "leave out -t", 1)
 
 
+def at_a_terminal():
+    """Whether a person's terminal is our input and output, and we are in front."""
+    try:
+        return os.isatty(1) and os.tcgetpgrp(0) == os.getpgrp()
+    except OSError:  # no terminal, or not the one that controls us
+        return False
+
+
 def choose(options):
     """(layers, arguments) of what `run` was asked to run."""
     args = options.words[options.words[0] == "--":]
@@ -3337,8 +3354,7 @@ def run_command(options):
     need_root()
     check_terminal(options)
     layers, args = choose(options)
-    if not (options.tty or options.interactive) and os.isatty(0) and os.isatty(1) and (
-            os.tcgetpgrp(0) == os.getpgrp()):
+    if not (options.tty or options.interactive) and at_a_terminal():
         options.tty = options.interactive = True  # whoever sits at one wants -it
     c = create(options, layers, args)
     try:
@@ -3508,13 +3524,13 @@ def stop(number, _):
 def main(argv=None):
     """Run one command line; its exit code.  No traceback ever reaches the person."""
     os.umask(0o022)  # what we make is as readable as it is meant to be
-    while (fd := os.open("/dev/null", os.O_RDWR)) < 3:
-        pass  # the caller had closed it, and anything of ours could land there
-    os.close(fd)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, stop)
     try:
+        while (fd := os.open("/dev/null", os.O_RDWR)) < 3:
+            pass  # the caller had closed it, and anything of ours could land there
+        os.close(fd)
         return dispatch(list(sys.argv[1:] if argv is None else argv))
     except Fail as error:
         say(f"{error.message}" + (f"\n  hint: {error.hint}" if error.hint else ""))
@@ -3527,4 +3543,10 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except OSError:  # nobody reads it
+        code = code or 125
+    os._exit(code)  # taking the interpreter down in order would cost 10 ms

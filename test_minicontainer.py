@@ -1677,11 +1677,14 @@ def test_a_missing_or_damaged_tarball_is_refused_and_nothing_stays(tmp_path):
     plain = bytearray(make_tar(tmp_path / "plain.tar", ("a", b"x"), ("b", b"y")
                                ).read_bytes())
     plain[1024 + 100] ^= 1
+    sparse = make_tar(tmp_path / "sparse.tar", ("s", binary(b"x", pax_headers={
+        "GNU.sparse.map": "x,y"}))).read_bytes()
     flipped = bytearray(data)
     flipped[50000] ^= 0xFF
     for name, content in (("short.tgz", data[:5000]), ("text.tar", b"not a tarball"),
                           ("empty.tar", b""), ("flipped.tgz", bytes(flipped)),
-                          ("header.tar", bytes(plain)), ("cut.tar", plain[:1024])):
+                          ("header.tar", bytes(plain)), ("cut.tar", plain[:1024]),
+                          ("random.tar", os.urandom(4096)), ("sparse.tar", sparse)):
         (tmp_path / name).write_bytes(content)
         message = refused("run", "--rootfs", tmp_path / name, "/bin/true")
         assert "damaged" in message and name in message
@@ -1921,6 +1924,31 @@ def test_more_input_than_a_program_reads_does_not_stop_us():
             os.write(t.fd, b"x" * 1000)
     os.set_blocking(t.fd, True)
     assert t.end() == 0 and "END" in t.seen
+
+
+@root
+def test_a_terminal_that_does_not_control_us_is_no_terminal_to_sit_at():
+    outer, inner = pty.openpty()
+    result = subprocess.Popen(command("run", "--rm", "/bin/echo", "hi"), stdin=inner,
+                              stdout=inner, stderr=inner, start_new_session=True)
+    assert result.wait(30) == 0
+    assert os.read(outer, 100) == b"hi\r\n"
+    os.close(inner)
+    os.close(outer)
+
+
+@root
+def test_signals_that_the_caller_ignores_are_not_forwarded():
+    with running(script="trap 'echo got' HUP; echo up; read x; echo end") as (p, _, _):
+        p.send_signal(signal.SIGHUP)
+        assert p.stdout.readline() == "got\n"
+    line = " ".join(command("run", "--rm", "-i", "/bin/sh", "-c"))
+    script = "trap 'echo got' HUP; echo up; read x; echo end"
+    with subprocess.Popen(f'trap "" HUP; exec {line} "{script}"', shell=True, text=True,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as p:
+        assert p.stdout.readline() == "up\n"
+        p.send_signal(signal.SIGHUP)
+        assert p.communicate("x\n")[0] == "end\n"
 
 
 @root
