@@ -1348,6 +1348,13 @@ class mount_attr(ctypes.Structure):
 # ── the spec: what the options mean ──
 
 
+def masked_paths():
+    """All that is hidden: the list, and what each processor tells of its heat."""
+    top = "/sys/devices/system/cpu"
+    heat = [f"{top}/{cpu}/thermal_throttle" for cpu in sorted(os.listdir(top))]
+    return MASKED_PATHS + [path for path in heat if os.path.isdir(path)]
+
+
 def check_target(option, target):
     """Refuse a mount's target that is not an absolute path below /."""
     if not target.startswith("/") or os.path.normpath(target) in ("/", "//"):
@@ -3228,7 +3235,7 @@ def make_spec(options, id, args):
             "namespaces": namespaces_spec(options),
             "cgroupsPath": f"/minicontainer-{id}",
             "resources": resources_spec(options),
-            "maskedPaths": MASKED_PATHS, "readonlyPaths": READONLY_PATHS,
+            "maskedPaths": masked_paths(), "readonlyPaths": READONLY_PATHS,
         },
     }
     if options.uts != "host":
