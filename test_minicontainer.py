@@ -1820,6 +1820,17 @@ def test_at_a_terminal_one_command_leads_into_a_shell_that_is_process_1():
 
 
 @root
+def test_a_second_program_can_have_a_terminal_too():
+    with running() as (_, id, _):
+        t = Terminal("exec", "-it", id[:12], "/bin/sh")
+        t.expect("# ")
+        t.type("tty; cat /proc/1/comm; exit 4\n")
+        t.expect(r"/dev/pts/\d+\s+sh")
+        assert t.end() == 4
+        assert "not a TTY" in refused("exec", "-it", id, "/bin/sh", code=1)
+
+
+@root
 def test_ctrl_c_and_ctrl_z_arrive_inside():
     t = Terminal("run", "--rm", "-it", "/bin/sh")
     t.expect("# ")
