@@ -44,6 +44,10 @@ for variable in ("MINICONTAINER_EXPLAIN", "PYTHONDONTWRITEBYTECODE"):
     os.environ.pop(variable, None)
 sys.path.insert(0, HERE)
 sys.dont_write_bytecode = False
+# A run that was started in the background may have been told to ignore these.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+for ignored in (signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM, signal.SIGCHLD):
+    signal.signal(ignored, signal.SIG_DFL)
 
 import minicontainer as m  # noqa: E402  (its store is the one above)
 
