@@ -792,6 +792,7 @@ def ns_command(options):
 # Man pages: cgroups(7); the kernel's Documentation/admin-guide/cgroup-v2.rst.
 
 CGROUP_ROOT = "/sys/fs/cgroup"
+IMPLIED = "minicontainer.implied"  # annotation: the limits that nobody asked for
 
 V1_CONTROLLERS = ("memory", "cpu", "cpuacct", "cpuset", "blkio", "pids", "freezer")
 
@@ -1027,8 +1028,11 @@ class Cgroup:
         """Whether any directory of the group is there."""
         return any(map(os.path.isdir, self.directories()))
 
-    def create(self, resources):
-        """Make the group and set the limits in it.  Processes come in later."""
+    def create(self, resources, implied=()):
+        """Make the group and set the limits in it.  Processes come in later.
+
+        What is only `implied` by another limit is not asked of a host without it.
+        """
         if not self.trees:
             self.enable_controllers()
         for directory in self.directories():
@@ -1042,7 +1046,7 @@ class Cgroup:
         for row in LIMITS:
             section, key = row[0].split()
             if key in resources.get(section, {}):
-                self.limit(row, resources)
+                self.limit(row, resources, implied)
 
     def enable_controllers(self):
         """Have the root of the version 2 tree pass its controllers down, for good; one
@@ -1057,7 +1061,7 @@ class Cgroup:
                 except (PermissionError, FileNotFoundError):
                     say(f"the {name} controller cannot be enabled in {CGROUP_ROOT}")
 
-    def limit(self, row, resources):
+    def limit(self, row, resources, implied):
         """Write one limit; a Fail that names the controller where there is none."""
         what, controller, v2, v1 = row
         (section, key), forms = what.split(), v1 if self.trees else v2
@@ -1065,8 +1069,9 @@ class Cgroup:
         file = next((name for name in forms
                      if directory and os.path.exists(f"{directory}/{name}")), None)
         if file is None:
-            if what == "memory swap" and value == 2 * resources["memory"]["limit"]:
-                return  # nobody asked: it only goes with a memory limit
+            if what in implied:
+                say(f"this host cannot limit {what}: limited without it")
+                return
             raise Fail(f"this host cannot set {section}.{key}: its {controller} "
                        f"controller has no {' or '.join(forms)}",
                        "leave the option out, or enable the controller in the kernel")
@@ -1109,7 +1114,7 @@ class Cgroup:
         """Kill everything in the group at once, frozen or not; returns when it is
         empty, or gone."""
         try:
-            if self.trees:
+            if self.trees or not os.path.exists(f"{self.directory()}/cgroup.kill"):
                 while self.pids():  # frozen, none can fork; killed, they die thawed
                     self.freeze()
                     for pid in self.pids():
@@ -1202,7 +1207,8 @@ def show_stats(used):
 def make_cgroup(c):
     """Outside: the container's control group, limits and all, still empty."""
     c.cgroup = Cgroup(c.spec["linux"]["cgroupsPath"])
-    c.cgroup.create(c.spec["linux"].get("resources", {}))
+    implied = c.spec.get("annotations", {}).get(IMPLIED, "").split(",")
+    c.cgroup.create(c.spec["linux"].get("resources", {}), implied)
     if not c.cgroup.trees:
         c.cgroup.birth_fd = open_fd(c.cgroup.directory(), O_PATH, "to be born in")
     for directory in c.cgroup.directories() if c.cgroup.trees else ():
@@ -1525,28 +1531,39 @@ def leave_workshop(c):
         os.close(directory)
 
 
-def set_attributes(tree, attributes, propagation=0, users=-1, what=""):
-    """Change a mount and those below it, detached or not; `users` is a user namespace
-    whose map it is to be seen through."""
-    if users >= 0:
-        attributes |= MOUNT_ATTR_IDMAP
-    attr = mount_attr(attr_set=attributes, propagation=propagation,
-                      userns_fd=max(users, 0))
+def remount(tree, attributes, propagation):
+    """What set_attributes does, by mount(2), for kernels before 5.12."""
+    say("this kernel has no mount_setattr: what is mounted below something read-only "
+        "stays writable")
+    place = Place(os.readlink(f"/proc/self/fd/{tree}"))
+    place.fd = tree
+    kept = os.fstatvfs(tree).f_flag & (MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC)
+    syscall("mount", None, place, None, MS_REMOUNT | MS_BIND | attributes | kept, None)
+    if propagation:
+        syscall("mount", None, place, None, MS_REC | propagation, None)
+
+
+def set_attributes(tree, attributes, propagation=0, users=-1, what="",
+                   deep=AT_RECURSIVE):
+    """Change the mount at a descriptor and those below it; `users` is a user namespace
+    through whose map it is to be seen."""
+    attr = mount_attr(attr_set=attributes | (MOUNT_ATTR_IDMAP if users >= 0 else 0),
+                      propagation=propagation, userns_fd=max(users, 0))
     try:
-        syscall("mount_setattr", tree, "", AT_EMPTY_PATH | AT_RECURSIVE, attr,
+        syscall("mount_setattr", tree, "", AT_EMPTY_PATH | deep, attr,
                 ctypes.sizeof(attr), why=f"how {what} is seen from inside")
     except OSError as error:
         if users >= 0 and error.errno in (errno.EINVAL, errno.ENOSYS, errno.EPERM,
                                           errno.EOPNOTSUPP):
             raise CannotMapIds(
                 f"{what}: its file system cannot be id-mapped by this kernel") from None
-        raise
+        if error.errno != errno.ENOSYS:
+            raise
+        remount(tree, attributes, propagation)
 
 
-def check_shared(mount, propagation):
-    """The propagation to set: none for "shared", which a source is or is not."""
-    if not propagation & MS_SHARED:
-        return propagation
+def check_shared(mount):
+    """Refuse to show as shared what the host does not share."""
     source, best = os.path.realpath(mount["source"]), ("", "")
     for line in read_file("/proc/self/mountinfo", why="shared?").splitlines():
         fields = line.split()
@@ -1559,24 +1576,17 @@ def check_shared(mount, propagation):
     if not best[1].startswith(("shared:", "master:")):
         raise Fail(f"{mount['source']} is on {best[0]}, which is not a shared mount",
                    f"mount --make-rshared {best[0]}")
-    return 0
 
 
 def prepare_sources(c):
-    """Outside: make each taken source read-only, nodev, private … and id-mapped."""
+    """Outside: what root owns in a source is to be the container's root's."""
     for mount in c.spec["mounts"]:
         if mount["type"] == "bind":
-            attributes = propagation = 0
-            for word in mount["options"]:
-                attributes |= OPTION_WORDS.get(word, 0) & 15  # as MOUNT_ATTR_ are
-                attributes &= ~CLEARING_WORDS.get(word, 0)
-                propagation |= PROPAGATIONS.get(word, 0) & ~MS_REC
-            # trap: where / is shared, a copy of /proc is the host's peer, and what we
-            # hide in ours would be hidden on the host; hence private unless asked for
-            propagation = propagation or MS_PRIVATE
-            users = c.users if "idmap" in mount["options"] else -1
-            set_attributes(c.sources[mount["destination"]], attributes,
-                           check_shared(mount, propagation), users, mount["source"])
+            if "shared" in mount["options"] or "rshared" in mount["options"]:
+                check_shared(mount)
+            if "idmap" in mount["options"] and c.users >= 0:
+                set_attributes(c.sources[mount["destination"]], 0, 0, c.users,
+                               mount["source"])
 
 
 def build_rootfs(c):
@@ -1589,7 +1599,8 @@ def build_rootfs(c):
         syscall("mkdirat", AT_FDCWD, str(number), 0o755)
         tree = syscall("open_tree", AT_FDCWD, layer, OPEN_TREE_CLONE
                        | OPEN_TREE_CLOEXEC, why=f"layer {number}, not yet anywhere")
-        set_attributes(tree, MOUNT_ATTR_RDONLY, MS_PRIVATE, c.users, layer)
+        if c.users >= 0:
+            set_attributes(tree, MOUNT_ATTR_RDONLY, MS_PRIVATE, c.users, layer)
         syscall("move_mount", tree, "", AT_FDCWD, str(number), MOVE_MOUNT_F_EMPTY_PATH,
                 why="attached in the workshop")
         os.close(tree)
@@ -1660,15 +1671,26 @@ def inside(c, path, make="", links=0):
     return place
 
 
-def attach_source(c, path):
-    """Put a source that the parent took and prepared at its place."""
-    tree = c.sources[path]
-    is_directory = stat.S_ISDIR(os.fstat(tree).st_mode)
-    place = inside(c, path, "dir" if is_directory else "file")
+def attach_source(c, mount):
+    """Put a source that the parent took at its place, read-only, private … as asked."""
+    path = mount["destination"]
+    tree, attributes, propagation = c.sources[path], 0, 0
+    place = inside(c, path, "dir" if stat.S_ISDIR(os.fstat(tree).st_mode) else "file")
     syscall("move_mount", tree, "", place.fd, "",
             MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH,
             why=f"the volume appears at {path}")
     place.close()
+    for word in mount["options"]:
+        attributes |= OPTION_WORDS.get(word, 0) & 15  # as MOUNT_ATTR_ are
+        attributes &= ~CLEARING_WORDS.get(word, 0)
+        propagation |= PROPAGATIONS.get(word, 0) & ~MS_REC
+    if propagation & MS_SHARED:
+        propagation = 0  # it is shared, or it had been refused
+    else:
+        # trap: where / is shared, a copy of /proc is the host's peer, and what we hide
+        # in ours would be hidden on the host; hence private unless asked for
+        propagation = propagation or MS_PRIVATE
+    set_attributes(tree, attributes, propagation, what=path)
 
 
 def mount_cgroup(c, path, flags):
@@ -1708,7 +1730,7 @@ def mount_all(c):
             elif word not in NEUTRAL_WORDS and word not in PROPAGATIONS:
                 data.append(word)
         if mount["type"] == "bind":
-            attach_source(c, mount["destination"])
+            attach_source(c, mount)
         elif mount["type"] == "cgroup":
             mount_cgroup(c, mount["destination"], flags)
         else:
@@ -1836,9 +1858,7 @@ def pivot(c):
 def seal_root(c):
     """Step: --read-only, now that every place to mount on has been made."""
     if c.spec["root"].get("readonly"):
-        attr = mount_attr(attr_set=MOUNT_ATTR_RDONLY)
-        syscall("mount_setattr", AT_FDCWD, "/", 0, attr, ctypes.sizeof(attr),
-                why="--read-only")
+        set_attributes(c.root_fd, MOUNT_ATTR_RDONLY, what="/", deep=0)
 
 # ══ 5. PRIVILEGES ═════════════════════════════════════════════════════════════════
 #
@@ -2208,8 +2228,16 @@ def die_with_parent(c):
 
 def close_descriptors(c):
     """Step: the program gets 0, 1 and 2, and nothing else of ours."""
-    syscall("close_range", 3, 0x7FFFFFFF, CLOSE_RANGE_CLOEXEC,
-            why="all others are closed by execve")
+    try:
+        syscall("close_range", 3, 0x7FFFFFFF, CLOSE_RANGE_CLOEXEC,
+                why="all others are closed by execve")
+    except OSError as error:  # Linux before 5.11 knows no such flag, or no such call
+        if error.errno not in (errno.EINVAL, errno.ENOSYS):
+            raise
+        low = 3
+        for fd in sorted({c.news[1], c.orders[0], narration.fd, 1 << 20}):
+            os.closerange(low, fd)  # those three were opened to be closed by execve
+            low = max(low, fd + 1)
 
 
 # ── the program ──
@@ -3246,6 +3274,8 @@ def make_spec(options, id, args):
                 raise Fail(f"invalid host or domain name: {name!r}",
                            "at most 64 characters, none of them a space")
         spec["process"]["env"].insert(1, f"HOSTNAME={spec['hostname']}")
+    if options.memory and not options.memory_swap:
+        spec["annotations"] = {IMPLIED: "memory swap"}
     return spec
 
 

@@ -836,6 +836,22 @@ def test_memory_and_swap_are_limited():
 
 
 @root
+def test_a_swap_limit_that_was_asked_for_is_never_dropped(monkeypatch):
+    """Not even where it is the one that --memory alone would imply."""
+    implied = spec_for("--memory", "64m", "/x")["linux"]["resources"]
+    asked = spec_for("--memory", "64m", "--memory-swap", "128m", "/x")
+    assert implied == asked["linux"]["resources"]
+    monkeypatch.setattr(m, "LIMITS", [
+        (row[0], row[1], {"memory.absent": None}, {"memory.absent": None})
+        if row[0] == "memory swap" else row for row in m.LIMITS])
+    options = ("run", "--rm", "--memory", "64m")
+    code, out, err = forked(main(*options, "/bin/echo", "up"))
+    assert (code, out) == (0, "up\n") and "cannot limit memory swap" in err
+    code, out, err = forked(main(*options, "--memory-swap", "128m", "/bin/echo", "up"))
+    assert (code, out) == (125, "") and "its memory controller has no" in err
+
+
+@root
 def test_memory_reservation_is_set():
     assert sh("cat " + limit_file("memory.low", "memory", "memory.soft_limit_in_bytes"),
               "--memory-reservation", "32m") == f"{32 << 20}\n"
@@ -948,6 +964,21 @@ def test_everything_in_a_group_is_frozen_thawed_and_killed_at_once():
         assert used() == frozen
         group.freeze(False)
         until(lambda: used() > frozen)
+        group.freeze()
+        group.kill()
+        assert group.pids() == []
+        assert p.wait(30) == 137
+
+
+@root
+def test_a_frozen_group_is_killed_where_the_kernel_has_no_cgroup_kill(monkeypatch):
+    """Linux before 5.14, and version 1: one by one, and none forks meanwhile."""
+    exists = os.path.exists
+    monkeypatch.setattr(m.os.path, "exists",
+                        lambda path: "cgroup.kill" not in str(path) and exists(path))
+    with running(script="sleep 1000 & sleep 1000 & echo up; read x") as (p, id, _):
+        group = m.Cgroup(f"/minicontainer-{id}")
+        assert len(group.pids()) == 3
         group.freeze()
         group.kill()
         assert group.pids() == []
@@ -1238,6 +1269,46 @@ def test_a_file_system_that_cannot_be_id_mapped_is_announced(volume):
     assert code == 0 and out.startswith("from the host\n") and "4294967295" in out
     assert err.count("\n") == 1 and "cannot be id-mapped" in err
     assert "host's user namespace" in err
+
+
+def refusing(calls, *args):
+    """main(*args) on a kernel that answers ENOSYS (or `calls[name]`) to some calls."""
+    def older():
+        original = m.kernel
+
+        def kernel(name, asked):
+            if name in calls:
+                raise OSError(calls[name], os.strerror(calls[name]))
+            return original(name, asked)
+        m.kernel = kernel
+        return m.main([str(arg) for arg in args])
+    return forked(older)
+
+
+@root
+def test_a_kernel_without_mount_setattr_gets_the_hosts_user_namespace(volume):
+    """Linux 5.10, as far as the calls go: it has no CLOSE_RANGE_CLOEXEC either."""
+    script = """cat /v/file; (echo x >/v/new) 2>/dev/null || echo sealed volume
+        (echo x >/new) 2>/dev/null || echo sealed root
+        (echo 0 >/proc/sys/kernel/panic) 2>/dev/null || echo sealed sysctl
+        cat /proc/self/uid_map; ls /proc/self/fd"""
+    fd = os.open("/dev/null", os.O_RDONLY)
+    os.dup2(fd, 77, inheritable=True)
+    try:
+        code, out, err = refusing(
+            {"mount_setattr": errno.ENOSYS, "close_range": errno.EINVAL}, "run", "--rm",
+            "--read-only", "-v", f"{volume}:/v:ro", "/bin/sh", "-c", script)
+    finally:
+        os.close(fd)
+        os.close(77)
+    lines = out.splitlines()
+    assert code == 0, err
+    assert lines[:4] == ["from the host", "sealed volume", "sealed root",
+                         "sealed sysctl"]
+    assert "4294967295" in lines[4] and lines[5:8] == ["0", "1", "2"]
+    assert len(lines) <= 9  # and the directory that ls reads
+    assert "cannot be id-mapped" in err and "has no mount_setattr" in err
+    assert err.count("\n") == 2
 
 
 # ══ 5. PRIVILEGES ══
