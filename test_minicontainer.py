@@ -429,7 +429,7 @@ def test_a_fifth_to_a_third_of_what_is_written_explains():
 
 
 def test_only_lean_modules_are_imported_at_the_top():
-    heavy = ("argparse dataclasses typing subprocess pathlib logging urllib http ssl "
+    heavy = ("json re enum signal argparse dataclasses typing subprocess pathlib logging urllib http ssl "
              "tarfile tempfile shutil hashlib socket inspect threading").split()
     code = ("import sys; sys.path.insert(0, sys.argv[1]); import minicontainer;"
             "print(*sorted(set(sys.argv[2:]) & set(sys.modules)))")
@@ -1507,10 +1507,26 @@ def test_only_root_can_make_containers():
 
 def test_an_unknown_command_or_flag_is_refused_in_one_line():
     assert "'nosuch' is not a minicontainer command" in refused("nosuch", code=1)
-    for args in (["run", "--nosuch", "/bin/true"], ["run", "--network", "moon", "/x"],
-                 ["ns", "1", "2"]):
+    for args in (["run", "--nosuch", "/bin/true"], ["run", "-qx", "/x"],
+                 ["run", "--memory"], ["ns", "1", "2"], ["run", "--rm"]):
         message = refused(*args)
         assert message.count("\n") == 2 and "--help" in message
+    for args in (["--network", "moon"], ["--rm=perhaps"]):
+        assert "one of" in refused("run", *args, "/x") or "true or false" in (
+            refused("run", *args, "/x"))
+
+
+def test_options_are_read_as_docker_reads_them():
+    def read(*argv):
+        return vars(m.parse("run", list(argv))[1])
+    assert read("-it", "/x")["tty"] and read("-it", "/x")["interactive"]
+    assert read("-im64m", "/x")["memory"] == read("-m=64m", "/x")["memory"] == "64m"
+    assert read("-e", "A=1", "--env=B=2", "/x")["env"] == ["A=1", "B=2"]
+    assert read("/x")["env"] == [] and read("--rm=false", "/x")["rm"] is False
+    assert read("--rm", "/x", "--rm", "--", "-e")["words"] == ["/x", "--rm", "--", "-e"]
+    assert read("--", "-x")["words"] == ["-x"]
+    assert read("--explain", "/x")["explain"] == "text"
+    assert vars(m.parse("ns", ["1", "--explain=json"])[1])["explain"] == "json"
 
 
 @root
