@@ -156,7 +156,7 @@ def c_argument(value):
     if isinstance(value, Place):
         return ctypes.c_char_p(b"/proc/self/fd/%d" % value.fd)
     if isinstance(value, str):
-        return ctypes.c_char_p(os.fsencode(value))
+        return os.fsencode(value)
     if isinstance(value, list):  # argv and envp end in a null pointer
         strings = [os.fsencode(item) for item in value]
         return (ctypes.c_char_p * (len(strings) + 1))(*strings)
@@ -279,13 +279,23 @@ def narrate(name, args, began, result, why):
         narration.style = ""
 
 
+class Asked:
+    """A request, spelled only if somebody reads it: most errors are expected."""
+
+    def __init__(self, name, args):
+        self.name, self.args = name, args
+
+    def __str__(self):
+        return spell(self.name, self.args)
+
+
 def request(name, args, ask, why):
     """ask(), narrated: the one function that all doors lead through (P1)."""
     if not narration.style:
         try:
             return ask()
         except OSError as error:
-            error.filename = spell(name, args)
+            error.filename = Asked(name, args)
             raise
     if name == "execve":  # never returns, so it is told first
         narrate(name, args, time.monotonic_ns(), "…", why)
@@ -295,7 +305,7 @@ def request(name, args, ask, why):
         result = f"{len(answer)} bytes" if isinstance(answer, str) else str(answer)
         return answer
     except OSError as error:
-        error.filename = spell(name, args)
+        error.filename = Asked(name, args)
         result = f"-1 {errno.errorcode.get(error.errno, error.errno)}"
         result += f" ({error.strerror})"
         raise
