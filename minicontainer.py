@@ -470,16 +470,9 @@ class Container:
         self.tell_parent(ask=question, **details)
         self.await_parent()
 
-    def report(self, step, error):
-        """Tell the parent what went wrong in a step: a Fail's words or an OSError's."""
-        if isinstance(error, Fail):
-            self.tell_parent(fail=[error.message, error.hint, error.code])
-        elif isinstance(error, OSError):
-            what = f"{error.filename or step.__name__}: {error.strerror}"
-            self.tell_parent(fail=[what, f"while taking the step {step.__name__}", 125])
-        elif not isinstance(error, KeyboardInterrupt):
-            self.tell_parent(fail=[f"{step.__name__}: {error!r}", "please report it",
-                                   125])
+    def report(self, fail):
+        """Tell the parent what went wrong: the words of a Fail."""
+        self.tell_parent(fail=[fail.message, fail.hint, fail.code])
 
     # ── the parent's side ──
 
@@ -658,10 +651,6 @@ def clone3(flags, cgroup_fd=-1, why=""):
     try:
         pid = syscall("clone3", args, ctypes.sizeof(args), why=why)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise Fail("the kernel allows no more namespaces here",
-                       "see the sysctls user.max_*_namespaces, or --userns host"
-                       ) from None
         if error.errno != errno.ENOSYS:
             raise
         old = args.flags & 0xFFFFFF00 | args.exit_signal  # without _NEWTIME, _INTO_
@@ -2355,33 +2344,6 @@ def interpreter_of(head):
     return ""
 
 
-def explain_exec(path, error):
-    """(message, hint, exit code) for a program that is there but was not executed."""
-    if os.path.isdir(path):
-        return f"exec {path}: is a directory", "name a program", 126
-    if error.errno == errno.EACCES:
-        return (f"exec {path}: permission denied",
-                f"is it executable (chmod +x {path}), for this user?", 126)
-    try:
-        head = open_program(path)
-        machine, interpreter = elf_machine(head), interpreter_of(head)
-    except (OSError, ValueError, struct.error):
-        machine = interpreter = ""
-    if machine and machine != os.uname().machine:
-        return (f"exec {path}: a program for {machine}, but this machine is "
-                f"{os.uname().machine}", "use an image for this architecture", 126)
-    if error.errno == errno.ENOENT and interpreter:
-        return (f"exec {path}: the file exists, but its interpreter {interpreter} does "
-                "not", "add the interpreter to the image, or use a static program", 127)
-    if error.errno == errno.ENOENT:
-        return f"exec {path}: a link to nothing", "the image is incomplete", 127
-    if error.errno == errno.ENOEXEC:
-        return (f"exec {path}: exec format error",
-                "neither a program for this machine nor a script that begins with #!",
-                126)
-    return f"exec {path}: {error.strerror}", "", 126
-
-
 def execute(c):
     """Step: the last, this process becomes the program."""
     process = c.spec["process"]
@@ -2397,17 +2359,137 @@ def execute(c):
         try:
             syscall("execve", path, args, env, why="the container's program")
         except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENOTDIR):
-                refused = refused or (path, error)
-            elif os.path.lexists(path):
-                refused = refused or (path, error)
+            missing = error.errno in (errno.ENOENT, errno.ENOTDIR)
+            if not missing or os.path.lexists(path):
+                refused = refused or error
     if refused:
-        raise Fail(*explain_exec(*refused))
+        raise refused
     if "/" in name:
         raise Fail(f"exec {name}: no such file or directory",
                    "the program must be in the image; is the path right?", 127)
     raise Fail(f"exec {name!r}: executable file not found in $PATH",
                "name it with its path, or set PATH with -e", 127)
+
+
+# ── what an error means ──
+
+
+def exec_refused(error):
+    """A program that is there but was not executed: why not."""
+    path = error.filename.args[0]
+    if os.path.isdir(path):
+        return Fail(f"exec {path}: is a directory", "name a program", 126)
+    if error.errno == errno.EACCES:
+        return Fail(f"exec {path}: permission denied",
+                    f"is it executable (chmod +x {path}), for this user?", 126)
+    try:
+        head = open_program(path)
+        machine, interpreter = elf_machine(head), interpreter_of(head)
+    except (OSError, ValueError, struct.error):
+        machine = interpreter = ""
+    if machine and machine != os.uname().machine:
+        return Fail(f"exec {path}: a program for {machine}, but this machine is "
+                    f"{os.uname().machine}", "use an image for this architecture", 126)
+    if error.errno == errno.ENOENT and interpreter:
+        return Fail(f"exec {path}: the file exists, but its interpreter {interpreter} "
+                    "does not", "add it to the image, or use a static program", 127)
+    if error.errno == errno.ENOENT:
+        return Fail(f"exec {path}: a link to nothing", "the image is incomplete", 127)
+    if error.errno == errno.ENOEXEC:
+        return Fail(f"exec {path}: exec format error", "neither a program for this "
+                    "machine nor a script that begins with #!", 126)
+    return Fail(f"exec {path}: {error.strerror}", "", 126)
+
+
+def refused_to_root(error):
+    """EPERM although we are root: the power that is missing, or the switch."""
+    status = dict(line.split(":\t", 1)
+                  for line in read_file("/proc/self/status").splitlines())
+    missing = [name for number, name in enumerate(CAPABILITIES)
+               if name in ("CAP_SYS_ADMIN", "CAP_SETUID", "CAP_SETFCAP")
+               and not int(status["CapEff"], 16) >> number & 1]
+    around = "is there a container around us? It needs docker's --privileged"
+    if missing:
+        return f"we lack {', '.join(missing)}: {around}"
+    for file, bad in (("kernel/apparmor_restrict_unprivileged_userns", "1"),
+                      ("kernel/unprivileged_userns_clone", "0"),
+                      ("user/max_user_namespaces", "0"),
+                      ("user/max_mnt_namespaces", "0")):
+        path = f"/proc/sys/{file}"
+        if os.path.exists(path) and read_file(path).strip() == bad:
+            return f"the sysctl {file.replace('/', '.')} is {bad}; or --userns host"
+    if status.get("Seccomp", "0").strip() != "0":
+        return f"a seccomp filter is upon us: {around}"
+    return around if len(read_file("/proc/self/uid_map").split()[2]) < 10 else ""
+
+
+def shared_mounts(_):
+    """EINVAL of pivot_root: the mount that is shared, or the root that cannot move."""
+    for line in read_file("/proc/self/mountinfo").splitlines():
+        if " shared:" in line:
+            point = line.split()[4]
+            return f"{point} is a shared mount: mount --make-rprivate {point}"
+    return "is the host's / its initial ramfs? That one cannot be pivoted away"
+
+
+def holders(error):
+    """EBUSY: what is mounted on or below the path, and who is in it."""
+    words = getattr(error.filename, "args", (error.filename,))
+    path = next((w for w in words if isinstance(w, str) and w.startswith("/")), None)
+    found = []
+    for line in read_file("/proc/self/mountinfo").splitlines() if path else ():
+        if f"{line.split()[4]}/".startswith(f"{path}/"):
+            found.append(f"the mount at {line.split()[4]}")
+    for pid in filter(str.isdecimal, os.listdir("/proc") if path else ()):
+        try:
+            links = [f"/proc/{pid}/cwd", f"/proc/{pid}/root",
+                     *(f"/proc/{pid}/fd/{fd}" for fd in os.listdir(f"/proc/{pid}/fd"))]
+            if any(f"{os.readlink(link)}/".startswith(f"{path}/") for link in links):
+                name = read_file(f"/proc/{pid}/comm").strip()
+                found.append(f"process {pid} ({name})")
+        except OSError:  # it has just ended
+            continue
+    return f"held by {', '.join(found[:5])}" if found else ""
+
+
+# Which call (any, if none is named), which errors, and what a person can do: words, a
+# function of the error that finds them, or one that says all.  The first that has an
+# answer is taken.
+ADVICE = (
+    ("execve", (), exec_refused),
+    ("pivot_root", (errno.EINVAL,), shared_mounts),
+    ("clone3 clone unshare", (errno.ENOSPC, errno.EUSERS),
+     "the sysctls user.max_*_namespaces allow no more here; or --userns host"),
+    ("mount", (errno.ENODEV,), "the kernel lacks this file system: is there a module?"),
+    ("", (errno.EPERM, errno.EACCES), refused_to_root),
+    ("", (errno.EBUSY,), holders),
+    ("", (errno.ENOSPC, errno.EDQUOT), "the disk is full: see `df -h` and `df -i`"),
+    ("", (errno.EROFS,), "the file system is read-only: see `findmnt`"),
+    ("", (errno.EMFILE, errno.ENFILE), "too many open files: see `ulimit -n`"),
+    ("", (errno.ENOMEM, errno.EAGAIN), "no memory or processes left: see `free`, "
+                                       "`ulimit -u` and the cgroup around us"),
+)
+
+
+def diagnose(error, step=""):
+    """Any exception as a Fail, with what can be done about it."""
+    if isinstance(error, Fail):
+        return error
+    if not isinstance(error, OSError):
+        return Fail(f"internal error: {step} {error!r}",
+                    "please report it, with what you did")
+    hint = f"while taking the step {step}" if step else ""
+    name = getattr(error.filename, "name", "")
+    for calls_, codes, advice in ADVICE:
+        if (not calls_ or name in calls_.split()) and error.errno in (codes or
+                                                                      (error.errno,)):
+            found = advice if isinstance(advice, str) else advice(error)
+            if isinstance(found, Fail):
+                return found
+            if found:
+                hint = found
+                break
+    return Fail(f"{error.filename or step or 'error'}: {error.strerror or error}", hint)
 
 # ══ 6. THE CONTAINER ══════════════════════════════════════════════════════════════
 #
@@ -2479,8 +2561,8 @@ def init(c, steps):
     try:
         for step in steps:
             step(c)
-    except BaseException as error:
-        c.report(step, error)
+    except Exception as error:
+        c.report(diagnose(error, step.__name__))
     finally:
         os._exit(125)
 
@@ -3686,14 +3768,10 @@ def main(argv=None):
             pass  # the caller had closed it, and anything of ours could land there
         os.close(fd)
         return dispatch(list(sys.argv[1:] if argv is None else argv))
-    except Fail as error:
-        say(f"{error.message}" + (f"\n  hint: {error.hint}" if error.hint else ""))
-        return error.code
-    except OSError as error:
-        say(f"{error.filename or 'error'}: {error.strerror or error}")
-    except Exception as error:  # a mistake of ours
-        say(f"internal error: {error!r}\n  hint: please report it, with what you did")
-    return 125
+    except Exception as error:
+        fail = diagnose(error)
+        say(f"{fail.message}" + (f"\n  hint: {fail.hint}" if fail.hint else ""))
+        return fail.code
 
 
 if __name__ == "__main__":

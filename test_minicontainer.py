@@ -8,6 +8,7 @@ mounts, control groups, network links, processes, and the store.
 """
 import ast
 import contextlib
+import ctypes
 import errno
 import fcntl
 import functools
@@ -1438,6 +1439,74 @@ def test_nothing_is_imported_from_the_image(tmp_path):
         result = mini("run", *base, *how)
         assert result.returncode in (125, 127)
         assert not os.listdir(f"{STORE}/containers")
+
+
+@root
+def test_eperm_names_the_power_that_is_missing():
+    def powerless():
+        header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+        data = (ctypes.c_uint32 * 6)()
+        m.syscall("capget", header, data)
+        for word in (0, 1):
+            data[word] &= ~(1 << m.CAPABILITIES.index("CAP_SYS_ADMIN"))
+        m.syscall("capset", header, data)
+        return m.main(["run", "--rm", "/bin/true"])
+    code, _, err = forked(powerless)
+    assert code == 125 and "Operation not permitted" in err
+    assert "we lack CAP_SYS_ADMIN: is there a container around us?" in err
+
+
+@root
+def test_eperm_names_the_switch_that_forbids(monkeypatch):
+    read = m.read_file
+    monkeypatch.setattr(m, "read_file", lambda path, why="": "0\n" if path.endswith(
+        "max_user_namespaces") else read(path, why))
+    error = OSError(errno.EPERM, "Operation not permitted", m.Asked("clone3", ()))
+    assert m.diagnose(error).hint.startswith("the sysctl user.max_user_namespaces is 0")
+
+
+@root
+def test_einval_of_pivot_root_names_the_shared_mount():
+    """Really the kernel's: in the container's copy, "private" is turned to "shared"."""
+    def shared():
+        original = m.kernel
+
+        def kernel(name, args):
+            if name == "mount" and args[3] == m.MS_REC | m.MS_PRIVATE:
+                args = (*args[:3], m.MS_REC | m.MS_SHARED, None)
+            return original(name, args)
+        m.kernel = kernel
+        return m.main(["run", "--rm", "/bin/true"])
+    code, _, err = forked(shared)
+    assert code == 125 and 'pivot_root(".", "."): Invalid argument' in err
+    assert "/ is a shared mount: mount --make-rprivate /" in err
+
+
+@root
+def test_ebusy_names_who_holds_the_place(tmp_path):
+    def busy():
+        m.syscall("unshare", m.CLONE_NEWNS)
+        m.syscall("mount", None, "/", None, m.MS_REC | m.MS_PRIVATE, None)
+        place = str(tmp_path / "place")
+        os.mkdir(place)
+        m.syscall("mount", "tmpfs", place, "tmpfs", 0, None)
+        os.chdir(place)
+        for call in (lambda: m.syscall("umount2", place, 0), lambda: os.rmdir(place)):
+            with pytest.raises(OSError) as caught:
+                call()
+            print(m.diagnose(caught.value).hint)
+        return os.getpid() and 0
+    code, out, err = forked(busy)
+    assert code == 0, err
+    assert out.count("held by the mount at ") == 2 and out.count("process ") == 2
+
+
+@pytest.mark.parametrize("name, code, says", [
+    ("clone3", errno.ENOSPC, "user.max_*_namespaces"), ("write", errno.ENOSPC, "df -h"),
+    ("mount", errno.ENODEV, "module"), ("mkdirat", errno.EROFS, "read-only"),
+    ("openat", errno.EMFILE, "ulimit -n"), ("clone3", errno.EAGAIN, "ulimit -u")])
+def test_an_error_says_what_can_be_done_about_it(name, code, says):
+    assert says in m.diagnose(OSError(code, os.strerror(code), m.Asked(name, ()))).hint
 
 
 # ══ 6. THE CONTAINER ══
