@@ -1103,11 +1103,13 @@ class Cgroup:
                            f"({controller} controller, {file})",
                            "is the value within what the host has?") from None
 
-    def add(self, pid):
-        """Move a process into the group; its children will be born there."""
-        for directory in self.directories():
-            write_file(f"{directory}/cgroup.procs", str(pid),
-                       why="from now on it is counted and limited")
+    def open_doors(self):
+        """Open what a process needs to be born in the group, or to enter it."""
+        if not self.trees:
+            self.birth_fd = open_fd(self.directory(), O_PATH, "to be born in")
+        for directory in self.directories() if self.trees else ():
+            self.task_fds.append(open_fd(f"{directory}/tasks", O_WRONLY,
+                                         "for init, who may not open it"))
 
     def pids(self):
         """The processes in the group and in the groups below it."""
@@ -1228,11 +1230,7 @@ def make_cgroup(c):
     c.cgroup = Cgroup(c.spec["linux"]["cgroupsPath"])
     implied = c.spec.get("annotations", {}).get(IMPLIED, "").split(",")
     c.cgroup.create(c.spec["linux"].get("resources", {}), implied)
-    if not c.cgroup.trees:
-        c.cgroup.birth_fd = open_fd(c.cgroup.directory(), O_PATH, "to be born in")
-    for directory in c.cgroup.directories() if c.cgroup.trees else ():
-        c.cgroup.task_fds.append(open_fd(f"{directory}/tasks", O_WRONLY,
-                                         "for init, who may not open it"))
+    c.cgroup.open_doors()
 
 
 def join_cgroup(c):
@@ -2551,8 +2549,8 @@ BIRTH = (               # init, from "go" until it is your program
         execute,
     )),
 )
-JOIN = (no_more_imports, hide_memory, wait_for_go, join_namespaces, become_root,
-        new_session, open_console, take_stdio, *TAIL)
+JOIN = (no_more_imports, hide_memory, wait_for_go, join_cgroup, join_namespaces,
+        become_root, new_session, open_console, take_stdio, *TAIL)
 
 
 def init(c, steps):
@@ -2606,16 +2604,17 @@ def start(c, before=BEFORE, outside=OUTSIDE, birth=BIRTH):
 
 
 def enter(c, running):
-    """Run c's process in the namespaces and the cgroup of a `running` container;
+    """Run c's process in the namespaces of c.target and in the cgroup `running`;
     returns when it runs.  After an error it is gone."""
     try:
         c.open_pipes()
         open_stdio(c)
-        c.pid, c.pidfd = clone3(0, why="a process to go in")
+        c.cgroup = running
+        c.cgroup.open_doors()
+        c.pid, c.pidfd = clone3(0, c.cgroup.birth_fd, why="a process to go in")
         if c.pid == 0:
             narration.who = "exec"
             init(c, JOIN)
-        running.cgroup.add(c.pid)
         c.answer("go")
         c.listen()
     except BaseException:
@@ -3557,14 +3556,12 @@ def exec_command(options):
             raise ProcessLookupError
     except (FileNotFoundError, ProcessLookupError):
         raise Fail(f"container {id[:12]} is not running", "it has ended", 1) from None
-    running = Container(id, spec, directory)
-    running.cgroup = Cgroup(spec["linux"]["cgroupsPath"])
     hold_signals()
     process = {**process_spec(options, options.words, spec["process"]),
                **privileges_spec(options)}
     c = Container(id, {**spec, "process": process}, directory)
     c.is_new, c.target = False, target
-    enter(c, running)
+    enter(c, Cgroup(spec["linux"]["cgroupsPath"]))
     try:
         return attend(c, options.interactive)
     finally:
