@@ -3769,6 +3769,9 @@ def main(argv=None):
         fail = diagnose(error)
         say(f"{fail.message}" + (f"\n  hint: {fail.hint}" if fail.hint else ""))
         return fail.code
+    except SystemExit as stopped:  # stop()
+        say("interrupted: what had been begun was undone\n  hint: just run it again")
+        return stopped.code
 
 
 if __name__ == "__main__":

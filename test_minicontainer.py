@@ -2132,6 +2132,17 @@ def test_signals_are_forwarded():
 
 
 @root
+def test_ctrl_c_while_a_tarball_is_unpacked_is_one_clear_line(tmp_path):
+    (tmp_path / "layer.tar").write_bytes(b"x" * 4096)
+
+    def interrupted():
+        m.unpack = lambda *_: os.kill(os.getpid(), signal.SIGINT)
+        return m.main(["run", "--rootfs", str(tmp_path / "layer.tar"), "/bin/true"])
+    code, out, err = forked(interrupted)
+    assert (code, out) == (130, "") and err.startswith("minicontainer: interrupted")
+
+
+@root
 def test_a_third_ctrl_c_ends_a_program_that_ignores_it():
     script = "trap '' INT; echo up; while :; do sleep 0.05; done"
     with running(script=script) as (process, _, _):
