@@ -285,7 +285,7 @@ class Asked:
     def __init__(self, name, args):
         self.name, self.args = name, args
 
-    def __str__(self):
+    def __repr__(self):
         return spell(self.name, self.args)
 
 
@@ -1116,7 +1116,11 @@ class Cgroup:
         found, start = set(), self.directory("freezer") or self.directories()[0]
         for top, _, files in os.walk(start):
             if "cgroup.procs" in files:
-                found.update(read_file(f"{top}/cgroup.procs").split())
+                try:
+                    found.update(read_file(f"{top}/cgroup.procs").split())
+                except OSError as error:  # the group has just been removed
+                    if error.errno not in (errno.ENOENT, errno.ENODEV):
+                        raise
         return sorted(map(int, found))
 
     def freeze(self, frozen=True):
