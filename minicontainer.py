@@ -443,6 +443,7 @@ class Container:
         self.status = None  # what waitpid said of it
         self.users = -1  # its user namespace, for the parent's id-mapped mounts
         self.sources = {}  # path inside: descriptor of the mount that goes there
+        self.proc = -1  # the host's /proc, where a security label is written
         self.lock = -1  # keeps `system prune` away while we live
         self.home = None  # where the parent was before it opened the workshop
         self.root_fd = -1  # in init: the container's root, for openat2
@@ -451,8 +452,10 @@ class Container:
         self.news, self.orders = (-1, -1), (-1, -1)  # pipes: init's, the parent's
 
     def open_pipes(self):
-        """Both pipes, before init is forked."""
+        """Both pipes, before init is forked; what it needs of the host's /proc too."""
         self.news, self.orders = os.pipe(), os.pipe()
+        if {"apparmorProfile", "selinuxLabel"} & set(self.spec["process"]):
+            self.proc = open_fd("/proc", O_PATH | O_DIRECTORY, "not the container's")
 
     # ── init's side ──
 
@@ -515,9 +518,9 @@ class Container:
 
     def close(self):
         """Give back every descriptor."""
-        held = [self.pidfd, self.users, *self.sources.values(), *self.inner,
-                *self.outer.values(), *self.news, *self.orders]
-        self.pidfd = self.users = -1
+        held = [self.pidfd, self.users, self.proc, *self.sources.values(),
+                *self.inner, *self.outer.values(), *self.news, *self.orders]
+        self.pidfd = self.users = self.proc = -1
         self.sources, self.outer, self.inner = {}, {}, []
         self.news, self.orders = (-1, -1), (-1, -1)
         for fd in held:
@@ -589,6 +592,8 @@ NAMESPACE_OPTIONS = (
     arg("--cgroupns", choices=["host", "private"], help="host: show the host's tree"),
     arg("-h", "--hostname", metavar="NAME", help="the host name inside"),
     arg("--domainname", metavar="NAME", help="the NIS domain name inside"),
+    arg("--sysctl", metavar="KEY=VALUE", action="append", default=[],
+        help="a setting of its own network or IPC namespace"),
 )
 
 
@@ -607,6 +612,26 @@ def namespaces_spec(options):
         raise Fail("--hostname and --domainname cannot be set with --uts host",
                    "leave one of them out: the name would be the host's")
     return [{"type": kind} for kind in wanted]
+
+
+SYSCTLS = "net.", "kernel.msg", "kernel.sem", "kernel.shm", "fs.mqueue."
+
+
+def sysctl_spec(options, namespaces):
+    """The spec's form of --sysctl: settings of namespaces that the container owns."""
+    settings, own = {}, [namespace["type"] for namespace in namespaces]
+    for text in options.sysctl:
+        name, equals, value = text.partition("=")
+        name = name.replace("/", ".")
+        kind = "network" if name.startswith("net.") else "ipc"
+        if not equals or not name.startswith(SYSCTLS):
+            raise Fail(f"--sysctl {text}: sysctl {name!r} is not allowed",
+                       f"KEY=VALUE with a key of a namespace: {'*, '.join(SYSCTLS)}*")
+        if kind not in own:
+            raise Fail(f"--sysctl {text}: not allowed in the host's {kind} namespace",
+                       f"leave out --{kind} host, or set it on the host")
+        settings[name] = value
+    return settings
 
 
 def namespace_flags(spec):
@@ -732,6 +757,18 @@ def loopback_up(c):
     os.close(fd)
 
 
+def set_sysctls(c):
+    """Step: --sysctl, through the host's /proc, which shows whoever looks the settings
+    of his own namespaces; what the image or a volume has at /proc is never written."""
+    for name, value in c.spec["linux"].get("sysctl", {}).items():
+        try:
+            write_file(f"/proc/sys/{name.replace('.', '/')}", value, why="--sysctl")
+        except OSError as error:
+            raise Fail(f"--sysctl {name}={value}: {error.strerror}",
+                       "is the name right, and the value within bounds? Some kernels "
+                       "leave it to the host's root: --userns host") from None
+
+
 def namespaces_of(pid):
     """{kind: inode} of the namespaces that a process is in."""
     found = {}
@@ -806,7 +843,8 @@ def ns_command(options):
 # stays is that the root of a version 2 tree passes its controllers down.
 #
 # Not here: control of devices.  Ours do not need it, because every file system of
-# a container is mounted nodev (chapter 4), so that a device node in it is inert.
+# a container is mounted nodev (chapter 4), so that a device node in it is inert, and
+# what --device gives for reading only cannot be opened for more.
 #
 # Man pages: cgroups(7); the kernel's Documentation/admin-guide/cgroup-v2.rst.
 
@@ -851,16 +889,17 @@ CGROUP_OPTIONS = (
 )
 
 
-def whole(option, text, low, high=1 << 62):
+def whole(option, text, low, high=1 << 62, base=10):
     """The integer that an option's text means, within its bounds."""
     try:
-        number = int(text)
+        number = int(text, base)
         if low <= number <= high:
             return number
     except ValueError:
         pass
     bounds = f"from {low} to {high}" if high < 1 << 62 else f"from {low} on"
-    raise Fail(f"invalid value for {option}: {text!r}", f"a whole number {bounds}")
+    raise Fail(f"invalid value for {option}: {text!r}", "an octal number from 0 to "
+               f"{high:o}" if base == 8 else f"a whole number {bounds}")
 
 
 def throttle(option, text):
@@ -1276,7 +1315,9 @@ def remove_cgroup(c):
 #
 # Two rules keep an image from fooling us.  Its paths are opened with openat2 and
 # RESOLVE_IN_ROOT, as if we were inside already, and mounted on by descriptor (P4).
-# And every mount is nodev except the few devices that we bind from the host's /dev.
+# And every mount is nodev except the few devices that we bind from the host's /dev,
+# and those that were asked for: the parent makes nodes of these in the workshop, that
+# belong to the container's root as the host's belong to the host's.
 #
 # A volume's source is opened on the host before the workshop is, so that "shared"
 # still means shared with the host; everything in the workshop is a slave of the host's
@@ -1311,6 +1352,8 @@ calls(
     symlinkat=(266, 36, "target dirfd path"),
     chdir=(80, 49, "path"),
     fchdir=(81, 50, "fd"),
+    fchownat=(260, 54, "dirfd path owner group AT_"),
+    fchmodat=(268, 53, "dirfd path mode"),
 )
 
 OPTION_WORDS = {
@@ -1346,6 +1389,9 @@ MOUNT_OPTIONS = (
         help="type=bind|tmpfs,source=…,target=…,readonly"),
     arg("--tmpfs", metavar="DST[:OPTIONS]", action="append", default=[],
         help="an empty directory in memory"),
+    arg("--shm-size", metavar="BYTES", help="size of /dev/shm (64m)"),
+    arg("--device", metavar="HOST[:INSIDE[:rwm]]", action="append", default=[],
+        help="give it a device, or a directory of devices, of the host"),
 )
 
 
@@ -1463,6 +1509,49 @@ def long_mount(text):
     return bind_mount(f"--mount {text}", keys["source"], target, words)
 
 
+def device_nodes(source, target):
+    """(path inside, status) of a device, or of all that is below a directory but the
+    terminals and what else every container has of its own."""
+    if not os.path.isdir(source):
+        yield target, os.stat(source)
+    for top, directories, files in os.walk(source):
+        directories[:] = sorted(set(directories) - {"pts", "shm", "mqueue"})
+        for name in sorted(set(files) - {"console", "ptmx", *DEVICES}):
+            yield f"{target}{top[len(source):]}/{name}", os.lstat(f"{top}/{name}")
+
+
+def devices_spec(options):
+    """The spec's devices: what --device names, and with --privileged all there are."""
+    found, kinds = {}, {stat.S_IFCHR: "c", stat.S_IFBLK: "b"}
+    for text in ["/dev"] * options.privileged + options.device:
+        parts, what = text.split(":"), f"--device {text}"
+        short = len(parts) == 2 and not set(parts[1]) - set("rwm")  # HOST:rwm
+        access = parts.pop() if short or len(parts) > 2 else "rwm"
+        if len(parts) > 2 or not access or set(access) - set("rwm"):
+            raise Fail(f"{what}: bad mode specified: {access!r}", "HOST[:INSIDE[:rwm]]")
+        for path in parts:
+            check_target(what, path)
+        if not {"r", "w"} <= set(access) and options.userns == "host":
+            raise Fail(f"{what}: root of the host's user namespace cannot be kept to "
+                       f"{access!r}", "give it rwm, or leave out what makes it root")
+        try:
+            source, target = parts[0].rstrip("/"), os.path.normpath(parts[-1])
+            nodes = {path: status for path, status in device_nodes(source, target)
+                     if stat.S_IFMT(status.st_mode) in kinds}
+        except OSError as error:
+            raise Fail(f"{what}: {error.strerror}", "see `ls -l /dev`") from None
+        if not nodes:
+            raise Fail(f"{what}: not a device node", "see `ls -l /dev`")
+        for path, status in nodes.items():
+            major, minor = os.major(status.st_rdev), os.minor(status.st_rdev)
+            found[path] = {
+                "path": path, "type": kinds[stat.S_IFMT(status.st_mode)],
+                "major": major, "minor": minor, "uid": status.st_uid,
+                "gid": status.st_gid, "fileMode": stat.S_IMODE(status.st_mode),
+                "access": access}
+    return list(found.values())
+
+
 def mounts_spec(options):
     """The spec's mounts: those that every container has, then the volumes asked for.
 
@@ -1471,6 +1560,7 @@ def mounts_spec(options):
     """
     quiet = ["nosuid", "noexec", "nodev"]
     own_users = options.userns != "host"
+    read_only = [] if options.privileged else ["ro"]
 
     def special(kind, path, shared, words, host=None):
         if shared == "host" and own_users:
@@ -1485,18 +1575,22 @@ def mounts_spec(options):
         {"destination": "/dev/pts", "type": "devpts", "source": "devpts",
          "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620",
                      "gid=5"]},
-        special("sysfs", "/sys", options.network, [*quiet, "ro"]),
+        special("sysfs", "/sys", options.network, quiet + read_only),
         {"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup",
-         "options": [*quiet, "ro"]},
+         "options": quiet + read_only},
     ]
     if options.ipc != "host" or os.path.isdir("/dev/mqueue"):
         mounts.append(special("mqueue", "/dev/mqueue", options.ipc, quiet))
+    shm_size = size(options.shm_size or "0")
     if options.ipc == "host":
+        if shm_size:
+            raise Fail("--shm-size with --ipc host", "that /dev/shm is the host's")
         mounts.append({"destination": "/dev/shm", "type": "bind", "source": "/dev/shm",
                        "options": ["rbind", *quiet]})
     else:
         mounts.append({"destination": "/dev/shm", "type": "tmpfs", "source": "shm",
-                       "options": [*quiet, "mode=1777", "size=65536k"]})
+                       "options": [*quiet, "mode=1777",
+                                   f"size={shm_size or 64 << 20}"]})
     asked = [volume_mount(text) for text in options.volume]
     asked += [long_mount(text) for text in options.mount]
     asked += [tmpfs_mount(f"--tmpfs {text}", *text.partition(":")[::2])
@@ -1506,6 +1600,9 @@ def mounts_spec(options):
         if places.count(place) > 1:
             raise Fail(f"Duplicate mount point: {place}", "mount one thing there")
     mounts = [m for m in mounts if m["destination"] not in places] + asked
+    for mount in mounts if options.privileged else ():
+        if mount["type"] in ("bind", "tmpfs") and "nodev" in mount["options"]:
+            mount["options"].remove("nodev")  # as in Docker's: a new node there works
     return sorted(mounts, key=lambda m: m["destination"].count("/"))  # outer first
 
 
@@ -1610,21 +1707,64 @@ def prepare_sources(c):
                                mount["source"])
 
 
+def shifted_id(id, base):
+    """Where an owner's id lies in the range from `base` on; beyond it, nobody's."""
+    return base + min(id, 65534) if base else id
+
+
+def make_nodes(c):
+    """Outside: nodes for the devices in the spec, on a file system that is not nodev.
+
+    The host's own would not do: to the container's root they are files of nobody, for
+    whom it has no rights.  Where it shall not read, or not write, that is just what
+    is needed: a node of the host's root, who alone could change its mode.
+    """
+    devices, ids = c.spec["linux"].get("devices"), c.spec["linux"].get("uidMappings")
+    if not devices:
+        return
+    base = ids[0]["hostID"] if ids else 0
+    syscall("mkdirat", AT_FDCWD, "devices", 0o755)
+    syscall("mount", "devices", "devices", "tmpfs", MS_NOSUID | MS_NOEXEC, "mode=755",
+            why="the one place for nodes that work, out of the container's reach")
+    for number, device in enumerate(devices):
+        path, mode = f"devices/{number}", device["fileMode"]
+        owner, group = (shifted_id(device[key], base) for key in ("uid", "gid"))
+        bits = 4 * ("r" in device["access"]) + 2 * ("w" in device["access"])
+        if bits != 6:
+            owner, group, mode = 0, base, bits << 3 | mode & bits
+        syscall("mknodat", AT_FDCWD, path,
+                stat.S_IFBLK if device["type"] == "b" else stat.S_IFCHR,
+                os.makedev(device["major"], device["minor"]), why=device["path"])
+        syscall("fchownat", AT_FDCWD, path, owner, group, 0)
+        syscall("fchmodat", AT_FDCWD, path, mode, why="whatever our umask is")
+
+
+def attach(path, name, attributes, users):
+    """Outside: a directory of the host as `name` in the workshop, seen through the map
+    of `users` unless that is -1."""
+    syscall("mkdirat", AT_FDCWD, name, 0o755)
+    tree = syscall("open_tree", AT_FDCWD, path, OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC,
+                   why="not yet anywhere")
+    if users >= 0:  # only what is not attached yet can be id-mapped
+        set_attributes(tree, 0, MS_PRIVATE, users, path)
+    syscall("move_mount", tree, "", AT_FDCWD, name, MOVE_MOUNT_F_EMPTY_PATH,
+            why="attached in the workshop")
+    if attributes:  # only what is attached can be remounted by an older kernel
+        set_attributes(tree, attributes, MS_PRIVATE, what=path)
+    os.close(tree)
+
+
 def build_rootfs(c):
     """Outside: all layers as one file system, the directory `rootfs` of the workshop.
 
     Names are short because mount(2) takes one page of options: with `0`, `1`, … for
     layers, hundreds of them fit, and no path needs its commas and colons escaped.
     """
+    if not c.layers:  # --storage-driver vfs: there is a copy, with the owners it needs
+        attach(f"{c.directory}/rootfs", "rootfs", MOUNT_ATTR_NODEV, -1)
+        return
     for number, layer in enumerate(c.layers):
-        syscall("mkdirat", AT_FDCWD, str(number), 0o755)
-        tree = syscall("open_tree", AT_FDCWD, layer, OPEN_TREE_CLONE
-                       | OPEN_TREE_CLOEXEC, why=f"layer {number}, not yet anywhere")
-        if c.users >= 0:
-            set_attributes(tree, MOUNT_ATTR_RDONLY, MS_PRIVATE, c.users, layer)
-        syscall("move_mount", tree, "", AT_FDCWD, str(number), MOVE_MOUNT_F_EMPTY_PATH,
-                why="attached in the workshop")
-        os.close(tree)
+        attach(layer, str(number), 0, c.users)
     for name in ("changes", "rootfs"):
         syscall("mkdirat", AT_FDCWD, name, 0o755)
     syscall("mount", c.directory, "changes", None, MS_BIND, None,
@@ -1761,16 +1901,43 @@ def mount_all(c):
             place.close()
 
 
+def existing(c, paths):
+    """The Places of those paths that the container has, each open for its turn."""
+    for path in paths:
+        try:
+            place = inside(c, path)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        yield place
+        place.close()
+
+
+def keep_nodes(c, paths):
+    """Where there is no user namespace, and root inside owns the host's nodes that are
+    at these paths: see that they keep their owner and mode.
+
+    A read-only mount does that, and does not stop anybody from writing to a device.
+    """
+    if not namespace_flags(c.spec) & CLONE_NEWUSER:
+        for place in existing(c, paths):
+            set_attributes(place.fd, MOUNT_ATTR_RDONLY, what=place)
+
+
 def make_devices(c):
-    """Step: the few devices that every program expects, bound from the host's /dev;
-    a volume that somebody mounted on /dev is left as it is."""
+    """Step: the few devices that every program expects, bound from the host's /dev, and
+    those asked for; a volume on /dev is left as it is but for these."""
+    nodes = [(f"/dev/{name}", f"/dev/{name}") for name in DEVICES]
+    nodes = [] if "/dev" in c.sources else nodes
+    nodes += [(f"devices/{number}", device["path"])
+              for number, device in enumerate(c.spec["linux"].get("devices", ()))]
+    for source, path in nodes:
+        place = inside(c, path, "file")
+        syscall("mount", source, place, None, MS_BIND, None,
+                why="made outside: a user namespace may not make any")
+        place.close()
     if "/dev" in c.sources:
         return
-    for name in DEVICES:
-        place = inside(c, f"/dev/{name}", "file")
-        syscall("mount", f"/dev/{name}", place, None, MS_BIND, None,
-                why="the host's node: a user namespace may not make any")
-        place.close()
+    keep_nodes(c, [f"/dev/{name}" for name in DEVICES])
     dev = inside(c, "/dev")
     for target, name in (("/proc/self/fd", "fd"), ("/proc/self/fd/0", "stdin"),
                          ("/proc/self/fd/1", "stdout"), ("/proc/self/fd/2", "stderr"),
@@ -1834,17 +2001,6 @@ def take_stdio(c):
         os.dup2(fd, number)
 
 
-def existing(c, paths):
-    """The Places of those paths that the container has, each open for its turn."""
-    for path in paths:
-        try:
-            place = inside(c, path)
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        yield place
-        place.close()
-
-
 def mask_paths(c):
     """Step: hide what tells too much, and make read-only what is dangerous to write."""
     for place in existing(c, c.spec["linux"].get("maskedPaths", ())):
@@ -1854,6 +2010,7 @@ def mask_paths(c):
         else:
             syscall("mount", "/dev/null", place, None, MS_BIND, None,
                     why="hidden: an empty file, the host's own null device")
+    keep_nodes(c, c.spec["linux"].get("maskedPaths", ()))
     paths = c.spec["linux"].get("readonlyPaths", ())
     for place in existing(c, paths):
         syscall("mount", place, place, None, MS_BIND | MS_REC, None,
@@ -1890,9 +2047,10 @@ def seal_root(c):
 #       permitted    what it may switch on         effective  what is switched on
 #       inheritable, ambient                       what survives execve for non-root
 #
-# Docker leaves a container's root fourteen, and so do we; inheritable and ambient
-# stay empty, so that a program run as another user has none at all.  With a user
-# namespace even these fourteen count only over what belongs to the container.
+# Docker leaves a container's root fourteen, and so do we, unless --cap-add, --cap-drop
+# or --privileged say otherwise; inheritable and ambient stay empty, so that a program
+# run as another user has none at all.  With a user namespace even these fourteen count
+# only over what belongs to the container.
 #
 # Order is everything here.  Groups are set before the user, because a plain user may
 # not; the bounding set shrinks first, because that needs CAP_SETPCAP; the user
@@ -1954,12 +2112,27 @@ PROCESS_OPTIONS = (
     arg("--group-add", metavar="GROUP", action="append", default=[],
         help="one more group"),
 )
+PRIVILEGED = arg("--privileged", action="store_true",
+                 help="every capability; to `run`: root inside is root outside")
 PRIVILEGE_OPTIONS = (
+    PRIVILEGED,
+    arg("--cap-add", metavar="NAME", action="append", default=[],
+        help="one more capability, or ALL"),
+    arg("--cap-drop", metavar="NAME", action="append", default=[],
+        help="one capability less, or ALL"),
     arg("--ulimit", metavar="NAME=SOFT[:HARD]", action="append", default=[],
         help="a resource limit of setrlimit(2), as nofile=1024"),
-    arg("--security-opt", metavar="OPTION", action="append", default=[],
-        help="no-new-privileges: execve never gains privileges"),
+    arg("--oom-score-adj", metavar="N", help="likelier (1000) to be killed when memory "
+        "is short, or never (-1000)"),
+    arg("--umask", metavar="MODE", default="0022", help="what new files are denied"),
+    arg("--security-opt", metavar="KEY=VALUE", action="append", default=[],
+        help="no-new-privileges, systempaths=unconfined, apparmor=PROFILE, label=…"),
 )
+ANYTHING = ("…",)
+SECURITY_OPTIONS = {  # the key, and what it may be
+    "no-new-privileges": ("true", "false"), "systempaths": ("unconfined",),
+    "apparmor": ANYTHING, "label": ANYTHING,
+}
 
 # ── the spec ──
 
@@ -1996,7 +2169,7 @@ def process_spec(options, args, like=None):
     return {
         "terminal": options.tty, "args": args, "cwd": options.workdir or like["cwd"],
         "env": [f"{name}={value}" for name, value in env.items()],
-        "user": {"uid": 0, "gid": 0, "groupnames": options.group_add,
+        "user": {**like["user"], "uid": 0, "gid": 0, "groupnames": options.group_add,
                  "username": options.user or like["user"].get("username", "")},
     }
 
@@ -2017,20 +2190,91 @@ def rlimit_spec(text):
     return {"type": f"RLIMIT_{name.upper()}", "soft": low, "hard": high}
 
 
+def available_capabilities(own_users):
+    """The capabilities that there are to give: in a user namespace all that this kernel
+    knows, else those that we have ourselves."""
+    last = int(read_file("/proc/sys/kernel/cap_last_cap"))
+    ours = read_file("/proc/self/status").partition("CapBnd:")[2].split()[0]
+    have = -1 if own_users else int(ours, 16)
+    return [name for number, name in enumerate(CAPABILITIES[:last + 1])
+            if have >> number & 1]
+
+
+def capability_names(option, texts):
+    """The kernel's names of the capabilities in an option; ALL stays as it is."""
+    names = ["ALL" if text.upper() == "ALL" else "CAP_"
+             + text.upper().removeprefix("CAP_") for text in texts]
+    for name in names:
+        if name not in (*CAPABILITIES, "ALL"):
+            raise Fail(f"invalid {option}: unknown capability: {name!r}",
+                       "a name from capabilities(7), or ALL")
+    return names
+
+
+def capability_sets(names):
+    """The spec's five sets for a root who is to have the capabilities named."""
+    names = [name for name in CAPABILITIES if name in names]
+    return {"bounding": names, "effective": names, "permitted": names,
+            "inheritable": [], "ambient": []}
+
+
+def capabilities_spec(options):
+    """The spec's sets as the options ask; ALL first, then names, as Docker does it."""
+    add, drop = (set(capability_names(option, texts)) for option, texts in (
+        ("--cap-add", options.cap_add), ("--cap-drop", options.cap_drop)))
+    names = set() if "ALL" in drop else {*DOCKER_CAPABILITIES} - drop
+    if add or options.privileged:
+        there = {*available_capabilities(options.userns != "host")}
+        for name in add - there - {"ALL"}:
+            raise Fail(f"--cap-add: not supported by your kernel or not available in "
+                       f"the current environment: {name!r}", "see `capsh --print`")
+        names = names | add if "ALL" not in add else there - drop
+        names = there if options.privileged else names
+    return capability_sets(names)
+
+
+def security_options(options):
+    """{key: its values} of --security-opt; Docker takes KEY=VALUE and KEY:VALUE."""
+    found = {key: [] for key in SECURITY_OPTIONS}
+    for text in options.security_opt:
+        key, _, value = text.partition("=" if "=" in text else ":")
+        value = value or ("true" if key == "no-new-privileges" else "")
+        known = SECURITY_OPTIONS.get(key, ())
+        if not value or (known is not ANYTHING and value not in known):
+            raise Fail(f"--security-opt {text}: unknown option",
+                       ", ".join(f"{key}={'|'.join(known)}"
+                                 for key, known in SECURITY_OPTIONS.items()))
+        found[key].append(value)
+    return found
+
+
+def labels_spec(security):
+    """What AppArmor and SELinux are to hold the program to, if that was asked for."""
+    found = {}
+    if security["apparmor"]:
+        found["apparmorProfile"] = security["apparmor"][-1]
+    label = {"user": "system_u", "role": "system_r", "type": "container_t",
+             "level": "s0"}
+    for text in security["label"] if "disable" not in security["label"] else ():
+        key, _, value = text.partition(":")
+        if key not in label or not value:
+            raise Fail(f"--security-opt label={text}: bad label option",
+                       "label=disable, or user:, role:, type: or level: and a name")
+        label[key] = value
+        found["selinuxLabel"] = ":".join(label.values())
+    return found
+
+
 def privileges_spec(options):
     """The parts of the spec's process that say what it may do."""
-    no_new_privileges = False
-    for option in options.security_opt:
-        if option.replace(":", "=") in ("no-new-privileges", "no-new-privileges=true"):
-            no_new_privileges = True
-        elif option.replace(":", "=") != "no-new-privileges=false":
-            raise Fail(f"--security-opt {option}: unknown option",
-                       "no-new-privileges")
-    capabilities = {name: DOCKER_CAPABILITIES
-                    for name in ("bounding", "effective", "permitted")}
-    return {"capabilities": {**capabilities, "inheritable": [], "ambient": []},
-            "noNewPrivileges": no_new_privileges,
-            "rlimits": [rlimit_spec(text) for text in options.ulimit]}
+    security, found = security_options(options), {}
+    if options.oom_score_adj:
+        found["oomScoreAdj"] = whole("--oom-score-adj", options.oom_score_adj, -1000,
+                                     1000)
+    return {"capabilities": capabilities_spec(options),
+            "noNewPrivileges": security["no-new-privileges"][-1:] == ["true"],
+            "rlimits": [rlimit_spec(text) for text in options.ulimit],
+            **labels_spec(security), **found}
 
 
 # ── steps ──
@@ -2171,7 +2415,8 @@ def enter_cwd(c):
 def drop_bounding(c):
     """Step: what leaves the bounding set cannot come back, whatever is executed."""
     keep = c.spec["process"]["capabilities"]["bounding"]
-    for number, name in enumerate(CAPABILITIES):
+    for number in range(64):  # more than we have names for: kernels gain some
+        name = CAPABILITIES[number] if number < len(CAPABILITIES) else "later one"
         if name not in keep:
             try:
                 syscall("prctl", PR_CAPBSET_DROP, number, 0, 0, 0, why=f"no {name}")
@@ -2183,7 +2428,15 @@ def drop_bounding(c):
 
 @answers("rlimits")
 def set_rlimits(c):
-    """Outside: resource limits, by the host's root, who may also raise them."""
+    """Outside: resource limits, by the host's root, who may also raise them; and how
+    dear it is to the OOM killer."""
+    score = c.spec["process"].get("oomScoreAdj")
+    try:
+        if score is not None:
+            write_file(f"/proc/{c.pid}/oom_score_adj", str(score), why="and its heirs")
+    except PermissionError:
+        raise Fail(f"--oom-score-adj {score} is less than this machine lets even root "
+                   "set", "lowering it takes CAP_SYS_RESOURCE") from None
     for limit in c.spec["process"].get("rlimits", ()):
         name = limit["type"].removeprefix("RLIMIT_").lower()
         pair = (ctypes.c_uint64 * 2)(limit["soft"] % 2**64, limit["hard"] % 2**64)
@@ -2199,7 +2452,7 @@ def set_rlimits(c):
 
 def ask_for_rlimits(c):
     """Step: have them set so late that they bind the program and not our own work."""
-    if c.spec["process"].get("rlimits"):
+    if c.spec["process"].get("rlimits") or "oomScoreAdj" in c.spec["process"]:
         c.ask_parent("rlimits")
 
 
@@ -2290,6 +2543,31 @@ def become_reaper(c):
                 break
         if told.si_signo != signal.SIGCHLD and told.si_code <= 0:
             os.kill(program, told.si_signo)  # the terminal's own reach it without us
+
+
+def label_program(c):
+    """Step: have AppArmor or SELinux hold to its rules what we are about to execute.
+
+    It counts for the process that writes it, so this is later than every fork; and it
+    is written through the host's /proc, because the container's can be a trap.
+    """
+    for key, module, file, order in (
+            ("apparmorProfile", "AppArmor", "apparmor/exec", "exec "),
+            ("selinuxLabel", "SELinux", "exec", "")):
+        if key not in c.spec["process"]:
+            continue
+        label, how = c.spec["process"][key], open_how(
+            flags=O_WRONLY | O_CLOEXEC, resolve=RESOLVE_BENEATH | RESOLVE_NO_MAGICLINKS)
+        try:
+            fd = syscall("openat2", c.proc, f"self/attr/{file}", how,
+                         ctypes.sizeof(how), why="ours, whatever pid we have there")
+            write_file(fd, order + label, why="from the next execve on")
+        except OSError as error:
+            if label == "unconfined" and error.errno in (errno.ENOENT, errno.EINVAL):
+                continue  # so it is, where there is no AppArmor
+            raise Fail(f"{module} does not know {label!r}: {error.strerror}",
+                       f"is it loaded, and {module} in /sys/kernel/security/lsm?"
+                       ) from None
 
 
 # Execve resets handlers but keeps what is ignored: by Python, a shell or nohup.
@@ -2519,6 +2797,7 @@ BEFORE = (              # the parent, before there is another process
 OUTSIDE = (             # the parent, while init waits
     map_ids,            # first: all that belongs to root inside needs to know who it is
     prepare_sources,    # needs the id maps
+    make_nodes,         # needs the id maps
     build_rootfs,       # needs the id maps; last, because init copies it all at "go"
 )
 BIRTH = (               # init, from "go" until it is your program
@@ -2534,8 +2813,8 @@ BIRTH = (               # init, from "go" until it is your program
     make_devices,       # in the /dev that was just mounted
     open_console,       # from the /dev/pts that was just mounted
     take_stdio,         # if there is no terminal
-    set_names,
-    loopback_up,
+    set_names, loopback_up,
+    set_sysctls,        # while the host's /proc is there
     mask_paths,         # after all mounts that could lie on top of a mask
     pivot,              # after every step that needs a path of the host
     seal_root,          # after every step that makes a place to mount on
@@ -2550,6 +2829,7 @@ BIRTH = (               # init, from "go" until it is your program
         close_descriptors,  # all of ours will end with this program
         die_with_parent,  # forgotten whenever a user changes, so after that
         become_reaper,  # with --init: process 1 stays behind, its child goes on
+        label_program,  # counts for this process alone, so after the last fork
         execute,
     )),
 )
@@ -2559,7 +2839,6 @@ JOIN = (no_more_imports, hide_memory, wait_for_go, join_cgroup, join_namespaces,
 
 def init(c, steps):
     """Take the steps and become the program; never returns."""
-    step = None
     try:
         for step in steps:
             step(c)
@@ -2649,7 +2928,6 @@ def enter(c, running):
 calls(
     unlinkat=(263, 35, "dirfd path flags"),
     linkat=(265, 37, "olddirfd oldpath newdirfd newpath AT_"),
-    fchownat=(260, 54, "dirfd path owner group AT_"),
 )
 
 STORE = os.path.abspath(os.environ.get("MINICONTAINER_ROOT")
@@ -2878,6 +3156,14 @@ def unpack_named(path, tar, member, top, times):
                    "is the disk full, or the tarball damaged?") from None
 
 
+def set_times(top, times):
+    """Set the times of directories; last, since making files in them changes them."""
+    for directory, when in reversed(times):
+        handle = open_beneath(top, directory)
+        os.utime(handle, ns=when)
+        os.close(handle)
+
+
 def unpack(path, top):
     """Unpack a tarball (plain, gz, xz or bz2) as a layer into the directory `top`."""
     import lzma
@@ -2895,10 +3181,7 @@ def unpack(path, top):
                 raise tarfile.ReadError("it does not end as a tarball does")
             while tar.fileobj.read(1 << 20):
                 pass  # gzip and xz have their checksum at the very end
-        for directory, when in reversed(times):  # last: making files changes them
-            handle = open_beneath(fd, directory)
-            os.utime(handle, ns=when)
-            os.close(handle)
+        set_times(fd, times)
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, ValueError,
             IndexError, RecursionError) as error:
         reason = (str(error).splitlines() or [repr(error)])[0].rstrip(":")
@@ -2934,6 +3217,67 @@ def layer_of(path):
         return target
     return publish(new_directory("layers", lambda top: unpack(path, top)),
                    digest.hexdigest())
+
+
+# ── layers as a copy ──
+
+
+def shifted(name, value, base):
+    """The value of an extended attribute with `base` added to the ids in it."""
+    if base and name == "security.capability":  # version 3: it counts for one root only
+        magic, root = struct.unpack("<I16xI", value[:24].ljust(24, b"\0"))
+        return struct.pack("<I16sI", magic & 0xFFFFFF | 3 << 24, value[4:20],
+                           root + base)
+    if name.startswith("system.posix_acl_"):  # tags 2 and 8 are a user's, a group's
+        return value[:4] + b"".join(
+            struct.pack("<HHI", tag, bits, id + base if tag in (2, 8) else id)
+            for tag, bits, id in struct.iter_unpack("<HHI", value[4:]))
+    return value
+
+
+def layer_entries(layer, base):
+    """(tarball, entry) for all that is in a layer, as unpack_member() takes them, with
+    owners from `base` on; outer first, and nothing that is mounted in it."""
+    import io
+    import tarfile
+
+    tar = tarfile.TarFile(fileobj=io.BytesIO(), mode="w")  # knows hard links, types
+    tree = syscall("open_tree", AT_FDCWD, layer, OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC)
+    for top, directories, files, fd in os.fwalk(".", dir_fd=tree):
+        for name in ["."] * (top == ".") + directories + files:
+            path = f"/proc/self/fd/{fd}/{name}"
+            entry = tar.gettarinfo(path, os.path.normpath(f"{top}/{name}"))
+            if entry is None:  # a socket, that nobody listens at any more
+                continue
+            when = os.lstat(path).st_mtime_ns
+            entry.pax_headers = {"mtime": f"{when // 10**9}.{when % 10**9:09}"}
+            entry.uid, entry.gid = (shifted_id(id, base)
+                                    for id in (entry.uid, entry.gid))
+            for key in () if entry.issym() else os.listxattr(path):
+                value = shifted(key, os.getxattr(path, key), base)
+                entry.pax_headers[f"SCHILY.xattr.{key}"] = value.decode(
+                    "utf-8", "surrogateescape")
+            tar.extractfile = lambda _, path=path: open(path, "rb")
+            yield tar, entry
+    os.close(tree)
+
+
+def copy_layers(layers, top, base):
+    """Fill a directory with what an overlay of the layers would show, with owners from
+    `base` on: for hosts without overlay, at the price of time and disk."""
+    fd = os.open(top, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    for layer in layers:
+        times = []
+        for tar, entry in layer_entries(layer, base):
+            gone = entry.ischr() and entry.devmajor == entry.devminor == 0
+            if entry.pax_headers.pop("SCHILY.xattr.trusted.overlay.opaque", gone):
+                parent, name = open_parent(fd, entry.name)
+                clear_the_way(parent, name, False)
+                os.close(parent)
+            if not gone:
+                unpack_named(layer, tar, entry, fd, times)
+        set_times(fd, times)
+    os.close(fd)
 
 
 # ── a root file system from nothing ──
@@ -3285,6 +3629,7 @@ def attend(c, interactive):
 #           containers/ID/config.json      the spec
 #                         state.json       the pid of process 1, while it runs
 #                         upper/  work/    what the container changed
+#                         rootfs/          or, with vfs, all that it has
 #                         hosts hostname resolv.conf
 #           workshop/                      always empty, here; see chapter 4
 #
@@ -3300,6 +3645,8 @@ RUN_OPTIONS = (
     arg("--rm", action="store_true", help="remove the container when it ends"),
     arg("--init", action="store_true", help="a small process 1 that reaps orphans"),
     arg("--stats-at-exit", action="store_true", help="print what it used"),
+    arg("--storage-driver", choices=["overlay", "vfs"], default="overlay",
+        help="vfs: copy the layers, where there is no overlay"),
 )
 
 
@@ -3369,18 +3716,26 @@ def etc_files(c, network):
 
 def make_spec(options, id, args):
     """The OCI runtime spec of a container, as the options describe it."""
+    if options.privileged:
+        options.userns = "host"  # asked for in words (P7)
+    namespaces = namespaces_spec(options)
+    bare = options.privileged or security_options(options)["systempaths"]
     spec = {
         "ociVersion": "1.2.0",
         "root": {"path": "rootfs", "readonly": options.read_only},
         "mounts": mounts_spec(options),
         "process": {**process_spec(options, args), **privileges_spec(options)},
         "linux": {
-            "namespaces": namespaces_spec(options),
+            "namespaces": namespaces,
             "cgroupsPath": f"/minicontainer-{id}",
             "resources": resources_spec(options),
-            "maskedPaths": masked_paths(), "readonlyPaths": READONLY_PATHS,
+            "devices": devices_spec(options),
+            "sysctl": sysctl_spec(options, namespaces),
+            "maskedPaths": [] if bare else masked_paths(),
+            "readonlyPaths": [] if bare else READONLY_PATHS,
         },
     }
+    spec["process"]["user"]["umask"] = whole("--umask", options.umask, 0, 0o777, 8)
     if options.uts != "host":
         spec["hostname"] = options.hostname or id[:12]
         spec["domainname"] = options.domainname or ""
@@ -3441,10 +3796,15 @@ def create(options, layers, args):
             spec["linux"].update(uidMappings=maps, gidMappings=maps)
         c.throw_away = options.rm
         c.wants_reaper, c.workshop = options.init, store("workshop", "")
-        for name in ("upper", "work"):
+        copied = options.storage_driver == "vfs"
+        for name in ("rootfs",) if copied else ("upper", "work"):
             os.mkdir(f"{directory}/{name}", 0o755)
             os.chown(f"{directory}/{name}", base, base)
-        os.chmod(f"{directory}/upper", stat.S_IMODE(os.stat(layers[-1]).st_mode))
+        if copied:
+            copy_layers(layers, f"{directory}/rootfs", base)
+            c.layers = ()
+        else:
+            os.chmod(f"{directory}/upper", stat.S_IMODE(os.stat(layers[-1]).st_mode))
         for name, text in etc_files(c, options.network).items():
             write_file(f"{directory}/{name}", text, create=0o644)
             os.chown(f"{directory}/{name}", base, base)
@@ -3544,7 +3904,7 @@ def find_container(name):
     return ids[0], store("containers", ids[0])
 
 
-@command("exec", *PROCESS_OPTIONS, *PRIVILEGE_OPTIONS,
+@command("exec", *PROCESS_OPTIONS, PRIVILEGED,
          arg("container", metavar="CONTAINER", help="its id, or the beginning of it"),
          arg("words", nargs="A...", metavar="COMMAND", help="program and arguments"))
 def exec_command(options):
@@ -3561,8 +3921,11 @@ def exec_command(options):
     except (FileNotFoundError, ProcessLookupError):
         raise Fail(f"container {id[:12]} is not running", "it has ended", 1) from None
     hold_signals()
-    process = {**process_spec(options, options.words, spec["process"]),
-               **privileges_spec(options)}
+    process = {**spec["process"],
+               **process_spec(options, options.words, spec["process"])}
+    if options.privileged:
+        process["capabilities"] = capability_sets(available_capabilities(
+            bool(namespace_flags(spec) & CLONE_NEWUSER)))
     c = Container(id, {**spec, "process": process}, directory)
     c.is_new, c.target = False, target
     enter(c, Cgroup(spec["linux"]["cgroupsPath"]))

@@ -642,7 +642,8 @@ def fail_request(n, *args):
 @pytest.mark.timeout(1200)
 def test_whichever_request_fails_the_host_is_as_it_was():
     args = ("run", "--rm", "--memory", "64m", "-v", f"{STORE}:/v:ro", "--ulimit",
-            "nofile=64", "/bin/true")
+            "nofile=64", "--device", "/dev/zero:/dev/z", "--sysctl",
+            "net.ipv4.ip_forward=1", "--oom-score-adj", "9", "/bin/true")
     run("/bin/true")  # the default root file system is there
     total, step = count_requests(*args), 1 if "IN_TEST_VM" not in os.environ else 5
     before, survived = host(), []
@@ -736,6 +737,46 @@ def test_loopback_is_up_and_alone():
               ">/dev/null 2>&1 && echo answered")
     assert re.findall(r"^ *(\w+):", text, re.M)[0] == "lo"
     assert "answered" in text or "ping" not in " ".join(os.listdir(rootfs_bin()))
+
+
+@root
+def test_a_sysctl_is_set_in_the_namespaces_of_the_container_alone():
+    settings = {"net.ipv4.ip_local_port_range": "4000 5000", "kernel.shmmax": "12345",
+                "net/ipv4/ip_forward": "1",
+                "kernel.sem": "20 600 30 60", "fs.mqueue.msg_max": "9"}
+    for users in ([], ["--userns", "host"]):
+        for key, value in settings.items():
+            path = "/proc/sys/" + key.replace(".", "/")
+            with open(path) as file:
+                before = file.read()
+            result = mini("run", "--rm", *users, "--sysctl", f"{key}={value}",
+                          "/bin/cat", path)
+            if result.returncode == 125 and not users and key[0] in "fk":
+                assert "--userns host" in result.stderr  # before 6.10 or so
+            else:
+                assert result.stdout.split() == value.split(), result.stderr
+            with open(path) as file:
+                assert file.read() == before
+
+
+@root
+def test_a_sysctl_is_not_written_to_a_false_proc(tmp_path):
+    for proc in (["--tmpfs", "/proc:exec"], ["-v", f"{tmp_path}:/proc"]):
+        (tmp_path / "sys" / "net" / "ipv4").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "sys" / "net" / "ipv4" / "ip_forward").write_text("false\n")
+        assert sh("cat /proc/sys/net/ipv4/ip_forward 2>/dev/null; "
+                  "true", *proc, "--sysctl", "net.ipv4.ip_forward=1") in ("", "false\n")
+        shown = mini("run", "--rm", "--explain", *proc, "--sysctl",
+                     "net.ipv4.ip_forward=1", "/bin/true").stderr
+        assert 'init    write("/proc/sys/net/ipv4/ip_forward", "1") = 1' in shown
+
+
+@root
+def test_a_sysctl_that_the_kernel_refuses_is_named():
+    for setting in ("net.ipv4.nosuch=1", "net.ipv4.ip_forward=many", "net.=1",
+                    "net/../kernel/hostname=x"):
+        assert setting.replace("/", ".") in refused("run", "--sysctl", setting,
+                                                    "/bin/true")
 
 
 def rootfs_bin():
@@ -1121,7 +1162,29 @@ def test_a_tmpfs_is_empty_and_as_large_as_asked():
     (["-v", "/tmp:/x", "--tmpfs", "/x"], "Duplicate mount point: /x"),
     (["--tmpfs", "/x:colour=red"], "colour=red"),
     (["--memory=9m", "--memory-reservation=10m"], "more than --memory"),
-    (["--security-opt", "bogus"], "bogus"),
+    (["--security-opt", "bogus"], "bogus"), (["--security-opt", "label"], "label"),
+    (["--security-opt", "no-new-privileges=maybe"], "maybe"),
+    (["--security-opt", "systempaths=all"], "systempaths=all"),
+    (["--security-opt", "label=colour:red"], "colour:red"),
+    (["--cap-add", "fly"], "invalid --cap-add: unknown capability: 'CAP_FLY'"),
+    (["--cap-drop", "CAP_ALL"], "invalid --cap-drop: unknown capability: 'CAP_ALL'"),
+    (["--device", "/dev/nosuch"], "/dev/nosuch: No such file"),
+    (["--device", "/etc/passwd"], "/etc/passwd: not a device node"),
+    (["--device", "/etc"], "/etc: not a device node"),
+    (["--device", "/dev/null:/dev/x:rwx"], "bad mode specified: 'rwx'"),
+    (["--device", "/dev/null:/x:r:w"], "bad mode"), (["--device", "null"], "'null'"),
+    (["--device", "/dev/null:x"], "invalid target 'x'"),
+    (["--device", "/dev/null:r", "--userns", "host"], "kept to 'r'"),
+    (["--sysctl", "kernel.hostname=x"], "'kernel.hostname' is not allowed"),
+    (["--sysctl", "vm.swappiness=1"], "'vm.swappiness' is not allowed"),
+    (["--sysctl", "net.core.somaxconn"], "not allowed"),
+    (["--sysctl", "net.core.somaxconn=9", "--network", "host"], "host's network"),
+    (["--sysctl", "kernel.shmmax=9", "--ipc", "host"], "host's ipc"),
+    (["--oom-score-adj", "1001"], "'1001'"), (["--oom-score-adj=-1001"], "'-1001'"),
+    (["--oom-score-adj", "x"], "--oom-score-adj: 'x'"), (["--shm-size", "x"], "'x'"),
+    (["--shm-size", "1m", "--ipc", "host"], "--ipc host"),
+    (["--umask", "1000"], "--umask: '1000'"), (["--umask", "8"], "--umask: '8'"),
+    (["--storage-driver", "zfs"], "zfs"),
 ])
 def test_an_option_that_makes_no_sense_is_refused_with_a_hint(options, words):
     with pytest.raises(m.Fail) as caught:
@@ -1209,6 +1272,91 @@ def test_a_device_node_inside_is_inert(tmp_path):
                       "head -c1 /zero; mknod /mem c 1 5; head -c1 /mem")
         assert result.stderr.count("Permission denied") + result.stderr.count(
             "not permitted") + result.stderr.count("No such file") >= 2
+
+
+@pytest.fixture
+def roots_device():
+    """A device of the host that only root may open, and may without more."""
+    for path in ("/dev/fuse", "/dev/loop-control", "/dev/cpu_dma_latency"):
+        with contextlib.suppress(OSError):
+            os.close(os.open(path, os.O_RDWR))
+            if not os.stat(path).st_mode & 0o006:
+                return path
+    pytest.skip("no such device here: modprobe fuse")
+
+
+@root
+def test_a_device_is_roots_as_it_is_on_the_host(roots_device):
+    script = ("echo $(($(stat -c 0x%t /dev/f))):$(($(stat -c 0x%T /dev/f))); "
+              "stat -c '%a %u %g' /dev/f; exec 3<>/dev/f && echo opened")
+    status, device = os.stat(roots_device), f"{roots_device}:/dev/f"
+    for users in ([], ["--userns", "host"]):
+        text = sh(script, *users, "--device", device)
+        assert text == (f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}\n"
+                        f"{stat.S_IMODE(status.st_mode):o} {status.st_uid} "
+                        f"{status.st_gid}\nopened\n")
+        assert "opened" not in mini("run", "--rm", *users, "-u", "1000", "--device",
+                                    device, "/bin/sh", "-c", script).stdout
+        sh("chmod 777 /dev/f; chown 5:5 /dev/f", *users, "--device", device)
+    after = os.stat(roots_device)
+    assert (after.st_mode, after.st_uid) == (status.st_mode, status.st_uid)
+
+
+@root
+def test_a_device_is_kept_to_reading_or_writing_even_for_root():
+    script = ("(head -c1 {0} >/dev/null) 2>/dev/null && echo r; "
+              "(echo x > {0}) 2>/dev/null && echo w; true")
+    again = script + "; chmod 666 {0} 2>&1; chown 0 {0} 2>&1; mknod /dev/m c 1 5 2>&1; "
+    again += script
+    for access, seen in (("r", "r\n"), ("w", "w\n"), ("m", ""), ("rw", "r\nw\n"),
+                         ("rwm", "r\nw\n"), ("rm", "r\n")):
+        assert sh(script.format("/dev/x"), "--device",
+                  f"/dev/zero:/dev/x:{access}") == seen
+    for user in ("0", "1000"):
+        text = sh(again.format("/dev/zero2"), "--device", "/dev/zero:/dev/zero2:r",
+                  "-u", user, "--cap-add", "ALL")
+        assert text.startswith("r\n") and text.endswith("r\n") and "w\n" not in text
+    assert sh("ls -l /dev/zero | cut -c1", "--device", "/dev/zero:r") == "c\n"
+
+
+@root
+def test_a_directory_of_devices_is_given_whole():
+    at = next((top for top, _, files in os.walk("/dev") if top != "/dev" and any(
+        stat.S_ISCHR(os.lstat(f"{top}/{name}").st_mode) for name in files)
+        and not top.startswith(("/dev/pts", "/dev/shm"))), None)
+    if at is None:
+        pytest.skip("no directory of devices here")
+    nodes = sorted(f"{top[len(at):]}/{name}" for top, _, files in os.walk(at)
+                   for name in files if stat.S_IFMT(os.lstat(f"{top}/{name}").st_mode)
+                   in (stat.S_IFCHR, stat.S_IFBLK))
+    text = sh("find /dev/some -type c -o -type b", "--device", f"{at}:/dev/some")
+    assert sorted(line.removeprefix("/dev/some") for line in text.split()) == nodes
+
+
+@root
+def test_the_hosts_own_nodes_keep_their_owner_and_mode():
+    names = ("null", "zero", "full", "random", "urandom", "tty")
+    before = [os.stat(f"/dev/{name}") for name in names]
+    for users in ([], ["--userns", "host"], ["--privileged"]):
+        sh("chmod 600 /dev/*; chown 5:5 /dev/*; chmod 600 /proc/keys /proc/timer_list; "
+           "echo x > /dev/null", *users)
+    after = [os.stat(f"/dev/{name}") for name in names]
+    assert [(s.st_mode, s.st_uid) for s in after] == [
+        (s.st_mode, s.st_uid) for s in before]
+
+
+@root
+def test_shared_memory_is_as_large_as_asked():
+    for options, blocks in (([], "65536"), (["--shm-size", "2m"], "2048"),
+                            (["--shm-size", "0"], "65536")):
+        assert sh("df -k /dev/shm | tail -1", *options).split()[1] == blocks
+
+
+@root
+def test_system_paths_can_be_left_open():
+    script = "grep -c ' /proc/' /proc/mounts; true"
+    assert int(sh(script)) > 5
+    assert int(sh(script, "--security-opt", "systempaths=unconfined")) == 0
 
 
 @root
@@ -1330,6 +1478,171 @@ def test_root_has_dockers_fourteen_capabilities_and_others_have_none():
         assert status("-u", "1000:50", *options) == {
             "CapInh": none, "CapPrm": none, "CapEff": none, "CapBnd": fourteen,
             "CapAmb": none, "NoNewPrivs": "0", "Groups": "50"}
+
+
+def bits(*names):
+    return f"{sum(1 << m.CAPABILITIES.index('CAP_' + name) for name in names):016x}"
+
+
+@root
+@pytest.mark.parametrize("users", [[], ["--userns", "host"]])
+def test_capabilities_are_chosen_by_dockers_rules(users):
+    every, ours = (1 << int(open("/proc/sys/kernel/cap_last_cap").read()) + 1) - 1, 0
+    for line in open("/proc/self/status"):
+        if line.startswith("CapBnd"):
+            ours = int(line.split()[1], 16)
+    there, none = every & ours if users else every, "0" * 16
+    fourteen, admin = 0xa80425fb, 1 << m.CAPABILITIES.index("CAP_SYS_ADMIN")
+    for options, bounding in (
+            (["--cap-add", "sys_admin"], fourteen | admin),
+            (["--cap-add", "CAP_SYS_ADMIN", "--cap-add", "chown"], fourteen | admin),
+            (["--cap-drop", "ChOwN", "--cap-drop", "CAP_KILL"], fourteen & ~0x21),
+            (["--cap-drop", "chown", "--cap-add", "chown"], fourteen),
+            (["--cap-drop", "all"], 0), (["--cap-add", "all"], there),
+            (["--cap-add", "kill", "--cap-drop", "ALL"], 0x20),
+            (["--cap-add", "ALL", "--cap-drop", "sys_admin"], there & ~admin)):
+        bounding = f"{bounding:016x}"
+        keys = "CapInh CapPrm CapEff CapBnd CapAmb"
+        assert list(status(*users, *options, keys=keys).values()) == [
+            none, bounding, bounding, bounding, none], options
+        assert list(status(*users, *options, "-u", "1000", keys=keys).values()) == [
+            none, none, none, bounding, none], options
+
+
+def test_a_capability_that_this_kernel_lacks_is_refused_and_all_means_all_it_has(
+        monkeypatch):
+    read = m.read_file
+    monkeypatch.setattr(m, "read_file", lambda path, **how: (
+        "37\n" if path.endswith("cap_last_cap") else read(path, **how)))
+    with pytest.raises(m.Fail) as caught:
+        spec_for("--cap-add", "bpf", "/bin/true")
+    assert "not supported by your kernel" in caught.value.message
+    names = spec_for("--cap-add", "ALL", "/x")["process"]["capabilities"]["bounding"]
+    assert tuple(names) == m.CAPABILITIES[:38]
+
+
+def test_a_capability_that_is_newer_than_this_file_is_dropped():
+    c = m.Container("f" * 64, spec_for("--cap-add", "ALL", "/bin/true"), "")
+    dropped = [args[1] for _, args, _ in recorded(lambda: m.drop_bounding(c))]
+    assert len(m.CAPABILITIES) in dropped and 63 in dropped and 0 not in dropped
+
+
+@root
+def test_a_privileged_container_has_all_that_the_hosts_root_has():
+    assert "CapBnd:\t" + status("--privileged", keys="CapBnd")["CapBnd"] in open(
+        "/proc/self/status").read()
+    assert status("--privileged", "-u", "1000", keys="CapEff")["CapEff"] == "0" * 16
+    inner, outer = inner_namespaces("--privileged"), host_namespaces()
+    assert [k for k in HAVE if inner[k] == outer[k]] == ["user"]
+    mounts = {line.split()[1]: line.split()[3].split(",") for line in
+              sh("cat /proc/mounts", "--privileged").splitlines()}
+    assert "rw" in mounts["/sys"] and "rw" in mounts["/sys/fs/cgroup"]
+    assert not [path for path in mounts if path.startswith("/proc/")]
+    assert "nodev" not in mounts["/dev"] and "nodev" in mounts["/"]
+    cgroup = "/sys/fs/cgroup" + ("" if V2 else "/pids")
+    assert sh(f"mkdir {cgroup}/x && ls -d {cgroup}/x", "--privileged") == f"{cgroup}/x\n"
+
+
+@root
+def test_a_privileged_container_has_the_hosts_devices_and_they_work(roots_device):
+    skip = ("/dev/pts", "/dev/shm", "/dev/mqueue")
+    nodes = sorted(path for path in tree("/dev") if not path.startswith(skip)
+                   and stat.S_IFMT(os.lstat(path).st_mode)
+                   in (stat.S_IFCHR, stat.S_IFBLK)
+                   and path not in ("/dev/console", "/dev/ptmx"))
+    text = sh("find /dev -path /dev/pts -prune -o '(' -type c -o -type b ')' -print",
+              "--privileged")
+    assert sorted(text.split()) == nodes
+    script = f"exec 3<>{roots_device} && echo opened; "
+    assert sh(script + "mknod /dev/z c 1 5; head -c2 /dev/z | wc -c",
+              "--privileged") == "opened\n2\n"
+    assert sh(script + "head -c2 /dev/zero | wc -c", "--privileged", "-v",
+              "/dev:/dev") == "opened\n2\n"
+
+
+@root
+def test_a_second_program_has_no_more_privileges_than_the_first_unless_given_them():
+    script = "grep -E 'CapBnd|CapEff|NoNew' /proc/self/status; umask; " \
+             "cat /proc/self/oom_score_adj"
+    with running("--cap-drop", "ALL", "--cap-add", "KILL", "--security-opt",
+                 "no-new-privileges", "--umask", "0027", "--oom-score-adj",
+                 "77") as (_, id, _):
+        kill = f"{0x20:016x}"
+        words = mini("exec", id, "/bin/sh", "-c", script).stdout.split()
+        assert words == ["CapEff:", kill, "CapBnd:", kill, "NoNewPrivs:", "1", "0027",
+                         "77"]
+        words = mini("exec", "--privileged", id, "/bin/sh", "-c", script).stdout.split()
+        assert int(words[1], 16) == (1 << int(open(
+            "/proc/sys/kernel/cap_last_cap").read()) + 1) - 1
+
+
+@root
+def test_the_umask_is_dockers_unless_given():
+    for options, mode in (([], "644"), (["--umask", "0077"], "600"),
+                          (["--umask", "0"], "666")):
+        assert sh("touch /tmp/x; stat -c %a /tmp/x", *options) == mode + "\n"
+
+
+@root
+def test_how_dear_a_container_is_to_the_oom_killer_is_chosen():
+    script = "cat /proc/self/oom_score_adj"
+    for options in ([], ["--userns", "host"], ["--init"]):
+        assert sh(script, "--oom-score-adj", "300", *options) == "300\n"
+    result = mini("run", "--rm", "--oom-score-adj", "-300", "/bin/sh", "-c", script)
+    if result.returncode == 125:  # a machine whose root may not
+        assert "CAP_SYS_RESOURCE" in result.stderr
+    else:
+        assert result.stdout == "-300\n"
+
+
+@root
+def test_a_security_module_that_the_kernel_lacks_is_named_and_unconfined_is_fine():
+    assert sh("echo ok", "--security-opt", "apparmor=unconfined", "--security-opt",
+              "label:disable") == "ok\n"
+    for option, name in (("label=type:nosuch_t", "SELinux does not know "
+                          "'system_u:system_r:nosuch_t:s0'"),
+                         ("apparmor=nosuch", "AppArmor does not know 'nosuch'")):
+        assert name in refused("run", "--rm", "--security-opt", option, "/bin/true")
+
+
+@root
+@pytest.mark.parametrize("options", [[], ["--init"], ["-v", "/etc:/proc:ro"]])
+def test_a_label_is_written_to_the_real_proc_by_the_process_that_executes(options):
+    """Where there is no such module the kernel says so: it has been asked."""
+    def labelled():
+        m.labels_spec = lambda security: {"apparmorProfile": "mine",
+                                          "selinuxLabel": "a:b:c:s0"}
+        return m.main(["run", "--rm", "--explain", *options, "/bin/true"])
+    code, _, err = forked(labelled)
+    assert code == 125 and "hint: is it loaded" in err
+    path = "apparmor/exec" if os.path.exists("/proc/self/attr/apparmor") else "exec"
+    if path == "exec":  # this kernel has no directory for AppArmor
+        assert re.search(r'openat2\(\d+, "self/attr/apparmor/exec", .*ENOENT', err)
+    else:
+        assert re.search(r'write\(\d+, "exec mine"\) = -1', err)
+
+
+@root
+def test_a_label_is_an_order_to_the_next_execve():
+    def labelled():
+        write = m.write_file
+
+        def write_file(path, text, why="", create=None):
+            if why == "from the next execve on":
+                os.write(2, f"{os.readlink(f'/proc/self/fd/{path}')}={text}".encode())
+                return 0
+            return write(path, text, why, create)
+        m.write_file = write_file
+        if not os.path.exists("/proc/self/attr/apparmor"):
+            kernel = m.kernel
+            m.kernel = lambda name, args: kernel(name, tuple(
+                "self/attr/exec" if a == "self/attr/apparmor/exec" else a for a in args))
+        m.labels_spec = lambda security: {"apparmorProfile": "mine",
+                                          "selinuxLabel": "a:b:c:s0"}
+        return m.main(["run", "--rm", "/bin/true"])
+    code, _, err = forked(labelled)
+    assert code == 0, err
+    assert "=exec mine" in err and "attr/exec=a:b:c:s0" in err
 
 
 @root
@@ -1950,6 +2263,102 @@ def test_a_download_with_another_sum_is_refused_and_nothing_stays(tmp_path):
         result.stderr)
     assert [p for p in tree(store) if os.path.isfile(p) or "/." in p] == []
     assert fetch("plan9", store=store).returncode == 2
+
+
+@pytest.fixture
+def odd_layers(tmp_path, busybox):
+    """Layers with all that a copy may get wrong, as options of `run`."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    for directory in ("gone", "opaque/old", "merged", "sticky", "raw"):
+        (one / directory).mkdir(parents=True)
+    for name in ("gone/a", "opaque/old/b", "merged/c", "removed", "was-file"):
+        (one / name).write_text(name)
+    os.chmod(one / "sticky", 0o1777)
+    (one / "was-link").symlink_to("/etc")
+    (one / "link").symlink_to("merged/c")
+    os.lchown(one / "link", 7, 8)
+    os.link(one / "merged" / "c", one / "merged" / "d")
+    os.mkfifo(one / "fifo", 0o640)
+    os.mknod(one / "node", stat.S_IFCHR | 0o666, os.makedev(1, 5))
+    (one / "owned").write_text("x")
+    os.chown(one / "owned", 33, 44)
+    os.chmod(one / "owned", 0o4751)
+    os.utime(one / "owned", ns=(10**18 + 123, 10**18 + 456789))
+    os.setxattr(one / "owned", "user.note", b"\xff\0x")
+    (one / "acl").write_text("by acl\n")
+    os.chmod(one / "acl", 0o600)
+    os.setxattr(one / "acl", "system.posix_acl_access", struct.pack("<I", 2) + b"".join(
+        struct.pack("<HHI", *row) for row in (
+            (1, 6, 2**32 - 1), (2, 4, 1000), (4, 0, 2**32 - 1), (16, 4, 2**32 - 1),
+            (32, 0, 2**32 - 1))))
+    with open(one / "sparse", "wb") as file:
+        file.truncate(64 << 20)
+    (one / "raw" / "busybox").write_bytes(busybox)
+    os.chmod(one / "raw" / "busybox", 0o755)
+    os.setxattr(one / "raw" / "busybox", "security.capability",
+                struct.pack("<5I", 0x02000001, 1 << 13, 0, 0, 0))
+    for directory in ("opaque", "merged", "was-file", "was-link"):
+        (two / directory).mkdir(parents=True)
+    (two / "was-link" / "inside").write_text("not in /etc")
+    (two / "merged" / "e").write_text("new")
+    os.chmod(two / "merged", 0o711)
+    for name in ("gone", "removed"):
+        os.mknod(two / name, stat.S_IFCHR, 0)
+    os.setxattr(two / "opaque", "trusted.overlay.opaque", b"y")
+    return ["--rootfs", m.default_rootfs(), "--rootfs", one, "--rootfs", two]
+
+
+@root
+@pytest.mark.parametrize("users", [[], ["--userns", "host"]])
+def test_a_copy_of_the_layers_is_what_an_overlay_of_them_is(odd_layers, users):
+    script = ("find / -xdev | sort | xargs stat -c '%n %F %a %u %g %s %t:%T'; "
+              "stat -c '%n %h %Y' /owned /merged/?; cat /merged/*; ls /etc; cat /link")
+    seen = {}
+    for driver in ("overlay", "vfs"):
+        options = [*odd_layers, *users, "--storage-driver", driver]
+        seen[driver] = sh(script, *options)
+        plain = mini("run", "--rm", *options, "-u", "1000", "/bin/sh", "-c",
+                     "cat /acl; /raw/busybox grep CapEff /proc/self/status; head -c1 /node")
+        assert plain.stdout == "by acl\nCapEff:\t0000000000002000\n", plain.stderr
+    lines = [set(re.sub(r"(directory \d+ \d+ \d+) \d+", r"\1", text).splitlines())
+             for text in seen.values()]
+    assert lines[0] ^ lines[1] == set()
+    assert "/gone" not in seen["vfs"] and "/opaque/old" not in seen["vfs"]
+    assert "/was-link/inside" in seen["vfs"]
+
+
+@root
+def test_a_copy_keeps_attributes_holes_and_times_and_takes_the_containers_ids(
+        odd_layers):
+    result = mini("run", *odd_layers, "--storage-driver", "vfs", "/bin/sh", "-c",
+                  "echo changed > /merged/c; touch /node2")
+    assert result.returncode == 0, result.stderr
+    (id,) = os.listdir(f"{STORE}/containers")
+    top = f"{STORE}/containers/{id}/rootfs"
+    with open(f"{STORE}/containers/{id}/config.json") as file:
+        base = json.load(file)["linux"]["uidMappings"][0]["hostID"]
+    owned = os.stat(f"{top}/owned")
+    assert (owned.st_uid, owned.st_gid, owned.st_mtime_ns, owned.st_mode & 0o7777) == (
+        base + 33, base + 44, 10**18 + 456789, 0o4751)
+    assert os.getxattr(f"{top}/owned", "user.note") == b"\xff\0x"
+    assert os.stat(f"{top}/sparse").st_blocks == 0
+    assert "trusted.overlay.opaque" not in os.listxattr(f"{top}/opaque")
+    assert os.path.samefile(f"{top}/merged/c", f"{top}/merged/d")
+    assert os.stat(f"{top}/node2").st_uid == base
+    assert (odd_layers[3] / "merged" / "c").read_text() == "merged/c"
+    mini("system", "prune")
+
+
+@root
+def test_what_is_mounted_in_a_layer_is_not_copied(tmp_path):
+    (tmp_path / "l" / "mnt").mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "none", tmp_path / "l" / "mnt"], check=True)
+    try:
+        (tmp_path / "l" / "mnt" / "secret").touch()
+        assert sh("ls -A /mnt", "--rootfs", m.default_rootfs(), "--rootfs",
+                  tmp_path / "l", "--storage-driver", "vfs") == ""
+    finally:
+        subprocess.run(["umount", tmp_path / "l" / "mnt"], check=True)
 
 
 # ══ 11. THE SHIM ══
