@@ -3653,7 +3653,8 @@ RUN_OPTIONS = (
 def need_root():
     """Refuse, in words, to begin what only root can finish."""
     if os.geteuid() != 0:
-        raise Fail("only root can make containers", f"sudo python3 {sys.argv[0]} …")
+        python = "python3 " * sys.argv[0].endswith(".py")
+        raise Fail("only root can make containers", f"sudo {python}{sys.argv[0]} …")
 
 
 def lock(path, how):
@@ -3974,6 +3975,112 @@ def system_prune_command(options):
 # a hint that says what to do, and Docker's exit code.
 
 
+# ── on the PATH ──
+#
+# Of a start as a file, half is spent compiling it.  A launcher loads the bytecode that
+# `install` made, and leaves out what a start pays for and has no use of: looking for
+# site-packages (-S), the environment's PYTHON… (-I), the locale (utf8), and collecting
+# garbage, of which there is none yet.  "Unchecked" bytecode is not compared with the
+# file, so that a start never compiles, whoever it is for: a change takes `install`.
+
+LAUNCHER = """\
+#!{python} -ISXutf8
+# minicontainer install: runs the bytecode of the file named here
+import gc; gc.disable(); __file__ = {file!r}
+exec(type(__loader__)("__main__", __file__).get_code("__main__"))
+"""
+PREFIX_OPTION = arg("--prefix", metavar="DIR", default="/usr/local",
+                    help="files go to DIR/bin and DIR/lib (default: /usr/local)")
+
+
+def installed(prefix):
+    """What `install` puts under a prefix: the file, its bytecode, a record of the
+    directories that were made for them, and the launchers."""
+    import importlib.util
+
+    file = os.path.abspath(f"{prefix}/lib/minicontainer/minicontainer.py")
+    return [file, importlib.util.cache_from_source(file), f"{file[:-3]}.directories",
+            *(os.path.abspath(f"{prefix}/bin/{n}") for n in ("minicontainer",
+                                                             "minirunc"))]
+
+
+def check_ours(paths):
+    """Refuse to replace or remove a file that `install` has not written."""
+    for path in filter(os.path.lexists, paths):
+        with open(path, "rb") as file:
+            begin = file.read(500)
+        if not any(mark in begin for mark in (b"# minicontainer install:",
+                                              b'"""minicontainer: the container')):
+            raise Fail(f"{path} was not made by `minicontainer install`",
+                       "move it away, or name another --prefix", 1)
+
+
+def take_away(files, directories):
+    """Remove files, and those of the directories that are empty then."""
+    for path in filter(os.path.lexists, files):
+        os.unlink(path)
+    for path in sorted(directories, reverse=True):
+        if os.path.isdir(path) and not os.listdir(path):
+            os.rmdir(path)
+
+
+@command("install", PREFIX_OPTION)
+def install_command(options):
+    """Put minicontainer and minirunc on the PATH, compiled."""
+    import pathlib
+    import py_compile
+    import shutil
+
+    python = os.path.realpath("/proc/self/exe")  # what a link or a shim has led to
+    file, bytecode, record, *launchers = paths = installed(options.prefix)
+    text = LAUNCHER.format(python=python, file=file)
+    if text.index("\n") > 254 or any(map(str.isspace, python)):
+        raise Fail(f"the kernel takes no #! line with {python!r}",
+                   "use a Python with a shorter path, without spaces", 1)
+    check_ours([file, *launchers])
+    unchecked = py_compile.PycInvalidationMode.UNCHECKED_HASH
+    made = {str(top) for path in paths for top in pathlib.Path(path).parents
+            if not top.exists()}
+    try:
+        for path in paths:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+        shutil.copyfile(__file__, f"{file}.new")
+        py_compile.compile(f"{file}.new", f"{bytecode}.new", file, doraise=True,
+                           invalidation_mode=unchecked)
+        earlier = read_file(record).splitlines() if os.path.exists(record) else []
+        write_file(f"{record}.new", "\n".join([*earlier, *made]), create=0o644)
+        for path in launchers:
+            write_file(f"{path}.new", text, create=0o755)
+        for path in paths:  # a start in this moment finds the old one or the new (P3)
+            os.replace(f"{path}.new", path)
+            print(f"installed {path}")
+    except PermissionError as error:
+        raise Fail(f"{error.filename}: {error.strerror}",
+                   "sudo, or --prefix with a directory of your own", 1) from None
+    finally:
+        take_away([f"{path}.new" for path in paths], made)
+
+
+@command("uninstall", PREFIX_OPTION)
+def uninstall_command(options):
+    """Remove what `install` has put under a prefix, and nothing else."""
+    file, bytecode, record, *launchers = installed(options.prefix)
+    if not os.path.exists(record):
+        raise Fail(f"nothing is installed under {options.prefix}",
+                   "--prefix as it was given to `install`", 1)
+    check_ours([file, *launchers])
+    cache, made = os.path.dirname(bytecode), read_file(record).splitlines()
+    files = [*launchers, *(f"{cache}/{name}" for name in os.listdir(cache)
+                           if name.startswith("minicontainer.")), file, record]
+    try:
+        take_away(files, made)
+    except PermissionError as error:
+        raise Fail(f"{error.filename}: {error.strerror}", "sudo", 1) from None
+    print("\n".join(f"removed {path}" for path in files))
+
+
+# ── the words of the command line ──
+
 COMMON_OPTIONS = (
     arg("--explain", optional="text", choices=["text", "json"], metavar="STYLE",
         help="narrate every request to the kernel"),
@@ -4103,6 +4210,9 @@ def dispatch(argv):
     if not argv or argv[0] in ("help", "--help", "-h"):
         print(usage())
         return 0
+    if os.path.basename(sys.argv[0]) == "minirunc":
+        raise Fail("the OCI runtime is chapter 7, which is not written yet",
+                   "`minicontainer run` makes containers", 1)
     words = " ".join(argv[:2]) if " ".join(argv[:2]) in COMMANDS else argv[0]
     if words not in COMMANDS:
         raise Fail(f"{words!r} is not a minicontainer command",
@@ -4141,7 +4251,8 @@ def main(argv=None):
         return stopped.code
 
 
-if __name__ == "__main__":
+def console():
+    """The whole process, as a launcher starts it: main, and a quick end."""
     code = main()
     try:
         if sys.stdout:
@@ -4149,3 +4260,7 @@ if __name__ == "__main__":
     except OSError:  # nobody reads it
         code = code or 125
     os._exit(code)  # taking the interpreter down in order would cost 10 ms
+
+
+if __name__ == "__main__":
+    console()
