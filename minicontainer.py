@@ -4037,11 +4037,11 @@ def install_command(options):
     if text.index("\n") > 254 or any(map(str.isspace, python)):
         raise Fail(f"the kernel takes no #! line with {python!r}",
                    "use a Python with a shorter path, without spaces", 1)
-    check_ours([file, *launchers])
-    unchecked = py_compile.PycInvalidationMode.UNCHECKED_HASH
-    made = {str(top) for path in paths for top in pathlib.Path(path).parents
-            if not top.exists()}
+    unchecked, made = py_compile.PycInvalidationMode.UNCHECKED_HASH, set()
     try:
+        check_ours([file, *launchers])
+        made.update(str(top) for path in paths for top in pathlib.Path(path).parents
+                    if not top.exists())
         for path in paths:
             os.makedirs(os.path.dirname(path), exist_ok=True)
         shutil.copyfile(__file__, f"{file}.new")
@@ -4203,6 +4203,9 @@ def parse(words, argv):
 
 def dispatch(argv):
     """Do what the command line asks; its exit code."""
+    if os.path.basename(sys.argv[0]) == "minirunc":
+        raise Fail("the OCI runtime is chapter 7, which is not written yet",
+                   "`minicontainer run` makes containers", 1)
     style = os.environ.get("MINICONTAINER_EXPLAIN", "").lower()
     style = style if style in ("text", "json") else "text" if style else ""
     while argv and argv[0].startswith("--explain"):
@@ -4210,9 +4213,6 @@ def dispatch(argv):
     if not argv or argv[0] in ("help", "--help", "-h"):
         print(usage())
         return 0
-    if os.path.basename(sys.argv[0]) == "minirunc":
-        raise Fail("the OCI runtime is chapter 7, which is not written yet",
-                   "`minicontainer run` makes containers", 1)
     words = " ".join(argv[:2]) if " ".join(argv[:2]) in COMMANDS else argv[0]
     if words not in COMMANDS:
         raise Fail(f"{words!r} is not a minicontainer command",

@@ -14,6 +14,7 @@ import fcntl
 import functools
 import hashlib
 import http.server
+import importlib
 import io
 import json
 import mmap
@@ -2634,3 +2635,124 @@ def test_a_processor_that_is_not_known_is_named(monkeypatch, capsys):
     monkeypatch.setattr(m, "KERNEL_NAMES", ("vax",))
     assert m.main(["ns"]) == 125
     assert "system calls" in capsys.readouterr().err
+
+
+def installed(prefix):
+    """Install below a directory with a bin of its own; the launcher's path."""
+    (prefix / "bin").mkdir(parents=True, exist_ok=True)
+    done = mini("install", "--prefix", prefix)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("installed ") == 5
+    return f"{prefix}/bin/minicontainer"
+
+
+def test_what_install_puts_under_a_prefix_uninstall_takes_away(tmp_path):
+    installed(tmp_path / "a prefix")
+    files = {os.path.relpath(p, tmp_path / "a prefix") for p in tree(tmp_path)
+             if os.path.isfile(p)}
+    assert {"bin/minicontainer", "bin/minirunc",
+            "lib/minicontainer/minicontainer.py"} < files
+    installed(tmp_path / "a prefix")  # over itself
+    gone = subprocess.run([tmp_path / "a prefix/bin/minicontainer", "uninstall",
+                           "--prefix", tmp_path / "a prefix"],
+                          capture_output=True, text=True)
+    assert (gone.returncode, gone.stderr, gone.stdout.count("removed ")) == (0, "", 5)
+    assert tree(tmp_path) == [f"{tmp_path}/a prefix", f"{tmp_path}/a prefix/bin"]
+    assert "nothing is installed" in refused("uninstall", "--prefix",
+                                             tmp_path / "a prefix", code=1)
+
+
+def test_a_launcher_never_compiles_whoever_starts_it(tmp_path):
+    launcher = installed(tmp_path)
+    file = tmp_path / "lib/minicontainer/minicontainer.py"
+    (bytecode,) = (tmp_path / "lib/minicontainer/__pycache__").iterdir()
+    before = bytecode.stat()
+    file.write_text("raise SystemExit('this was compiled')")
+    (tmp_path / "lib").chmod(0o555)
+    for name in ("PYTHONDONTWRITEBYTECODE", "PYTHONPATH", "PYTHONOPTIMIZE"):
+        shown = subprocess.run([launcher, "--help"], capture_output=True, text=True,
+                               env={**os.environ, name: "2"})
+        assert (shown.stdout, shown.stderr) == (m.usage() + "\n", "")
+    assert bytecode.stat() == before and tree(bytecode.parent) == [str(bytecode)]
+    for path in (launcher, bytecode, bytecode.parent, file.parent):
+        assert os.stat(path).st_mode & 0o444 == 0o444
+
+
+def test_install_and_uninstall_touch_no_file_that_is_not_theirs(tmp_path):
+    before = {}
+    for name in ("minicontainer", "minirunc"):
+        theirs = tmp_path / name / "bin" / name
+        theirs.parent.mkdir(parents=True)
+        theirs.write_text("#!/bin/sh\n")
+        before[name] = tree(tmp_path / name)
+        assert f"{theirs} was not made by" in refused(
+            "install", "--prefix", tmp_path / name, code=1)
+        assert tree(tmp_path / name) == before[name]
+    launcher = installed(tmp_path / "mine")
+    os.unlink(launcher)
+    shutil.copy(shutil.which("true"), launcher)
+    before = tree(tmp_path)
+    assert "was not made by" in refused("uninstall", "--prefix", tmp_path / "mine",
+                                        code=1)
+    assert tree(tmp_path) == before
+
+
+def test_install_without_permission_says_so_and_leaves_nothing():
+    prefix = f"{STORE}/prefix" if IS_ROOT else "/usr"
+    if IS_ROOT:
+        os.mkdir(prefix)
+
+    def as_nobody():
+        if IS_ROOT:
+            importlib.import_module("py_compile")  # nobody may be unable to read it
+            os.setresgid(65534, 65534, 65534)
+            os.setresuid(65534, 65534, 65534)
+        return m.main(["install", "--prefix", prefix])
+    code, _, said = forked(as_nobody)
+    assert (code, "Permission denied" in said, "hint: sudo" in said) == (1, 1, 1), said
+    if IS_ROOT:
+        os.rmdir(prefix)
+
+
+def test_minirunc_says_that_it_is_not_written_yet(tmp_path):
+    installed(tmp_path)
+    said = subprocess.run([tmp_path / "bin/minirunc", "create", "x"],
+                          capture_output=True, text=True)
+    assert said.returncode == 1 and "chapter 7, which is not written" in said.stderr
+
+
+@root
+def test_installing_anew_does_not_disturb_a_container_that_runs(tmp_path):
+    launcher = installed(tmp_path)
+    with subprocess.Popen([launcher, "run", "--rm", "-i", "/bin/sh", "-c",
+                           "echo up; read x; exit 7"], text=True,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == "up\n"
+        installed(tmp_path)
+        assert mini("uninstall", "--prefix", tmp_path).returncode == 0
+        process.stdin.close()
+        assert process.wait(30) == 7
+
+
+def test_pip_installs_the_same_two_commands(tmp_path):
+    def version(module):
+        code = f"import {module}; print({module}.__version__)"
+        found = subprocess.run([PYTHON, "-c", code], capture_output=True, text=True)
+        return int(found.stdout.split(".")[0]) if found.returncode == 0 else 0
+    if version("setuptools") < 77 or not version("pip"):
+        pytest.skip("needs pip and setuptools 77: python3 -m pip install '.[test]'")
+    for name in ("minicontainer.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(os.path.join(HERE, name), tmp_path)  # pip builds where it reads
+    subprocess.run([PYTHON, "-m", "venv", "--system-site-packages", "--without-pip",
+                    tmp_path / "venv"], check=True)
+    done = subprocess.run(
+        [tmp_path / "venv/bin/python", "-m", "pip", "install", "--no-index",
+         "--no-build-isolation", "--disable-pip-version-check", tmp_path],
+        capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    shown = subprocess.run([tmp_path / "venv/bin/minicontainer", "--help"],
+                           capture_output=True, text=True)
+    assert (shown.returncode, shown.stdout) == (0, m.usage() + "\n")
+    said = subprocess.run([tmp_path / "venv/bin/minirunc"], capture_output=True,
+                          text=True)
+    assert said.returncode == 1 and "chapter 7" in said.stderr
