@@ -19,7 +19,7 @@ What that leaves out: podman's conmon and everything that the Docker daemon does
 nobody's children by the time they end, so their cpu and peak are not in those rows;
 their wall time is whole, since the client waits.
 
-Then "phases": our own start once more, told call by call (MINICONTAINER_EXPLAIN).
+Then phases.py: where the time of our own start goes, and how little it could be.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
+
+import phases  # beside this file
 
 REPO = Path(__file__).resolve().parent.parent
 PROGRAM = REPO / "minicontainer.py"
@@ -177,20 +178,69 @@ def last_error(text: str) -> str:
 
 
 def ours(prefix: list[str], rootfs: Path, word: str):
-    """Our own ways: an empty network namespace where the option exists."""
+    """Our own way: what `run` does by default."""
 
     def ways(_scratch: Path):
         if not PROGRAM.exists():
             raise ValueError(f"no {PROGRAM.name} beside bench/")
-        tail = ["--rootfs", str(rootfs), "/bin/true"]
-        yield Way([*prefix, "run", "--rm", "--network", "none", *tail], word)
-        yield Way([*prefix, "run", "--rm", *tail], f"{word}; without --network none")
+        start = [*prefix, "run", "--rm", "--network", "none", "--rootfs", str(rootfs)]
+        yield Way([*start, "/bin/true"], f"{word}, {filtered(start)}")
 
     return ways
 
 
-def oci(program: str, rootfs: Path):
-    """runc and crun: a bundle from their own `spec`, all the namespaces they take."""
+def filtered(start: list[str]) -> str:
+    """Whether what `start` starts has a seccomp filter, in words: it is asked."""
+    script = 'while read key value; do [ $key = Seccomp: ] && echo $value; done'
+    mode = run([*start, "/bin/sh", "-c", f"{script} </proc/self/status"]).stdout
+    return {"2": "a seccomp filter", "0": "no seccomp filter"}.get(
+        mode.strip(), "seccomp unknown")
+
+
+# Docker's, which ours are too.
+CAPABILITIES = ["CAP_" + name for name in """
+    CHOWN DAC_OVERRIDE FSETID FOWNER MKNOD NET_RAW SETGID SETUID SETFCAP SETPCAP
+    NET_BIND_SERVICE SYS_CHROOT KILL AUDIT_WRITE""".split()]
+ARCHITECTURES = {"x86_64": ("amd64", "SCMP_ARCH_X86_64"),
+                 "aarch64": ("arm64", "SCMP_ARCH_AARCH64")}
+
+
+def oci_seccomp(profile: dict) -> dict:
+    """A seccomp profile of Docker's as OCI's config.json has it, by Docker's rules:
+    a rule counts if all that it includes and nothing that it excludes is the case."""
+    arch, native = ARCHITECTURES[platform.machine()]
+    kernel = [int(n) for n in re.findall(r"\d+", platform.release())[:2]]
+
+    def is_case(rule: dict, key: str, every) -> bool:
+        """Whether every (or any) condition of an `includes` or `excludes` holds."""
+        told, found = rule.get(key) or {}, []
+        if told.get("arches"):
+            found.append(arch in told["arches"])
+        found += [name in CAPABILITIES for name in told.get("caps") or ()]
+        if told.get("minKernel"):
+            least = [int(n) for n in told["minKernel"].split(".")[:2]]
+            found.append(kernel >= least)
+        return every(found)
+
+    chosen = {"defaultAction": profile["defaultAction"], "architectures": [native]}
+    if "defaultErrnoRet" in profile:
+        chosen["defaultErrnoRet"] = profile["defaultErrnoRet"]
+    for row in profile.get("archMap") or ():
+        if row["architecture"] == native:
+            chosen["architectures"] += row.get("subArchitectures") or []
+    chosen["syscalls"] = [
+        {key: rule[key] for key in ("names", "action", "errnoRet", "args")
+         if rule.get(key) is not None}
+        for rule in profile["syscalls"]
+        if is_case(rule, "includes", all) and not is_case(rule, "excludes", any)]
+    return chosen
+
+
+def oci(program: str, rootfs: Path, seccomp: dict | None):
+    """runc and crun: a bundle from their own `spec`, all the namespaces they take, and
+    Docker's capabilities."""
+    walls = "Docker's capabilities, " + (
+        "its seccomp filter" if seccomp else "no seccomp (see --seccomp)")
 
     def ways(scratch: Path):
         for prefix in hybrid_prefixes():
@@ -199,8 +249,8 @@ def oci(program: str, rootfs: Path):
                              ["time", "cgroup", "user"]):
                 bundle = scratch / "-".join(["bundle", *left_out])
                 kinds = [kind for kind in NAMESPACES if kind not in left_out]
-                make_bundle(program, bundle, rootfs, kinds)
-                notes = ["`run`, no seccomp (as its `spec` says)"]
+                make_bundle(program, bundle, rootfs, kinds, seccomp)
+                notes = [f"`run`, {walls}"]
                 notes += [f"no {kind} namespace" for kind in left_out]
                 notes += ["the v2 half of the hybrid cgroups hidden"] if prefix else []
                 yield Way([program, "--root", f"{scratch}/state", "run",
@@ -210,14 +260,18 @@ def oci(program: str, rootfs: Path):
     return ways
 
 
-def make_bundle(program: str, bundle: Path, rootfs: Path, kinds: list[str]) -> None:
+def make_bundle(program: str, bundle: Path, rootfs: Path, kinds: list[str],
+                seccomp: dict | None) -> None:
     """Write bundle/config.json: the program's own template, with our few changes."""
     bundle.mkdir(parents=True, exist_ok=True)
     config_json = bundle / "config.json"
     config_json.unlink(missing_ok=True)
     run([program, "spec"], cwd=bundle).check_returncode()
     config = json.loads(config_json.read_text())
-    config["process"].update(args=["/bin/true"], terminal=False)
+    config["process"].update(args=["/bin/true"], terminal=False, noNewPrivileges=False,
+                             rlimits=[])
+    config["process"]["capabilities"] = {
+        name: CAPABILITIES for name in ("bounding", "effective", "permitted")}
     config["root"]["path"] = str(rootfs)
     config["linux"]["namespaces"] = [{"type": kind} for kind in kinds]
     if "user" in kinds:
@@ -225,6 +279,8 @@ def make_bundle(program: str, bundle: Path, rootfs: Path, kinds: list[str]) -> N
         # mount point there beforehand it need not be written.
         ids = [{"containerID": 0, "hostID": FIRST_ID, "size": IDS}]
         config["linux"].update(uidMappings=ids, gidMappings=ids)
+    if seccomp:
+        config["linux"]["seccomp"] = seccomp
     config_json.write_text(json.dumps(config))
 
 
@@ -306,7 +362,8 @@ def just(*argv: str, note: str = ""):
     return lambda _scratch: iter([Way(list(argv), note)])
 
 
-def all_contenders(rootfs: Path, launcher: list[str]) -> list[Contender]:
+def all_contenders(rootfs: Path, launcher: list[str],
+                   seccomp: dict | None) -> list[Contender]:
     """The rows, in the order in which they are printed."""
     true = shutil.which("true") or "/bin/true"
     rows = [
@@ -314,11 +371,14 @@ def all_contenders(rootfs: Path, launcher: list[str]) -> list[Contender]:
         Contender("python", PYTHON, just(PYTHON, "-IS", "-c", "pass",
                   note="no container: a bare interpreter, our floor")),
         Contender("launcher", PYTHON, ours(launcher, rootfs,
-                  "python3 -IS, the file imported, bytecode cached")),
+                  "as `install` makes it, bytecode cached")),
         Contender("direct", PYTHON, ours([PYTHON, str(PROGRAM)], rootfs,
                   "python3 minicontainer.py, compiled at each start")),
     ]
-    peers = {"runc": oci, "crun": oci, "bwrap": bwrap, "systemd-nspawn": nspawn,
+    def walled(program, rootfs):
+        return oci(program, rootfs, seccomp)
+
+    peers = {"runc": walled, "crun": walled, "bwrap": bwrap, "systemd-nspawn": nspawn,
              "podman": podman, "docker": docker}
     for name, make in peers.items():
         program = shutil.which(name)
@@ -330,17 +390,10 @@ OURS = ("launcher", "direct")
 
 
 def make_launcher(scratch: Path) -> list[str]:
-    """What `minicontainer.py install` sets up: two lines that import the file.
-
-    The bytecode goes to the scratch directory, so that measuring leaves nothing
-    beside the program; the warm-up rounds fill it.
-    """
-    file = scratch / "minicontainer"
-    file.write_text(
-        f"import sys; sys.path.insert(0, {str(REPO)!r})\n"
-        "import minicontainer; sys.exit(minicontainer.main())\n"
-    )
-    return [PYTHON, "-IS", "-X", f"pycache_prefix={scratch}/pycache", str(file)]
+    """What `minicontainer.py install` makes, in the scratch directory."""
+    run([PYTHON, str(PROGRAM), "install", "--prefix", f"{scratch}/installed"]
+        ).check_returncode()
+    return [f"{scratch}/installed/bin/minicontainer"]
 
 
 def make_rootfs(rootfs: Path) -> None:
@@ -466,97 +519,7 @@ def print_table(summaries: list[dict], base: Contender | None) -> None:
             print(f"{'':15}  {note}")
 
 
-# ══ 4. Phases ═══════════════════════════════════════════════════════════════════════
-# With MINICONTAINER_EXPLAIN=json the program prints a line of JSON for each request to
-# the kernel: {"at_ms", "took_ms", "who", "call", "result", "why"}.  at_ms counts from
-# where the program's own clock starts, which is after the interpreter has started; the
-# time before that is seen only from here, as the moment when the first line arrives.
-
-
-def told_start(argv: list[str]) -> dict | None:
-    """One narrated start: when it began and ended, and the calls; None if it failed."""
-    env = ENVIRONMENT | {"MINICONTAINER_EXPLAIN": "json"}
-    begin = time.perf_counter()
-    process = subprocess.Popen(
-        argv, env=env, text=True, errors="replace", stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    calls, arrived = [], None
-    for line in process.stderr:
-        now = (time.perf_counter() - begin) * 1e3
-        try:
-            call = json.loads(line)
-            call = {"at": float(call["at_ms"]), "took": float(call["took_ms"]),
-                    "who": str(call["who"]), "call": str(call["call"])}
-        except (ValueError, KeyError, TypeError):
-            continue  # a warning, or anything else that is said on stderr
-        arrived = now if arrived is None else arrived
-        calls.append(call)
-    code = process.wait()
-    whole = (time.perf_counter() - begin) * 1e3
-    if code or not calls:
-        return None
-    # The line arrives after its call: what is left before it is the start.
-    return {"whole": whole, "first": arrived - calls[0]["took"], "calls": calls}
-
-
-def span(calls: list[dict]) -> float:
-    """From the begin of the first of these calls to the end of the last, in ms."""
-    begin = min(call["at"] for call in calls)
-    return max(call["at"] + call["took"] for call in calls) - begin
-
-
-def numbered(calls: list[dict]) -> dict:
-    """The calls by (who, name, how many-th): arguments differ from run to run."""
-    seen, found = {}, {}
-    for call in calls:
-        key = call["who"], call["call"].split("(", 1)[0]
-        seen[key] = seen.get(key, 0) + 1
-        found[(*key, seen[key])] = call
-    return found
-
-
-def print_phases(contender: Contender, rounds: int, serials) -> list[dict]:
-    """Where the time of our own start goes, as medians."""
-    runs = [told_start(contender.way.command(next(serials))) for _ in range(rounds)]
-    told = [one for one in runs if one]
-    print(f"\nphases of `{contender.name}`, medians of {len(told)} narrated starts")
-    if not told:
-        print("  none: MINICONTAINER_EXPLAIN=json gave no line of JSON, or it failed")
-        return []
-
-    def row(label: str, values, more: str = "") -> None:
-        values = list(values)
-        print(f"  {label:44}{statistics.median(values):8.2f} ms  {more}".rstrip())
-
-    row("process start to first call", (one["first"] for one in told),
-        "interpreter, reading the file, options")
-    processes = {call["who"] for one in told for call in one["calls"]}
-    for who in sorted(processes, reverse=True):  # the parent first, then init
-        mine = [[c for c in one["calls"] if c["who"] == who] for one in told]
-        mine = [calls for calls in mine if calls]
-        row(f"{who}: first call to last", map(span, mine))
-        row(f"{who}:   of that in the kernel",
-            (sum(call["took"] for call in calls) for calls in mine),
-            f"{statistics.median(map(len, mine)):.0f} calls")
-    row("last call to end",
-        (one["whole"] - one["first"] - span(one["calls"]) for one in told))
-    row("whole", (one["whole"] for one in told),
-        f"not narrated: {statistics.median(column(contender, 'wall')):.2f} ms"
-        if column(contender, "wall") else "")
-
-    print("  the slowest calls (waiting for the other process counts as slow)")
-    took = {}
-    for one in told:
-        for key, call in numbered(one["calls"]).items():
-            took.setdefault(key, []).append(call)
-    slowest = [(statistics.median(call["took"] for call in calls), calls[-1])
-               for calls in took.values()]
-    for median, call in sorted(slowest, key=lambda pair: -pair[0])[:10]:
-        print(f"  {median:8.3f} ms  {call['who']:7} {call['call'][:90]}")
-    return told
-
-
-# ══ 5. The command line ═════════════════════════════════════════════════════════════
+# ══ 4. The command line ═════════════════════════════════════════════════════════════
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -575,6 +538,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="the root file system, with a /bin/true and directories for /proc, /sys, "
         "/dev, /tmp, readable to all; some programs create missing mount points in it "
         "(default: a temporary one, made from a static busybox)")
+    parser.add_argument("--seccomp", type=Path, metavar="FILE",
+        help="a seccomp profile in Docker's form, for runc and crun (default: they run "
+        "without)")
     parser.add_argument("--only", metavar="NAME,...", default="",
         help="measure these rows only")
     parser.add_argument("--json", type=Path, metavar="FILE",
@@ -584,6 +550,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("-n: at least 1")
     if options.rootfs and not options.rootfs.is_dir():
         parser.error(f"--rootfs: {options.rootfs} is not a directory")
+    if options.seccomp and not options.seccomp.is_file():
+        parser.error(f"--seccomp: {options.seccomp} is not a file")
+    if options.seccomp and platform.machine() not in ARCHITECTURES:
+        parser.error(f"--seccomp: {platform.machine()} is not known here")
     if os.geteuid():
         parser.error("needs root: most of the contenders do")
     with open(PYTHON, "rb") as file:
@@ -609,7 +579,10 @@ def compare(options: argparse.Namespace, scratch: Path) -> int:
     rootfs = options.rootfs.resolve() if options.rootfs else scratch / "rootfs"
     if not options.rootfs:
         make_rootfs(rootfs)
-    contenders = all_contenders(rootfs, make_launcher(scratch))
+    launcher = make_launcher(scratch)
+    seccomp = oci_seccomp(json.loads(options.seccomp.read_text())
+                          ) if options.seccomp else None
+    contenders = all_contenders(rootfs, launcher, seccomp)
     wanted = [name for name in options.only.split(",") if name]
     unknown = set(wanted) - {contender.name for contender in contenders}
     if unknown:
@@ -632,13 +605,14 @@ def compare(options: argparse.Namespace, scratch: Path) -> int:
     for contender in contenders:
         if contender.trouble:
             print(f"{contender.name:15}{contender.trouble}")
-    phases = {name: print_phases(by_name[name], options.rounds, serials)
-              for name in OURS if name in by_name}
+    table = {}
+    if "launcher" in by_name:
+        table = phases.measure(rootfs, options.rounds, scratch)
     if options.json:
         left_out = {c.name: c.trouble for c in contenders if c.trouble}
         options.json.write_text(json.dumps(
             {"machine": machine, "rows": summaries, "left_out": left_out,
-             "phases": phases}, indent=1) + "\n")
+             "phases": table}, indent=1) + "\n")
     must = set(wanted or OURS)
     return int(any(c.name in must and not column(c, "wall") for c in contenders))
 
