@@ -3980,13 +3980,13 @@ def system_prune_command(options):
 # Of a start as a file, half is spent compiling it.  A launcher loads the bytecode that
 # `install` made, and leaves out what a start pays for and has no use of: looking for
 # site-packages (-S), the environment's PYTHON… (-I), the locale (utf8), and collecting
-# garbage, of which there is none yet.  "Unchecked" bytecode is not compared with the
+# garbage, of which there is hardly any.  "Unchecked" bytecode is not compared with the
 # file, so that a start never compiles, whoever it is for: a change takes `install`.
 
 LAUNCHER = """\
 #!{python} -ISXutf8
 # minicontainer install: runs the bytecode of the file named here
-import gc; gc.disable(); __file__ = {file!r}
+import gc; gc.set_threshold(100_000); __file__ = {file!r}
 exec(type(__loader__)("__main__", __file__).get_code("__main__"))
 """
 PREFIX_OPTION = arg("--prefix", metavar="DIR", default="/usr/local",
@@ -3998,10 +3998,10 @@ def installed(prefix):
     directories that were made for them, and the launchers."""
     import importlib.util
 
-    file = os.path.abspath(f"{prefix}/lib/minicontainer/minicontainer.py")
+    top = os.path.abspath(prefix)
+    file = f"{top}/lib/minicontainer/minicontainer.py"
     return [file, importlib.util.cache_from_source(file), f"{file[:-3]}.directories",
-            *(os.path.abspath(f"{prefix}/bin/{n}") for n in ("minicontainer",
-                                                             "minirunc"))]
+            f"{top}/bin/minicontainer", f"{top}/bin/minirunc"]
 
 
 def check_ours(paths):
@@ -4069,13 +4069,12 @@ def uninstall_command(options):
         raise Fail(f"nothing is installed under {options.prefix}",
                    "--prefix as it was given to `install`", 1)
     check_ours([file, *launchers])
-    cache, made = os.path.dirname(bytecode), read_file(record).splitlines()
-    files = [*launchers, *(f"{cache}/{name}" for name in os.listdir(cache)
-                           if name.startswith("minicontainer.")), file, record]
-    try:
-        take_away(files, made)
-    except PermissionError as error:
-        raise Fail(f"{error.filename}: {error.strerror}", "sudo", 1) from None
+    cache = os.path.dirname(bytecode)
+    names = os.listdir(cache) if os.path.isdir(cache) else []
+    files = list(filter(os.path.lexists, (
+        *launchers, *(f"{cache}/{name}" for name in names
+                      if name.startswith("minicontainer.")), file, record)))
+    take_away(files, read_file(record).splitlines())
     print("\n".join(f"removed {path}" for path in files))
 
 

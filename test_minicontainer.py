@@ -2740,7 +2740,7 @@ def test_pip_installs_the_same_two_commands(tmp_path):
         found = subprocess.run([PYTHON, "-c", code], capture_output=True, text=True)
         return int(found.stdout.split(".")[0]) if found.returncode == 0 else 0
     if version("setuptools") < 77 or not version("pip"):
-        pytest.skip("needs pip and setuptools 77: python3 -m pip install '.[test]'")
+        pytest.skip("needs pip, and setuptools 77 (python3 -m pip install 'setuptools>=77')")
     for name in ("minicontainer.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(os.path.join(HERE, name), tmp_path)  # pip builds where it reads
     subprocess.run([PYTHON, "-m", "venv", "--system-site-packages", "--without-pip",

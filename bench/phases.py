@@ -49,7 +49,7 @@ FLAGS = "-ISXutf8"  # the launcher's
 
 DRIVER = r"""
 import time; clock = time.monotonic_ns; entered = clock()
-import gc; gc.disable()
+import gc; gc.set_threshold(100_000)
 import sys, mmap
 file, modules, report, begun, *argv = sys.argv[1:]
 slots, names, stack = memoryview(mmap.mmap(-1, 1 << 16)).cast("Q"), [], []
