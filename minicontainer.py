@@ -198,7 +198,7 @@ def from_json(text):
 class narration:
     """How --explain talks: kept by every process, inherited by every fork."""
 
-    style = ""  # "", "text" or "json"
+    style = ""  # "", "text", "bpf": text with filters disassembled, or "json"
     who = "parent"  # who is talking
     fd = 2  # where to
     colour = False
@@ -262,10 +262,11 @@ def narrate(name, args, began, result, why):
     now = time.monotonic_ns()
     at, took = (began - narration.began) / 1e6, (now - began) / 1e6
     call = spell(name, args)
+    program = [text for value in args for text in getattr(value, "listing", ())]
     if narration.style == "json":
         line = to_json({"at_ms": round(at, 3), "took_ms": round(took, 3),
                         "who": narration.who, "call": call, "result": result,
-                        "why": why})
+                        "why": why, **({"program": program} if program else {})})
     else:
         grey, bold, red, end = (("\033[2m", "\033[1m", "\033[31m", "\033[0m")
                                 if narration.colour else ("",) * 4)
@@ -273,6 +274,7 @@ def narrate(name, args, began, result, why):
         line = (f"{grey}{at:9.3f} ms {took:8.3f} ms{end}  {narration.who:<7} "
                 f"{mark}{call}{end} = {result}")
         line += f"  {grey}# {why}{end}" if why else ""
+        line += "".join(f"\n    {text}" for text in program)
     try:
         os.write(narration.fd, line.encode("utf-8", "backslashreplace") + b"\n")
     except OSError:  # nobody listens any more: `| head`
@@ -365,7 +367,7 @@ def start_narration(style):
     can inherit or replace."""
     narration.style = style
     narration.fd = fcntl.fcntl(2, fcntl.F_DUPFD_CLOEXEC, 100)
-    narration.colour = (style == "text" and os.isatty(2)
+    narration.colour = (style != "json" and os.isatty(2)
                         and not os.environ.get("NO_COLOR"))
 
 
@@ -2062,12 +2064,14 @@ def seal_root(c):
 # C library would load the image's NSS modules as root (P2), and a name means in the
 # container what the container's /etc/passwd says, not the host's.
 #
-# Man pages: capabilities(7), credentials(7), prctl(2), passwd(5), keyctl(2).
+# Man pages: capabilities(7), credentials(7), seccomp(2), prctl(2), passwd(5),
+# keyctl(2).
 
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_KEEPCAPS, PR_CAPBSET_DROP = 1, 4, 8, 24
 PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 38, 47, 4
 KEYCTL_JOIN_SESSION_KEYRING = 1
 CLOSE_RANGE_CLOEXEC = 4
+SECCOMP_SET_MODE_FILTER = 1
 
 calls(
     prctl=(157, 167, "PR_ arg2 arg3 arg4 arg5"),
@@ -2081,6 +2085,7 @@ calls(
     setsid=(112, 157, ""),
     keyctl=(250, 219, "KEYCTL_ arg2"),
     prlimit64=(302, 261, "pid resource new old"),
+    seccomp=(317, 277, "SECCOMP_ flags program"),
     close_range=(436, 436, "first last CLOSE_RANGE_"),
     execve=(59, 221, "path argv envp"),
 )
@@ -2126,12 +2131,13 @@ PRIVILEGE_OPTIONS = (
         "is short, or never (-1000)"),
     arg("--umask", metavar="MODE", default="0022", help="what new files are denied"),
     arg("--security-opt", metavar="KEY=VALUE", action="append", default=[],
-        help="no-new-privileges, systempaths=unconfined, apparmor=PROFILE, label=…"),
+        help="seccomp=FILE|unconfined, no-new-privileges, systempaths=unconfined, "
+             "apparmor=PROFILE, label=…"),
 )
 ANYTHING = ("…",)
 SECURITY_OPTIONS = {  # the key, and what it may be
     "no-new-privileges": ("true", "false"), "systempaths": ("unconfined",),
-    "apparmor": ANYTHING, "label": ANYTHING,
+    "apparmor": ANYTHING, "label": ANYTHING, "seccomp": ANYTHING,
 }
 
 # ── the spec ──
@@ -2275,6 +2281,391 @@ def privileges_spec(options):
             "noNewPrivileges": security["no-new-privileges"][-1:] == ["true"],
             "rlimits": [rlimit_spec(text) for text in options.ulimit],
             **labels_spec(security), **found}
+
+
+# ── seccomp: the system calls it may make ──
+#
+# Capabilities say over what root has power; seccomp says which system calls there are
+# at all.  A filter is a program for the kernel's small BPF machine: before each call it
+# is given the number, the architecture and the six arguments (their words, not what
+# they point to), and its answer is to go on, to fail with an error, or to kill.  It
+# cannot loop and must be quick, since every call of the program pays for it.  So ours
+# is a tree: Docker's default is 67 ranges of numbers, and at most 7 comparisons find
+# the right one where a list would take four hundred.  The architecture comes first,
+# because a number means another call in another one: who calls by a 32-bit gate is
+# killed, as everything it asks would be refused, exit too; x32's calls, and those that
+# are newer than the profile, are answered as a kernel without them does, ENOSYS.
+#
+# A filter stays, and its children have it too.  Installing one takes CAP_SYS_ADMIN or
+# no_new_privs, lest a setuid program be fooled by calls that fail.  We want it last,
+# so that a profile need not allow what we have to do; hence one capability is kept
+# to the end, and execve itself drops it (see set_capabilities).
+
+# All calls by name, in the order of their numbers from 0, and those that have the same
+# number on every machine, from 424.  A dot is a number that means nothing.
+CALL_NAMES = {"x86_64": """
+    read write open close stat fstat lstat poll lseek mmap mprotect munmap brk
+    rt_sigaction rt_sigprocmask rt_sigreturn ioctl pread64 pwrite64 readv writev access
+    pipe select sched_yield mremap msync mincore madvise shmget shmat shmctl dup dup2
+    pause nanosleep getitimer alarm setitimer getpid sendfile socket connect accept
+    sendto recvfrom sendmsg recvmsg shutdown bind listen getsockname getpeername
+    socketpair setsockopt getsockopt clone fork vfork execve exit wait4 kill uname
+    semget semop semctl shmdt msgget msgsnd msgrcv msgctl fcntl flock fsync fdatasync
+    truncate ftruncate getdents getcwd chdir fchdir rename mkdir rmdir creat link unlink
+    symlink readlink chmod fchmod chown fchown lchown umask gettimeofday getrlimit
+    getrusage sysinfo times ptrace getuid syslog getgid setuid setgid geteuid getegid
+    setpgid getppid getpgrp setsid setreuid setregid getgroups setgroups setresuid
+    getresuid setresgid getresgid getpgid setfsuid setfsgid getsid capget capset
+    rt_sigpending rt_sigtimedwait rt_sigqueueinfo rt_sigsuspend sigaltstack utime mknod
+    uselib personality ustat statfs fstatfs sysfs getpriority setpriority sched_setparam
+    sched_getparam sched_setscheduler sched_getscheduler sched_get_priority_max
+    sched_get_priority_min sched_rr_get_interval mlock munlock mlockall munlockall
+    vhangup modify_ldt pivot_root _sysctl prctl arch_prctl adjtimex setrlimit chroot
+    sync acct settimeofday mount umount2 swapon swapoff reboot sethostname setdomainname
+    iopl ioperm create_module init_module delete_module get_kernel_syms query_module
+    quotactl nfsservctl getpmsg putpmsg afs_syscall tuxcall security gettid readahead
+    setxattr lsetxattr fsetxattr getxattr lgetxattr fgetxattr listxattr llistxattr
+    flistxattr removexattr lremovexattr fremovexattr tkill time futex sched_setaffinity
+    sched_getaffinity set_thread_area io_setup io_destroy io_getevents io_submit
+    io_cancel get_thread_area lookup_dcookie epoll_create epoll_ctl_old epoll_wait_old
+    remap_file_pages getdents64 set_tid_address restart_syscall semtimedop fadvise64
+    timer_create timer_settime timer_gettime timer_getoverrun timer_delete clock_settime
+    clock_gettime clock_getres clock_nanosleep exit_group epoll_wait epoll_ctl tgkill
+    utimes vserver mbind set_mempolicy get_mempolicy mq_open mq_unlink mq_timedsend
+    mq_timedreceive mq_notify mq_getsetattr kexec_load waitid add_key request_key keyctl
+    ioprio_set ioprio_get inotify_init inotify_add_watch inotify_rm_watch migrate_pages
+    openat mkdirat mknodat fchownat futimesat newfstatat unlinkat renameat linkat
+    symlinkat readlinkat fchmodat faccessat pselect6 ppoll unshare set_robust_list
+    get_robust_list splice tee sync_file_range vmsplice move_pages utimensat epoll_pwait
+    signalfd timerfd_create eventfd fallocate timerfd_settime timerfd_gettime accept4
+    signalfd4 eventfd2 epoll_create1 dup3 pipe2 inotify_init1 preadv pwritev
+    rt_tgsigqueueinfo perf_event_open recvmmsg fanotify_init fanotify_mark prlimit64
+    name_to_handle_at open_by_handle_at clock_adjtime syncfs sendmmsg setns getcpu
+    process_vm_readv process_vm_writev kcmp finit_module sched_setattr sched_getattr
+    renameat2 seccomp getrandom memfd_create kexec_file_load bpf execveat userfaultfd
+    membarrier mlock2 copy_file_range preadv2 pwritev2 pkey_mprotect pkey_alloc
+    pkey_free statx io_pgetevents rseq uretprobe""",
+    "aarch64": """
+    io_setup io_destroy io_submit io_cancel io_getevents setxattr lsetxattr fsetxattr
+    getxattr lgetxattr fgetxattr listxattr llistxattr flistxattr removexattr
+    lremovexattr fremovexattr getcwd lookup_dcookie eventfd2 epoll_create1 epoll_ctl
+    epoll_pwait dup dup3 fcntl inotify_init1 inotify_add_watch inotify_rm_watch ioctl
+    ioprio_set ioprio_get flock mknodat mkdirat unlinkat symlinkat linkat renameat
+    umount2 mount pivot_root nfsservctl statfs fstatfs truncate ftruncate fallocate
+    faccessat chdir fchdir chroot fchmod fchmodat fchownat fchown openat close vhangup
+    pipe2 quotactl getdents64 lseek read write readv writev pread64 pwrite64 preadv
+    pwritev sendfile pselect6 ppoll signalfd4 vmsplice splice tee readlinkat newfstatat
+    fstat sync fsync fdatasync sync_file_range timerfd_create timerfd_settime
+    timerfd_gettime utimensat acct capget capset personality exit exit_group waitid
+    set_tid_address unshare futex set_robust_list get_robust_list nanosleep getitimer
+    setitimer kexec_load init_module delete_module timer_create timer_gettime
+    timer_getoverrun timer_settime timer_delete clock_settime clock_gettime clock_getres
+    clock_nanosleep syslog ptrace sched_setparam sched_setscheduler sched_getscheduler
+    sched_getparam sched_setaffinity sched_getaffinity sched_yield
+    sched_get_priority_max sched_get_priority_min sched_rr_get_interval restart_syscall
+    kill tkill tgkill sigaltstack rt_sigsuspend rt_sigaction rt_sigprocmask
+    rt_sigpending rt_sigtimedwait rt_sigqueueinfo rt_sigreturn setpriority getpriority
+    reboot setregid setgid setreuid setuid setresuid getresuid setresgid getresgid
+    setfsuid setfsgid times setpgid getpgid getsid setsid getgroups setgroups uname
+    sethostname setdomainname getrlimit setrlimit getrusage umask prctl getcpu
+    gettimeofday settimeofday adjtimex getpid getppid getuid geteuid getgid getegid
+    gettid sysinfo mq_open mq_unlink mq_timedsend mq_timedreceive mq_notify
+    mq_getsetattr msgget msgctl msgrcv msgsnd semget semctl semtimedop semop shmget
+    shmctl shmat shmdt socket socketpair bind listen accept connect getsockname
+    getpeername sendto recvfrom setsockopt getsockopt shutdown sendmsg recvmsg readahead
+    brk munmap mremap add_key request_key keyctl clone execve mmap fadvise64 swapon
+    swapoff mprotect msync mlock munlock mlockall munlockall mincore madvise
+    remap_file_pages mbind get_mempolicy set_mempolicy migrate_pages move_pages
+    rt_tgsigqueueinfo perf_event_open accept4 recvmmsg . . . . . . . . . . . . . . . .
+    wait4 prlimit64 fanotify_init fanotify_mark name_to_handle_at open_by_handle_at
+    clock_adjtime syncfs setns sendmmsg process_vm_readv process_vm_writev kcmp
+    finit_module sched_setattr sched_getattr renameat2 seccomp getrandom memfd_create
+    bpf execveat userfaultfd membarrier mlock2 copy_file_range preadv2 pwritev2
+    pkey_mprotect pkey_alloc pkey_free statx io_pgetevents rseq kexec_file_load"""}
+NEWER_CALL_NAMES = """
+    pidfd_send_signal io_uring_setup io_uring_enter io_uring_register open_tree
+    move_mount fsopen fsconfig fsmount fspick pidfd_open clone3 close_range openat2
+    pidfd_getfd faccessat2 process_madvise epoll_pwait2 mount_setattr quotactl_fd
+    landlock_create_ruleset landlock_add_rule landlock_restrict_self memfd_secret
+    process_mrelease futex_waitv set_mempolicy_home_node cachestat fchmodat2
+    map_shadow_stack futex_wake futex_wait futex_requeue statmount listmount
+    lsm_get_self_attr lsm_set_self_attr lsm_list_modules mseal setxattrat getxattrat
+    listxattrat removexattrat"""
+
+# Docker's default allows every call there is, but for those of the next three tables.
+FORBIDDEN_CALLS = """
+    uselib ustat sysfs pivot_root _sysctl swapon swapoff create_module get_kernel_syms
+    query_module nfsservctl getpmsg putpmsg afs_syscall tuxcall security vserver
+    kexec_load kexec_file_load add_key request_key keyctl migrate_pages move_pages
+    userfaultfd io_uring_setup io_uring_enter io_uring_register"""
+CALLS_OF_CAPABILITIES = {  # allowed to a container that has the capability
+    "SYS_ADMIN": """bpf clone clone3 fanotify_init fsconfig fsmount fsopen fspick
+        lookup_dcookie lsm_get_self_attr lsm_list_modules lsm_set_self_attr mount
+        mount_setattr move_mount open_tree perf_event_open quotactl quotactl_fd
+        setdomainname sethostname setns syslog umount2 unshare""",
+    "SYS_MODULE": "delete_module init_module finit_module", "SYS_PACCT": "acct",
+    "SYS_PTRACE": "kcmp pidfd_getfd process_madvise", "SYS_RAWIO": "iopl ioperm",
+    "SYS_TIME": "settimeofday clock_settime", "SYS_TTY_CONFIG": "vhangup",
+    "SYS_NICE": "get_mempolicy mbind set_mempolicy set_mempolicy_home_node",
+    "DAC_READ_SEARCH": "open_by_handle_at", "SYS_BOOT": "reboot",
+    "SYS_CHROOT": "chroot", "SYSLOG": "syslog", "BPF": "bpf",
+    "PERFMON": "perf_event_open",
+}
+CALLS_OF_ARGUMENTS = (  # allowed with such a first argument
+    ("socket", "LT", 38), ("socket", "EQ", 39), ("socket", "GT", 40),  # no ALG, VSOCK
+    *(("personality", "EQ", value) for value in (0, 8, 0x20000, 0x20008, 0xFFFFFFFF)),
+    ("clone", "MASKED_EQ", sum(row[0] for row in NAMESPACES.values()) - CLONE_NEWTIME),
+)
+
+BPF_LOAD, BPF_AND, BPF_RETURN, BPF_JUMP = 0x20, 0x54, 0x06, 0x05
+BPF_EQ, BPF_GT, BPF_GE = 0x15, 0x25, 0x35
+MACHINES = {  # AUDIT_ARCH_…, and Docker's name
+    "x86_64": (0xC000003E, "amd64"), "aarch64": (0xC00000B7, "arm64")}
+ACTIONS = {  # what a filter returns, <linux/seccomp.h>
+    "SCMP_ACT_KILL": 0, "SCMP_ACT_KILL_THREAD": 0, "SCMP_ACT_KILL_PROCESS": 0x80000000,
+    "SCMP_ACT_TRAP": 0x30000, "SCMP_ACT_ERRNO": 0x50000, "SCMP_ACT_TRACE": 0x7FF00000,
+    "SCMP_ACT_LOG": 0x7FFC0000, "SCMP_ACT_ALLOW": 0x7FFF0000}
+OPERATORS = {  # what to compare for, and whether it should not be so
+    "SCMP_CMP_EQ": (BPF_EQ, False), "SCMP_CMP_NE": (BPF_EQ, True),
+    "SCMP_CMP_GT": (BPF_GT, False), "SCMP_CMP_LE": (BPF_GT, True),
+    "SCMP_CMP_GE": (BPF_GE, False), "SCMP_CMP_LT": (BPF_GE, True),
+    "SCMP_CMP_MASKED_EQ": (BPF_EQ, False)}
+FILTER_FLAGS = tuple(f"SECCOMP_FILTER_FLAG_{name}" for name in (
+    "TSYNC", "LOG", "SPEC_ALLOW"))  # by their bits, from 1
+WHEN = {"arches": [str], "caps": [str], "minKernel": str}
+PROFILE_FORM = {  # a type, a range, words of which it is one, a list, an object
+    "defaultAction": tuple(ACTIONS), "defaultErrnoRet": range(4096),
+    "flags": [FILTER_FLAGS], "syscalls": [{
+        "name": str, "names": [str], "includes": WHEN, "excludes": WHEN,
+        "action": tuple(ACTIONS), "errnoRet": range(4096), "args": [{
+            "index": range(6), "op": tuple(OPERATORS),
+            "value": range(1 << 64), "valueTwo": range(1 << 64)}]}]}
+
+
+def call_numbers(machine):
+    """{name: number} of all system calls of a machine."""
+    rows = [*enumerate(CALL_NAMES[machine].split()),
+            *enumerate(NEWER_CALL_NAMES.split(), 424)]
+    return {name: number for number, name in rows if name != "."}
+
+
+def builtin_profile(machine):
+    """What Docker lets a container do, in the form of Docker's profiles."""
+    def allow(names, **when):
+        return {"names": names, "action": "SCMP_ACT_ALLOW", **when}
+
+    taken = {*FORBIDDEN_CALLS.split(), *(name for name, *_ in CALLS_OF_ARGUMENTS),
+             *" ".join(CALLS_OF_CAPABILITIES.values()).split()}
+    return {"defaultAction": "SCMP_ACT_ERRNO", "syscalls": [
+        allow([name for name in call_numbers(machine) if name not in taken]),
+        *(allow(names.split(), includes={"caps": [f"CAP_{capability}"]})
+          for capability, names in CALLS_OF_CAPABILITIES.items()),
+        *(allow([name], args=[{"index": 0, "op": f"SCMP_CMP_{op}", "value": value}])
+          for name, op, value in CALLS_OF_ARGUMENTS),
+        # a filter cannot see the flags of clone3, and a C library then tries clone
+        {"names": ["clone3"], "action": "SCMP_ACT_ERRNO", "errnoRet": errno.ENOSYS,
+         "excludes": {"caps": ["CAP_SYS_ADMIN"]}}]}
+
+
+def check_form(value, form, place):
+    """Refuse what is not of a form like PROFILE_FORM, naming its place."""
+    if isinstance(form, type):
+        good, wanted = isinstance(value, form), "text"
+    elif isinstance(form, range):
+        good, wanted = type(value) is int and value in form, f"0 to {form.stop - 1}"
+    elif isinstance(form, tuple):
+        good, wanted = value in form, f"one of {', '.join(form)}"
+    else:
+        good = isinstance(value, type(form))
+        wanted = "an object" if isinstance(form, dict) else "a list"
+    if not good:
+        raise Fail(f"{place}: {value!r:.60} is not possible", f"wanted: {wanted}")
+    for number, item in enumerate(value if isinstance(form, list) else ()):
+        check_form(item, form[0], f"{place}[{number}]")
+    for key in form if isinstance(form, dict) else ():
+        if value.get(key) is not None or isinstance(form[key], tuple):
+            check_form(value.get(key), form[key], f"{place}.{key}")
+
+
+def kernel_version(text):
+    """(major, minor) of a version like 6.1.0-18-amd64."""
+    try:
+        return tuple(int(part) for part in text.partition("-")[0].split(".")[:2])
+    except ValueError:
+        raise Fail(f"the seccomp profile's minKernel {text!r} is no version",
+                   "a number like 4.8") from None
+
+
+def oci_profile(profile, capabilities, machine, release):
+    """A profile of Docker's as the spec's linux.seccomp: what it says of this machine,
+    this kernel, and a container with these capabilities."""
+    def facts(when):
+        if when.get("arches"):
+            yield MACHINES[machine][1] in when["arches"]
+        if when.get("minKernel"):
+            yield kernel_version(release) >= kernel_version(when["minKernel"])
+        yield from (name in capabilities for name in when.get("caps") or ())
+
+    def parts(of, *keys):
+        return {key: of[key] for key in keys if of.get(key) is not None}
+
+    rules_ = [
+        {"names": rule.get("names") or [rule.get("name")],
+         **parts(rule, "action", "errnoRet", "args")}
+        for rule in profile.get("syscalls") or ()
+        if all(facts(rule.get("includes") or {}))
+        and not any(facts(rule.get("excludes") or {}))]
+    return {**parts(profile, "defaultAction", "defaultErrnoRet", "flags"),
+            "architectures": [f"SCMP_ARCH_{machine.upper()}"], "syscalls": rules_}
+
+
+def seccomp_answer(action, number):
+    """The word with which a filter answers: an action, and an error's number."""
+    takes_number = action in ("SCMP_ACT_ERRNO", "SCMP_ACT_TRACE")
+    return ACTIONS[action] | (errno.EPERM if number is None else number) * takes_number
+
+
+def seccomp_rules(profile, numbers):
+    """({number of a call: [(tests of arguments, answer), …]}, the answer to others).
+
+    The first rule whose tests all hold counts.  As libseccomp has it, a rule without
+    tests outdoes those with; as runc has it, two tests of one argument are two rules.
+    """
+    found, default = {}, seccomp_answer(profile["defaultAction"],
+                                        profile.get("defaultErrnoRet"))
+    for rule in profile["syscalls"]:
+        answer = seccomp_answer(rule["action"], rule.get("errnoRet"))
+        tests = [(test.get("index") or 0, test["op"], test.get("value") or 0,
+                  test.get("valueTwo") or 0) for test in rule.get("args") or ()]
+        twice = len({index for index, *_ in tests}) < len(tests)
+        ways = [([test], answer) for test in tests] if twice else [(tests, answer)]
+        for number in map(numbers.get, rule["names"] if answer != default else ()):
+            have = found.get(number, [])
+            if number is not None and (not have or have[-1][0]):
+                found[number] = have + ways if tests else ways
+    return found, default
+
+
+def bpf_test(test, otherwise):
+    """Instructions that test an argument: behind them it holds, `otherwise` further
+    it does not.  An argument has 64 bits and BPF 32, so it takes two looks."""
+    index, operator, value, other = test
+    code, negated = OPERATORS[operator]
+    masked = operator == "SCMP_CMP_MASKED_EQ"
+    mask, wanted = (value, other & value) if masked else (0, value)
+    yes, no = (otherwise, 0) if negated else (0, otherwise)
+    high, low = ([(BPF_LOAD, 0, 0, at + 8 * index)]
+                 + [(BPF_AND, 0, 0, mask >> shift & 0xFFFFFFFF)] * masked
+                 for at, shift in ((20, 32), (16, 0)))
+    low += [(code, yes, no, wanted & 0xFFFFFFFF)]
+    if code != BPF_EQ:
+        high += [(BPF_GT, 1 + len(low) + yes, 0, wanted >> 32)]
+    return [*high, (BPF_EQ, 0, len(low) + no, wanted >> 32), *low]
+
+
+def bpf_answer(rules_, default):
+    """Instructions that answer a call: by the first rule whose tests hold."""
+    program = [(BPF_RETURN, 0, 0, default)]
+    for tests, answer in reversed(rules_):
+        block = [(BPF_RETURN, 0, 0, answer)]
+        for test in reversed(tests):
+            block = bpf_test(test, len(block)) + block
+        program = block + program if tests else block
+    return program
+
+
+def bpf_tree(ranges):
+    """Instructions that find the answer to a number: in which half is its range?"""
+    if len(ranges) == 1:
+        return ranges[0][1]
+    middle = len(ranges) // 2
+    below, above = bpf_tree(ranges[:middle]), bpf_tree(ranges[middle:])
+    jump = [(BPF_GE, len(below), 0, ranges[middle][0])]
+    if len(below) > 255:  # further than a conditional jump reaches
+        jump = [(BPF_GE, 0, 1, ranges[middle][0]), (BPF_JUMP, 0, 0, len(below))]
+    return jump + below + above
+
+
+def seccomp_program(profile, machine):
+    """A linux.seccomp as a filter: instructions (code, jump if so, jump if not, k)."""
+    numbers = call_numbers(machine)
+    rules_, default = seccomp_rules(profile, numbers)
+    named = {numbers[name] for rule in profile["syscalls"] for name in rule["names"]
+             if name in numbers}
+    mild = profile["defaultAction"] in ("SCMP_ACT_ALLOW", "SCMP_ACT_LOG",
+                                        "SCMP_ACT_TRACE")
+    unknown = 0x40000000 if mild or not named else max(named) + 1  # x32, or too new
+    ranges, last = [], None
+    for number in sorted({0, *rules_, *(number + 1 for number in rules_)} - {unknown}):
+        if not ranges or rules_.get(number) != last:
+            last = rules_.get(number)
+            ranges.append((number, bpf_answer(last or (), default)))
+    enosys = [(BPF_RETURN, 0, 0, ACTIONS["SCMP_ACT_ERRNO"] | errno.ENOSYS)]
+    program = [(BPF_LOAD, 0, 0, 4), (BPF_EQ, 1, 0, MACHINES[machine][0]),
+               (BPF_RETURN, 0, 0, ACTIONS["SCMP_ACT_KILL_PROCESS"]),
+               (BPF_LOAD, 0, 0, 0), *bpf_tree([*ranges, (unknown, enosys)])]
+    if len(program) > 4096:
+        raise Fail(f"the seccomp profile makes a filter of {len(program)} instructions",
+                   "the kernel takes 4096: fewer rules, or simpler ones")
+    return program
+
+
+def disassemble(program, machine):
+    """A filter as lines to read, each with its label."""
+    names = {number: f" ({name})" for name, number in call_numbers(machine).items()}
+    signs = {BPF_EQ: "==", BPF_GT: ">", BPF_GE: ">="}
+    actions = {value: name for name, value in ACTIONS.items()}
+    lines, what = [], "number"
+    for at, (code, yes, no, k) in enumerate(program, 1):  # jumps count from the next
+        if code == BPF_LOAD:
+            what = {0: "number", 4: "arch"}.get(
+                k, f"arg{k // 8 - 2}.{'high' if k % 8 else 'low'}")
+            text = f"load {what}"
+        elif code == BPF_AND:
+            text = f"and {k:#x}"
+        elif code == BPF_JUMP:
+            text = f"goto L{at + k}"
+        elif code == BPF_RETURN:
+            what = "number"  # so it is where the next branch of the tree begins
+            text = f"return {actions[k & 0xFFFF0000].removeprefix('SCMP_ACT_')} "
+            text += errno.errorcode.get(k & 0xFFFF, "")
+        else:
+            value = machine if what == "arch" else hex(k)
+            value = f"{k}{names.get(k, '')}" if what == "number" else value
+            text = f"if {what} {signs[code]} {value} goto L{at + yes}, else L{at + no}"
+        lines.append(f"{f'L{at - 1}:':6}{text}".rstrip())
+    return lines
+
+
+def seccomp_spec(options, capabilities):
+    """The part of the spec's `linux` that --security-opt seccomp=… means."""
+    usual = "unconfined" if options.privileged else "builtin"
+    word = [usual, *security_options(options)["seccomp"]][-1]
+    machine, release = os.uname().machine, os.uname().release
+    if word == "unconfined":
+        return {}
+    if word == "builtin":
+        return {"seccomp": oci_profile(builtin_profile(machine), capabilities, machine,
+                                       release)}
+    try:
+        profile = from_json(read_file(word))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or f"not JSON: {error}"
+        raise Fail(f"--security-opt seccomp={word}: {reason}", "a file like Docker's "
+                   "profiles or the OCI's; or `unconfined`, `builtin`") from None
+    check_form(profile, PROFILE_FORM, f"{word}: profile")
+    profile = oci_profile(profile, capabilities, machine, release)
+    seccomp_program(profile, machine)  # what it refuses is refused before we begin
+    return {"seccomp": profile}
+
+
+class sock_fprog(ctypes.Structure):
+    """struct sock_fprog of <linux/filter.h>: a program for the kernel."""
+
+    _fields_ = [("len", ctypes.c_ushort), ("filter", ctypes.c_char_p)]
+
+    def __str__(self):
+        return f"{{.len = {self.len}}}"
 
 
 # ── steps ──
@@ -2457,24 +2848,34 @@ def ask_for_rlimits(c):
 
 
 def become_user(c):
-    """Step: the user it runs as, who also owns the terminal."""
+    """Step: the user it runs as, who also owns the terminal.
+
+    What may be done is not yet given up with the user: see set_capabilities."""
     user = c.spec["process"]["user"]
     if c.spec["process"].get("terminal"):
         syscall("fchown", 0, user["uid"], 0xFFFFFFFF, why="the terminal is its own")
     syscall("umask", user.get("umask", 0o022), why="Docker's mask for new files")
+    syscall("prctl", PR_SET_KEEPCAPS, 1, 0, 0, 0, why="one is needed until execve")
     set_ids(user["uid"], user["gid"], user.get("additionalGids", []))
 
 
 def set_capabilities(c):
-    """Step: the other four sets, of what is left: a plain user has none to keep."""
-    sets = c.spec["process"]["capabilities"]
+    """Step: the other four sets; only root has any of them to keep.
+
+    And, until execve, CAP_SYS_ADMIN: install_seccomp needs it unless nothing can be
+    gained any more.  Execve makes new sets of the bounding and the inheritable one, so
+    that it takes it away without a call that a filter could refuse."""
+    process, last = c.spec["process"], []
+    sets = process["capabilities"] if process["user"]["uid"] == 0 else {}
+    if c.spec["linux"].get("seccomp") and not process.get("noNewPrivileges"):
+        last = ["CAP_SYS_ADMIN"]
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3, this process
     data = (ctypes.c_uint32 * 6)()  # low words of three sets, then their high words
     syscall("capget", header, data, why="what may be kept")
     have = data[1] | data[4] << 32
     words = []
-    for name in ("effective", "permitted", "inheritable"):
-        bits = sum(1 << CAPABILITIES.index(cap) for cap in sets.get(name, ()))
+    for name, more in (("effective", last), ("permitted", last), ("inheritable", [])):
+        bits = sum(1 << CAPABILITIES.index(cap) for cap in {*sets.get(name, ()), *more})
         words.append(bits & have)
     data[:] = [*(word & 0xFFFFFFFF for word in words), *(word >> 32 for word in words)]
     syscall("prctl", PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0,
@@ -2514,6 +2915,26 @@ def close_descriptors(c):
             low = max(low, fd + 1)
 
 
+def install_seccomp(c):
+    """Step: from here on the kernel asks a program of ours about every call."""
+    profile = c.spec["linux"].get("seccomp")
+    if not profile:
+        return
+    machine = os.uname().machine
+    program = seccomp_program(profile, machine)
+    filter_ = sock_fprog(len(program), b"".join(
+        struct.pack("=HBBI", *instruction) for instruction in program))
+    if narration.style in ("bpf", "json"):
+        filter_.listing = disassemble(program, machine)
+    flags = sum(1 << FILTER_FLAGS.index(flag) for flag in profile.get("flags", ()))
+    try:
+        syscall("seccomp", SECCOMP_SET_MODE_FILTER, flags, filter_,
+                why="which calls may be made, for good, by it and its children")
+    except OSError as error:
+        raise Fail(f"the kernel takes no seccomp filter: {error.strerror}",
+                   "--security-opt seccomp=unconfined does without") from None
+
+
 # ── the program ──
 
 
@@ -2525,6 +2946,9 @@ def become_reaper(c):
     program = os.fork()
     if program == 0:
         return
+    c.spec["process"]["noNewPrivileges"] = True  # it executes nothing, so it may lose
+    for step in (no_new_privileges, set_capabilities, install_seccomp):  # all at once
+        step(c)
     narration.style = ""  # its descriptor goes with the others
     syscall("close_range", 3, 0x7FFFFFFF, 0, why="nothing of the host's stays open")
     every = signal.valid_signals()
@@ -2624,12 +3048,16 @@ def interpreter_of(head):
     return ""
 
 
-def execute(c):
-    """Step: the last, this process becomes the program."""
-    process = c.spec["process"]
+def reset_signals(c):
+    """Step: the program finds no signal ignored or blocked."""
     for number in OFTEN_IGNORED:
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def execute(c):
+    """Step: the last, this process becomes the program."""
+    process = c.spec["process"]
     name, args, env = process["args"][0], process["args"], process["env"]
     paths = [name] if "/" in name else [
         f"{directory or '.'}/{name}" for line in env if line.startswith("PATH=")
@@ -2830,6 +3258,7 @@ BIRTH = (               # init, from "go" until it is your program
         die_with_parent,  # forgotten whenever a user changes, so after that
         become_reaper,  # with --init: process 1 stays behind, its child goes on
         label_program,  # counts for this process alone, so after the last fork
+        reset_signals, install_seccomp,  # nothing but execve after it
         execute,
     )),
 )
@@ -3721,11 +4150,12 @@ def make_spec(options, id, args):
         options.userns = "host"  # asked for in words (P7)
     namespaces = namespaces_spec(options)
     bare = options.privileged or security_options(options)["systempaths"]
+    privileges = privileges_spec(options)
     spec = {
         "ociVersion": "1.2.0",
         "root": {"path": "rootfs", "readonly": options.read_only},
         "mounts": mounts_spec(options),
-        "process": {**process_spec(options, args), **privileges_spec(options)},
+        "process": {**process_spec(options, args), **privileges},
         "linux": {
             "namespaces": namespaces,
             "cgroupsPath": f"/minicontainer-{id}",
@@ -3734,6 +4164,7 @@ def make_spec(options, id, args):
             "sysctl": sysctl_spec(options, namespaces),
             "maskedPaths": [] if bare else masked_paths(),
             "readonlyPaths": [] if bare else READONLY_PATHS,
+            **seccomp_spec(options, privileges["capabilities"]["bounding"]),
         },
     }
     spec["process"]["user"]["umask"] = whole("--umask", options.umask, 0, 0o777, 8)
@@ -4081,8 +4512,8 @@ def uninstall_command(options):
 # ── the words of the command line ──
 
 COMMON_OPTIONS = (
-    arg("--explain", optional="text", choices=["text", "json"], metavar="STYLE",
-        help="narrate every request to the kernel"),
+    arg("--explain", optional="text", choices=["text", "bpf", "json"], metavar="STYLE",
+        help="narrate every request to the kernel; bpf: disassemble filters"),
     arg("--help", action="store_true", help="show this"),
 )
 
@@ -4206,7 +4637,7 @@ def dispatch(argv):
         raise Fail("the OCI runtime is chapter 7, which is not written yet",
                    "`minicontainer run` makes containers", 1)
     style = os.environ.get("MINICONTAINER_EXPLAIN", "").lower()
-    style = style if style in ("text", "json") else "text" if style else ""
+    style = style if style in ("text", "bpf", "json") else "text" if style else ""
     while argv and argv[0].startswith("--explain"):
         style = argv.pop(0).partition("=")[2] or "text"
     if not argv or argv[0] in ("help", "--help", "-h"):

@@ -21,6 +21,7 @@ import mmap
 import multiprocessing
 import os
 import pty
+import random
 import re
 import select
 import shutil
@@ -538,8 +539,8 @@ def test_the_order_of_birth_keeps_its_invariants():
     before("join_cgroup", "own_the_mounts")
     before("mount_all", "make_devices", "mask_paths", "pivot", "seal_root")
     before("drop_bounding", "become_user", "set_capabilities", "no_new_privileges",
-           "die_with_parent", "execute")
-    assert order[-1] == "execute"
+           "die_with_parent", "become_reaper", "install_seccomp")
+    assert order[-2:] == ["install_seccomp", "execute"]  # nothing is asked in between
     assert tuple(m.BIRTH[-len(m.TAIL):]) == m.TAIL == m.JOIN[-len(m.TAIL):]
 
 
@@ -1732,6 +1733,594 @@ def test_ignored_signals_are_not_inherited():
     found = dict(line.split(":\t") for line in result.stdout.splitlines()
                  if line.startswith("Sig"))
     assert int(found["SigIgn"], 16) == 0 and int(found["SigBlk"], 16) == 0
+
+
+# ── seccomp ──
+
+# Docker's own profile, where a copy of it is; what follows does not need it.
+DOCKER_PROFILE = os.environ.get("DOCKER_SECCOMP_PROFILE") or os.path.join(
+    HERE, "..", "shared", "reference", "seccomp-default.json")
+MACHINE = os.uname().machine
+ALLOW, EPERM, ENOSYS, KILLED = 0x7FFF0000, 0x50001, 0x50026, 0x80000000
+COMPARE = {0x15: int.__eq__, 0x25: int.__gt__, 0x35: int.__ge__}
+AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7, "i386": 0x40000003}
+HOLDS = {"EQ": int.__eq__, "NE": int.__ne__, "LT": int.__lt__, "LE": int.__le__,
+         "GE": int.__ge__, "GT": int.__gt__}
+
+
+def bpf(program, number, args=(), machine="x86_64"):
+    """(what a filter answers to a call, how many comparisons of numbers it took)."""
+    args = [*args, *[0] * (6 - len(args))]
+    data = struct.pack("<IIQ6Q", number, AUDIT_ARCH[machine], 0, *args)
+    at = accumulator = compared = 0
+    while True:
+        code, yes, no, k = program[at]
+        assert 0 <= yes <= 255 and 0 <= no <= 255 and 0 <= k < 1 << 32
+        at += 1
+        if code == 0x20:
+            accumulator, where = struct.unpack_from("<I", data, k)[0], k
+        elif code == 0x54:
+            accumulator &= k
+        elif code == 0x06:
+            return k, compared
+        elif code == 0x05:
+            at += k
+        else:
+            compared += where == 0
+            at += yes if COMPARE[code](accumulator, k) else no
+
+
+def answer(rule, action="action", number="errnoRet"):
+    """What a filter returns for an action of a profile, by seccomp(2)."""
+    kind = rule[action].removeprefix("SCMP_ACT_")
+    found = rule.get(number)
+    found = 1 if found is None else found
+    return {"KILL": 0, "KILL_THREAD": 0, "KILL_PROCESS": 0x80000000, "TRAP": 0x30000,
+            "ERRNO": 0x50000 | found, "TRACE": 0x7FF00000 | found, "LOG": 0x7FFC0000,
+            "ALLOW": ALLOW}[kind]
+
+
+def meant(profile, capabilities, machine):
+    """(number, args) → the answer that a profile of Docker's means, read as Docker,
+    runc and libseccomp read it, without any program."""
+    numbers, rules, named = m.call_numbers(machine), {}, []
+    docker_name = {"x86_64": "amd64", "aarch64": "arm64"}[machine]
+    default = answer(profile, "defaultAction", "defaultErrnoRet")
+    for rule in profile["syscalls"]:
+        with_, without = rule.get("includes") or {}, rule.get("excludes") or {}
+        if (docker_name in without.get("arches", ())
+                or set(without.get("caps", ())) & set(capabilities)
+                or with_.get("arches") and docker_name not in with_["arches"]
+                or not set(with_.get("caps", ())) <= set(capabilities)):
+            continue
+        assert with_.get("minKernel", "4.8") == "4.8"
+        for name in rule["names"]:
+            if name in numbers:
+                named.append(numbers[name])
+                if answer(rule) != default:
+                    rules.setdefault(numbers[name], []).append(rule)
+    mild = profile["defaultAction"][9:] in ("ALLOW", "LOG", "TRACE")
+    last = max(named) if named and not mild else 0x3FFFFFFF
+
+    def test_holds(test, args):
+        value, other = test.get("value", 0), test.get("valueTwo", 0)
+        if test["op"] == "SCMP_CMP_MASKED_EQ":
+            return args[test["index"]] & value == other & value
+        return HOLDS[test["op"][9:]](args[test["index"]], value)
+
+    def find(number, args):
+        if number > last:
+            return ENOSYS
+        args = [*args, *[0] * (6 - len(args))]
+        for rule in rules.get(number, ()):
+            if not rule.get("args"):
+                return answer(rule)
+        for rule in rules.get(number, ()):
+            indexes = [test["index"] for test in rule["args"]]
+            every = all if len(set(indexes)) == len(indexes) else any
+            if every(test_holds(test, args) for test in rule["args"]):
+                return answer(rule)
+        return default
+
+    return find
+
+
+CAPABILITY_SETS = [[], m.DOCKER_CAPABILITIES, list(m.CAPABILITIES),
+                   *([f"CAP_{name}"] for name in m.CALLS_OF_CAPABILITIES)]
+EVERY_NUMBER = [*range(600), 0x40000000, 0x40000000 + 157, 0x7FFFFFFF, 0xFFFFFFFF]
+WORDS = sorted({value + high for high in (0, 1 << 32, 1 << 63) for value in (
+    0, 1, 8, 17, 37, 38, 39, 40, 41, 0x20000, 0x20008, 0x20009, 0x80000000, 0xFFFFFFFF,
+    0x7E020000, *(1 << bit for bit in range(32)))})
+
+
+def builtin(capabilities=m.DOCKER_CAPABILITIES, machine=MACHINE):
+    """The program of the default profile."""
+    return m.seccomp_program(m.oci_profile(m.builtin_profile(machine), capabilities,
+                                           machine, "6.1.0-18-amd64"), machine)
+
+
+def header_numbers(path):
+    """{name: number} of a kernel header's system calls, as a 64-bit machine has them."""
+    with open(path) as file:
+        text = file.read()
+    numbers = dict(re.findall(r"^#define __NR(_\w+|3264_\w+)\s+(\d+)", text, re.M))
+    shared = re.findall(r"^#define __NR(_\w+)\s+__NR(3264_\w+)", text, re.M)
+    for name, number in reversed(shared):  # first are the names on 64-bit machines
+        numbers[name] = numbers.get(number, -1)
+    return {name[1:]: int(number) for name, number in numbers.items()
+            if name.startswith("_") and name != "_syscalls"}  # how many there are
+
+
+def test_the_numbers_of_system_calls_are_those_of_the_kernels_headers():
+    headers = {"x86_64": "/usr/include/x86_64-linux-gnu/asm/unistd_64.h",
+               "aarch64": "/usr/include/asm-generic/unistd.h"}
+    there = [machine for machine, path in headers.items() if os.path.exists(path)]
+    if not there:
+        pytest.skip("no kernel headers: apt-get install linux-libc-dev")
+    for machine in there:
+        ours, theirs = m.call_numbers(machine), header_numbers(headers[machine])
+        newest = max(theirs.values())
+        old = {name: n for name, n in ours.items() if n <= newest and n != 335}
+        assert newest > 430 and old.items() <= theirs.items()
+        if machine == "x86_64":
+            assert old == theirs
+        else:  # what only 32-bit machines have, and marks that are no calls
+            left = set(theirs.values()) - set(old.values())
+            assert left <= {-1, 244, *range(403, 424)}
+
+
+def libseccomp():
+    """The library that runc uses, or a skip."""
+    import ctypes
+
+    try:
+        library = ctypes.CDLL("libseccomp.so.2")
+    except OSError:
+        pytest.skip("no libseccomp on this host: apt-get install libseccomp2")
+    library.seccomp_init.restype = ctypes.c_void_p
+    return library
+
+
+def test_libseccomp_knows_the_system_calls_by_the_same_numbers():
+    library = libseccomp()
+    for machine in AUDIT_ARCH.keys() - {"i386"}:
+        unknown = []
+        for name, number in m.call_numbers(machine).items():
+            found = library.seccomp_syscall_resolve_name_arch(AUDIT_ARCH[machine],
+                                                              name.encode())
+            assert found in (number, -1), name
+            unknown += [number] if found == -1 else []
+        assert len(unknown) < 30 and min(unknown, default=335) >= 335, unknown
+
+
+def test_the_default_allows_and_denies_what_dockers_does():
+    import hashlib
+    docker = None
+    if os.path.exists(DOCKER_PROFILE):
+        with open(DOCKER_PROFILE) as file:
+            docker = json.load(file)
+    digest = hashlib.sha256()
+    for machine in ("x86_64", "aarch64"):
+        numbers = m.call_numbers(machine)
+        choosy = {numbers[name] for name in ("socket", "personality", "clone")}
+        for capabilities in CAPABILITY_SETS:
+            program = builtin(capabilities, machine)
+            oracle = docker and meant(docker, capabilities, machine)
+            compiled = docker and m.seccomp_program(
+                m.oci_profile(docker, capabilities, machine, "6.1.0"), machine)
+            for number in EVERY_NUMBER:
+                for word in WORDS if number in choosy else (0, 0x10000000):
+                    said, compared = bpf(program, number, [word], machine)
+                    assert compared <= 12
+                    digest.update(struct.pack("I", said))
+                    if docker:
+                        wanted = oracle(number, [word])
+                        case = (machine, capabilities, number, hex(word))
+                        assert said == wanted, case
+                        assert bpf(compiled, number, [word], machine)[0] == wanted, case
+    # what the comparison above found, for hosts without a copy of Docker's profile
+    assert digest.hexdigest()[:16] == "cda3a8e358e34718"
+
+
+def test_the_filter_is_closed_to_other_architectures_and_numbers():
+    program = builtin(machine="x86_64")
+    assert bpf(program, 20, machine="i386")[0] == KILLED  # int 0x80: getpid, there
+    assert bpf(program, 39)[0] == ALLOW
+    for number in (467, 512, 0x40000000 + 39, 0xFFFFFFFF):
+        assert bpf(program, number)[0] == ENOSYS
+    lenient = {"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [
+        {"names": ["getpid", "nosuchcall"], "action": "SCMP_ACT_ERRNO", "errnoRet": 13}]}
+    program = m.seccomp_program(lenient, "x86_64")
+    assert [bpf(program, n)[0] for n in (38, 39, 40, 467, 0x40000000 + 39)] == [
+        ALLOW, 0x5000D, ALLOW, ALLOW, ENOSYS]
+    assert bpf(program, 39, machine="aarch64")[0] == KILLED
+
+
+def some_profile(random, calls=40, most=8):
+    """A profile of any actions, operators and arguments, and words to try it with."""
+    def word():
+        high, low = (random.choice((0, 1, 2**31, 2**32 - 1, random.getrandbits(32)))
+                     for _ in "hl")
+        return random.choice((low, high << 32, high << 32 | low))
+
+    names = [name for name, n in m.call_numbers("x86_64").items()
+             if n < 335 and name in m.call_numbers("aarch64")]
+    actions = list(m.ACTIONS)
+    profile = {"defaultAction": random.choice(actions), "syscalls": []}
+    for name in random.sample(names, calls):
+        action, number = random.choice(actions), random.choice((None, 0, 5, 133))
+        for _ in range(random.randint(1, most)):
+            tests = [{"index": index, "value": word(), "valueTwo": word(),
+                      "op": random.choice(list(m.OPERATORS))}
+                     for index in random.sample(range(6), random.randint(0, 3))]
+            if most > 1 and tests and random.random() < 0.1:  # an argument twice
+                tests.append({**tests[0], "value": word()})
+            profile["syscalls"].append({"names": [name], "action": action, "args": tests,
+                                        "errnoRet": number})
+    return profile, [random.choice((word(), *(
+        (t["value"] + d) % 2**64 for r in profile["syscalls"] for t in r["args"]
+        for d in (-1, 0, 1)))) for _ in range(60)]
+
+
+def program_of_libseccomp(profile):
+    """The filter that libseccomp makes of a profile for this machine."""
+    import ctypes
+
+    library, numbers = libseccomp(), m.call_numbers(MACHINE)
+    default = answer(profile, "defaultAction", "defaultErrnoRet")
+    context = ctypes.c_void_p(library.seccomp_init(ctypes.c_uint32(default)))
+    operator = ["", "NE", "LT", "LE", "EQ", "GE", "GT", "MASKED_EQ"].index
+    for rule in profile["syscalls"]:
+        if answer(rule) != default:
+            tests = b"".join(struct.pack("IIQQ", t["index"], operator(t["op"][9:]),
+                                         t["value"], t["valueTwo"]) for t in rule["args"])
+            assert library.seccomp_rule_add_array(
+                context, ctypes.c_uint32(answer(rule)), numbers[rule["names"][0]],
+                len(rule["args"]), tests) == 0
+    with tempfile.TemporaryFile() as file:
+        assert library.seccomp_export_bpf(context, file.fileno()) == 0
+        library.seccomp_release(context)
+        file.seek(0)
+        return list(struct.iter_unpack("HBBI", file.read()))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_every_action_and_operator_means_what_the_rules_say(seed):
+    random_ = random.Random(seed)
+    profile, words = some_profile(random_)
+    program, find = m.seccomp_program(profile, "x86_64"), meant(profile, [], "x86_64")
+    numbers = m.call_numbers("x86_64")
+    for number in {numbers[rule["names"][0]] for rule in profile["syscalls"]}:
+        for _ in range(60):
+            args = [random_.choice(words) for _ in range(6)]
+            assert bpf(program, number, args)[0] == find(number, args), (number, args)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_every_action_and_operator_means_what_it_does_in_libseccomp(seed):
+    """With one rule a call: of many that overlap libseccomp has been seen to lose some."""
+    random_ = random.Random(seed)
+    profile, words = some_profile(random_, calls=80, most=1)
+    ours, theirs = m.seccomp_program(profile, MACHINE), program_of_libseccomp(profile)
+    numbers = m.call_numbers(MACHINE)
+    for number in {numbers[rule["names"][0]] for rule in profile["syscalls"]}:
+        for _ in range(60):
+            args = [random_.choice(words) for _ in range(6)]
+            said = bpf(ours, number, args, MACHINE)[0]
+            assert said == bpf(theirs, number, args, MACHINE)[0], (number, args)
+
+
+def test_long_programs_jump_right_and_too_long_ones_are_refused():
+    names = [name for name, n in m.call_numbers("x86_64").items() if n % 2]
+    rule = {"action": "SCMP_ACT_ERRNO", "errnoRet": 7, "args": [
+        {"index": 0, "op": "SCMP_CMP_NE", "value": 5 << 32},
+        {"index": 5, "op": "SCMP_CMP_LE", "value": 7 << 40}]}
+    profile = {"defaultAction": "SCMP_ACT_ALLOW",
+               "syscalls": [{**rule, "names": names}]}
+    program = m.seccomp_program(profile, "x86_64")
+    find = meant(profile, [], "x86_64")
+    assert len(program) > 2000 and any(code == 5 and k > 255 for code, _, _, k in program)
+    for number in range(500):
+        for args in ([0] * 6, [5 << 32, 0], [1, 0, 0, 0, 0, (7 << 40) + 1]):
+            said, compared = bpf(program, number, args)
+            assert said == find(number, args) and compared <= 12
+    profile["syscalls"] = [{**rule, "names": names, "errnoRet": n} for n in (1, 2, 3)]
+    with pytest.raises(m.Fail, match="instructions"):
+        m.seccomp_program(profile, "x86_64")
+
+
+def test_a_filter_is_disassembled_to_lines_that_name_calls_and_answers():
+    lines = m.disassemble(builtin(machine="x86_64"), "x86_64")
+    assert lines[:4] == ["L0:   load arch", "L1:   if arch == x86_64 goto L3, else L2",
+                         "L2:   return KILL_PROCESS", "L3:   load number"]
+    text = "\n".join(lines)
+    for part in ("number >= 41 (socket)", "load arg0.high", "and 0x7e020000",
+                 "return ALLOW", "return ERRNO EPERM", "return ERRNO ENOSYS"):
+        assert part in text
+    targets = {int(n) for n in re.findall(r"(?:goto|else) L(\d+)", text)}
+    assert max(targets) < len(lines)
+
+
+@pytest.mark.parametrize("content, words", [
+    (None, "No such file"), ("{", "not JSON"), ("[]", "profile: [] is not possible"),
+    ("{}", "profile.defaultAction: None is not possible"),
+    ({"defaultAction": "SCMP_ACT_NO"}, "profile.defaultAction: 'SCMP_ACT_NO'"),
+    ({"syscalls": [{"names": ["read"], "action": "SCMP_ACT_NOTIFY"}]},
+     "profile.syscalls[0].action: 'SCMP_ACT_NOTIFY'"),
+    ({"syscalls": [{"names": ["read"], "action": "SCMP_ACT_ALLOW", "args": [
+        {"index": 0, "value": 1, "op": "SCMP_CMP_IS"}]}]},
+     "profile.syscalls[0].args[0].op: 'SCMP_CMP_IS'"),
+    ({"syscalls": [{"names": ["read"], "action": "SCMP_ACT_ALLOW", "args": [
+        {"index": 6, "value": 1, "op": "SCMP_CMP_EQ"}]}]},
+     "profile.syscalls[0].args[0].index: 6"),
+    ({"syscalls": [{"names": ["read"], "action": "SCMP_ACT_ERRNO", "errnoRet": -1}]},
+     "profile.syscalls[0].errnoRet: -1"),
+    ({"syscalls": [None]}, "profile.syscalls[0]: None"),
+    ({"syscalls": [{"names": "read", "action": "SCMP_ACT_ALLOW"}]},
+     "profile.syscalls[0].names: 'read'"),
+    ({"syscalls": [{"names": [1], "action": "SCMP_ACT_ALLOW"}]},
+     "profile.syscalls[0].names[0]: 1"),
+    ({"syscalls": [{"names": [], "action": "SCMP_ACT_LOG",
+                    "includes": {"minKernel": "new"}}]}, "minKernel 'new'"),
+    ({"flags": ["SECCOMP_FILTER_FLAG_NEW"]}, "profile.flags[0]"),
+])
+@root
+def test_a_profile_that_makes_no_sense_is_refused_by_file_and_place(content, words,
+                                                                    tmp_path):
+    path = tmp_path / "profile.json"
+    if isinstance(content, dict):
+        content = json.dumps({"defaultAction": "SCMP_ACT_ERRNO", **content})
+    if content is not None:
+        path.write_text(content)
+    message = refused("run", "--rm", "--security-opt", f"seccomp={path}", "/bin/true")
+    first, hint, *rest = message.splitlines()
+    assert words in first and not rest and hint.startswith("  hint: ")
+    assert str(path) in first or "minKernel" in first
+
+
+def test_a_profile_is_the_spec_of_a_container_for_its_capabilities_and_machine(tmp_path):
+    found = spec_for("/bin/true")["linux"]["seccomp"]
+    assert found["architectures"] == [f"SCMP_ARCH_{MACHINE.upper()}"]
+    named = {name for rule in found["syscalls"] for name in rule["names"]}
+    assert {"read", "chroot", "clone"} <= named and not {"mount", "keyctl"} & named
+    assert "seccomp" not in spec_for("--security-opt", "seccomp=unconfined",
+                                     "/bin/true")["linux"]
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps({
+        "defaultAction": "SCMP_ACT_ERRNO", "archMap": [], "flags": None, "syscalls": [
+            {"name": "read", "action": "SCMP_ACT_ALLOW", "args": None, "comment": "x"},
+            *({"names": [name], "action": "SCMP_ACT_ALLOW", **when} for name, when in (
+                ("a", {"includes": {"minKernel": "4.8"}}),
+                ("b", {"excludes": {"minKernel": "4.8"}}),
+                ("c", {"includes": {"minKernel": "99.1"}}),
+                ("d", {"includes": {"arches": ["amd64", "arm64"]}}),
+                ("e", {"includes": {"arches": ["s390x"]}}),
+                ("f", {"includes": {"caps": ["CAP_CHOWN", "CAP_SYS_ADMIN"]}}),
+                ("g", {"excludes": {"caps": ["CAP_CHOWN", "CAP_SYS_ADMIN"]}}),
+                ("h", {"includes": {"caps": ["CAP_CHOWN"]}, "excludes": {}})))]}))
+    found = spec_for("--security-opt", f"seccomp={path}", "/bin/true")["linux"]["seccomp"]
+    assert [rule["names"] for rule in found["syscalls"]] == [["read"], ["a"], ["d"], ["h"]]
+    assert found["syscalls"][0] == {"names": ["read"], "action": "SCMP_ACT_ALLOW"}
+
+
+@root
+def test_every_process_of_a_container_is_behind_the_filter():
+    for options in ([], ["-u", "1000"], ["--userns", "host"], ["--init"],
+                    ["--init", "-u", "1000"],
+                    ["-u", "1000", "--userns", "host"],
+                    ["--security-opt", "no-new-privileges"],
+                    ["--security-opt", "no-new-privileges", "-u", "1000"]):
+        text = sh("cat /proc/self/status /proc/1/status", *options)
+        assert re.findall(r"Seccomp:\s+(\d)", text) == ["2", "2"], options
+        for cap in re.findall(r"Cap(?:Inh|Prm|Eff|Bnd|Amb):\s+(\w+)", text):
+            assert int(cap, 16) & 1 << 21 == 0, options  # CAP_SYS_ADMIN
+    assert status("--security-opt", "seccomp=unconfined", keys="Seccomp") == {
+        "Seccomp": "0"}
+    with running() as (_, id, _):
+        for options in ([], ["-u", "1000"]):
+            text = mini("exec", *options, id[:12], "/bin/cat", "/proc/self/status").stdout
+            assert re.search(r"Seccomp:\s+2", text)
+        assert "unknown flag" in refused("exec", "--security-opt", "seccomp=unconfined",
+                                         id[:12], "/bin/true")
+    with running("--security-opt", "seccomp=unconfined") as (_, id, _):
+        text = mini("exec", id[:12], "/bin/cat", "/proc/self/status").stdout
+        assert re.search(r"Seccomp:\s+0", text)
+
+
+@root
+def test_a_profile_may_forbid_all_that_we_do_before_the_program_runs(tmp_path):
+    """Nothing but execve is asked after the filter is installed."""
+    path = tmp_path / "profile.json"
+    ours = sorted(m.CALLS.keys() - {"execve", "prctl", "prlimit64", "ioctl", "openat",
+                                    "umask"})
+    ours += ["capget", "capset", "close_range", "pipe2", "rt_sigprocmask", "clone",
+             "rt_sigaction"]
+    path.write_text(json.dumps({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [
+        {"names": ours, "action": "SCMP_ACT_KILL_PROCESS"}]}))
+    for options in ([], ["-u", "1000"], ["--security-opt", "no-new-privileges"]):
+        run("--security-opt", f"seccomp={path}", *options, "/bin/true")
+    path.write_text(json.dumps({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [
+        {"names": ["execve"], "action": "SCMP_ACT_ERRNO", "errnoRet": 13}]}))
+    assert "exec /bin/true: permission denied" in refused(
+        "run", "--rm", "--security-opt", f"seccomp={path}", "/bin/true", code=126)
+    path.write_text(json.dumps({"defaultAction": "SCMP_ACT_KILL", "syscalls": []}))
+    assert mini("run", "--rm", "--security-opt", f"seccomp={path}",
+                "/bin/true").returncode == 128 + signal.SIGSYS
+
+
+@root
+def test_a_custom_profile_fails_kills_and_looks_at_arguments(tmp_path):
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [
+        {"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 28},
+        {"names": ["uname", "no_such_call"], "action": "SCMP_ACT_KILL_PROCESS"},
+        {"names": ["kill"], "action": "SCMP_ACT_ERRNO",
+         "args": [{"index": 1, "value": 12, "op": "SCMP_CMP_EQ"}]}]}))
+    options = ["--security-opt", f"seccomp={path}"]
+    assert "No space left" in sh("mkdir /x 2>&1 || true", *options)
+    assert sh("uname; echo $?", *options).endswith(f"{128 + signal.SIGSYS}\n")
+    assert "not permitted" in sh("kill -12 $$ 2>&1; kill -0 $$ && echo fine", *options)
+    assert "fine" in sh("kill -12 $$ 2>&1; kill -0 $$ && echo fine", *options)
+
+
+@root
+def test_the_default_refuses_new_namespaces_that_the_kernel_would_give():
+    script = "unshare -U true 2>/dev/null && echo new users; true"
+    assert sh(script, "--security-opt", "seccomp=unconfined") == "new users\n"
+    for options in ([], ["-u", "1000"], ["--userns", "host"]):
+        assert sh(script, *options) == ""
+
+
+@root
+def test_explain_shows_the_filter_and_disassembles_it_when_asked(tmp_path):
+    shown = mini("run", "--rm", "--explain", "/bin/true").stderr
+    length = re.search(r"seccomp\(SECCOMP_SET_MODE_FILTER, 0, \{\.len = (\d+)\}\) = 0  #",
+                       shown)[1]
+    assert "load arch" not in shown
+    shown = mini("run", "--rm", "--explain=bpf", "/bin/true").stderr
+    assert re.search(r"\{\.len = \d+\}\) = 0 .*\n +L0: +load arch\n", shown)
+    assert len(re.findall(r"^ +L\d+: ", shown, re.M)) == int(length)
+    rows = [json.loads(line) for line in mini("run", "--rm", "--explain=json",
+                                              "/bin/true").stderr.splitlines()]
+    (program,) = [row["program"] for row in rows if "program" in row]
+    assert len(program) == int(length) and program[3] == "L3:   load number"
+
+
+PROBE = r"""
+#define _GNU_SOURCE
+#include <errno.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/syscall.h>
+#include <sys/time.h>
+#include <sys/wait.h>
+#include <unistd.h>
+/* Make each call of "NUMBER[,ARG...]" in a child: its error, or the signal it died of;
+   arguments that are not given are -1.  The number "compat" is getpid by int 0x80. */
+int main(int argc, char **argv)
+{
+    for (int i = 1; i < argc; i++) {
+        long a[7] = {0, -1, -1, -1, -1, -1, -1};
+        int n = 0, status;
+        for (char *p = argv[i]; p && n < 7; p = *p == ',' ? p + 1 : NULL)
+            a[n++] = strtoul(p, &p, 0);
+        fflush(stdout);
+        pid_t pid = fork();
+        if (pid == 0) {
+            struct itimerval soon = {{0, 0}, {0, 300000}};
+            setitimer(ITIMER_REAL, &soon, NULL); /* a call that waits ends by SIGALRM */
+            long r = -1;
+            if (argv[i][0] == 'c') {
+#ifdef __x86_64__
+                __asm__ volatile("int $0x80" : "=a"(r) : "a"(20) : "memory", "r8", "r9",
+                                 "r10", "r11");
+                errno = r < 0 ? -r : 0;
+#endif
+            } else
+                r = syscall(a[0], a[1], a[2], a[3], a[4], a[5], a[6]);
+            syscall(SYS_exit_group, r == -1 ? errno : 0);
+        }
+        waitpid(pid, &status, 0);
+        if (WIFSIGNALED(status))
+            printf("signal %d\n", WTERMSIG(status));
+        else
+            printf("%d\n", WEXITSTATUS(status));
+    }
+}
+"""
+
+
+@pytest.fixture(scope="session")
+def probe(tmp_path_factory):
+    """A root file system with nothing but /probe in it."""
+    top = tmp_path_factory.mktemp("probe")
+    top.chmod(0o755)
+    (top / "probe.c").write_text(PROBE)
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    made = compiler and subprocess.run([compiler, "-static", "-O1", "-w", "-o",
+                                        top / "rootfs", top / "probe.c"]).returncode == 0
+    if not made:
+        pytest.skip("no C compiler with a static C library: apt-get install gcc libc6-dev")
+    os.rename(top / "rootfs", top / "probe")
+    (top / "rootfs").mkdir(mode=0o755)
+    os.rename(top / "probe", top / "rootfs" / "probe")
+    for name in ("proc", "sys", "dev", "etc", "tmp"):
+        (top / "rootfs" / name).mkdir(mode=0o755)
+    return str(top / "rootfs")
+
+
+@root
+def test_single_probes_are_answered_as_they_should_be(probe):
+    n = m.call_numbers(MACHINE)
+    probes = {f"{n['clone3']},0,0": ENOSYS, f"{n['keyctl']},0": EPERM, "467": ENOSYS,
+              f"{n['unshare']},0x10000000": EPERM, f"{n['mount']},0,0,0,0,0": EPERM,
+              f"{n['socket']},38,5,0": EPERM, f"{n['socket']},40,1,0": EPERM,
+              f"{n['socket']},1,1,0": ALLOW, f"{n['personality']},8": ALLOW,
+              f"{n['personality']},0x40000": EPERM, f"{n['getpid']}": ALLOW,
+              f"{n['clone']},0x10000000,0,0,0,0": EPERM, f"{n['bpf']},0,0,0": EPERM,
+              f"{n['userfaultfd']},0": EPERM, f"{n['chroot']},0": 0x5000E,
+              f"{n['io_uring_setup']},1,0": EPERM, f"{0x40000000 + n['getpid']}": ENOSYS}
+    wanted = [str(said & 0xFFFF if said != ALLOW else 0) for said in probes.values()]
+    for options in ([], ["-u", "1000"], ["--userns", "host"]):
+        found = run(*options, "--rootfs", probe, "/probe", *probes).split()
+        if options == ["-u", "1000"]:
+            wanted[list(probes).index(f"{n['chroot']},0")] = found[
+                list(probes).index(f"{n['chroot']},0")]  # the kernel's own business
+        assert found == wanted, options
+    if MACHINE == "x86_64":
+        assert run("--rootfs", probe, "/probe", "compat") == f"signal {signal.SIGSYS:d}\n"
+        assert run("--rootfs", probe, "--security-opt", "seccomp=unconfined", "/probe",
+                   "compat") in ("0\n", "signal 11\n")  # 11: a kernel without that gate
+
+
+def in_runc(rootfs, seccomp, args, tmp_path):
+    """What a program prints in runc with a profile and Docker's capabilities."""
+    subprocess.run(["runc", "spec"], cwd=tmp_path, check=True)
+    with open(tmp_path / "config.json") as file:
+        spec = json.load(file)
+    capabilities = {kind: m.DOCKER_CAPABILITIES
+                    for kind in ("bounding", "effective", "permitted")}
+    spec["process"].update(args=args, terminal=False, noNewPrivileges=False, rlimits=[],
+                           capabilities=capabilities)
+    spec["root"] = {"path": rootfs, "readonly": False}
+    spec["linux"]["seccomp"] = seccomp
+    (tmp_path / "config.json").write_text(json.dumps(spec))
+    name = f"minicontainer-test-{os.getpid()}"
+    result = subprocess.run(["runc", "--root", tmp_path / "state", "run", "--bundle",
+                             tmp_path, name], capture_output=True, text=True,
+                            stdin=subprocess.DEVNULL)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@root
+def test_every_system_call_is_answered_as_in_runc_with_dockers_profile(probe, tmp_path):
+    if not shutil.which("runc"):
+        pytest.skip("no runc to compare with: apt-get install runc")
+    library, numbers = libseccomp(), m.call_numbers(MACHINE)
+    profile = m.builtin_profile(MACHINE)
+    if os.path.exists(DOCKER_PROFILE):
+        with open(DOCKER_PROFILE) as file:
+            profile = json.load(file)
+    seccomp = m.oci_profile(profile, m.DOCKER_CAPABILITIES, MACHINE, os.uname().release)
+    # not made: vfork returns twice on one stack; sync waits for all disks of the host
+    asked = [n for n in range(471) if n not in (numbers.get("vfork"), numbers["sync"])]
+    calls = list(map(str, asked))
+    theirs = in_runc(probe, seccomp, ["/probe", *calls], tmp_path).splitlines()
+    ours = run("--userns", "host", "--rootfs", probe, "/probe", *calls).splitlines()
+    assert len(ours) == len(theirs) == len(asked)
+    # A call that this libseccomp has not heard of is not allowed by it, whatever the
+    # profile says: it is then "newer than the last" (ENOSYS), or denied by default.
+    unheard = {n for name, n in numbers.items()
+               if library.seccomp_syscall_resolve_name(name.encode()) != n}
+    known = {numbers[name] for rule in seccomp["syscalls"] for name in rule["names"]
+             if name in numbers} - unheard
+    for number, our, their in zip(asked, ours, theirs, strict=True):
+        if our != their:
+            assert number in unheard, (number, our, their)
+            assert their == str(errno.ENOSYS if number > max(known) else errno.EPERM)
+    assert ours.count(str(errno.EPERM)) > 40 and len(set(ours)) > 10
 
 
 @root
