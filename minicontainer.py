@@ -2981,11 +2981,13 @@ def label_program(c):
         if key not in c.spec["process"]:
             continue
         label, how = c.spec["process"][key], open_how(
-            flags=O_WRONLY | O_CLOEXEC, resolve=RESOLVE_BENEATH | RESOLVE_NO_MAGICLINKS)
+            flags=O_RDWR | O_CLOEXEC, resolve=RESOLVE_BENEATH | RESOLVE_NO_MAGICLINKS)
         try:
             fd = syscall("openat2", c.proc, f"self/attr/{file}", how,
                          ctypes.sizeof(how), why="ours, whatever pid we have there")
             write_file(fd, order + label, why="from the next execve on")
+            if not order and b":" not in os.pread(fd, 4096, 0):
+                raise OSError(errno.EINVAL, "it has no policy, and knows no label")
         except OSError as error:
             if label == "unconfined" and error.errno in (errno.ENOENT, errno.EINVAL):
                 continue  # so it is, where there is no AppArmor

@@ -1297,7 +1297,7 @@ def test_a_device_is_roots_as_it_is_on_the_host(roots_device):
         assert text == (f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}\n"
                         f"{stat.S_IMODE(status.st_mode):o} {status.st_uid} "
                         f"{status.st_gid}\nopened\n")
-        assert "opened" not in mini("run", "--rm", *users, "-u", "1000", "--device",
+        assert "opened" not in mini("run", "--rm", *users, "-u", "1000:1000", "--device",
                                     device, "/bin/sh", "-c", script).stdout
         sh("chmod 777 /dev/f; chown 5:5 /dev/f", *users, "--device", device)
     after = os.stat(roots_device)
@@ -1632,6 +1632,7 @@ def test_a_label_is_an_order_to_the_next_execve():
         def write_file(path, text, why="", create=None):
             if why == "from the next execve on":
                 os.write(2, f"{os.readlink(f'/proc/self/fd/{path}')}={text}".encode())
+                m.os.pread = lambda *_: text.encode()
                 return 0
             return write(path, text, why, create)
         m.write_file = write_file
@@ -2215,7 +2216,8 @@ int main(int argc, char **argv)
 #ifdef __x86_64__
                 __asm__ volatile("int $0x80" : "=a"(r) : "a"(20) : "memory", "r8", "r9",
                                  "r10", "r11");
-                errno = r < 0 ? -r : 0;
+                errno = r == getpid() ? 0 : ENOSYS;
+                r = -1;
 #endif
             } else
                 r = syscall(a[0], a[1], a[2], a[3], a[4], a[5], a[6]);
@@ -2269,9 +2271,11 @@ def test_single_probes_are_answered_as_they_should_be(probe):
                 list(probes).index(f"{n['chroot']},0")]  # the kernel's own business
         assert found == wanted, options
     if MACHINE == "x86_64":
-        assert run("--rootfs", probe, "/probe", "compat") == f"signal {signal.SIGSYS:d}\n"
-        assert run("--rootfs", probe, "--security-opt", "seccomp=unconfined", "/probe",
-                   "compat") in ("0\n", "signal 11\n")  # 11: a kernel without that gate
+        gate = run("--rootfs", probe, "--security-opt", "seccomp=unconfined", "/probe",
+                   "compat")
+        assert gate in ("0\n", f"{ENOSYS & 0xFFFF}\n", "signal 11\n")  # is there one?
+        assert run("--rootfs", probe, "/probe", "compat") == (
+            f"signal {signal.SIGSYS:d}\n" if gate == "0\n" else gate)
 
 
 def in_runc(rootfs, seccomp, args, tmp_path):
