@@ -32,10 +32,11 @@ Contents (`grep -n '^# ══' minicontainer.py` finds each):
      8. IMAGES               layers from tarballs; a root file system from nothing
     11. THE SHIM             its terminal, its signals, its end
     12. THE ENGINE           containers by name: run, exec, system prune
+    15. THE CLASSROOM        a container in parts, and by hand
     16. COMMAND LINE         main
 
 A chapter uses only what stands above it: cut the file after any of them, and what
-is left still works.  (7, 9, 10 and 13 to 15 are not written yet; see README.md.)
+is left still works.  (7, 9, 10, 13 and 14 are not written yet; see README.md.)
 
 Vocabulary:
     rootfs   the directory that a container sees as /
@@ -121,6 +122,17 @@ class Fail(Exception):
         self.message, self.hint, self.code = message, hint, code
 
 
+class narration:
+    """How --explain talks: kept by every process, inherited by every fork."""
+
+    style = ""  # one of STYLES, or "" for silence
+    who = "parent"  # who is talking
+    fd = 2  # where to
+    colour = False
+    aside = ""  # what goes before a line that is not the narration's
+    began = time.monotonic_ns()
+
+
 SAID = set()  # what the person has been told
 
 
@@ -128,7 +140,8 @@ def say(message):
     """One line from us to the person, on standard error, and each only once."""
     if message not in SAID:
         SAID.add(message)
-        print(f"minicontainer: {message}", file=sys.stderr, flush=True)
+        text = f"minicontainer: {message}".replace("\n", f"\n{narration.aside}")
+        print(narration.aside + text, file=sys.stderr, flush=True)
 
 
 # PyDLL, unlike CDLL, keeps Python's global lock during the call.  Nothing else may
@@ -195,16 +208,6 @@ def from_json(text):
     return json.loads(text)
 
 
-class narration:
-    """How --explain talks: kept by every process, inherited by every fork."""
-
-    style = ""  # "", "text", "bpf": text with filters disassembled, or "json"
-    who = "parent"  # who is talking
-    fd = 2  # where to
-    colour = False
-    began = time.monotonic_ns()
-
-
 def spell_flags(value, *prefixes):
     """The names of the flags in `value`: those constants of this file that begin
     with one of the prefixes."""
@@ -256,27 +259,53 @@ def spell(name, args):
     return f"{name}({', '.join(spelled)})"
 
 
+STYLES = {}  # what --explain=STYLE may name: the function that makes the line
+
+
+def style(*names):
+    """Declare that the decorated function tells a request in the styles named: its
+    line, or "" for a request that it has no words for."""
+    def declare(function):
+        STYLES.update(dict.fromkeys(names, function))
+        return function
+    return declare
+
+
+def listing(args):
+    """The lines of a program among the arguments, where somebody has written them."""
+    return [text for value in args for text in getattr(value, "listing", ())]
+
+
+@style("text", "bpf")  # bpf: with seccomp filters disassembled
+def as_text(name, args, at, took, result, why):
+    """A request as strace would show it, and why it was made."""
+    grey, bold, red, end = (("\033[2m", "\033[1m", "\033[31m", "\033[0m")
+                            if narration.colour else ("",) * 4)
+    mark = red if result.startswith("-1") else bold
+    line = (f"{grey}{at:9.3f} ms {took:8.3f} ms{end}  {narration.who:<7} "
+            f"{mark}{spell(name, args)}{end} = {result}")
+    line += f"  {grey}# {why}{end}" if why else ""
+    return "\n    ".join([line, *listing(args)])
+
+
+@style("json")
+def as_json(name, args, at, took, result, why):
+    """A request as an object on a line."""
+    program = listing(args)
+    return to_json({"at_ms": round(at, 3), "took_ms": round(took, 3),
+                    "who": narration.who, "call": spell(name, args), "result": result,
+                    "why": why, **({"program": program} if program else {})})
+
+
 def narrate(name, args, began, result, why):
     """One line on the narration's descriptor, written at once so that lines of
     several processes never mix."""
     now = time.monotonic_ns()
     at, took = (began - narration.began) / 1e6, (now - began) / 1e6
-    call = spell(name, args)
-    program = [text for value in args for text in getattr(value, "listing", ())]
-    if narration.style == "json":
-        line = to_json({"at_ms": round(at, 3), "took_ms": round(took, 3),
-                        "who": narration.who, "call": call, "result": result,
-                        "why": why, **({"program": program} if program else {})})
-    else:
-        grey, bold, red, end = (("\033[2m", "\033[1m", "\033[31m", "\033[0m")
-                                if narration.colour else ("",) * 4)
-        mark = red if result.startswith("-1") else bold
-        line = (f"{grey}{at:9.3f} ms {took:8.3f} ms{end}  {narration.who:<7} "
-                f"{mark}{call}{end} = {result}")
-        line += f"  {grey}# {why}{end}" if why else ""
-        line += "".join(f"\n    {text}" for text in program)
+    line = STYLES[narration.style](name, args, at, took, result, why)
     try:
-        os.write(narration.fd, line.encode("utf-8", "backslashreplace") + b"\n")
+        if line and (name, result) != ("clone3", "0"):  # the child: its parent told it
+            os.write(narration.fd, line.encode("utf-8", "backslashreplace") + b"\n")
     except OSError:  # nobody listens any more: `| head`
         narration.style = ""
 
@@ -312,8 +341,7 @@ def request(name, args, ask, why):
         result += f" ({error.strerror})"
         raise
     finally:
-        if (name, result) != ("clone3", "0"):  # in the child: its parent has told it
-            narrate(name, args, began, result, why)
+        narrate(name, args, began, result, why)
 
 
 def syscall(name, *args, why=""):
@@ -362,13 +390,13 @@ def read_file(path, why=""):
     return request("read", (path,), ask, why)
 
 
-def start_narration(style):
-    """Begin to narrate in `style`, on a copy of standard error that no container
-    can inherit or replace."""
-    narration.style = style
+def start_narration(words):
+    """Begin to narrate in the style `words`, on a copy of standard error that no
+    container can inherit or replace."""
+    narration.style = words
     narration.fd = fcntl.fcntl(2, fcntl.F_DUPFD_CLOEXEC, 100)
-    narration.colour = (style != "json" and os.isatty(2)
-                        and not os.environ.get("NO_COLOR"))
+    narration.colour = os.isatty(2) and not os.environ.get("NO_COLOR")
+    narration.aside = "# " if words == "sh" else ""
 
 
 # A command is declared beside its meaning, with the options it takes; chapter 16
@@ -559,6 +587,7 @@ CLONE_NEWTIME, CLONE_NEWNS, CLONE_NEWCGROUP = 0x80, 0x20000, 0x2000000
 CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWUSER = 0x4000000, 0x8000000, 0x10000000
 CLONE_NEWPID, CLONE_NEWNET = 0x20000000, 0x40000000
 CLONE_PIDFD, CLONE_PARENT, CLONE_INTO_CGROUP = 0x1000, 0x8000, 0x200000000
+SIOCSIFFLAGS = 0x8914
 
 calls(
     clone3=(435, 435, "args size"),
@@ -750,7 +779,7 @@ def set_names(c):
 
 def loopback_up(c):
     """Step: bring up the loopback interface, down in every new network namespace."""
-    AF_INET, SOCK_DGRAM, SIOCSIFFLAGS, IFF_UP = 2, 0x80002, 0x8914, 1  # CLOEXEC'd
+    AF_INET, SOCK_DGRAM, IFF_UP = 2, 0x80002, 1  # CLOEXEC'd
     if not namespace_flags(c.spec) & CLONE_NEWNET:
         return
     fd = syscall("socket", AF_INET, SOCK_DGRAM, 0, why="any socket will do for ioctl")
@@ -3220,7 +3249,7 @@ def diagnose(error, step=""):
 
 BEFORE = (              # the parent, before there is another process
     make_cgroup,        # first: init may be born in it
-    open_stdio,
+    open_stdio,         # its ends are inherited
     take_sources,       # while our mounts are still the host's
     open_workshop,      # and now they are not
 )
@@ -3243,7 +3272,7 @@ BIRTH = (               # init, from "go" until it is your program
     make_devices,       # in the /dev that was just mounted
     open_console,       # from the /dev/pts that was just mounted
     take_stdio,         # if there is no terminal
-    set_names, loopback_up,
+    set_names, loopback_up,  # any time will do: each has a namespace of its own
     set_sysctls,        # while the host's /proc is there
     mask_paths,         # after all mounts that could lie on top of a mask
     pivot,              # after every step that needs a path of the host
@@ -3261,7 +3290,7 @@ BIRTH = (               # init, from "go" until it is your program
         become_reaper,  # with --init: process 1 stays behind, its child goes on
         label_program,  # counts for this process alone, so after the last fork
         reset_signals, install_seccomp,  # nothing but execve after it
-        execute,
+        execute,        # and it is your program
     )),
 )
 JOIN = (no_more_imports, hide_memory, wait_for_go, join_cgroup, join_namespaces,
@@ -4078,6 +4107,10 @@ RUN_OPTIONS = (
     arg("--stats-at-exit", action="store_true", help="print what it used"),
     arg("--storage-driver", choices=["overlay", "vfs"], default="overlay",
         help="vfs: copy the layers, where there is no overlay"),
+    arg("--stop-after", metavar="STEP", help="a shell in the half-made container; see "
+        "`steps` for what there is"),
+    arg("--without", metavar="STEP,…", action="append", default=[],
+        help="leave out walls: seccomp, userns, mask_paths …"),
 )
 
 
@@ -4209,6 +4242,13 @@ def remove(c):
     c.lock = -1
 
 
+def make_directory(path, owner, mode):
+    """Make a directory of the host for a container, owned by its root."""
+    syscall("mkdirat", AT_FDCWD, path, mode, why="a place for what is this container's")
+    if owner:
+        syscall("fchownat", AT_FDCWD, path, owner, owner, 0, why="its root's")
+
+
 def create(options, layers, args):
     """A container that has everything but a life: its directory, spec and ids."""
     id = os.urandom(32).hex()
@@ -4217,7 +4257,7 @@ def create(options, layers, args):
     directory = store("containers", id)
     guard = lock(os.path.dirname(directory), fcntl.LOCK_SH)  # prune waits for us
     try:
-        os.mkdir(directory, 0o711)
+        make_directory(directory, 0, 0o711)
         c = Container(id, spec, directory, layers)
         c.lock = lock(directory, fcntl.LOCK_EX)
     finally:
@@ -4232,16 +4272,16 @@ def create(options, layers, args):
         c.wants_reaper, c.workshop = options.init, store("workshop", "")
         copied = options.storage_driver == "vfs"
         for name in ("rootfs",) if copied else ("upper", "work"):
-            os.mkdir(f"{directory}/{name}", 0o755)
-            os.chown(f"{directory}/{name}", base, base)
+            make_directory(f"{directory}/{name}", base, 0o755)
         if copied:
             copy_layers(layers, f"{directory}/rootfs", base)
             c.layers = ()
         else:
-            os.chmod(f"{directory}/upper", stat.S_IMODE(os.stat(layers[-1]).st_mode))
+            syscall("fchmodat", AT_FDCWD, f"{directory}/upper",
+                    stat.S_IMODE(os.stat(layers[-1]).st_mode), why="as / of the image")
         for name, text in etc_files(c, options.network).items():
-            write_file(f"{directory}/{name}", text, create=0o644)
-            os.chown(f"{directory}/{name}", base, base)
+            write_file(f"{directory}/{name}", text, f"to be /etc/{name}", 0o644)
+            syscall("fchownat", AT_FDCWD, f"{directory}/{name}", base, base, 0)
             if not any(m["destination"] == f"/etc/{name}" for m in spec["mounts"]):
                 spec["mounts"].append({
                     "destination": f"/etc/{name}", "type": "bind",
@@ -4270,7 +4310,9 @@ def at_a_terminal():
 
 def choose(options):
     """(layers, arguments) of what `run` was asked to run."""
-    args = options.words
+    args = options.words or ["/bin/sh"] * bool(options.stop_after)
+    if not args:
+        raise Fail("COMMAND is missing", options.hint)
     if options.rootfs:
         return [layer_of(path) for path in options.rootfs], args
     if not args[0].startswith("/"):
@@ -4278,6 +4320,57 @@ def choose(options):
                    "a command of the default root file system begins with /, as in "
                    "run /bin/sh; --rootfs uses another one")
     return [default_rootfs()], args
+
+
+# What --without may leave out: a step that others do not build on, or a namespace.
+WALLS = (no_more_imports, hide_memory, join_cgroup, new_session, make_devices,
+         set_names, loopback_up, mask_paths, pivot, seal_root, drop_bounding,
+         become_user, set_capabilities, no_new_privileges, close_descriptors,
+         label_program, reset_signals, install_seccomp)
+NAMESPACE_WALLS = {"userns": "userns", "pidns": "pid", "netns": "network",
+                   "utsns": "uts", "ipcns": "ipc", "cgroupns": "cgroupns"}
+SHELL = take_stdio, die_with_parent, reset_signals, execute  # what one takes at least
+
+
+def leave_out_walls(options):
+    """The steps that --without names, by their whole name or its last word; the
+    namespaces that it names are made the host's."""
+    steps, names = set(), [name for text in options.without for name in text.split(",")]
+    for name in names:
+        found = [step for step in WALLS
+                 if name in (step.__name__, step.__name__.rpartition("_")[2])]
+        if name in NAMESPACE_WALLS:
+            setattr(options, NAMESPACE_WALLS[name], "host")
+        elif not found:
+            raise Fail(f"--without {name}: no such wall", ", ".join(
+                [*NAMESPACE_WALLS, *(step.__name__ for step in WALLS)]))
+        steps.update(found)
+    if names:
+        say(f"without {', '.join(names)}: a container with a wall missing")
+    return steps
+
+
+def choose_steps(options):
+    """(BEFORE, OUTSIDE, BIRTH) without what --without names, and no further than
+    --stop-after; then the program is a shell, wherever init stands."""
+    missing = leave_out_walls(options)
+    before, outside, birth = ([step for step in steps if step not in missing]
+                              for steps in (BEFORE, OUTSIDE, BIRTH))
+    if options.stop_after:
+        go = birth.index(wait_for_go) + 1
+        taken = [*before, *birth[:go], *outside, *birth[go:]]
+        names = [step.__name__ for step in taken]
+        if options.stop_after not in names:
+            raise Fail(f"--stop-after {options.stop_after}: no such step",
+                       "see `minicontainer steps`")
+        stop = names.index(options.stop_after) + 1
+        say(f"stopped after {options.stop_after}; next is "
+            + (names[stop:] or ["nothing"])[0])
+        del taken[stop:]
+        before = [step for step in before if step in taken or step == open_stdio]
+        outside = [step for step in outside if step in taken]
+        birth = [step for step in birth if step in taken or step in SHELL]
+    return before, outside, birth
 
 
 def report_end(c, options, code, used):
@@ -4294,7 +4387,7 @@ def report_end(c, options, code, used):
 
 @command("run", *RUN_OPTIONS, *PROCESS_OPTIONS, *NAMESPACE_OPTIONS, *CGROUP_OPTIONS,
          *MOUNT_OPTIONS, *PRIVILEGE_OPTIONS,
-         arg("words", nargs="A...", metavar="COMMAND", help="program and arguments"))
+         arg("words", nargs="A*", metavar="COMMAND", help="program and arguments"))
 def run_command(options):
     """Run a command in a new container."""
     need_root()
@@ -4302,17 +4395,23 @@ def run_command(options):
     layers, args = choose(options)
     if not (options.tty or options.interactive) and at_a_terminal():
         options.tty = options.interactive = True  # whoever sits at one wants -it
+    steps = choose_steps(options)
+    if options.tty and open_console not in steps[-1]:
+        options.tty = False
+        args += ["-i", "+m"] * (not options.words)  # --stop-after: a prompt even so
     c = create(options, layers, args)
     try:
         try:
-            start(c)
+            start(c, *steps)
         except CannotMapIds as error:
+            if narration.style == "sh":  # half of another script has been told
+                raise Fail(error.message, "--userns host does without") from None
             say(f"{error.message}: using the host's user namespace (root inside is "
                 "root outside)")
             remove(c)
             options.userns = "host"
             c = create(options, layers, args)
-            start(c)
+            start(c, *steps)
         save(f"{c.directory}/state.json", {"pid": c.pid})
         code = attend(c, options.interactive)
         used = c.cgroup.measure()
@@ -4400,6 +4499,344 @@ def system_prune_command(options):
     os.close(guard)
     if failed:
         raise failed
+
+# ══ 15. THE CLASSROOM ═════════════════════════════════════════════════════════════
+#
+# Nothing about a container is magic, and what was put together above can be taken apart
+# again by whoever wants to see what a part is good for:
+#
+#       steps                    the steps of chapter 6, and why each stands where it is
+#       run --stop-after STEP    a shell in the half-made container
+#       run --without STEP,…     a container with a wall missing
+#       run --explain=sh         the same container by hand: a shell script
+#
+# The script is the narration in other words: a line for each request that a program of
+# the command line can make too.  A shell differs from a process of ours in three ways.
+# It changes its namespaces only by becoming another shell, so there are three, each in
+# the text of the one before.  A second process holds the user namespace while its maps
+# are written.  And when / is the container's, the host's programs are still there under
+# ".", the old root, and are run by their own loader; the last of them, capsh, becomes
+# the container's program.
+#
+# It is for reading and for trying, with images that are trusted: a shell resolves the
+# names in an image by string (P4).  It shares no volume with the host, and no program
+# takes a seccomp filter from it.
+#
+# Man pages: unshare(1), nsenter(1), mount(8), pivot_root(8), capsh(1), ld.so(8).
+
+FIRST_SHELL = """\
+#!/bin/sh
+# What `minicontainer run` asked of the kernel, by hand.  Save it; as root: sh FILE
+set -eu
+code=0
+exec 5<&0  # where the container's input is, as each shell below reads its own text"""
+SECOND_SHELL = """\
+unshare --mount --propagation slave sh -eu <<'END OF WORKSHOP' || code=$?
+code=0
+in_new_namespace() {
+    until [ "$(readlink "/proc/$1/ns/user")" != "$(readlink /proc/self/ns/user)" ]; do
+        sleep 0.01
+    done
+}
+layer() {  # a directory, with the container's root (its id is $3) where root is on disk
+    mount --bind -o "X-mount.idmap=/proc/$users/ns/user" "$1" "$2"
+    if [ "$(stat -c %u "$2")" != "$3" ]; then  # mount(8) maps ids since 2.39
+        umount "$2"
+        cp -a "$1/." "$2"
+        chown -hR "$3:$3" "$2"
+    fi
+}"""
+THIRD_SHELL = """\
+sh -eu <<'END OF INIT' || code=$?
+read_only() {  # a mount, and all below it
+    findmnt -rno TARGET -R "$1" | while read -r at; do
+        mount -o remount,bind,ro "$at"
+    done
+}"""
+UNSHARE_WORDS = {"network": "net"}  # where unshare(1) has another word than the OCI
+
+
+def host_programs(names):
+    """({name: its path under "."}, what starts them there) for programs of the host
+    when another tree is /: the loader and the libraries that ELF headers name."""
+    import shutil
+
+    found = {name: shutil.which(name, path=DEFAULT_PATH) for name in names}
+    for name in (name for name, path in found.items() if not path):
+        raise Fail(f"--explain=sh: there is no {name} on this machine for the script",
+                   "apt-get install util-linux libcap2-bin coreutils")
+    files = list(map(os.path.realpath, found.values()))
+    for file in files:  # grows while we read it
+        files += {*map(os.path.realpath, libraries_of(file))} - {*files}
+    loaders = {os.path.realpath(loader) for file in files[:len(found)]
+               if (loader := interpreter_of(open_program(file)))}
+    top = ":".join(sorted({f".{os.path.dirname(file)}" for file in files[len(found):]}))
+    return ({name: f"$host .{file}" for name, file in zip(found, files, strict=False)},
+            "".join(f".{loader} --library-path {top}" for loader in loaders))
+
+
+class ByHand:
+    """The script so far: a method for each call that a shell has words for.
+
+    It is named as the call, takes its arguments, and returns lines, or none where the
+    call is only noted.  Parent and init each go on with a copy of their own.
+    """
+
+    def __init__(self):
+        import shlex
+
+        self.quote = shlex.quote
+        self.result = 0  # of the call that is told
+        self.made = []  # directories of the host
+        self.groups = []  # its control groups: their lists of processes
+        self.trees = {}  # descriptor of a mount that is nowhere yet: (source, mapped)
+        self.born, self.base = 0, 0  # init's namespaces, and its root's id
+        self.pivoted = self.ended = False
+        self.dropped, self.more, self.cwd = [], [], "/"  # for capsh
+        self.ids = 0, 0, []
+        self.host, self.loader = host_programs(
+            ("umount", "mount", "prlimit", "env", "capsh"))
+
+    def path(self, value, dirfd=AT_FDCWD):
+        """What a string, a Place or a descriptor stands for, as seen from here."""
+        if dirfd != AT_FDCWD:
+            return f"{self.path(dirfd)}/{self.quote(value)}"
+        if isinstance(value, str) and not isinstance(value, Place):
+            return self.quote(value)
+        fd = value if isinstance(value, int) else value.fd
+        path = os.readlink(f"/proc/self/fd/{fd}")
+        return self.quote(path.removeprefix(os.getcwd() + "/"))
+
+    # ── files ──
+
+    def mkdirat(self, dirfd, path, mode):
+        first = not self.made and f"export id={os.path.basename(path)}\n"
+        if dirfd == AT_FDCWD and path.startswith("/"):
+            self.made.append(path)
+        return f"{first or ''}mkdir -m {mode:o} {self.path(path, dirfd)}"
+
+    def mknodat(self, dirfd, path, mode, dev):
+        at = self.path(path, dirfd)
+        if stat.S_ISREG(mode):
+            return f"touch {at}"
+        return (f"mknod {at} {'b' if stat.S_ISBLK(mode) else 'c'} "
+                f"{os.major(dev)} {os.minor(dev)}")
+
+    def symlinkat(self, target, dirfd, path):
+        return f"ln -s {target} {self.path(path, dirfd)}"
+
+    def fchownat(self, dirfd, path, owner, group, flags):
+        return f"chown {owner}:{group} {self.path(path)}"
+
+    def fchmodat(self, dirfd, path, mode):
+        return f"chmod {mode:o} {self.path(path)}"
+
+    def write(self, path, text):
+        top, _, file = str(path).rpartition("/")
+        of_process = top.removeprefix("/proc/").isdecimal()
+        if file.endswith(".new") or not (of_process or not self.ended and (
+                top in self.made or top.startswith(("/proc/sys", CGROUP_ROOT)))):
+            return ""  # a record of ours, or what it has an open descriptor of
+        if file == "uid_map":
+            self.base = int(text.split()[1])
+        if of_process:
+            path = f"/proc/{'$users' if file.endswith('_map') else 'self'}/{file}"
+        tell = "printf '%s\\n'" if "\\" in text else "echo"
+        return f"{tell} {self.quote(text.rstrip())} > {path}"
+
+    # ── mounts ──
+
+    def open_tree(self, dirfd, path, flags):
+        self.trees[self.result] = path, False
+
+    def mount_setattr(self, fd, path, flags, attr, size):
+        words = ",".join(word for word, bit in OPTION_WORDS.items()
+                         if attr.attr_set & bit & 15)
+        if attr.attr_set & MOUNT_ATTR_IDMAP:
+            source, _ = self.trees[fd]
+            self.trees[fd] = source, True
+            if not attr.propagation:  # a volume: it has been put down already
+                return ("mount --rbind -o X-mount.idmap=/proc/$users/ns/user "
+                        f"{self.quote(source)} volume-{fd}")
+        elif words == "ro" and flags & AT_RECURSIVE:
+            return f"read_only {self.path(fd)}"
+        elif words:
+            mount = self.host["mount"] if self.pivoted else "mount"
+            return f"{mount} -o remount,bind,{words} {self.path(fd)}"
+
+    def move_mount(self, tree, path, to_dirfd, to_path, flags):
+        source, mapped = self.trees[tree]
+        if to_dirfd != AT_FDCWD:
+            return f"mount --rbind volume-{tree} {self.path(to_dirfd)}"
+        if mapped:
+            return f"layer {self.quote(source)} {to_path} {self.base}"
+        return f"mount --bind {self.quote(source)} {to_path}"
+
+    def mount(self, source, target, type, flags, data):
+        for word, bits in PROPAGATIONS.items():
+            if flags == bits:
+                return f"mount --make-{word} {self.path(target)}"
+        words = [word for word, bit in OPTION_WORDS.items() if flags & bit]
+        if flags & MS_BIND and not flags & MS_REMOUNT:
+            return (f"mount --{'rbind' if flags & MS_REC else 'bind'} "
+                    f"{self.path(source)} {self.path(target)}")
+        words += ["remount"] * bool(flags & MS_REMOUNT) + [data] * bool(data)
+        options = f"-o {self.quote(','.join(words) or 'rw')}"
+        kind = f" -t {type} {self.path(source)}" if type else ""
+        return f"mount {options}{kind} {self.path(target)}"
+
+    def fchdir(self, fd):
+        if self.pivoted:
+            self.cwd = os.readlink(f"/proc/self/fd/{fd}")
+        elif narration.who == "init":
+            return f"cd {self.path(fd)}"
+
+    def chdir(self, path):
+        return "" if self.pivoted else f"cd {path}"
+
+    def pivot_root(self, new_root, put_old):
+        self.pivoted = True
+        return ("pivot_root . .\n"
+                "cd -P /..  # the old root lies on top of the new one\n"
+                f'host="{self.loader}"')
+
+    def umount2(self, target, flags):
+        return f"{self.host['umount']} --no-canonicalize --lazy ."
+
+    # ── processes ──
+
+    def openat(self, dirfd, path, flags, mode):
+        if path.endswith("/tasks"):
+            self.groups.append(path)
+        elif path in self.made:
+            self.groups.append(f"{path}/cgroup.procs")
+
+    def unshare(self, flags):
+        if narration.who == "parent":
+            return SECOND_SHELL
+        kinds = [UNSHARE_WORDS.get(kind, kind) for kind, row in NAMESPACES.items()
+                 if (self.born | flags) & row[0] and kind != "user"]
+        users = "nsenter --user=/proc/$users/ns/user --setuid 0 --setgid 0 "
+        return (users * bool(self.born & CLONE_NEWUSER)
+                + f"unshare --{' --'.join(kinds)} --fork --kill-child {THIRD_SHELL}")
+
+    def clone3(self, args, size):
+        return self.clone(args.flags)
+
+    def clone(self, flags, *_):
+        self.born = flags
+        lines = [f"echo $$ > {self.quote(group)}" for group in self.groups]
+        for fd, (source, _) in self.trees.items():
+            lines += [f"{'mkdir' if os.path.isdir(source) else 'touch'} volume-{fd}",
+                      f"mount --rbind {self.quote(source)} volume-{fd}"]
+        if flags & CLONE_NEWUSER:
+            lines += ["unshare --user sleep 1000000 &", "users=$!",
+                      "in_new_namespace $users"]
+        return "\n".join(lines)
+
+    def setns(self, fd, flags):
+        self.ended = True  # the parent goes home: what it does now is for us alone
+
+    def sethostname(self, name, length):
+        return f"hostname {self.quote(name)}"
+
+    def setdomainname(self, name, length):
+        return f"domainname {self.quote(name)}"
+
+    def ioctl(self, fd, request, argument):
+        return "ip link set lo up" if request == SIOCSIFFLAGS else ""
+
+    # ── privileges ──
+
+    def setgroups(self, count, groups):
+        self.ids = *self.ids[:2], groups[:count]
+
+    def setresgid(self, gid, *_):
+        self.ids = self.ids[0], gid, self.ids[2]
+
+    def setresuid(self, uid, *_):
+        self.ids = uid, *self.ids[1:]
+
+    def umask(self, mode):
+        return f"umask {mode:04o}"
+
+    def prctl(self, option, value, *_):
+        if option == PR_CAPBSET_DROP:
+            self.dropped.append(CAPABILITIES[value].lower())
+        elif option == PR_SET_NO_NEW_PRIVS:
+            self.more = ["--no-new-privs"]
+
+    def prlimit64(self, pid, resource, new, old):
+        low, high = (value if value < 1 << 63 else "unlimited" for value in new)
+        return f"{self.host['prlimit']} --pid $$ --{RLIMITS[resource]}={low}:{high}"
+
+    def seccomp(self, operation, flags, program):
+        return f"# a filter of {program.len} instructions, that no shell can install"
+
+    def execve(self, path, argv, envp):
+        if not os.path.lexists(path) or self.ended:
+            return ""
+        self.ended = True  # whatever comes of it
+        uid, gid, groups = self.ids
+        program = [f"--shell={path}", "--", *argv[1:]]
+        if self.cwd != "/":
+            program = ["--shell=/bin/sh", "--", "-c", 'cd "$0" && exec "$@"', self.cwd,
+                       path, *argv[1:]]
+        drop = [f"--drop={','.join(self.dropped)}"] * bool(self.dropped)
+        words = ["--chroot=/", *drop, f"--groups={','.join(map(str, groups))}",
+                 f"--gid={gid}", f"--uid={uid}", *self.more, *program]
+        lines = [f"exec {self.host['env']} -i {' '.join(map(self.quote, envp))} \\",
+                 f"    {self.host['capsh']} \\",
+                 f"    {' '.join(map(self.quote, words))} <&5 5<&-", "END OF INIT"]
+        if self.born & CLONE_NEWUSER:
+            lines += ["kill $users", "wait $users 2>/dev/null || :"]
+        lines += ["exit $code", "END OF WORKSHOP"]
+        lines += [f"{'rmdir' if top.startswith(CGROUP_ROOT) else 'rm -r'} {top}"
+                  for top in self.made if os.path.dirname(top) not in self.made]
+        return "\n".join([*lines, "exit $code"])
+
+
+BY_HAND = []  # the script of this process, once it has begun
+
+
+@style("sh")
+def as_shell(name, args, at, took, result, why):
+    """A request as the line of a shell script, if it has one."""
+    begin = ""
+    if not BY_HAND:
+        begin, narration.style = FIRST_SHELL + "\n", ""  # what it takes is not told
+        BY_HAND.append(ByHand())
+        narration.style = "sh"
+    hand, tell = BY_HAND[0], getattr(BY_HAND[0], name, None)
+    if tell is None or not (result.isdecimal() or name == "execve"):
+        return begin.rstrip()
+    hand.result = int(result) if result.isdecimal() else 0
+    lines = tell(*args) or ""
+    why = f"  # {why}" * bool(lines and why and "\n" not in lines)
+    return begin + lines.replace(os.path.basename(hand.made[0]), "$id").replace(
+        "id=$id", f"id={os.path.basename(hand.made[0])}") + why
+
+
+def why_each(tuple_name):
+    """(name, why it stands there) of each step in a tuple of chapter 6, out of its own
+    text: the comment on a line is about the last step on it."""
+    text = read_file(__file__).partition(f"\n{tuple_name} = (")[2].partition("\n)\n")[0]
+    for line in text.splitlines()[1:]:
+        code, _, comment = line.partition("#")
+        for name in code.replace("*(TAIL := (", "").replace(")", "").split(","):
+            if name := name.strip():
+                yield name, comment.strip()
+
+
+@command("steps")
+def steps_command(options):
+    """The steps of a container's birth, and why each stands where it does."""
+    for tuple_name, who in (("BEFORE", "the parent, before there is another process"),
+                            ("OUTSIDE", "the parent, while init waits for it"),
+                            ("BIRTH", "init, until it has become the program")):
+        print(f"{tuple_name}: {who}")
+        for name, why in why_each(tuple_name):
+            print(f"  {name:18} {why}")
 
 # ══ 16. COMMAND LINE ══════════════════════════════════════════════════════════════
 #
@@ -4514,8 +4951,9 @@ def uninstall_command(options):
 # ── the words of the command line ──
 
 COMMON_OPTIONS = (
-    arg("--explain", optional="text", choices=["text", "bpf", "json"], metavar="STYLE",
-        help="narrate every request to the kernel; bpf: disassemble filters"),
+    arg("--explain", optional="text", choices=list(STYLES), metavar="STYLE",
+        help="narrate every request to the kernel; bpf: disassemble filters; json; sh: "
+             "print `run` as a shell script"),
     arg("--help", action="store_true", help="show this"),
 )
 
@@ -4545,7 +4983,7 @@ def command_usage(words):
         else:
             row = value
             head += f" [{value}]" if how.get("nargs") in ("?", "*") else f" {value}"
-            head += " [ARG...]" if how.get("nargs") == "A..." else ""
+            head += " [ARG...]" if how.get("nargs", "").startswith("A") else ""
         rows.append(f"  {row:34} {how['help']}" if len(row) < 34 else
                     f"  {row}\n{'':37}{how['help']}")
     return "\n".join([head, "", function.__doc__.splitlines()[0], "", *rows])
@@ -4588,8 +5026,8 @@ def take_option(options, flags, word, left):
 def take_operands(options, operands, given):
     """Give each operand its share of the words that are no options."""
     for name, how in operands:
-        many = how.get("nargs") in ("A...", "+", "*")
-        if not given and how.get("nargs") not in ("?", "*"):
+        many = how.get("nargs") in ("A...", "A*", "+", "*")
+        if not given and how.get("nargs") not in ("?", "*", "A*"):
             raise Fail(f"{how['metavar']} is missing", options.hint)
         if given:
             setattr(options, name, given if many else given[0])
@@ -4616,7 +5054,7 @@ def parse(words, argv):
             flags.update(dict.fromkeys(names, (name, how)))
         else:
             operands.append((name, how))
-    runs = any(how.get("nargs") == "A..." for _, how in operands)
+    runs = any(how.get("nargs", "").startswith("A") for _, how in operands)
     left = list(argv)
     while left:
         word = left.pop(0)
@@ -4639,7 +5077,7 @@ def dispatch(argv):
         raise Fail("the OCI runtime is chapter 7, which is not written yet",
                    "`minicontainer run` makes containers", 1)
     style = os.environ.get("MINICONTAINER_EXPLAIN", "").lower()
-    style = style if style in ("text", "bpf", "json") else "text" if style else ""
+    style = style if style in STYLES else "text" if style else ""
     while argv and argv[0].startswith("--explain"):
         style = argv.pop(0).partition("=")[2] or "text"
     if not argv or argv[0] in ("help", "--help", "-h"):
@@ -4653,8 +5091,15 @@ def dispatch(argv):
         raise Fail(f"the system calls of {os.uname().machine} are not known here",
                    f"known are {' and '.join(KERNEL_NAMES)}")
     function, options = parse(words, argv[len(words.split()):])
-    if options.explain or style:
-        start_narration(options.explain or style)
+    style = options.explain or style
+    if style not in ("", *STYLES):
+        raise Fail(f"invalid argument {style!r} for --explain",
+                   "one of: " + ", ".join(STYLES))
+    if style == "sh" and words != "run":
+        raise Fail("--explain=sh prints the script of a `run`, and of nothing else",
+                   "--explain tells about any command")
+    if style:
+        start_narration(style)
     return function(options) or 0
 
 

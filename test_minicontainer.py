@@ -3216,6 +3216,94 @@ def test_no_free_range_of_ids_is_an_error_in_words():
     assert code == 125 and "system prune" in err
 
 
+# ══ 15. THE CLASSROOM ══
+
+def test_the_steps_are_listed_each_with_why_it_stands_there():
+    code, out, _ = forked(main("steps"))
+    rows = [line.split(None, 1) for line in out.splitlines() if line.startswith("  ")]
+    assert code == 0 and [row[0] for row in rows] == [
+        step.__name__ for steps in (m.BEFORE, m.OUTSIDE, m.BIRTH) for step in steps]
+    assert all(len(row) == 2 for row in rows)
+
+
+@root
+def test_a_shell_can_stop_in_a_container_that_is_half_made():
+    script = "echo $(id -u) $PWD $(grep -c rootfs/proc /proc/self/mountinfo)"
+    workshop = f"{STORE}/workshop"
+    for step, seen in (("make_cgroup", f"65534 {HERE} 0"), ("map_ids", f"65534 {workshop} 0"),
+                       ("become_root", f"0 {workshop} 0"), ("pivot", "0 / 0"),
+                       ("mount_all", f"0 {workshop} 1"), ("execute", "0 / 0")):
+        result = mini("run", "--rm", "-i", "--stop-after", step, stdin=script + "\n")
+        assert result.returncode == 0 and result.stdout == seen + "\n", (step, result)
+        assert f"stopped after {step}; next is " in result.stderr
+    assert "no such step" in refused("run", "--stop-after", "pivoted", "/bin/sh")
+
+
+@root
+def test_at_a_terminal_the_half_made_container_is_a_shell_with_a_prompt():
+    for step in ("build_rootfs", "pivot"):
+        terminal = Terminal("run", "--rm", "--stop-after", step)
+        terminal.expect(r"stopped after")
+        terminal.expect(r"[#$] ")
+        terminal.type("echo $((6 * 7))\nexit 3\n")
+        terminal.expect(r"\b42\b")
+        assert terminal.end() == 3
+
+
+@root
+@pytest.mark.parametrize("step", m.WALLS, ids=lambda step: step.__name__)
+def test_any_wall_can_be_left_out_and_that_is_announced(step):
+    result = mini("run", "--rm", "--without", step.__name__, "/bin/sh", "-c", "echo up")
+    assert (result.returncode, result.stdout) == (0, "up\n")
+    assert result.stderr == (f"minicontainer: without {step.__name__}: a container with "
+                             "a wall missing\n")
+
+
+@root
+def test_what_a_wall_was_good_for_is_seen_when_it_is_missing():
+    script = "grep Seccomp: /proc/self/status; cat /proc/self/uid_map; ls -A /"
+    seen = mini("run", "--rm", "--without", "seccomp,userns,pivot", "/bin/sh", "-c", script)
+    words = seen.stdout.split()
+    assert words[:5] == ["Seccomp:", "0", "0", "0", str(2**32 - 1)]
+    assert words[5:] == sorted(os.listdir("/"))  # the host's own files
+    assert "no such wall" in refused("run", "--without", "execute", "/bin/sh")
+
+
+SEEN_INSIDE = """id -u; id -G; hostname; pwd; env | grep -Ev 'SHLVL|OLDPWD' | sort; ls / /dev
+cat /proc/self/uid_map /proc/self/gid_map; grep -E 'Cap|NoNew' /proc/self/status
+ulimit -n; wc -c < /proc/interrupts; cut -d ' ' -f 5,6 /proc/self/mountinfo |
+    sed s/,idmapped// | sort
+cat /proc/self/cgroup /proc/self/oom_score_adj /sys/class/net/lo/operstate; umask
+cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/memory/memory.limit_in_bytes 2> /dev/null
+touch /etc/mark 2>&1; ls /etc; ls /proc/self/ns; cat; exit 7"""
+
+
+@root
+@pytest.mark.parametrize("options", [
+    [], ["--userns", "host", "--pid", "host", "--network", "host"],
+    ["-u", "1000:1001", "-w", "/tmp", "-e", "A=it's $b", "--read-only", "--tmpfs", "/x",
+     "-v", f"{HERE}:/v:ro", "--ulimit", "nofile=100:200", "--domainname", "by.hand",
+     "--security-opt", "no-new-privileges", "--umask", "0077", "--cap-add", "SYS_TIME"]])
+def test_a_shell_script_does_by_hand_what_run_does(tmp_path, options):
+    for program in ("capsh", "ip"):
+        if not shutil.which(program):
+            pytest.skip(f"no {program} here: apt-get install libcap2-bin iproute2")
+    run_ = mini("run", "--rm", "-i", "--explain=sh", "--hostname", "hand", "--memory", "64m",
+                *options, "/bin/sh", "-c", SEEN_INSIDE, stdin="typed\n")
+    (tmp_path / "script").write_text(run_.stderr)
+    by_hand = subprocess.run(["sh", tmp_path / "script"], input="typed\n", text=True,
+                             capture_output=True)
+    assert (by_hand.returncode, by_hand.stderr) == (7, run_.stderr[:0])
+    assert by_hand.stdout == run_.stdout and run_.stdout.endswith("typed\n")
+
+
+def test_a_script_is_printed_for_run_alone():
+    code, _, err = forked(main("ns", "--explain=sh"))
+    assert code == 125 and "--explain=sh prints the script of a `run`" in err
+    code, _, err = forked(main("--explain=verse", "ns"))
+    assert code == 125 and "invalid argument 'verse' for --explain" in err
+
+
 # ══ 16. COMMAND LINE ══
 
 def test_a_mistake_of_ours_is_no_traceback_either(monkeypatch, capsys):
