@@ -4731,6 +4731,7 @@ class ByHand:
                       f"mount --rbind {self.quote(source)} volume-{fd}"]
         if flags & CLONE_NEWUSER:
             lines += ["unshare --user sleep 1000000 &", "users=$!",
+                      "trap 'kill $users; wait $users 2>/dev/null || :' EXIT",
                       "in_new_namespace $users"]
         return "\n".join(lines)
 
@@ -4787,10 +4788,8 @@ class ByHand:
                  f"--gid={gid}", f"--uid={uid}", *self.more, *program]
         lines = [f"exec {self.host['env']} -i {' '.join(map(self.quote, envp))} \\",
                  f"    {self.host['capsh']} \\",
-                 f"    {' '.join(map(self.quote, words))} <&5 5<&-", "END OF INIT"]
-        if self.born & CLONE_NEWUSER:
-            lines += ["kill $users", "wait $users 2>/dev/null || :"]
-        lines += ["exit $code", "END OF WORKSHOP"]
+                 f"    {' '.join(map(self.quote, words))} <&5 5<&-",
+                 "END OF INIT", "exit $code", "END OF WORKSHOP"]
         lines += [f"{'rmdir' if top.startswith(CGROUP_ROOT) else 'rm -r'} {top}"
                   for top in self.made if os.path.dirname(top) not in self.made]
         return "\n".join([*lines, "exit $code"])

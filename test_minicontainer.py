@@ -3282,14 +3282,16 @@ touch /etc/mark 2>&1; ls /etc; ls /proc/self/ns; cat; exit 7"""
 @pytest.mark.parametrize("options", [
     [], ["--userns", "host", "--pid", "host", "--network", "host"],
     ["-u", "1000:1001", "-w", "/tmp", "-e", "A=it's $b", "--read-only", "--tmpfs", "/x",
-     "-v", f"{HERE}:/v:ro", "--ulimit", "nofile=100:200", "--domainname", "by.hand",
+     "--ulimit", "nofile=100:200", "--domainname", "by.hand",
      "--security-opt", "no-new-privileges", "--umask", "0077", "--cap-add", "SYS_TIME"]])
 def test_a_shell_script_does_by_hand_what_run_does(tmp_path, options):
     for program in ("capsh", "ip"):
         if not shutil.which(program):
             pytest.skip(f"no {program} here: apt-get install libcap2-bin iproute2")
     run_ = mini("run", "--rm", "-i", "--explain=sh", "--hostname", "hand", "--memory", "64m",
-                *options, "/bin/sh", "-c", SEEN_INSIDE, stdin="typed\n")
+                "-v", f"{tmp_path}:/v:ro", *options, "/bin/sh", "-c", SEEN_INSIDE,
+                stdin="typed\n")
+    assert run_.returncode == 7, run_.stderr
     (tmp_path / "script").write_text(run_.stderr)
     by_hand = subprocess.run(["sh", tmp_path / "script"], input="typed\n", text=True,
                              capture_output=True)
