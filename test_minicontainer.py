@@ -12,6 +12,8 @@ import ctypes
 import errno
 import fcntl
 import functools
+import gc
+import glob
 import hashlib
 import http.server
 import importlib
@@ -62,6 +64,7 @@ LAUNCHER = f"{STORE}/bin/minicontainer"  # what users start, and it never compil
 with contextlib.redirect_stdout(None):
     m.install_command(m.parse("install", ["--prefix", STORE])[1])
 LINES = SOURCE.splitlines()
+gc.set_threshold(100_000)  # as a launcher has it; a fork copies all that it touches
 
 root = pytest.mark.root
 
@@ -119,10 +122,11 @@ def tree(top):
                   for name in dirs + files)
 
 
-def our_processes():
-    """Processes of minicontainer, in a container or in a container's control group."""
+def our_processes(but=()):
+    """Processes of minicontainer, in a container or in a container's control group;
+    not one that has ended and that only process 1 has yet to reap."""
     found = set()
-    for pid in filter(str.isdecimal, os.listdir("/proc")):
+    for pid in set(filter(str.isdecimal, os.listdir("/proc"))).difference(but):
         with contextlib.suppress(OSError):
             with open(f"/proc/{pid}/cgroup") as file:
                 inside = "/minicontainer-" in file.read()
@@ -130,7 +134,9 @@ def our_processes():
                 ours = LAUNCHER.encode() in file.read()
             theirs = os.stat(f"/proc/{pid}").st_uid >= 0x70000000
             if inside or ours or theirs or STORE in os.readlink(f"/proc/{pid}/cwd"):
-                found.add(pid)
+                with open(f"/proc/{pid}/stat") as file:
+                    if file.read().rpartition(") ")[2].split()[:2] != ["Z", "1"]:
+                        found.add(pid)
     return found
 
 
@@ -154,7 +160,7 @@ def host():
             "directory": os.getcwd(),
             "containers": tree(f"{STORE}/containers"), "ids": tree(f"{STORE}/ids"),
             "workshop": tree(f"{STORE}/workshop"),
-            "unfinished": [p for p in tree(STORE) if "/.new-" in p]}
+            "unfinished": glob.glob(f"{STORE}/*/.new-*")}
 
 
 @pytest.fixture(autouse=True)
@@ -164,13 +170,13 @@ def the_host_is_left_as_it_was(request):
         return
     if not IS_ROOT:
         pytest.skip("makes real containers, which takes root: sudo python3 -m pytest")
-    before, processes = host(), our_processes()
+    before, processes = host(), os.listdir("/proc")
     yield
     try:
-        until(lambda: our_processes() <= processes, 10)
+        until(lambda: not our_processes(but=processes), 10)
         assert host() == before
     except AssertionError:  # so that the next test is not blamed for this one
-        for pid in our_processes() - processes:
+        for pid in our_processes(but=processes):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(pid), signal.SIGKILL)
         mini("system", "prune")
@@ -1906,7 +1912,7 @@ def test_the_default_allows_and_denies_what_dockers_does():
         for capabilities in CAPABILITY_SETS:
             program = builtin(capabilities, machine)
             oracle = docker and meant(docker, capabilities, machine)
-            compiled = docker and m.seccomp_program(
+            assert not docker or program == m.seccomp_program(
                 m.oci_profile(docker, capabilities, machine, "6.1.0"), machine)
             for number in EVERY_NUMBER:
                 for word in WORDS if number in choosy else (0, 0x10000000):
@@ -1917,7 +1923,6 @@ def test_the_default_allows_and_denies_what_dockers_does():
                         wanted = oracle(number, [word])
                         case = (machine, capabilities, number, hex(word))
                         assert said == wanted, case
-                        assert bpf(compiled, number, [word], machine)[0] == wanted, case
     # what the comparison above found, for hosts without a copy of Docker's profile
     assert digest.hexdigest()[:16] == "cda3a8e358e34718"
 
@@ -2651,10 +2656,8 @@ def test_a_tarball_is_unpacked_once_and_kept_by_its_digest(tmp_path, busybox):
                         ("hello", suffix.encode() + b"\n"), mode=mode)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         assert run("--rootfs", path, "/bin/cat", "/hello") == suffix + "\n"
-        for _ in range(2):
-            assert run("--rootfs", path, "/bin/cat", "/hello") == suffix + "\n"
         made = os.stat(f"{STORE}/layers/{digest}").st_mtime_ns
-        run("--rootfs", path, "/bin/cat", "/hello")
+        assert run("--rootfs", path, "/bin/cat", "/hello") == suffix + "\n"
         assert os.stat(f"{STORE}/layers/{digest}").st_mtime_ns == made
 
 
@@ -2767,7 +2770,7 @@ def test_a_tree_is_removed_however_deep_and_no_link_is_followed(tmp_path):
     (outside / "f").touch()
     top.mkdir()
     fd = os.open(top, os.O_RDONLY)
-    for _ in range(3000):
+    for _ in range(1200):  # deeper than Python recurses, longer than a path may be
         os.mkdir("d" * 20, dir_fd=fd)
         os.symlink(outside, "link", dir_fd=fd)
         below = os.open("d" * 20, os.O_RDONLY, dir_fd=fd)
@@ -3043,7 +3046,6 @@ def test_the_callers_terminal_is_restored_whatever_happens(how):
         os.kill(pid, signal.SIGKILL if how == "kill -9" else signal.SIGTERM)
     if how == "kill":  # process 1 ignores a SIGTERM that it has no handler for
         os.kill(pid, signal.SIGTERM)
-        time.monotonic()
         until(lambda: (os.kill(pid, signal.SIGTERM), os.waitid(
             os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT))[1])
     os.waitpid(pid, 0)
@@ -3090,7 +3092,7 @@ def test_closed_descriptors_and_an_ignored_sigchld_do_no_harm():
 @root
 def test_more_input_than_a_program_reads_does_not_stop_us():
     t = Terminal("run", "--rm", "-it", "/bin/sh", "-c", "stty raw -echo; echo ready; "
-                 "sleep 1; echo END")
+                 "sleep 0.3; echo END")
     t.expect("ready")
     os.set_blocking(t.fd, False)
     with contextlib.suppress(BlockingIOError):
