@@ -479,9 +479,10 @@ def test_the_main_job_can_be_tested_here():
 
 
 @root
-def test_the_file_runs_as_it_stands():
-    result = subprocess.run([PYTHON, PROGRAM, "run", "--rm", "/bin/sh", "-c", "echo $$"],
-                            capture_output=True, text=True)
+@pytest.mark.parametrize("how", [[PROGRAM], ["-m", "minicontainer"]])
+def test_the_file_runs_as_it_stands(how):
+    result = subprocess.run([PYTHON, *how, "run", "--rm", "/bin/sh", "-c", "echo $$"],
+                            capture_output=True, text=True, cwd=HERE)
     assert (result.returncode, result.stdout) == (0, "1\n")
 
 
