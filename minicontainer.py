@@ -30,8 +30,8 @@ Contents (`grep -n '^# ══' minicontainer.py` finds each):
      5. PRIVILEGES           what it can do
      6. THE CONTAINER        all of it, in order, on one screen
      8. IMAGES               layers from tarballs; a root file system from nothing
-    11. THE SHIM             its terminal, its signals, its end
-    12. THE ENGINE           containers by name: run, exec, system prune
+    11. THE SHIM             its terminal, its log, its signals, its end
+    12. THE ENGINE           containers by name: run, ps, logs, stop, exec …
     15. THE CLASSROOM        a container in parts, and by hand
     16. COMMAND LINE         main
 
@@ -75,6 +75,7 @@ import sys
 import time
 from _json import encode_basestring as quote
 from _json import encode_basestring_ascii as quote_ascii
+from _json import make_scanner
 
 # Only what every command needs is imported here, because every start pays for it;
 # the rest (json, tarfile, hashlib …) is imported by the function that needs it.
@@ -144,6 +145,11 @@ def say(message):
         print(narration.aside + text, file=sys.stderr, flush=True)
 
 
+def complain(fail):
+    """What a Fail has to say, to the person."""
+    say(f"{fail.message}" + (f"\n  hint: {fail.hint}" if fail.hint else ""))
+
+
 # PyDLL, unlike CDLL, keeps Python's global lock during the call.  Nothing else may
 # run while clone3 below copies the process.
 LIBC = ctypes.PyDLL(None, use_errno=True)
@@ -201,11 +207,25 @@ def to_json(value):
     return str(value)
 
 
+class json_words:
+    """What json.loads takes for granted."""
+
+    strict, memo, parse_float, parse_int = True, {}, float, int
+    object_hook = object_pairs_hook = parse_constant = None
+
+
 def from_json(text):
-    """The document that JSON text means."""
+    """The document that JSON text means, without `import json` where all is well."""
+    text = text.decode() if isinstance(text, bytes) else text
+    try:
+        document, end = make_scanner(json_words)(text, 0)
+        if not text[end:].strip():
+            return document
+    except (StopIteration, SystemError, TypeError, ValueError):
+        pass
     import json
 
-    return json.loads(text)
+    return json.loads(text)  # or its words for what is wrong
 
 
 def spell_flags(value, *prefixes):
@@ -595,6 +615,7 @@ calls(
     unshare=(272, 97, "CLONE_"),
     setns=(308, 268, "fd CLONE_"),
     pidfd_open=(434, 434, "pid flags"),
+    pidfd_send_signal=(424, 424, "pidfd SIG info flags"),
     sethostname=(170, 161, "name length"),
     setdomainname=(171, 162, "name length"),
     socket=(41, 198, "family type protocol"),
@@ -3394,13 +3415,19 @@ STORE = os.path.abspath(os.environ.get("MINICONTAINER_ROOT")
                         or "/var/lib/minicontainer")
 
 
+PARENTS = set()  # directories of the store that are there
+
+
 def store(*names):
     """A path in the store, its directory made if need be.
 
     Only root may look in: a layer has setuid programs that the host never asked for.
     """
     path = os.path.join(STORE, *names)
-    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    parent = os.path.dirname(path)
+    if parent not in PARENTS:
+        os.makedirs(parent, mode=0o700, exist_ok=True)
+        PARENTS.add(parent)
     return path
 
 
@@ -3879,26 +3906,47 @@ def default_rootfs():
 
 # ══ 11. THE SHIM ══════════════════════════════════════════════════════════════════
 #
-# Somebody has to stay with a container while it lives: pass on what is typed and what
-# is shown, hand it the signals that were meant for it, and be there when it ends.
+# Somebody has to stay with a container while it lives: hold the outer ends of its pipes
+# or of its terminal, keep what it writes, be there when it ends, and tell the truth
+# about that afterwards.  It cannot be the command that the person typed, who may want
+# to leave (ctrl-p ctrl-q), nor a daemon, whose death would be everybody's.  It is one
+# small process for each container, the shim: a fork of the command that started it.
 #
-#       keyboard ──▶ stdin ──▶ ┌────────┐ ──▶ console ┄┄▶ /dev/pts/0 ──▶ program
-#       screen   ◀── stdout ◀─ │ parent │ ◀── console ◀┄┄ /dev/pts/0 ◀──    │
-#       Ctrl-C, kill ────────▶ └────────┘ ◀────────── SIGCHLD ───────────────┘
+#       run, attach                     shim                           container
+#     keyboard ──▶ ┌────────┐  input  ┌──────┐ ──▶ console ┄┄▶ /dev/pts/0 ──▶ program
+#     screen   ◀── │ client │ ◀─────▶ │ poll │ ◀── console ◀┄┄ /dev/pts/0 ◀──    │
+#     Ctrl-C ────▶ └────────┘ output  └──────┘ ◀─────────── SIGCHLD ─────────────┘
+#                    … and others      │  └──▶ the log
+#                                      └──▶ the record (chapter 12)
 #
-# With -t there is a terminal in between, else three pipes; both are streams of bytes.
-# A signal that arrives at any moment is awkward; one that is read from a descriptor
-# is a message like the others.  So the parent blocks signals before there is anything
-# to lose, and reads them from a signalfd in the same poll() as the streams.
+# Client and shim talk over a Unix socket that keeps messages whole: a letter, and what
+# it is about.  The shim forks with one end of such a pair and listens for more at
+# `attach` in the container's directory, so any number can look on and type; a letter
+# is a method of the class below.  Each sees what is written from then on, after it is
+# in the log; the container waits for the slowest of them, as it would for a slow
+# terminal.  The log is a file and waits for nobody who reads it.
 #
-# With -t the caller's terminal is made raw, so that Ctrl-C and Ctrl-Z are bytes that
-# reach the container's terminal, which turns them into signals inside.  It has to be
-# put back whatever happens, even if the parent is killed with -9; so a second process
-# that does nothing else waits for that.
+# A signal that arrives at any moment is awkward; one that is read from a descriptor is
+# a message like the others.  So both block signals and read them from a signalfd in
+# the same poll() as the rest.  With -t the person's terminal is made raw, so that
+# Ctrl-C is a byte that the container's terminal turns into a signal inside.  It has to
+# be put back even if the client is killed with -9: a second process waits for that.
 #
-# Man pages: pty(7), signalfd(2), termios(3), poll(2).
+# Process 1 dies with its shim (chapter 5), so that a killed one leaves nothing running
+# unseen.  A killed client is a client that has left.
+#
+# Man pages: unix(7), pty(7), signalfd(2), termios(3), poll(2), inotify(7).
 
-calls(signalfd4=(289, 74, "fd mask size flags"))
+calls(
+    signalfd4=(289, 74, "fd mask size flags"),
+    socketpair=(53, 199, "family type protocol sv"),
+    bind=(49, 200, "fd addr addrlen"), connect=(42, 203, "fd addr addrlen"),
+    listen=(50, 201, "fd backlog"), accept4=(288, 242, "fd addr addrlen flags"),
+)
+AF_UNIX, MESSAGES = 1, 5 | O_CLOEXEC | O_NONBLOCK  # SOCK_SEQPACKET
+PR_SET_CHILD_SUBREAPER = 36
+MOST = 1 << 16  # bytes read at once
+TROUBLE = select.POLLHUP | select.POLLERR | select.POLLNVAL
 
 # All signals but those that stop us, cannot be held, or are a mistake of our own.
 WATCHED = signal.valid_signals() - {getattr(signal, f"SIG{name}") for name in (
@@ -3911,17 +3959,377 @@ def hold_signals():
     signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED)
 
 
-class raw_terminal:
-    """A context in which the terminal at `fd` passes every byte on as it is."""
+def open_signals(numbers):
+    """A descriptor to read those signals from."""
+    mask = ctypes.c_uint64(sum(1 << (number - 1) for number in numbers))
+    return syscall("signalfd4", -1, ctypes.byref(mask), 8, O_CLOEXEC | O_NONBLOCK,
+                   why="signals become messages")
+
+
+def door_of(call, directory):
+    """bind or connect a new socket to `attach` in a directory: its descriptor.
+
+    The kernel takes 107 bytes of a path, so the way there is by descriptor."""
+    fd = syscall("socket", AF_UNIX, MESSAGES, 0, why="messages, not bytes")
+    try:
+        where = struct.pack("H", AF_UNIX) + b"/proc/self/fd/%d/attach\0" % directory
+        syscall(call, fd, where, len(where), why="where clients meet the shim")
+        return fd
+    except OSError:
+        os.close(fd)
+        raise
+
+
+def turn(parties, timeout=None):
+    """Wait until there is something to do for one of the parties, each of which has an
+    open ear for some descriptors; what act() of the first of them returned."""
+    poll, wanted = select.poll(), {}
+    for party in parties:
+        for fd, events in party.wanted().items():
+            wanted[fd] = wanted.get(fd, 0) | events
+    for fd, events in wanted.items():
+        poll.register(fd, events)
+    ready = dict(poll.poll(timeout))
+    return [party.act(ready) for party in parties][0]
+
+
+class Peer:
+    """One end of a connection between client and shim, over a socket."""
 
     def __init__(self, fd):
         self.fd = fd
+        self.waiting = []  # messages that there was no room for
 
-    def __enter__(self):
+    def send(self, letter, data=b""):
+        """Send a message, now or when there is room."""
+        self.waiting.append(letter + data)
+        self.flush()
+
+    def flush(self):
+        """Send what there is room for; what nobody will read is dropped."""
+        try:
+            while self.waiting:
+                os.write(self.fd, self.waiting[0])
+                del self.waiting[0]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.waiting = []
+
+    def receive(self):
+        """The next message, a letter and its data; None if there is none yet, and an
+        empty letter if there never will be."""
+        try:
+            message = os.read(self.fd, MOST + 1)
+        except BlockingIOError:
+            return None
+        except ConnectionError:
+            message = b""
+        return message[:1], message[1:]
+
+    def wanted(self, listening=True):
+        """The events that it waits for."""
+        return {self.fd: (select.POLLIN if listening else 0)
+                | (select.POLLOUT if self.waiting else 0)}
+
+    def act(self, ready):
+        """Send what has waited."""
+        if self.fd in ready:
+            self.flush()
+
+
+class Near:
+    """One end of a connection within a process: what is sent has arrived."""
+
+    fd = -1
+
+    def __init__(self, arrive, is_behind):
+        self.send = lambda letter, data=b"": arrive(letter, data)
+        self.is_behind = is_behind
+
+    @property
+    def waiting(self):
+        """Whether the other side still has to do with what it was sent."""
+        return self.is_behind()
+
+    def wanted(self, listening=True):
+        """Nothing: the other side calls."""
+        return {}
+
+
+# ── the log ──
+
+NEWLINE = "\udc0a"  # in a text that was decoded, nothing else is this
+
+
+def timestamp(moment):
+    """A Unix time in nanoseconds as RFC 3339 has it, in UTC."""
+    seconds, rest = divmod(moment, 10 ** 9)
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{rest:09}Z"
+
+
+class Log:
+    """What a container writes, as Docker's json-file: an object for each line."""
+
+    LONGEST = 1 << 14  # a line that is longer becomes several
+
+    def __init__(self, path):
+        self.fd = os.open(path, O_WRONLY | os.O_APPEND | os.O_CREAT | O_CLOEXEC, 0o640)
+        self.size = os.lseek(self.fd, 0, os.SEEK_END)
+        self.begun = {}  # stream: what it wrote since its last newline
+        self.failed = ""  # why lines were lost
+
+    def add(self, stream, data, last=False):
+        """Keep what a stream wrote: its whole lines, now."""
+        data = self.begun.pop(stream, b"") + data
+        end = data.rfind(b"\n") + 1
+        if last or len(data) - end > self.LONGEST:
+            end = len(data)
+        if data[end:]:
+            self.begun[stream] = data[end:]
+        if end:
+            self.write(self.lines(stream, data[:end]))
+
+    @staticmethod
+    def lines(stream, data):
+        """The objects of some lines: all of them are spelled at once, for speed."""
+        begin = '{"log":"'
+        end = f'","stream":"{stream}","time":"{timestamp(time.time_ns())}"}}\n'
+        text = data.decode("utf-8", "replace")
+        whole = text.endswith("\n")
+        body = quote(text[:-1 if whole else None].replace("\n", NEWLINE))[1:-1]
+        body = body.replace(NEWLINE, "\\n" + end + begin)
+        return (begin + body + "\\n" * whole + end).encode()
+
+    def write(self, data):
+        """Append to the file; of what does not fit nothing stays, not half a line."""
+        try:
+            left = data
+            while left:
+                left = left[os.write(self.fd, left):]
+            self.size += len(data)
+        except OSError as error:
+            os.ftruncate(self.fd, self.size)
+            self.failed = f"lines of the log were lost: {error.strerror}"
+
+    def close(self):
+        """Keep the lines that were begun."""
+        for stream in list(self.begun):
+            self.add(stream, b"", last=True)
+        os.close(self.fd)
+
+
+# ── the shim ──
+
+class Shim:
+    """Who stays with a container until it has ended, and what it knows.
+
+    `begin` makes the process run, `failed` undoes what was there before if it does not;
+    `ended`, when it has, returns what clients are told.
+    """
+
+    OUTPUTS = {"stdout": b"o", "stderr": b"e", "console": b"o"}
+
+    def __init__(self, c, begin, ended, failed=lambda error: None, keep_input=False):
+        self.c, self.begin, self.ended, self.failed = c, begin, ended, failed
+        self.first, self.peers = None, []
+        self.keep_input = keep_input  # open, though the first client has left
+        self.log, self.door, self.signals = None, -1, -1
+        self.typed, self.no_more = b"", False  # on its way in
+        self.trouble = ""  # of our own
+
+    def live(self, first, *others):
+        """All of a shim's life; `others` are served in its turns."""
+        self.first, self.peers = first, [first]
+        try:
+            self.begin(self)
+            first.send(b"r")
+        except BaseException as error:
+            self.failed(error)
+            fail = diagnose(error)
+            first.send(b"f", to_json([fail.message, fail.hint, fail.code,
+                                      type(error).__name__]).encode())
+            return
+        try:
+            self.signals = open_signals({signal.SIGCHLD})
+            while self.c.status is None:
+                turn([self, *others])
+            for _ in range(64):  # what is left: more than that comes from elsewhere
+                if not turn([self], 0):
+                    break
+        except (OSError, Fail, LookupError) as error:  # it has nobody else: it ends
+            self.trouble = diagnose(error).message
+            kill_and_wait(self.c)
+        news = to_json(self.ended(self)).encode()
+        for peer in self.peers:
+            peer.send(b"x", news)
+
+    def wanted(self):
+        """What it waits for; when the process has ended, only for what that wrote."""
+        over, busy = self.c.status is not None, any(p.waiting for p in self.peers)
+        wanted = {self.c.outer[name]: select.POLLIN for name in self.OUTPUTS
+                  if name in self.c.outer and (over or not busy)}
+        if over:
+            return wanted
+        for peer in self.peers:
+            wanted.update(peer.wanted(not self.typed))
+        for fd in (self.signals, self.door):
+            if fd >= 0:
+                wanted[fd] = select.POLLIN
+        if self.typed and self.input() >= 0:
+            wanted[self.input()] = wanted.get(self.input(), 0) | select.POLLOUT
+        return wanted
+
+    def act(self, ready):
+        """Do what can be done; whether the container has written anything."""
+        for peer in [peer for peer in self.peers if peer.fd in ready]:
+            peer.flush()
+            if ready[peer.fd] & (select.POLLIN | TROUBLE) and (found := peer.receive()):
+                self.hear(peer, *found)
+        if ready.get(self.input(), 0) & (select.POLLOUT | TROUBLE):
+            self.pass_in()
+        moved = [name for name in self.OUTPUTS if ready.get(
+            self.c.outer.get(name), 0) & (select.POLLIN | TROUBLE)]
+        for name in moved:
+            self.pass_out(name)
+        if self.door in ready:
+            self.peers.append(Peer(syscall("accept4", self.door, None, None,
+                                           O_CLOEXEC | O_NONBLOCK, why="one more")))
+            self.peers[-1].send(b"r")
+        if self.signals in ready:
+            self.reap()
+        return moved
+
+    def input(self):
+        """The descriptor of the container's input, or -1."""
+        return self.c.outer.get("stdin", self.c.outer.get("console", -1))
+
+    def close(self, name):
+        """Close one of the outer ends, if it is open: inside, they hear of it."""
+        if name in self.c.outer:
+            os.close(self.c.outer.pop(name))
+
+    def pass_out(self, name):
+        """Take what the container has written to the log, and then to the clients."""
+        try:
+            data = os.read(self.c.outer[name], MOST)
+        except OSError:  # EIO: a terminal that nobody inside has open any more
+            data = b""
+        if not data:
+            self.close(name)
+            return
+        if self.log:
+            self.log.add("stderr" if name == "stderr" else "stdout", data)
+        for peer in self.peers:
+            peer.send(self.OUTPUTS[name], data)
+
+    def pass_in(self):
+        """Give the container some of what was typed: no more than a pipe that is ready
+        takes without waiting."""
+        try:
+            self.typed = self.typed[os.write(self.input(), self.typed[:4096]):]
+        except BlockingIOError:
+            pass
+        except OSError:  # it does not read any more
+            self.typed = b""
+        if not self.typed and self.no_more:
+            self.close("stdin")
+
+    def hear(self, peer, letter, data):
+        """Do what a client says; no letter is its end."""
+        if letter == b"":
+            os.close(peer.fd)
+            self.peers.remove(peer)
+            if peer is self.first:
+                self.first_has_left()
+        elif letter in self.MEANINGS:
+            self.MEANINGS[letter](self, data)
+
+    def first_has_left(self):
+        """Hold nothing of what the command was given, since whoever reads its output
+        would wait for us to end; nor, perhaps, what only it could have typed into."""
+        null = os.open("/dev/null", os.O_RDWR)
+        for fd in (0, 1, 2):
+            os.dup2(null, fd)
+        os.close(null)
+        if not self.keep_input and "stdin" in self.c.outer:
+            self.take_input(b"")
+
+    def take_input(self, data):
+        """Input; no data is its end, on a terminal a Ctrl-D."""
+        self.typed += data or (b"\x04" if "console" in self.c.outer else b"")
+        self.no_more = not data
+        if self.no_more and not self.typed:
+            self.close("stdin")
+
+    def take_window(self, data):
+        """How large the window is: a struct winsize."""
+        import termios
+
+        if "console" in self.c.outer and len(data) == 8:
+            fcntl.ioctl(self.c.outer["console"], termios.TIOCSWINSZ, data)
+
+    def take_signal(self, data):
+        """A signal for process 1."""
+        if self.c.status is None:
+            os.kill(self.c.pid, data[0])
+
+    def close_output(self, data):
+        """Nobody reads what `run` was to show: the program shall know."""
+        for name, letter in self.OUTPUTS.items():
+            if letter == data:
+                self.close(name)
+
+    MEANINGS = {b"i": take_input, b"w": take_window, b"s": take_signal,
+                b"c": close_output}
+
+    def reap(self):
+        """Take note of whoever has ended."""
+        os.read(self.signals, 128)
+        try:
+            while (found := os.waitpid(-1, os.WNOHANG))[0]:
+                if found[0] == self.c.pid:
+                    self.c.status = found[1]
+        except ChildProcessError:
+            pass
+
+
+def leave_to(shim):
+    """Fork: the child is the shim from here on.  The client's end of the connection."""
+    ends, c = (ctypes.c_int * 2)(), shim.c
+    try:
+        syscall("socketpair", AF_UNIX, MESSAGES, 0, ends, why="client and shim")
+        child = os.fork()
+    except OSError as error:
+        shim.failed(error)
+        raise
+    ours, theirs = ends
+    if child:
+        os.close(theirs)
+        if c.lock >= 0:
+            os.close(c.lock)  # it is the shim's now
+        c.lock = -1
+        return Peer(ours)
+    try:
+        os.close(ours)
+        os.setsid()  # Ctrl-C and a hang-up are for the client
+        shim.live(Peer(theirs))
+        while left := [peer for peer in shim.peers if peer.waiting]:
+            turn(left)
+    finally:
+        os._exit(0)
+
+
+# ── the client ──
+
+class raw_terminal:
+    """The terminal at `fd`, passing every byte on as it is, until it is restored."""
+
+    def __init__(self, fd):
         import termios
         import tty
 
-        self.termios, self.saved = termios, termios.tcgetattr(self.fd)
+        self.fd, self.termios, self.saved = fd, termios, termios.tcgetattr(fd)
         read_end, self.alive = os.pipe()
         self.guard = os.fork()
         if self.guard == 0:  # the guard: puts the terminal back if we cannot
@@ -3936,182 +4344,232 @@ class raw_terminal:
         os.close(read_end)
         tty.setraw(self.fd)
 
-    def __exit__(self, *_):
+    def restore(self):
+        """Make it what it was."""
         self.termios.tcsetattr(self.fd, self.termios.TCSADRAIN, self.saved)
         os.write(self.alive, b"!")
         os.close(self.alive)
         os.waitpid(self.guard, 0)
 
 
-class Stream:
-    """Bytes on their way from one descriptor to another."""
-
-    def __init__(self, c, source, sink, ours, last=b""):
-        self.c, self.source, self.sink = c, source, sink
-        self.ours = ours  # the name in c.outer of the end that is the container's
-        self.last = last  # what tells the sink that it was all
-        self.data, self.ended = b"", False  # read, not yet written
-
-    def awaited(self):
-        """(descriptor, event) of poll() that lets it move on."""
-        if self.data:
-            return self.sink, select.POLLOUT
-        return self.source, select.POLLIN
-
-    def move(self):
-        """Read some, or write some of what was read; at the end, close our side."""
-        try:
-            if self.data:  # no more than a pipe that is ready takes without waiting
-                self.data = self.data[os.write(self.sink, self.data[:4096]):]
-            elif part := os.read(self.source, 1 << 16):
-                self.data = part
-            else:
-                self.data, self.last, self.ended = self.last, b"", not self.last
-        except BlockingIOError:
-            return
-        except OSError:  # EIO: a terminal that nobody has open; EPIPE: nobody reads
-            self.ended = True
-        shared = self.ours == "console" and not (self.data and self.sink == 1)
-        if self.ended and self.ours in self.c.outer and not shared:
-            os.close(self.c.outer.pop(self.ours))  # the program hears of it: SIGHUP
-
-
-def copy_window_size(c):
-    """Tell the container's terminal, if it has one, how large ours is."""
+def window_size():
+    """The struct winsize of our terminal, or nothing."""
     import termios
 
     for fd in (0, 1, 2):
-        if "console" in c.outer and os.isatty(fd):
-            size_ = fcntl.ioctl(fd, termios.TIOCGWINSZ, b"\0" * 8)
-            fcntl.ioctl(c.outer["console"], termios.TIOCSWINSZ, size_)
-            return
+        if os.isatty(fd):
+            return fcntl.ioctl(fd, termios.TIOCGWINSZ, b"\0" * 8)
+    return b""
 
 
-class Attendant:
-    """Who stays with a container that runs in the foreground, until it ends."""
+def started(letter, data):
+    """Whether a message says that the process runs; a Fail if it never will."""
+    if letter in (b"f", b""):
+        *fail, kind = from_json(data) if data else (
+            "the shim died before the container ran", "was it killed?", 125, "")
+        raise CannotMapIds(*fail) if kind == "CannotMapIds" else Fail(*fail)
+    return letter == b"r"
 
-    def __init__(self, c, interactive):
-        self.c, self.interrupts = c, 0
-        if "console" in c.outer:
-            console = c.outer["console"]
-            self.inputs = [Stream(c, 0, console, "console", b"\x04")]  # typed Ctrl-D
-            self.outputs = [Stream(c, console, 1, "console")]
-        else:
-            self.inputs = [Stream(c, 0, c.outer["stdin"], "stdin")]
-            self.outputs = [Stream(c, c.outer[name], number, name)
-                            for number, name in ((1, "stdout"), (2, "stderr"))]
-        if not interactive:
-            self.inputs = []
-            if "stdin" in c.outer:
-                os.close(c.outer.pop("stdin"))
 
-    def stay(self):
-        """Pass on bytes and signals until the container has ended and all that it
-        wrote is out; its exit code."""
-        mask = sum(1 << (number - 1) for number in WATCHED)
-        signals = syscall("signalfd4", -1, ctypes.byref(ctypes.c_uint64(mask)), 8,
-                          os.O_CLOEXEC | os.O_NONBLOCK, why="signals become messages")
+def await_start(peer):
+    """Return when the process runs, and let its shim alone with it."""
+    while not (message := peer.receive()):
+        turn([peer])
+    os.close(peer.fd)
+    started(*message)
+
+
+class Client:
+    """Who shows a person what a shim sends, and passes on what is typed."""
+
+    def __init__(self, tty, interactive, keys=b"", owner=False):
+        self.peer = None  # our end of the connection
+        self.tty, self.keys = tty, keys
+        self.owner = owner  # of the container: `run`, and nobody else
+        self.typing = interactive  # until our input ends
+        self.held = b""  # what may be the beginning of the detach keys
+        self.shown = []  # (descriptor, bytes) on their way to the person
+        self.interrupts = 0
+        self.runs, self.raw = False, None  # what it is about; our terminal, if raw
+        self.end = None  # what the shim said last; {} if the person has left
+        self.signals = open_signals(WATCHED - {signal.SIGCHLD})
+
+    def stay(self, peer=None):
+        """What the shim says at the end; {} if the person leaves before that, and None
+        if the shim dies."""
+        self.peer = peer or self.peer
         try:
-            while self.once(signals):
-                pass
+            if self.tty and peer:
+                peer.send(b"w", window_size())
+            while self.shown or (self.end is None and self.peer):
+                turn([self])
+            return self.end
         finally:
-            os.close(signals)
-        return self.c.wait()
+            if self.raw:
+                self.raw.restore()
 
-    def once(self, signals):
-        """One turn: wait for something, and do it; False when there is nothing left."""
-        over = self.c.status is not None
-        if over and self.interrupts >= 3:
-            return False
-        streams = [s for s in (self.outputs if over else self.inputs + self.outputs)
-                   if not s.ended and s.ours in self.c.outer]
-        poll, wanted = select.poll(), {signals: select.POLLIN}
-        for fd, event in map(Stream.awaited, streams):
-            wanted[fd] = wanted.get(fd, 0) | event  # a console may be in two streams
-        for fd, events in wanted.items():
-            poll.register(fd, events)
-        pending = any(stream.data for stream in streams)
-        ready = dict(poll.poll(0 if over and not pending else None))
-        if signals in ready:
-            self.take_signals(signals)
-        trouble = select.POLLHUP | select.POLLERR | select.POLLNVAL
-        moved = [s for s in streams
-                 if ready.get(s.awaited()[0], 0) & (s.awaited()[1] | trouble)]
-        for stream in moved:
-            stream.move()
-        return not over or moved or pending
+    def attend(self, shim):
+        """Be client and shim in one process; what the shim says at the end."""
+        self.peer = Near(lambda *message: shim.hear(None, *message),
+                         lambda: bool(shim.typed))
+        shim.live(Near(self.hear, lambda: bool(self.shown)), self)
+        return self.stay()
 
-    def take_signals(self, signals):
-        """Forward a signal, follow the window's size, or notice the end."""
-        number = struct.unpack_from("I", os.read(signals, 128))[0]  # signalfd_siginfo
-        if number == signal.SIGCHLD and self.c.status is None:
-            pid, status = os.waitpid(self.c.pid, os.WNOHANG)
-            self.c.status = status if pid else None
-        elif number == signal.SIGWINCH:
-            copy_window_size(self.c)
-        elif number != signal.SIGCHLD:
-            self.forward(number)
+    def wanted(self):
+        """What it waits for: from the shim nothing that there is no room for."""
+        wanted = {self.signals: select.POLLIN}
+        if self.shown:
+            wanted[self.shown[0][0]] = select.POLLOUT
+        elif self.peer and self.end is None:
+            wanted.update(self.peer.wanted())
+        if self.typing and self.peer and not self.peer.waiting:
+            wanted[0] = select.POLLIN
+        return wanted
 
-    def forward(self, number):
+    def act(self, ready):
+        """Do what can be done."""
+        if self.signals in ready:
+            self.take_signal(os.read(self.signals, 128))
+        if self.shown and self.shown[0][0] in ready:
+            self.show()
+        elif self.peer and self.peer.fd in ready:
+            self.peer.flush()
+            if found := self.peer.receive():
+                self.hear(*found)
+        if 0 in ready and self.typing and self.peer:
+            self.type()
+
+    def hear(self, letter, data):
+        """Take what the shim sends."""
+        if not self.runs:
+            self.runs = started(letter, data)
+            if self.tty and self.typing and os.isatty(0):
+                self.raw = raw_terminal(0)
+        elif letter in (b"o", b"e") and self.interrupts < 3:
+            self.shown.append((1 if letter == b"o" else 2, data))
+        elif letter == b"x":
+            self.end = from_json(data)
+        elif letter == b"":
+            self.peer = None
+
+    def show(self):
+        """Write some: no more than a pipe that is ready takes without waiting."""
+        fd, data = self.shown.pop(0)
+        try:
+            data = data[os.write(fd, data[:4096]):]
+        except BlockingIOError:
+            pass
+        except OSError:  # nobody reads it
+            data = b""
+            if self.owner and self.peer:
+                self.peer.send(b"c", b"o" if fd == 1 else b"e")
+        if data:
+            self.shown.insert(0, (fd, data))
+
+    def type(self):
+        """Pass on what was typed, but for the detach keys."""
+        try:
+            data = os.read(0, MOST)
+        except OSError:  # EIO: the terminal has hung up
+            data = b""
+        keys = self.keys if self.tty and data else b""
+        typed, found = self.held + data, False
+        if keys:
+            typed, found, _ = typed.partition(keys)
+        count = max(n for n in range(len(keys) + 1) if typed.endswith(keys[:n]))
+        self.held = keys[:count]  # perhaps the beginning; the next key tells
+        if typed := typed[:len(typed) - count]:
+            self.peer.send(b"i", typed)
+        if found:
+            self.end = {}
+        elif not data:
+            self.typing = False
+            self.peer.send(b"i")
+
+    def take_signal(self, about):
         """Pass a signal on; process 1 may ignore it, so a third Ctrl-C kills."""
-        if signal.getsignal(number) == signal.SIG_IGN:  # nohup, or a shell's `&`
+        number = struct.unpack_from("I", about)[0]  # of struct signalfd_siginfo
+        if number == signal.SIGWINCH and self.tty:
+            self.peer.send(b"w", window_size())
+        if number == signal.SIGWINCH or not self.peer or (
+                signal.getsignal(number) == signal.SIG_IGN):  # nohup, a shell's `&`
             return
         if number in (signal.SIGINT, signal.SIGTERM):
             self.interrupts += 1
             if self.interrupts == 3:
                 say("got 3 SIGTERM/SIGINTs, forcefully exiting")
-                number = signal.SIGKILL
-        if self.c.status is None:
-            os.kill(self.c.pid, number)
+                number, self.shown = signal.SIGKILL, []
+        self.peer.send(b"s", bytes([number]))
 
 
-def attend(c, interactive):
-    """Stay with a started container in the foreground; its exit code."""
-    attendant = Attendant(c, interactive)
-    if "console" in c.outer:
-        copy_window_size(c)
-        if interactive:
-            with raw_terminal(0):
-                return attendant.stay()
-    return attendant.stay()
+def detach_keys(text):
+    """The bytes that "ctrl-p,ctrl-q" means."""
+    keys = b""
+    for word in text.split(",") if text else ():
+        letter = word.removeprefix("ctrl-")
+        if len(letter) != 1 or not letter.isascii():
+            raise Fail(f"invalid detach keys {text!r}", "as in ctrl-p,ctrl-q or a,b")
+        keys += bytes([ord(letter.upper()) & 31]) if letter != word else letter.encode()
+    return keys
 
 # ══ 12. THE ENGINE ════════════════════════════════════════════════════════════════
 #
-# What Docker's daemon does for one container, in the process of the one who asked: give
-# it an id, a directory and a range of user ids; write the spec that chapter 6 obeys;
-# make the three files of /etc that a host knows better than an image; start it, stay
-# with it, and clear up.
+# What Docker's daemon does, without a daemon.  All that is known about a container lies
+# in its directory, and each command reads it, does its work and is gone:
 #
 #       /var/lib/minicontainer/            (or $MINICONTAINER_ROOT)
 #           rootfs/default                 what `run` uses when no other is named
 #           layers/DIGEST/                 tarballs, unpacked
 #           ids/SLOT                       a range of 65536 ids: a link to its owner
-#           containers/ID/config.json      the spec
-#                         state.json       the pid of process 1, while it runs
-#                         upper/  work/    what the container changed
+#           names/NAME                     the same for a name
+#           containers/ID/record.json      what is kept of it: see Record
+#                         config.json      the spec that chapter 6 obeys
+#                         attach  log      where its shim listens; what it wrote
+#                         upper/  work/    what it changed
 #                         rootfs/          or, with vfs, all that it has
 #                         hosts hostname resolv.conf
 #           workshop/                      always empty, here; see chapter 4
 #
-# A container's directory is locked (flock) by the process that stays with it.  The
-# kernel drops the lock when that process dies, whatever it died of; so "the lock can be
-# had" means "nobody looks after it", and `system prune` may clear it away.
+# Two locks (flock) make that safe; the kernel drops both when their holder dies, of
+# whatever.  The directory is locked by whoever looks after the container: the command
+# that makes it, then its shim, or the one who removes it.  So "it can be had" means
+# that nobody does, and a record that says "running" is out of date: whoever sees that
+# first sets it right (settle).  `hostname`, a file that is never replaced, is locked
+# for a moment by whoever changes the record, which is then replaced by rename: all
+# others see it as it was or as it is.
+#
+# created ──start──▶ running ◀──pause, unpause──▶ paused
+#                       └──ends──▶ exited ──start──▶ running …       any ──rm──▶ gone
 
 CONTAINER_IDS = 0x70000000, 65536, 4093  # first id, ids each, ranges: below 2**31
 
-RUN_OPTIONS = (
+DETACH_KEYS = arg("--detach-keys", metavar="KEYS", default="ctrl-p,ctrl-q",
+                  help="what to type, with -t, to leave it running")
+CREATE_OPTIONS = (
     arg("--rootfs", metavar="X", action="append", default=[],
         help="a directory or tarball to use; repeat it for layers, bottom first"),
     arg("--rm", action="store_true", help="remove the container when it ends"),
     arg("--init", action="store_true", help="a small process 1 that reaps orphans"),
-    arg("--stats-at-exit", action="store_true", help="print what it used"),
     arg("--storage-driver", choices=["overlay", "vfs"], default="overlay",
         help="vfs: copy the layers, where there is no overlay"),
+    arg("--name", metavar="NAME", help="what to call it; else it is given a name"),
+    arg("--cidfile", metavar="FILE", help="write its id there"),
+    arg("-l", "--label", metavar="KEY[=VALUE]", action="append", default=[],
+        help="a note that `ps --filter label=…` finds"),
+    arg("--stop-signal", metavar="SIGNAL", default="SIGTERM", help="what `stop` sends"),
+    arg("--stop-timeout", metavar="SECONDS", default="10",
+        help="how long `stop` waits before it kills"),
+)
+RUN_OPTIONS = (
+    arg("-d", "--detach", action="store_true", help="print its id, and leave it"),
+    DETACH_KEYS,
+    arg("--stats-at-exit", action="store_true", help="print what it used"),
     arg("--stop-after", metavar="STEP", help="a shell in the half-made container; see "
         "`steps` for what there is"),
     arg("--without", metavar="STEP,…", action="append", default=[],
         help="leave out walls: seccomp, userns, mask_paths …"),
 )
+ASKED = "volume network privileged cap_add cap_drop security_opt userns pid ipc".split()
 
 
 def need_root():
@@ -4122,14 +4580,236 @@ def need_root():
 
 
 def lock(path, how):
-    """An open, locked descriptor of a directory, or None if it is somebody else's."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    """An open, locked descriptor, or None if it is somebody else's."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         fcntl.flock(fd, how)
         return fd
     except BlockingIOError:
         os.close(fd)
         return None
+
+
+def sync(path):
+    """Return when the disk has a file, or the names in a directory."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def save(path, document, lasting=False):
+    """Replace a JSON file, so that a reader sees the old one or the new one (P3)."""
+    text = to_json(document)
+    if write_file(f"{path}.new", text, create=0o600) < len(text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+    if lasting:
+        sync(f"{path}.new")
+    os.rename(f"{path}.new", path)
+    if lasting:
+        sync(os.path.dirname(path))
+
+
+# ── the record ──
+
+LIVE = "running", "paused"
+
+
+def how_long(seconds):
+    """A span of time as Docker says it."""
+    if seconds < 1:
+        return "Less than a second"
+    unit, count = next((unit, seconds // one) for unit, one, limit in (
+        ("second", 1, 60), ("minute", 60, 60), ("hour", 3600, 48), ("day", 86400, 14),
+        ("week", 604800, 9), ("month", 2592000, 24), ("year", 31536000, 1 << 62))
+        if seconds // one < limit)
+    if count == 1 and unit in ("minute", "hour"):
+        return f"About a{'n' * (unit == 'hour')} {unit}"
+    return f"{count} {unit}{'s' * (count != 1)}"
+
+
+class Record:
+    """What is kept of a container: record.json in its directory.
+
+    Moments are Unix times in nanoseconds, 0 for never."""
+
+    def __init__(self, **known):
+        self.id = ""  # 64 hex digits: the name of its directory
+        self.name = ""  # a link of that name in names/ leads to the id
+        self.created = 0  # when
+        self.image = ""  # what it was made of, as the person called it
+        self.layers = []  # directories of the host, bottom first
+        self.labels = {}  # KEY: VALUE of --label
+        self.first_id = 0  # its root's user id on the host; 0 if that is the host's
+        self.asked = {}  # other options, as they were given: for `inspect`
+        self.throw_away = False  # --rm
+        self.wants_reaper = False  # --init
+        self.interactive = False  # -i: it has an input
+        self.stop_signal = "SIGTERM"  # what `stop` sends
+        self.stop_timeout = 10  # and how long it waits then, in seconds
+        self.status = "created"  # or running, paused, exited
+        self.pid = 0  # of process 1, while it lives
+        self.started = 0  # when it did, last
+        self.finished = 0  # when it ended, last
+        self.exit_code = 0  # how; or why it did not start
+        self.oom_killed = False  # whether memory was the reason
+        self.error = ""  # what else went wrong
+        vars(self).update(known)
+
+    def path(self, *names):
+        """A path in its directory, or the directory."""
+        return "/".join((store("containers", self.id), *names))
+
+    def spec(self):
+        """The OCI runtime spec that it is started with."""
+        return from_json(read_file(self.path("config.json")))
+
+    def state(self):
+        """The status, in the words of `ps`."""
+        since = self.finished if self.status == "exited" else self.started
+        span = how_long((time.time_ns() - since) // 10 ** 9)
+        return {"created": "Created", "running": f"Up {span}",
+                "paused": f"Up {span} (Paused)",
+                "exited": f"Exited ({self.exit_code}) {span} ago"}[self.status]
+
+
+def load(id):
+    """The record of a container; FileNotFoundError if there is none."""
+    return Record(**from_json(read_file(f"{store('containers', id)}/record.json")))
+
+
+class changing:
+    """A context that gives a record to be changed, by nobody else meanwhile; what it
+    says after a `lasting` change survives a power cut."""
+
+    def __init__(self, id, lasting=False):
+        self.id, self.lasting = id, lasting
+
+    def __enter__(self):
+        self.lock = lock(f"{store('containers', self.id)}/hostname", fcntl.LOCK_EX)
+        try:
+            self.record = load(self.id)
+        except BaseException:
+            os.close(self.lock)
+            raise
+        return self.record
+
+    def __exit__(self, failed, *_):
+        try:
+            if not failed:
+                save(self.record.path("record.json"), vars(self.record), self.lasting)
+        finally:
+            os.close(self.lock)
+
+
+# ── names ──
+
+FIRST_WORDS = """able bold calm deft eager fair glad hardy idle jolly keen lucid mild
+    neat open plain quiet ready sound tidy upbeat vivid warm young""".split()
+LAST_WORDS = """anchor barge canoe dinghy ensign ferry galley hull iceboat jetty ketch
+    lugger mast nautilus oar pilot quay rudder sloop tender vessel wharf yawl""".split()
+
+
+def take_name(name, id):
+    """Give a name to a container; a Fail if another has it."""
+    if len(name) < 2 or not name.isascii() or not name[0].isalnum() or not all(
+            letter.isalnum() or letter in "_.-" for letter in name):
+        raise Fail(f"Invalid container name ({name}), only "
+                   "[a-zA-Z0-9][a-zA-Z0-9_.-] are allowed", "at least two of them")
+    path = store("names", name)
+    guard = lock(os.path.dirname(path), fcntl.LOCK_EX)
+    try:
+        if os.path.islink(path):
+            owner = os.readlink(path)
+            if os.path.exists(store("containers", owner)):
+                raise Fail(f'Conflict. The container name "/{name}" is already in use '
+                           f'by container "{owner}". You have to remove (or rename) '
+                           "that container to be able to reuse that name.")
+            os.unlink(path)  # of one whose removal was cut short
+        os.symlink(id, path)
+    finally:
+        os.close(guard)
+
+
+def take_any_name(id):
+    """Give a container a name that is free: two words by chance, and a number if need
+    be; the name."""
+    for number in range(1 << 16):
+        first, last = os.urandom(2)
+        name = (f"{FIRST_WORDS[first % len(FIRST_WORDS)]}_"
+                f"{LAST_WORDS[last % len(LAST_WORDS)]}{number if number > 9 else ''}")
+        if not os.path.islink(store("names", name)):
+            try:
+                take_name(name, id)
+                return name
+            except Fail:  # somebody was quicker
+                pass
+    raise Fail("there is no free name", "--name takes any")
+
+
+def discard(record):
+    """Remove a container that has ended, with its ids and its name.
+
+    Caller must hold the lock of its directory."""
+    remove_tree(record.path())
+    slot = (record.first_id - CONTAINER_IDS[0]) // CONTAINER_IDS[1]
+    for kind, name in (("ids", str(slot)), ("names", record.name)):
+        path = store(kind, name)
+        if name and os.path.islink(path) and os.readlink(path) == record.id:
+            os.unlink(path)
+
+
+def settle(record):
+    """The record as it is true: a container whose shim was killed, or whose machine was
+    switched off, has ended with it."""
+    if record.status not in LIVE:
+        return record
+    guard = lock(record.path(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if guard is None:  # its shim has it
+        return record
+    try:
+        Cgroup(f"/minicontainer-{record.id}").remove()
+        with changing(record.id, lasting=True) as record:
+            if record.status in LIVE:
+                record.status, record.pid, record.exit_code = "exited", 0, 137
+                record.finished, record.error = time.time_ns(), "its shim was killed"
+        if record.throw_away:
+            discard(record)
+        return record
+    finally:
+        os.close(guard)
+
+
+def records():
+    """All records, the newest first."""
+    found = []
+    for id in os.listdir(os.path.dirname(store("containers", "x"))):
+        try:
+            record = settle(load(id))
+            found += [record] * os.path.exists(record.path())
+        except FileNotFoundError:  # is being made, or removed
+            pass
+    return sorted(found, key=lambda record: -record.created)
+
+
+def find(text):
+    """The record of the container that a name, an id or the beginning of one means."""
+    name, top = text.removeprefix("/"), os.path.dirname(store("containers", "x"))
+    ids = [id for id in os.listdir(top) if name and id.startswith(name)]
+    if name not in ids and name and "/" not in name and os.path.islink(
+            path := store("names", name)):
+        ids = [os.readlink(path)]
+    if len(ids) > 1 and name not in ids:
+        raise Fail(f"multiple IDs found with provided prefix: {name}",
+                   "more of its digits, or its name", 1)
+    try:
+        return settle(load(name if name in ids else ids[0]))
+    except (IndexError, FileNotFoundError):
+        raise Fail(f"No such container: {text}", "`ps -a` lists them", 1) from None
+
+
+# ── making and removing ──
 
 
 def take_ids(id):
@@ -4159,9 +4839,9 @@ def host_resolv_conf():
     return ""
 
 
-def etc_files(c, network):
+def etc_files(spec, network):
     """{name: text} of the files that Docker puts into every container's /etc."""
-    name = c.spec.get("hostname") or os.uname().nodename
+    name = spec.get("hostname") or os.uname().nodename
     resolv = host_resolv_conf()
     if network == "host":
         return {"hostname": name + "\n", "hosts": read_file("/etc/hosts"),
@@ -4216,32 +4896,6 @@ def make_spec(options, id, args):
     return spec
 
 
-def save(path, document):
-    """Replace a JSON file, so that a reader sees the old one or the new one (P3)."""
-    write_file(f"{path}.new", to_json(document), create=0o600)
-    os.rename(f"{path}.new", path)
-
-
-def free_ids(still):
-    """Give back the ranges of ids whose container's id is not one that still(id)."""
-    for slot in os.listdir(os.path.dirname(store("ids", "x"))):
-        try:
-            if not still(os.readlink(store("ids", slot))):
-                os.unlink(store("ids", slot))
-        except FileNotFoundError:  # its owner has just done the same
-            pass
-
-
-def remove(c):
-    """Remove a container that has ended, and free its ids; once will do."""
-    if c.lock < 0:
-        return
-    free_ids(lambda id: id != c.id)
-    remove_tree(c.directory)
-    os.close(c.lock)
-    c.lock = -1
-
-
 def make_directory(path, owner, mode):
     """Make a directory of the host for a container, owned by its root."""
     syscall("mkdirat", AT_FDCWD, path, mode, why="a place for what is this container's")
@@ -4249,49 +4903,95 @@ def make_directory(path, owner, mode):
         syscall("fchownat", AT_FDCWD, path, owner, owner, 0, why="its root's")
 
 
-def create(options, layers, args):
-    """A container that has everything but a life: its directory, spec and ids."""
-    id = os.urandom(32).hex()
-    spec = make_spec(options, id, args)
-    hold_signals()
-    directory = store("containers", id)
-    guard = lock(os.path.dirname(directory), fcntl.LOCK_SH)  # prune waits for us
+def signal_number(text):
+    """The number of a signal that is named KILL, SIGKILL or 9."""
+    name = f"SIG{text.upper().removeprefix('SIG')}"
+    number = int(text) if text.isdecimal() else getattr(signal, name, 0)
+    if number not in signal.valid_signals():
+        raise Fail(f"Invalid signal: {text}", "as in TERM, SIGTERM or 15", 1)
+    return number
+
+
+def new_record(options, id, layers):
+    """What is known of a container before it is made."""
+    signal_number(options.stop_signal)
+    return Record(
+        id=id, created=time.time_ns(), layers=list(layers),
+        image=" ".join(options.rootfs) or "default", labels=dict(
+            text.partition("=")[::2] for text in options.label),
+        asked={name: getattr(options, name) for name in ASKED},
+        throw_away=options.rm, wants_reaper=options.init,
+        interactive=options.interactive, stop_signal=options.stop_signal,
+        stop_timeout=whole("--stop-timeout", options.stop_timeout, 0))
+
+
+def make_files(record, options, spec, base):
+    """What a container has of its own on disk, owned by its root."""
+    directory, layers = record.path(), record.layers
+    copied = options.storage_driver == "vfs"
+    for name in ("rootfs",) if copied else ("upper", "work"):
+        make_directory(f"{directory}/{name}", base, 0o755)
+    if copied:
+        copy_layers(layers, f"{directory}/rootfs", base)
+        record.layers = []
+    else:
+        syscall("fchmodat", AT_FDCWD, f"{directory}/upper",
+                stat.S_IMODE(os.stat(layers[-1]).st_mode), why="as / of the image")
+    for name, text in etc_files(spec, options.network).items():
+        write_file(f"{directory}/{name}", text, f"to be /etc/{name}", 0o644)
+        syscall("fchownat", AT_FDCWD, f"{directory}/{name}", base, base, 0)
+        if not any(m["destination"] == f"/etc/{name}" for m in spec["mounts"]):
+            spec["mounts"].append({
+                "destination": f"/etc/{name}", "type": "bind",
+                "source": f"{directory}/{name}",
+                "options": ["bind", *(["ro"] if options.read_only else [])]})
+
+
+def write_new(path, text):
+    """Write a file that must not be there."""
     try:
-        make_directory(directory, 0, 0o711)
-        c = Container(id, spec, directory, layers)
-        c.lock = lock(directory, fcntl.LOCK_EX)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | O_CLOEXEC, 0o644)
+    except FileExistsError:
+        raise Fail(f"container ID file found, make sure the other container isn't "
+                   f"running or delete {path}") from None
+    except OSError as error:
+        raise Fail(f"failed to create the container ID file: {path}: "
+                   f"{error.strerror}") from None
+    os.write(fd, text.encode())
+    os.close(fd)
+
+
+def create(options, layers, args):
+    """A container that has everything but a life: its record, its spec, and the lock of
+    its directory, which is the caller's now."""
+    id = os.urandom(32).hex()
+    spec, record = make_spec(options, id, args), new_record(options, id, layers)
+    hold_signals()
+    guard = lock(os.path.dirname(record.path()), fcntl.LOCK_SH)  # prune waits for us
+    try:
+        make_directory(record.path(), 0, 0o711)
+        held = lock(record.path(), fcntl.LOCK_EX)
     finally:
         os.close(guard)
     try:
+        if options.name:
+            take_name(options.name, id)
+        record.name = options.name or take_any_name(id)
         base = 0
         if namespace_flags(spec) & CLONE_NEWUSER:
-            base = take_ids(id)
+            base = record.first_id = take_ids(id)
             maps = [{"containerID": 0, "hostID": base, "size": CONTAINER_IDS[1]}]
             spec["linux"].update(uidMappings=maps, gidMappings=maps)
-        c.throw_away = options.rm
-        c.wants_reaper, c.workshop = options.init, store("workshop", "")
-        copied = options.storage_driver == "vfs"
-        for name in ("rootfs",) if copied else ("upper", "work"):
-            make_directory(f"{directory}/{name}", base, 0o755)
-        if copied:
-            copy_layers(layers, f"{directory}/rootfs", base)
-            c.layers = ()
-        else:
-            syscall("fchmodat", AT_FDCWD, f"{directory}/upper",
-                    stat.S_IMODE(os.stat(layers[-1]).st_mode), why="as / of the image")
-        for name, text in etc_files(c, options.network).items():
-            write_file(f"{directory}/{name}", text, f"to be /etc/{name}", 0o644)
-            syscall("fchownat", AT_FDCWD, f"{directory}/{name}", base, base, 0)
-            if not any(m["destination"] == f"/etc/{name}" for m in spec["mounts"]):
-                spec["mounts"].append({
-                    "destination": f"/etc/{name}", "type": "bind",
-                    "source": f"{directory}/{name}",
-                    "options": ["bind", *(["ro"] if options.read_only else [])]})
-        save(f"{directory}/config.json", spec)
+        make_files(record, options, spec, base)
+        save(record.path("config.json"), spec)
+        save(record.path("record.json"), vars(record))
+        if options.cidfile:
+            write_new(options.cidfile, id)
     except BaseException:
-        remove(c)
+        discard(record)
+        os.close(held)
         raise
-    return c
+    return record, spec, held
 
 
 def check_terminal(options):
@@ -4373,99 +5073,482 @@ def choose_steps(options):
     return before, outside, birth
 
 
-def report_end(c, options, code, used):
-    """What a person should know about how it ended."""
-    if used["oom_kills"]:
+# ── starting and ending ──
+
+
+def begin(shim, record, steps):
+    """In the shim: make the container run, and say so in its record."""
+    c = shim.c
+    syscall("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0,
+            why="what is left of it without a parent is ours to reap")
+    start(c, *steps)
+    try:
+        shim.log = Log(record.path("log"))
+        directory = open_fd(c.directory, O_PATH | O_DIRECTORY)
+        if os.path.lexists(record.path("attach")):
+            os.unlink(record.path("attach"))  # of its last shim
+        shim.door = door_of("bind", directory)
+        syscall("listen", shim.door, 64, why="for `attach`")
+        os.close(directory)
+        if not record.interactive and "stdin" in c.outer:
+            os.close(c.outer.pop("stdin"))
+        with changing(c.id) as record:
+            record.status, record.pid, record.started = "running", c.pid, time.time_ns()
+            record.exit_code, record.oom_killed, record.error = 0, False, ""
+    except BaseException:
+        end(c)
+        raise
+
+
+def ended(shim, record):
+    """In the shim, when process 1 has ended: the record first, then all is undone; what
+    the clients are told."""
+    c, code, used, error = shim.c, shim.c.wait(), {}, shim.trouble
+    try:
+        used = c.cgroup.measure()
+        shim.log.close()
+        if not record.throw_away:
+            with changing(c.id, lasting=True) as record:
+                record.status, record.pid, record.finished = "exited", 0, time.time_ns()
+                record.exit_code, record.error = code, error or shim.log.failed
+                record.oom_killed = bool(code == 137 and used["oom_kills"])
+        end(c)
+        if record.throw_away:
+            discard(record)
+    except (OSError, Fail) as failed:
+        error = diagnose(failed).message
+    os.close(c.lock)  # from here on it can be started again
+    return {"code": code, "used": used, "error": error}
+
+
+def shim_of(record, spec, held, steps=(), keep=True, typing=False):
+    """The Shim that will start a container, and stay with it.
+
+    The lock of its directory, `held`, is the shim's now.  If the container does not
+    start, it is kept, with the reason, or removed."""
+    def failed(error):
+        if keep:
+            fail = diagnose(error)
+            with changing(record.id) as now:
+                now.exit_code, now.error = fail.code, fail.message
+        else:
+            discard(record)
+    hold_signals()
+    c = Container(record.id, spec, record.path(), record.layers)
+    c.lock, c.workshop = held, store("workshop", "")
+    c.throw_away, c.wants_reaper = record.throw_away, record.wants_reaper
+    return Shim(c, lambda shim: begin(shim, record, steps),
+                lambda shim: ended(shim, record), failed,
+                keep_input=record.interactive and not typing)
+
+
+def report_end(news, options):
+    """What a person should know about how it ended; the exit code."""
+    code, used = news["code"], news.get("used")
+    if news.get("error"):
+        say(f"{news['error']}\n  hint: `system prune` clears what may be left")
+    if used and used["oom_kills"]:
         limit = used["memory_limit"]
         what = "the container" if code == 137 else "a process of the container"
         where = f"its memory limit of {human(limit)}" if limit else "the host's memory"
         say(f"the kernel's OOM killer ended {what}: {where} was not enough")
-    if options.stats_at_exit:
+    if used and getattr(options, "stats_at_exit", False):
         for line in show_stats(used):
             print(line, file=sys.stderr)
+    return code
 
 
-@command("run", *RUN_OPTIONS, *PROCESS_OPTIONS, *NAMESPACE_OPTIONS, *CGROUP_OPTIONS,
-         *MOUNT_OPTIONS, *PRIVILEGE_OPTIONS,
-         arg("words", nargs="A*", metavar="COMMAND", help="program and arguments"))
+def conclude(news, options, name):
+    """Tell how it ended, if it did; the exit code."""
+    if news is None:
+        raise Fail(f"the shim of {name} was killed, and it ended with it",
+                   "`ps -a` tells what is left of it", 137)
+    return report_end(news, options) if news else 0
+
+
+def accompany(client, shim, options, name):
+    """Show what a process writes until it ends or the person leaves; the exit code.
+
+    Who has a terminal may leave, and then somebody has to stay, so the shim is a fork.
+    Without one, this process will do for both, and is quicker: 8 ms."""
+    if client.tty:
+        news = client.stay(leave_to(shim))
+    else:
+        news = client.attend(shim)
+    return conclude(news, options, name)
+
+
+OF_CREATE = (*CREATE_OPTIONS, *PROCESS_OPTIONS, *NAMESPACE_OPTIONS, *CGROUP_OPTIONS,
+             *MOUNT_OPTIONS, *PRIVILEGE_OPTIONS, arg(
+                 "words", nargs="A*", metavar="COMMAND", help="program and arguments"))
+
+
+@command("run", *RUN_OPTIONS, *OF_CREATE)
 def run_command(options):
     """Run a command in a new container."""
     need_root()
-    check_terminal(options)
+    keys = detach_keys(options.detach_keys)
+    if not options.detach:
+        check_terminal(options)
     layers, args = choose(options)
-    if not (options.tty or options.interactive) and at_a_terminal():
+    if not (options.tty or options.interactive or options.detach) and at_a_terminal():
         options.tty = options.interactive = True  # whoever sits at one wants -it
     steps = choose_steps(options)
     if options.tty and open_console not in steps[-1]:
         options.tty = False
         args += ["-i", "+m"] * (not options.words)  # --stop-after: a prompt even so
-    c = create(options, layers, args)
-    try:
+    typing = options.interactive and not options.detach
+    for last in (False, True):
+        record, spec, held = create(options, layers, args)
         try:
-            start(c, *steps)
+            shim = shim_of(record, spec, held, steps, keep=False, typing=typing)
+            if options.detach:
+                await_start(leave_to(shim))
+                print(record.id)
+                return 0
+            client = Client(options.tty, typing, keys, owner=True)
+            return accompany(client, shim, options, record.name)
         except CannotMapIds as error:
-            if narration.style == "sh":  # half of another script has been told
+            if last or narration.style == "sh":  # half of another script has been told
                 raise Fail(error.message, "--userns host does without") from None
             say(f"{error.message}: using the host's user namespace (root inside is "
                 "root outside)")
-            remove(c)
             options.userns = "host"
-            c = create(options, layers, args)
-            start(c, *steps)
-        save(f"{c.directory}/state.json", {"pid": c.pid})
-        code = attend(c, options.interactive)
-        used = c.cgroup.measure()
-    except BaseException:
-        end(c)
-        remove(c)
-        raise
-    end(c)
-    report_end(c, options, code, used)
-    if options.rm:
-        remove(c)
+
+
+@command("create", *OF_CREATE)
+def create_command(options):
+    """Make a container, without starting it; prints its id."""
+    need_root()
+    options.stop_after = None
+    layers, args = choose(options)
+    record, _, held = create(options, layers, args)
+    os.close(held)
+    print(record.id)
+
+
+# ── containers by name ──
+
+CONTAINERS = arg("containers", nargs="+", metavar="CONTAINER…",
+                 help="names, ids, or what ids begin with")
+CONTAINER = arg("container", metavar="CONTAINER",
+                help="its name, its id, or the beginning of it")
+
+
+def for_each(names, act):
+    """Do act(record) to each container and print its name; one that fails is told, and
+    the others are done all the same.  The exit code."""
+    code = 0
+    for name in names:
+        try:
+            act(find(name))
+            print(name, flush=True)
+        except (Fail, OSError) as error:
+            complain(diagnose(error))
+            code = 1
     return code
 
 
-def find_container(name):
-    """(id, directory) of the container whose id begins with `name`."""
-    ids = [id for id in os.listdir(os.path.dirname(store("containers", "x")))
-           if id.startswith(name)]
-    if len(ids) != 1:
-        raise Fail(f"no such container: {name}" if not ids else
-                   f"multiple IDs found with provided prefix: {name}",
-                   "its id, or the beginning of it, is its host name")
-    return ids[0], store("containers", ids[0])
+def claim(record):
+    """The lock of its directory; None if it runs."""
+    got = []
+
+    def settled():
+        got.append(lock(record.path(), fcntl.LOCK_EX | fcntl.LOCK_NB))
+        return got[-1] is not None or load(record.id).status in LIVE
+    wait_for(settled)  # that it has started, or that its end is over
+    if got[-1] is not None:
+        Cgroup(f"/minicontainer-{record.id}").remove()  # of a shim that was killed
+    return got[-1]
 
 
-@command("exec", *PROCESS_OPTIONS, PRIVILEGED,
-         arg("container", metavar="CONTAINER", help="its id, or the beginning of it"),
+def await_end(record):
+    """Return when nobody looks after a container: it has ended, or is gone."""
+    try:
+        os.close(lock(record.path(), fcntl.LOCK_SH))
+    except FileNotFoundError:
+        pass
+
+
+def pidfd_of(record):
+    """A descriptor of its process 1; ProcessLookupError if that has ended."""
+    fd = syscall("pidfd_open", record.pid, 0, why="its process 1")
+    try:
+        if f"minicontainer-{record.id}" in read_file(f"/proc/{record.pid}/cgroup"):
+            return fd
+    except FileNotFoundError:
+        pass
+    os.close(fd)
+    raise ProcessLookupError(errno.ESRCH, "its process 1 has ended")
+
+
+def send_signal(record, number):
+    """Send a signal to process 1; a pidfd of it, or None if there is none."""
+    if record.status not in LIVE:
+        return None
+    try:
+        fd = pidfd_of(record)
+        syscall("pidfd_send_signal", fd, number, None, 0, why="for process 1")
+        return fd
+    except ProcessLookupError:
+        return None
+
+
+def set_frozen(record, frozen):
+    """Pause a container, or let it go on."""
+    with changing(record.id) as now:
+        if now.status not in LIVE:
+            raise Fail(f"Container {now.id} is not running", "`start` starts it", 1)
+        if (now.status == "paused") == frozen:
+            raise Fail(f"Container {now.id} is {'already' if frozen else 'not'} paused")
+        Cgroup(f"/minicontainer-{now.id}").freeze(frozen)
+        now.status = "paused" if frozen else "running"
+
+
+def end_it(record, number, seconds):
+    """Ask a container to end, kill it after `seconds`, and return when it has ended."""
+    if fd := send_signal(record, number):
+        if record.status == "paused" or load(record.id).status == "paused":
+            set_frozen(record, False)  # or it could not
+        if not select.select([fd], [], [], seconds)[0]:
+            send_signal(record, signal.SIGKILL)
+        os.close(fd)
+    await_end(record)
+
+
+def stop_it(record, options):
+    """End a container as --time and --signal, or its own record, say."""
+    seconds = record.stop_timeout if options.time is None else whole(
+        "--time", options.time, -1)
+    end_it(record, signal_number(options.signal or record.stop_signal),
+           seconds if seconds >= 0 else 1 << 20)
+
+
+def start_it(record):
+    """Start a container, unless it runs, and leave it to its shim."""
+    if (held := claim(record)) is not None:
+        await_start(leave_to(shim_of(record, record.spec(), held)))
+
+
+def remove_it(record, force=False):
+    """Remove a container; one that runs only by force."""
+    if record.status in LIVE:
+        if not force:
+            raise Fail(f"You cannot remove a {record.status} container {record.id}. "
+                       "Stop the container before attempting removal or force remove",
+                       "rm -f", 1)
+        end_it(record, signal.SIGKILL, 10)
+    try:
+        held = claim(record)
+    except FileNotFoundError:  # it was --rm
+        return
+    if held is None:
+        raise Fail(f"container {record.id} was started meanwhile", "rm -f", 1)
+    discard(record)
+    os.close(held)
+
+
+STOP_OPTIONS = (
+    arg("-t", "--time", metavar="SECONDS", help="to wait before killing; -1: ever"),
+    arg("-s", "--signal", metavar="SIGNAL", help="what to send first"), CONTAINERS)
+
+
+@command("stop", *STOP_OPTIONS)
+def stop_command(options):
+    """Ask containers to end, and kill those that do not."""
+    need_root()
+    return for_each(options.containers, lambda record: stop_it(record, options))
+
+
+@command("restart", *STOP_OPTIONS)
+def restart_command(options):
+    """Stop containers and start them again."""
+    need_root()
+
+    def restart(record):
+        stop_it(record, options)
+        start_it(record)
+    return for_each(options.containers, restart)
+
+
+@command("kill", arg("-s", "--signal", metavar="SIGNAL", default="KILL",
+                     help="another signal than KILL"), CONTAINERS)
+def kill_command(options):
+    """Send a signal to process 1 of containers."""
+    need_root()
+    number = signal_number(options.signal)
+
+    def kill(record):
+        fd = send_signal(record, number)
+        if fd is None:
+            raise Fail(f"Cannot kill container: {record.name}: Container {record.id} "
+                       "is not running", "`start` starts it", 1)
+        if number == signal.SIGKILL:
+            if record.status == "paused":
+                set_frozen(record, False)
+            await_end(record)
+        os.close(fd)
+    return for_each(options.containers, kill)
+
+
+@command("pause", CONTAINERS)
+def pause_command(options):
+    """Stop all processes of containers where they stand."""
+    need_root()
+    return for_each(options.containers, lambda record: set_frozen(record, True))
+
+
+@command("unpause", CONTAINERS)
+def unpause_command(options):
+    """Let paused containers go on."""
+    need_root()
+    return for_each(options.containers, lambda record: set_frozen(record, False))
+
+
+@command("wait", CONTAINERS)
+def wait_command(options):
+    """Wait until containers have ended; prints their exit codes."""
+    need_root()
+    code = 0
+    for name in options.containers:
+        try:
+            record = find(name)
+            await_end(record)
+            try:
+                record = settle(load(record.id))
+            except FileNotFoundError:  # --rm
+                pass
+            print(record.exit_code, flush=True)
+        except Fail as fail:
+            complain(fail)
+            code = 1
+    return code
+
+
+@command("rm", arg("-f", "--force", action="store_true", help="also one that runs"),
+         arg("-v", "--volumes", action="store_true", help="nothing: there are no "
+             "anonymous volumes here"), CONTAINERS)
+def rm_command(options):
+    """Remove containers that have ended, with all that they wrote."""
+    need_root()
+    code = for_each(options.containers,
+                    lambda record: remove_it(record, options.force))
+    return code
+
+
+@command("rename", CONTAINER, arg("name", metavar="NAME", help="its new name"))
+def rename_command(options):
+    """Give a container another name."""
+    need_root()
+    record, name = find(options.container), options.name.removeprefix("/")
+    if name == record.name:
+        raise Fail("Renaming a container with the same name as its current name", "", 1)
+    with changing(record.id) as record:
+        try:
+            take_name(name, record.id)
+        except Fail as fail:
+            raise Fail(f"Error when allocating new name: {fail.message}", fail.hint,
+                       1) from None
+        old, record.name = store("names", record.name), name
+    os.unlink(old)
+
+
+def attach_to(record, keys, typing):
+    """Be one more client of a container that runs; its exit code, or 0 if we leave."""
+    if record.status != "running":
+        state = "paused" if record.status == "paused" else "stopped"
+        cure = "unpause it" if record.status == "paused" else "start it"
+        raise Fail(f"You cannot attach to a {state} container, {cure} first", "", 1)
+    tty = record.spec()["process"]["terminal"]
+    if tty and typing and not os.isatty(0):
+        raise Fail("the input device is not a TTY", "--no-stdin only looks on", 1)
+    hold_signals()
+    directory = open_fd(record.path(), O_PATH | O_DIRECTORY)
+    peer = Peer(door_of("connect", directory))
+    os.close(directory)
+    return conclude(Client(tty, typing, keys).stay(peer), None, record.name)
+
+
+@command("start",
+         arg("-a", "--attach", action="store_true", help="show what it writes"),
+         arg("-i", "--interactive", action="store_true", help="pass on what is typed"),
+         DETACH_KEYS, CONTAINERS)
+def start_command(options):
+    """Start containers that were made or that have ended."""
+    need_root()
+    keys = detach_keys(options.detach_keys)
+    if not (options.attach or options.interactive):
+        return for_each(options.containers, start_it)
+    if len(options.containers) > 1:
+        raise Fail("you cannot start and attach multiple containers at once", "", 1)
+    record = find(options.containers[0])
+    held, typing = claim(record), options.interactive and record.interactive
+    if held is None:
+        return attach_to(record, keys, typing)
+    spec = record.spec()
+    return accompany(Client(spec["process"]["terminal"], typing, keys),
+                     shim_of(record, spec, held, typing=typing), options, record.name)
+
+
+@command("attach", arg("--no-stdin", action="store_true", help="only look on"),
+         DETACH_KEYS, CONTAINER)
+def attach_command(options):
+    """Show what a running container writes from now on, and pass on what is typed."""
+    need_root()
+    record = find(options.container)
+    return attach_to(record, detach_keys(options.detach_keys),
+                     record.interactive and not options.no_stdin)
+
+
+@command("exec", arg("-d", "--detach", action="store_true", help="do not wait for it"),
+         DETACH_KEYS, *PROCESS_OPTIONS, PRIVILEGED, CONTAINER,
          arg("words", nargs="A...", metavar="COMMAND", help="program and arguments"))
 def exec_command(options):
     """Run a command in a running container."""
     need_root()
-    check_terminal(options)
-    id, directory = find_container(options.container)
-    spec = from_json(read_file(f"{directory}/config.json"))
+    keys = detach_keys(options.detach_keys)
+    if not options.detach:
+        check_terminal(options)
+    record = find(options.container)
+    if record.status == "paused":
+        raise Fail(f"Container {options.container} is paused, unpause the container "
+                   "before exec", "", 1)
     try:
-        pid = from_json(read_file(f"{directory}/state.json"))["pid"]
-        target = syscall("pidfd_open", pid, 0, why="its process 1")
-        if f"minicontainer-{id}" not in read_file(f"/proc/{pid}/cgroup"):
-            raise ProcessLookupError
-    except (FileNotFoundError, ProcessLookupError):
-        raise Fail(f"container {id[:12]} is not running", "it has ended", 1) from None
+        target = pidfd_of(record) if record.status in LIVE else None
+    except ProcessLookupError:
+        target = None
+    if target is None:
+        raise Fail(f"Container {record.id} is not running", "`start` starts it", 1)
     hold_signals()
+    spec = record.spec()
     process = {**spec["process"],
                **process_spec(options, options.words, spec["process"])}
     if options.privileged:
         process["capabilities"] = capability_sets(available_capabilities(
             bool(namespace_flags(spec) & CLONE_NEWUSER)))
-    c = Container(id, {**spec, "process": process}, directory)
+    c = Container(record.id, {**spec, "process": process}, record.path())
     c.is_new, c.target = False, target
-    enter(c, Cgroup(spec["linux"]["cgroupsPath"]))
-    try:
-        return attend(c, options.interactive)
-    finally:
-        c.close()
+
+    def begin_inside(shim):
+        enter(c, Cgroup(spec["linux"]["cgroupsPath"]))
+        if not options.interactive and "stdin" in c.outer:
+            os.close(c.outer.pop("stdin"))
+    shim = Shim(c, begin_inside, lambda shim: {"code": c.wait()})
+    if options.detach:
+        await_start(leave_to(shim))
+        return 0
+    return accompany(Client(options.tty, options.interactive, keys, owner=True), shim,
+                     options, f"a process in {record.name}")
+
+
+def free_links(kind, still):
+    """Remove those links of ids/ or names/ that lead to no id that still(id)."""
+    for name in os.listdir(os.path.dirname(store(kind, "x"))):
+        try:
+            if not still(os.readlink(store(kind, name))):
+                os.unlink(store(kind, name))
+        except FileNotFoundError:  # its owner has just done the same
+            pass
 
 
 @command("system prune")
@@ -4489,7 +5572,8 @@ def system_prune_command(options):
         except (OSError, Fail) as error:  # the others are cleared all the same
             alive.add(id)
             failed = error
-    free_ids(lambda id: id in alive)
+    free_links("ids", lambda id: id in alive)
+    free_links("names", lambda id: id in alive)
     for parent in ("layers", "rootfs"):
         top = os.path.dirname(store(parent, "x"))
         for name in os.listdir(top):
@@ -5121,7 +6205,7 @@ def main(argv=None):
         return dispatch(list(sys.argv[1:] if argv is None else argv))
     except Exception as error:
         fail = diagnose(error)
-        say(f"{fail.message}" + (f"\n  hint: {fail.hint}" if fail.hint else ""))
+        complain(fail)
         return fail.code
     except SystemExit as stopped:  # stop()
         say("interrupted: what had been begun was undone\n  hint: just run it again")
