@@ -2668,6 +2668,40 @@ class sock_fprog(ctypes.Structure):
         return f"{{.len = {self.len}}}"
 
 
+# ── the interpreter ──
+
+
+def seal_interpreter(spec):
+    """Where root inside is root outside, start anew in an interpreter that he cannot
+    write to; returns in that one, or where there is no need.
+
+    An image whose program begins with #!/proc/self/exe, or who may look at us through
+    /proc/1/exe, holds the file that we run: the host's own python3.  On a mount that
+    is read-only and attached nowhere, nobody inside can change it, its mode or owner.
+    subtle: a fork runs the same file, so it takes an execve; only those pay for it
+    who have no user namespace, in which its owner is nobody.
+    """
+    sealed = os.statvfs("/proc/self/exe").f_flag & os.ST_RDONLY
+    if sealed or namespace_flags(spec) & CLONE_NEWUSER:
+        return
+    directory, name = os.path.split(os.readlink("/proc/self/exe"))
+    attr = mount_attr(attr_set=MOUNT_ATTR_RDONLY)
+    try:
+        tree = syscall("open_tree", AT_FDCWD, directory, OPEN_TREE_CLONE
+                       | OPEN_TREE_CLOEXEC | AT_RECURSIVE, why="attached nowhere")
+        syscall("mount_setattr", tree, "", AT_EMPTY_PATH | AT_RECURSIVE, attr,
+                ctypes.sizeof(attr), why="root inside is root outside, but not here")
+    except OSError as error:  # before Linux 5.12
+        if error.errno != errno.ENOSYS:
+            raise
+        say("this kernel cannot seal this machine's Python: root inside can write to "
+            "it, through /proc/self/exe")
+        return
+    syscall("execve", f"/proc/self/fd/{tree}/{name}", sys.orig_argv,
+            ctypes.c_void_p.in_dll(LIBC, "environ"),
+            why="start anew, in an interpreter that nobody can write to")
+
+
 # ── steps ──
 
 
@@ -4213,6 +4247,7 @@ def create(options, layers, args):
     """A container that has everything but a life: its directory, spec and ids."""
     id = os.urandom(32).hex()
     spec = make_spec(options, id, args)
+    seal_interpreter(spec)
     hold_signals()
     directory = store("containers", id)
     guard = lock(os.path.dirname(directory), fcntl.LOCK_SH)  # prune waits for us
@@ -4307,11 +4342,11 @@ def run_command(options):
         try:
             start(c)
         except CannotMapIds as error:
-            say(f"{error.message}: using the host's user namespace (root inside is "
-                "root outside)")
             remove(c)
             options.userns = "host"
-            c = create(options, layers, args)
+            c = create(options, layers, args)  # or all anew, sealed; hence it is said
+            say(f"{error.message}: using the host's user namespace (root inside is "
+                "root outside)")
             start(c)
         save(f"{c.directory}/state.json", {"pid": c.pid})
         code = attend(c, options.interactive)
@@ -4354,6 +4389,7 @@ def exec_command(options):
             raise ProcessLookupError
     except (FileNotFoundError, ProcessLookupError):
         raise Fail(f"container {id[:12]} is not running", "it has ended", 1) from None
+    seal_interpreter(spec)
     hold_signals()
     process = {**spec["process"],
                **process_spec(options, options.words, spec["process"])}

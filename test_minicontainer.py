@@ -198,6 +198,7 @@ def forked(function, stdin=None):
             code = 99
             try:
                 signal.alarm(0)
+                m.seal_interpreter = lambda spec: None  # what starts anew is pytest
                 os.dup2(os.open("/dev/null", os.O_RDONLY) if stdin is None else stdin, 0)
                 os.dup2(out.fileno(), 1)
                 os.dup2(err.fileno(), 2)
@@ -2346,6 +2347,105 @@ def test_nothing_is_imported_from_the_image(tmp_path):
         result = mini("run", *base, *how)
         assert result.returncode in (125, 127)
         assert not os.listdir(f"{STORE}/containers")
+
+
+@pytest.fixture(scope="module")
+def attacked(tmp_path_factory):
+    """A copy of the interpreter, to be attacked by a container that it starts; and the
+    options that give an image all that such an interpreter needs to run inside."""
+    top = tmp_path_factory.mktemp("attacked")
+    python, layer = str(top / "bin" / "python3"), str(top / "layer")
+    for directory in ("bin", "layer"):
+        (top / directory).mkdir(mode=0o755)
+    shutil.copy2(PYTHON, python)
+    m.copy_program(PYTHON, layer, "/unused")
+    (top / "layer" / "attack").write_text("#!/proc/self/exe\n" + ATTACK)
+    os.chmod(top / "layer" / "attack", 0o755)
+    library = os.path.dirname(os.__file__)
+    return python, ["--rootfs", m.default_rootfs(), "--rootfs", layer, "-v",
+                    f"{library}:{library}:ro", "-e", f"PYTHONHOME={sys.base_prefix}"]
+
+
+ATTACK = """
+import os, sys
+for path in sys.argv[1:]:
+    for do in (lambda: os.chmod(path, 0o4777), lambda: os.chown(path, 1, 1),
+               lambda: os.truncate(path, 0), lambda: os.utime(path, (1, 1)),
+               lambda: os.setxattr(path, "user.x", b"x")):
+        try:
+            do()
+            print("DONE")
+        except OSError as error:
+            print(error.strerror)
+"""
+
+
+def fingerprint(path):
+    """All of a file that somebody could have changed."""
+    with open(path, "rb") as file:
+        digest = hashlib.sha256(file.read()).hexdigest()
+    s = os.stat(path)
+    return digest, s.st_mode, s.st_uid, s.st_gid, s.st_mtime_ns, os.listxattr(path)
+
+
+@root
+@pytest.mark.parametrize("users", [[], ["--userns", "host"]])
+def test_the_interpreter_cannot_be_changed_from_inside(attacked, users):
+    python, options = attacked
+    before = fingerprint(python)
+
+    def attack(*args):
+        result = subprocess.run([python, LAUNCHER, *args], capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        errors = set(result.stdout.splitlines())
+        assert errors == ({"Read-only file system"} if users else
+                          {"Operation not permitted", "Permission denied"}), errors
+    attack("run", "--rm", *users, *options, "/attack", "/proc/self/exe", "/proc/1/exe")
+    attack("run", "--rm", *users, *options, "--init", "--cap-add", "SYS_PTRACE",
+           "/attack", "/proc/self/exe", "/proc/1/exe")  # process 1 is ours, for good
+    with running(*users, *options) as (_, id, _):
+        attack("exec", id, "/attack", "/proc/self/exe")
+    assert fingerprint(python) == before
+
+
+@root
+def test_who_has_a_user_namespace_is_not_started_twice():
+    for users, times in (([], 0), (["--userns", "host"], 1), (["--privileged"], 1)):
+        shown = mini("run", "--rm", "--explain", *users, "/bin/true").stderr
+        assert len(re.findall(r"parent  execve\(.*/python", shown)) == times
+
+
+@root
+def test_the_fallback_to_the_hosts_user_namespace_is_sealed_and_announced_once(
+        attacked, tmp_path):
+    python, options = attacked
+    (tmp_path / "launcher").write_text(f"""if True:
+        import sys
+        sys.path.insert(0, {HERE!r})
+        import minicontainer as m
+        original = m.kernel
+        def kernel(name, args):
+            if name == "mount_setattr" and args[3].attr_set & m.MOUNT_ATTR_IDMAP:
+                raise OSError(22, "Invalid argument")
+            return original(name, args)
+        m.kernel = kernel
+        sys.exit(m.main())""")
+    result = subprocess.run([python, tmp_path / "launcher", "run", "--rm", *options,
+                             "/attack", "/proc/self/exe"], capture_output=True, text=True)
+    assert set(result.stdout.splitlines()) == {"Read-only file system"}, result.stderr
+    assert result.stderr.count("\n") == 1 and "cannot be id-mapped" in result.stderr
+
+
+def test_a_kernel_that_cannot_seal_the_interpreter_says_so(monkeypatch, capsys):
+    for older in ("open_tree", "mount_setattr"):
+        def kernel(name, args, older=older):
+            if name == older:
+                raise OSError(errno.ENOSYS, "Function not implemented")
+            return os.open("/", os.O_PATH)
+        monkeypatch.setattr(m, "kernel", kernel)
+        monkeypatch.setattr(m, "SAID", set())
+        m.seal_interpreter({"linux": {"namespaces": []}})
+        assert "cannot seal this machine's Python" in capsys.readouterr().err
 
 
 @root
