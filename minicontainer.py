@@ -2070,7 +2070,6 @@ def seal_root(c):
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_KEEPCAPS, PR_CAPBSET_DROP = 1, 4, 8, 24
 PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 38, 47, 4
 KEYCTL_JOIN_SESSION_KEYRING = 1
-CLOSE_RANGE_CLOEXEC = 4
 SECCOMP_SET_MODE_FILTER = 1
 
 calls(
@@ -2086,7 +2085,7 @@ calls(
     keyctl=(250, 219, "KEYCTL_ arg2"),
     prlimit64=(302, 261, "pid resource new old"),
     seccomp=(317, 277, "SECCOMP_ flags program"),
-    close_range=(436, 436, "first last CLOSE_RANGE_"),
+    close_range=(436, 436, "first last flags"),
     execve=(59, 221, "path argv envp"),
 )
 
@@ -2936,17 +2935,22 @@ def die_with_parent(c):
 
 
 def close_descriptors(c):
-    """Step: the program gets 0, 1 and 2, and nothing else of ours."""
-    try:
-        syscall("close_range", 3, 0x7FFFFFFF, CLOSE_RANGE_CLOEXEC,
-                why="all others are closed by execve")
-    except OSError as error:  # Linux before 5.11 knows no such flag, or no such call
-        if error.errno not in (errno.EINVAL, errno.ENOSYS):
-            raise
-        low = 3
-        for fd in sorted({c.news[1], c.orders[0], narration.fd, 1 << 20}):
-            os.closerange(low, fd)  # those three were opened to be closed by execve
-            low = max(low, fd + 1)
+    """Step: the program gets 0, 1 and 2, and nothing else of ours.
+
+    subtle: execve closes too, but looks the program up before: one that is named
+    /proc/self/fd/5/../../bin/sh, or asks for it with #!, would be the host's, if 5 were
+    a directory of the host.  What stays open until then leads nowhere.
+    """
+    low = 3
+    for kept in sorted({c.news[1], c.orders[0], narration.fd, c.proc, 0x7FFFFFFF}):
+        if kept > low:
+            try:
+                syscall("close_range", low, kept - 1, 0, why="all but what we need")
+            except OSError as error:
+                if error.errno != errno.ENOSYS:
+                    raise
+                os.closerange(low, min(kept, 1 << 20))  # Linux before 5.9
+        low = max(low, kept + 1)
 
 
 def install_seccomp(c):
@@ -3028,6 +3032,8 @@ def label_program(c):
             raise Fail(f"{module} does not know {label!r}: {error.strerror}",
                        f"is it loaded, and {module} in /sys/kernel/security/lsm?"
                        ) from None
+    if c.proc >= 0:
+        os.close(c.proc)  # it leads to the host; see close_descriptors
 
 
 # Execve resets handlers but keeps what is ignored: by Python, a shell or nohup.
@@ -3290,7 +3296,7 @@ BIRTH = (               # init, from "go" until it is your program
         become_user,    # groups, then user
         set_capabilities,  # what is left of them after that
         no_new_privileges,  # nothing is to be gained any more
-        close_descriptors,  # all of ours will end with this program
+        close_descriptors,  # before a program is looked up that could name them
         die_with_parent,  # forgotten whenever a user changes, so after that
         become_reaper,  # with --init: process 1 stays behind, its child goes on
         label_program,  # counts for this process alone, so after the last fork
