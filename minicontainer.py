@@ -121,7 +121,7 @@ class Fail(Exception):
         self.message, self.hint, self.code = message, hint, code
 
 
-SAID = set()  # what the person has been told
+SAID = set(os.environ.pop("MINICONTAINER_SAID", "").split("\n"))  # to the person
 
 
 def say(message):
@@ -2696,6 +2696,7 @@ def seal_interpreter(spec):
         say("this kernel cannot seal this machine's Python: root inside can write to "
             "it, through /proc/self/exe")
         return
+    os.environ["MINICONTAINER_SAID"] = "\n".join(SAID)
     syscall("execve", f"/proc/self/fd/{tree}/{name}", sys.orig_argv,
             ctypes.c_void_p.in_dll(LIBC, "environ"),
             why="start anew, in an interpreter that nobody can write to")
@@ -3384,7 +3385,8 @@ def enter(c, running):
 # A tarball is hostile until shown otherwise: names with "..", a symlink and then a
 # file written through it, a hard link to outside.  So Python's tarfile only reads the
 # headers and the data for us; what it names is made here, below a descriptor of the
-# layer, with openat2 and RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS.
+# layer, with openat2 and RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS.  And as few kilobytes
+# can mean a petabyte of zeros, of entries or of headers, each of the three is bounded.
 #
 # A layer can also take away.  An entry `.wh.NAME` says that NAME of the layers below
 # is gone, `.wh..wh..opq` that its directory hides all of them; overlay says the same
@@ -3630,9 +3632,68 @@ def unpack_named(path, tar, member, top, times):
 def set_times(top, times):
     """Set the times of directories; last, since making files in them changes them."""
     for directory, when in reversed(times):
-        handle = open_beneath(top, directory)
+        try:
+            handle = open_beneath(top, directory)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                raise
+            continue  # a later entry has replaced it
         os.utime(handle, ns=when)
         os.close(handle)
+
+
+LAYER_ENTRIES = 1_000_000  # more take $MINICONTAINER_LAYER_ENTRIES
+HEADER_BYTES = 1 << 20  # of one entry: tarfile takes them into memory whole
+
+
+class Meter:
+    """A tarball's stream, that gives no more bytes than `left` says."""
+
+    def __init__(self, path):
+        import bz2
+        import gzip
+        import lzma
+
+        with open(path, "rb") as file:
+            head = file.read(512)
+        known = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
+        opener = open if head[257:262] == b"ustar" else known.get(head[:2], open)
+        self.path, self.file, self.left = path, opener(path, "rb"), HEADER_BYTES
+
+    def read(self, count):
+        """Read, if it is within what is left."""
+        self.left -= count
+        if self.left < 0:
+            raise Fail(f"{self.path}: not a tarball, or a damaged one: more than "
+                       f"{human(HEADER_BYTES)} of headers for one entry",
+                       "it is damaged or hostile: do not use it")
+        return self.file.read(count)
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+def members(tar):
+    """The entries of a tarball, one after the other, while they stay within bounds."""
+    path, room = tar.fileobj.path, os.statvfs(STORE)
+    most = size(os.environ.get("MINICONTAINER_LAYER_BYTES")
+                or f"{room.f_bavail * room.f_frsize}")  # all the same: it has to fit
+    entries = whole("$MINICONTAINER_LAYER_ENTRIES", os.environ.get(
+        "MINICONTAINER_LAYER_ENTRIES") or f"{LAYER_ENTRIES}", 1)
+    total = count = 0
+    while member := tar.next():
+        tar.members.clear()  # it would keep every one
+        total, count = total + member.size, count + 1
+        for over, what in ((total > most, f"unpacks to more than {human(most)}"),
+                           (count > entries, f"has more than {entries} entries"),
+                           (len(tar.pax_headers) > 100, "has 100 global headers")):
+            if over:
+                raise Fail(f"{path}: the tarball {what}",
+                           "the bounds are MINICONTAINER_LAYER_BYTES (what is free on "
+                           "the disk) and MINICONTAINER_LAYER_ENTRIES (a million)")
+        tar.fileobj.left = member.size + HEADER_BYTES
+        yield member
+        tar.fileobj.left = HEADER_BYTES
 
 
 def unpack(path, top):
@@ -3644,12 +3705,13 @@ def unpack(path, top):
     fd = os.open(top, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     times = []
     try:
-        with tarfile.open(path, "r:*", errorlevel=2) as tar:
-            for member in tar:
+        with tarfile.TarFile(fileobj=Meter(path), errorlevel=2) as tar:
+            for member in members(tar):
                 unpack_named(path, tar, member, fd, times)
             tar.fileobj.seek(tar.offset)  # at a bad header tarfile just stops
             if tar.fileobj.read(512) != bytes(512):
                 raise tarfile.ReadError("it does not end as a tarball does")
+            tar.fileobj.left = 1 << 30
             while tar.fileobj.read(1 << 20):
                 pass  # gzip and xz have their checksum at the very end
         set_times(fd, times)
@@ -4348,11 +4410,11 @@ def run_command(options):
         try:
             start(c)
         except CannotMapIds as error:
-            remove(c)
-            options.userns = "host"
-            c = create(options, layers, args)  # or all anew, sealed; hence it is said
             say(f"{error.message}: using the host's user namespace (root inside is "
                 "root outside)")
+            remove(c)
+            options.userns = "host"
+            c = create(options, layers, args)  # starts anew, sealed, and comes by again
             start(c)
         save(f"{c.directory}/state.json", {"pid": c.pid})
         code = attend(c, options.interactive)

@@ -12,10 +12,13 @@ import ctypes
 import errno
 import fcntl
 import functools
+import gc
+import gzip
 import hashlib
 import http.server
 import importlib
 import io
+import itertools
 import json
 import mmap
 import multiprocessing
@@ -2408,11 +2411,15 @@ def attacked(tmp_path_factory):
         (top / directory).mkdir(mode=0o755)
     shutil.copy2(PYTHON, python)
     m.copy_program(PYTHON, layer, "/unused")
-    (top / "layer" / "attack").write_text("#!/proc/self/exe\n" + ATTACK)
+    (top / "layer" / "attack").write_text("#!/proc/self/exe -S\n" + ATTACK)
     os.chmod(top / "layer" / "attack", 0o755)
     library = os.path.dirname(os.__file__)
-    return python, ["--rootfs", m.default_rootfs(), "--rootfs", layer, "-v",
-                    f"{library}:{library}:ro", "-e", f"PYTHONHOME={sys.base_prefix}"]
+    shutil.copytree(f"{library}/encodings", f"{layer}{library}/encodings")
+    for name in ("codecs", "io", "abc", "os", "stat", "posixpath", "genericpath",
+                 "_collections_abc"):
+        shutil.copy(f"{library}/{name}.py", f"{layer}{library}/")
+    return python, ["--rootfs", m.default_rootfs(), "--rootfs", layer, "-e",
+                    f"PYTHONHOME={sys.base_prefix}"]
 
 
 ATTACK = """
@@ -2482,7 +2489,8 @@ def test_the_fallback_to_the_hosts_user_namespace_is_sealed_and_announced_once(
     result = subprocess.run([python, tmp_path / "launcher", "run", "--rm", *options,
                              "/attack", "/proc/self/exe"], capture_output=True, text=True)
     assert set(result.stdout.splitlines()) == {"Read-only file system"}, result.stderr
-    assert result.stderr.count("\n") == 1 and "cannot be id-mapped" in result.stderr
+    said = [line for line in result.stderr.splitlines() if "minicontainer: " in line]
+    assert "cannot be id-mapped" in said[-1] and len(said) == len(set(said)), said
 
 
 def test_a_kernel_that_cannot_seal_the_interpreter_says_so(monkeypatch, capsys):
@@ -2861,6 +2869,11 @@ def test_a_layer_can_take_away_what_is_below_it(tmp_path):
     [("l", {"type": tarfile.SYMTYPE, "linkname": "OUTSIDE"}),
      ("l", {"type": tarfile.DIRTYPE}), ("l/escaped", b"x")],
     [("h", {"type": tarfile.LNKTYPE, "linkname": "../escaped"})],
+    [("h", {"type": tarfile.LNKTYPE, "linkname": "OUTSIDE/victim"}), ("h", b"x")],
+    [("l", {"type": tarfile.SYMTYPE, "linkname": "OUTSIDE"}),
+     ("h", {"type": tarfile.LNKTYPE, "linkname": "l/victim"}), ("h", b"x")],
+    [("l", {"type": tarfile.SYMTYPE, "linkname": "OUTSIDE/victim"}),
+     ("h", {"type": tarfile.LNKTYPE, "linkname": "l"}), ("h", {"mode": 0o4777})],
     [("l", {"type": tarfile.SYMTYPE, "linkname": "OUTSIDE/victim"}), ("l", b"x")],
     [("l", {"type": tarfile.SYMTYPE, "linkname": "OUTSIDE"}), ("l/.wh.victim", b"")],
     [("OUTSIDE/escaped", b"x")], [("d/.wh..", b"")], [(".wh...", b"")],
@@ -2884,6 +2897,105 @@ def test_a_hostile_tarball_reaches_nothing_outside_its_layer(tmp_path, members):
     assert not os.path.exists(tmp_path / "escaped")
     if made:
         m.remove_tree(made)
+
+
+@root
+def test_a_name_twice_is_the_later_one_and_what_is_dangerous_stays_in_the_store(tmp_path):
+    path = make_tar(
+        tmp_path / "x.tar", ("f", b"first"), ("f", {"type": tarfile.DIRTYPE}),
+        ("f/in", b"x"), ("f", b"last"), ("null", {"type": tarfile.CHRTYPE, "devmajor": 1,
+                                                  "devminor": 3, "mode": 0o666}),
+        ("null", binary(b"now a file", 0o6755)), ("dev", {
+            "type": tarfile.CHRTYPE, "devmajor": 1, "devminor": 1, "mode": 0o666}))
+    top = m.layer_of(str(path))
+    assert (open(f"{top}/f").read(), open(f"{top}/null").read()) == ("last", "now a file")
+    assert stat.S_IMODE(os.stat(f"{top}/null").st_mode) == 0o6755
+
+    def as_somebody():
+        os.setresgid(65534, 65534, 65534)
+        os.setresuid(65534, 65534, 65534)
+        for name in ("null", "dev"):
+            with pytest.raises(PermissionError):
+                os.stat(f"{top}/{name}")
+        return 0
+    try:
+        code, _, err = forked(as_somebody)
+        assert code == 0, err
+    finally:
+        m.remove_tree(top)
+
+
+def header(name="f", size=0, kind=tarfile.REGTYPE, **pax_headers):
+    """The header of a tarball's entry, of whose content nothing follows."""
+    info = tarfile.TarInfo(name)
+    info.size, info.type, info.pax_headers = size, kind, pax_headers
+    return info.tobuf(tarfile.PAX_FORMAT)
+
+
+HOLE = {"GNU.sparse.major": "0", "GNU.sparse.minor": "1", "GNU.sparse.name": "bomb",
+        "GNU.sparse.map": f"{10 << 30},0", "GNU.sparse.realsize": f"{10 << 30}"}
+BOMBS = {  # what it is: (the beginning of a tarball, the bounds, what is said of it)
+    "zeros": (header(size=10 << 30), {"BYTES": "1g"}, "unpacks to more than 1GiB"),
+    "hole": (header(**HOLE), {"BYTES": "1g"}, "unpacks to more than 1GiB"),
+    "entries": (header() * 30, {"ENTRIES": "20"}, "has more than 20 entries"),
+    "headers for all": (b"".join(tarfile.TarInfo.create_pax_global_header(
+        {f"k{n}": "v"}) + header() for n in range(120)), {}, "has 100 global headers"),
+    "a header": (header(size=7 << 30, kind=b"x"), {}, "more than 1MiB of headers"),
+    "a header for all": (header(size=7 << 30, kind=b"g"), {}, "more than 1MiB of head"),
+    "a long name": (header(size=7 << 30, kind=b"L"), {}, "more than 1MiB of headers"),
+}
+
+
+@root
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_tarball_that_would_unpack_to_too_much_is_refused(tmp_path, bomb):
+    bomb, limits, words = BOMBS[bomb]
+    before = tree(f"{STORE}/layers")
+    (tmp_path / "bomb.tgz").write_bytes(gzip.compress(bomb + bytes(3 << 20), 1))
+    for name, value in limits.items():
+        os.environ[f"MINICONTAINER_LAYER_{name}"] = value
+    try:
+        code, _, err = forked(main("run", "--rootfs", tmp_path / "bomb.tgz", "/bin/true"))
+    finally:
+        for name in limits:
+            del os.environ[f"MINICONTAINER_LAYER_{name}"]
+    assert code == 125 and words in err and "bomb.tgz" in err
+    assert err.count("minicontainer: ") == 1 and "Traceback" not in err
+    assert tree(f"{STORE}/layers") == before
+
+
+@root
+def test_a_million_zeros_are_a_hole_and_no_more_than_was_allowed_is_unpacked(
+        tmp_path, monkeypatch):
+    path = make_tar(tmp_path / "x.tgz", *((f"{n}", bytes(1 << 20)) for n in range(4)),
+                    mode="w:gz")
+    monkeypatch.setenv("MINICONTAINER_LAYER_BYTES", "3m")
+    with pytest.raises(m.Fail, match="more than 3MiB"):
+        m.layer_of(str(path))
+    monkeypatch.setenv("MINICONTAINER_LAYER_BYTES", "4m")
+    top = m.layer_of(str(path))
+    assert sum(os.stat(f"{top}/{n}").st_blocks for n in range(4)) == 0
+    m.remove_tree(top)
+    monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result(
+        (1 << 20, 1 << 20, 9, 2, 2, 9, 9, 9, 0, 255)))
+    monkeypatch.delenv("MINICONTAINER_LAYER_BYTES")
+    with pytest.raises(m.Fail, match="more than 2MiB"):  # what is free
+        m.layer_of(str(path))
+
+
+@root
+def test_many_entries_take_no_more_memory_than_few(tmp_path, monkeypatch):
+    (tmp_path / "many.tar").write_bytes(b"".join(itertools.repeat(
+        tarfile.TarInfo("same").tobuf(), 3000)) + bytes(1024))
+    seen = []
+
+    def entry(path, tar, member, top, times):
+        seen.append(member.name)
+        if len(seen) == 3000:
+            seen.append(sum(type(o) is tarfile.TarInfo for o in gc.get_objects()))
+    monkeypatch.setattr(m, "unpack_named", entry)
+    m.remove_tree(m.layer_of(str(tmp_path / "many.tar")))
+    assert seen[:2] == ["same", "same"] and seen[-1] < 10
 
 
 @root
