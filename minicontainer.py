@@ -1802,7 +1802,12 @@ def open_inside(c, path, flags=os.O_PATH):
     """A descriptor of a path of the container, resolved as if / were its root (P4)."""
     how = open_how(flags=flags | os.O_CLOEXEC,
                    resolve=RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS)
-    return syscall("openat2", c.root_fd, path, how, ctypes.sizeof(how))
+    for left in reversed(range(128)):
+        try:
+            return syscall("openat2", c.root_fd, path, how, ctypes.sizeof(how))
+        except BlockingIOError:  # a rename, anywhere, while there was a ".." on the way
+            if not left:
+                raise
 
 
 def inside(c, path, make="", links=0):
@@ -1838,7 +1843,10 @@ def attach_source(c, mount):
     """Put a source that the parent took at its place, read-only, private … as asked."""
     path = mount["destination"]
     tree, attributes, propagation = c.sources[path], 0, 0
-    place = inside(c, path, "dir" if stat.S_ISDIR(os.fstat(tree).st_mode) else "file")
+    is_directory = stat.S_ISDIR(os.fstat(tree).st_mode)
+    place = inside(c, path, "dir" if is_directory else "file")
+    if is_directory != stat.S_ISDIR(os.fstat(place.fd).st_mode):
+        raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), f"mount on {path}")
     syscall("move_mount", tree, "", place.fd, "",
             MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH,
             why=f"the volume appears at {path}")
@@ -3211,6 +3219,8 @@ ADVICE = (
     ("pivot_root", (errno.EINVAL,), shared_mounts),
     ("clone3 clone unshare", (errno.ENOSPC, errno.EUSERS),
      "the sysctls user.max_*_namespaces allow no more here; or --userns host"),
+    ("", (errno.ENOTDIR,), "what the image has there is in the way: a directory goes "
+     "on a directory, a file on a file"),
     ("mount", (errno.ENODEV,), "the kernel lacks this file system: is there a module?"),
     ("", (errno.EPERM, errno.EACCES), refused_to_root),
     ("", (errno.EBUSY,), holders),
@@ -4433,7 +4443,7 @@ def run_command(options):
 def find_container(name):
     """(id, directory) of the container whose id begins with `name`."""
     ids = [id for id in os.listdir(os.path.dirname(store("containers", "x")))
-           if id.startswith(name)]
+           if name and id.startswith(name)]
     if len(ids) != 1:
         raise Fail(f"no such container: {name}" if not ids else
                    f"multiple IDs found with provided prefix: {name}",

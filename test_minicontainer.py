@@ -842,7 +842,8 @@ def test_a_second_program_joins_all_the_namespaces_of_a_container():
         assert "no such file" in refused("exec", id, "/nosuch", code=127)
         assert mini("exec", "-u", "7:8", "-w", "/tmp", "-e", "A=b", id, "/bin/sh", "-c",
                     "id -u; id -g; pwd; echo $A").stdout == "7\n8\n/tmp\nb\n"
-    assert "no such container" in refused("exec", id, "/bin/true")
+    for name in (id, "", "../../x"):
+        assert "no such container" in refused("exec", name, "/bin/true")
 
 
 @root
@@ -935,6 +936,23 @@ def test_a_fork_bomb_stays_within_the_pids_limit():
     result = mini("run", "--rm", "--pids-limit", "6", "/bin/sh", "-c",
                   "f() { f | f & }; f; for i in 1 2 3 4 5 6 7 8; do sleep 9 & done")
     assert "fork" in result.stderr
+
+
+@root
+def test_a_fork_bomb_is_gone_within_two_seconds_of_a_kill():
+    bomb = "echo up; while :; do sleep 60 & done 2>/dev/null & " \
+           "while :; do (sleep 60 &); done 2>/dev/null"
+    for whom in ("process 1", "the parent"):
+        with running("--pids-limit", "50", script=bomb) as (process, id, pid):
+            group = m.Cgroup(f"/minicontainer-{id}")
+            until(lambda: len(group.pids()) >= 40)
+            if whom == "process 1":
+                os.kill(pid, signal.SIGKILL)
+            else:
+                process.kill()
+            until(lambda: not group.pids(), 2 if "IN_TEST_VM" not in os.environ else 20)
+            process.wait(30)
+    mini("system", "prune")
 
 
 @root
@@ -1409,6 +1427,104 @@ def test_a_mount_point_that_is_a_symlink_to_the_host_stays_inside(tmp_path):
 
 
 @root
+@pytest.mark.parametrize("users", [[], ["--userns", "host"]])
+@pytest.mark.parametrize("kind", ["symlink", "fifo", "file"])
+def test_an_image_whose_directories_are_traps_reaches_nothing_of_the_host(
+        tmp_path, kind, users):
+    """/dev, /proc, /sys, /etc and the target of a volume, one at a time."""
+    outside, volume = tmp_path / "outside", tmp_path / "volume"
+    for directory in (outside, volume):
+        directory.mkdir()
+        (directory / "victim").write_text(directory.name)
+    for name in ("dev", "proc", "sys", "etc", "vol"):
+        layer = tmp_path / name
+        (layer / "bin").mkdir(parents=True)
+        shutil.copy(shutil.which("busybox"), layer / "bin" / "busybox")
+        if kind == "symlink":
+            (layer / name).symlink_to(outside)
+        elif kind == "fifo":
+            os.mkfifo(layer / name)
+        else:
+            (layer / name).write_text("in the way")
+        result = mini("run", "--rm", *users, "--rootfs", layer, "-v", f"{volume}:/vol",
+                      "/bin/busybox", "cat", f"{outside}/victim")
+        assert "outside" not in result.stdout  # the host's
+        if kind == "symlink":  # it leads to a place of the container's own
+            assert result.returncode == 0 or "No such file" in result.stderr
+        else:
+            assert result.returncode == 125
+            assert f"/{name}" in result.stderr, result.stderr
+            assert result.stderr.count("\n") == 2, result.stderr
+        assert os.listdir(outside) == ["victim"] and os.listdir(volume) == ["victim"]
+        assert (outside / "victim").read_text() == "outside"
+
+
+@root
+@pytest.mark.parametrize("users", [[], ["--userns", "host"]])
+def test_a_false_dev_null_does_not_uncover_what_is_hidden(tmp_path, users):
+    """Masks are the host's null device, whatever the image or a volume calls so."""
+    dev = tmp_path / "dev"
+    dev.mkdir()
+    (dev / "null").symlink_to("/proc/sysrq-trigger")
+    for options in (["-v", f"{dev}:/dev"], ["--rootfs", m.default_rootfs(), "--rootfs",
+                                            tmp_path]):
+        text = sh("for f in /proc/kcore /proc/keys /proc/timer_list; do [ -e $f ] && "
+                  "stat -c %t:%T:%s $f; done; true", *users, *options)
+        assert set(text.split()) == {"1:3:0"}
+    assert os.readlink(dev / "null") == "/proc/sysrq-trigger"
+
+
+def test_a_path_is_looked_up_again_when_a_rename_has_raced_with_it(monkeypatch):
+    c, answers = m.Container("f" * 64, {}, ""), [errno.EAGAIN] * 100
+
+    def kernel(name, args):
+        if answers:
+            raise OSError(answers.pop(), "again")
+        return 7
+    monkeypatch.setattr(m, "kernel", kernel)
+    assert m.open_inside(c, "/x") == 7 and answers == []
+    answers += [errno.EAGAIN] * 200
+    with pytest.raises(BlockingIOError):
+        m.open_inside(c, "/x")
+
+
+@root
+def test_a_racer_that_renames_a_volumes_target_gains_nothing(tmp_path):
+    """10,000 exchanges of a directory with symlinks to the host, while we mount on it."""
+    shared, outside, source = (tmp_path / name for name in ("shared", "outside", "source"))
+    for directory in (shared, outside, source, shared / "target"):
+        directory.mkdir(parents=True)
+    (source / "file").touch()
+    (shared / "absolute").symlink_to(outside)
+    (shared / "relative").symlink_to("../" * 12 + str(outside).lstrip("/"))
+    count, libc = mmap.mmap(-1, 8), ctypes.CDLL(None)
+    racer = os.fork()
+    if racer == 0:
+        os.chdir(shared)
+        done = 0
+        while True:
+            for other in (b"absolute", b"relative"):
+                for _ in range(2):
+                    libc.renameat2(-100, b"target", -100, other, 2)  # RENAME_EXCHANGE
+                    done += 1
+            count[:8] = struct.pack("q", done)
+    try:
+        starts = 0
+        while starts < 4 or struct.unpack("q", count[:8])[0] < 10_000:
+            result = mini("run", "--rm", "-v", f"{shared}:/v", "-v",
+                          f"{source}:/v/target", "/bin/cat", "/proc/self/mountinfo")
+            assert "memory" not in result.stderr
+            assert "Traceback" not in result.stderr and (result.returncode == 125 or any(
+                line.split()[3].endswith("/source")  # mounted, where it can be seen
+                for line in result.stdout.splitlines())), result
+            assert os.listdir(outside) == []
+            starts += 1
+    finally:
+        os.kill(racer, signal.SIGKILL)
+        os.waitpid(racer, 0)
+
+
+@root
 def test_a_file_system_that_cannot_be_id_mapped_is_announced(volume):
     def cannot():
         original = m.kernel
@@ -1777,6 +1893,22 @@ def test_a_working_directory_is_never_one_of_the_hosts(users, tmp_path):
         code, out, err = starts_in(cwd)
         assert code in (126, 127) and not out, (cwd, out)
         assert f"working directory {cwd}: " in err
+
+
+@root
+def test_nothing_can_be_typed_into_the_callers_terminal(probe):
+    """TIOCSTI: no descriptor of the container is that terminal, nor is /dev/tty."""
+    TIOCSTI = 0x5412
+    calls = [f"{m.call_numbers(MACHINE)['ioctl']},{fd},{TIOCSTI}" for fd in (0, 1, 2)]
+    terminal = Terminal("run", "--rm", "-i", "--rootfs", probe, "/probe", *calls)
+    assert terminal.end() == 0
+    assert terminal.seen.split() == [str(errno.ENOTTY)] * 3
+    terminal = Terminal("run", "--rm", "-i", "/bin/sh", "-c", ": < /dev/tty")
+    assert terminal.end() != 0 and "No such device or address" in terminal.seen
+    terminal = Terminal("run", "--rm", "-it", "/bin/sh", "-c", "stat -Lc =%d= "
+                        "/proc/self/fd/0")  # a terminal, but one of its own file system
+    assert int(terminal.expect(r"=(\d+)=")[1]) != os.stat("/dev/pts").st_dev
+    assert terminal.end() == 0
 
 
 @root
@@ -2331,7 +2463,7 @@ def test_single_probes_are_answered_as_they_should_be(probe):
             f"signal {signal.SIGSYS:d}\n" if gate == "0\n" else gate)
 
 
-def in_runc(rootfs, seccomp, args, tmp_path):
+def in_runc(rootfs, seccomp, args, tmp_path, uid=0):
     """What a program prints in runc with a profile and Docker's capabilities."""
     subprocess.run(["runc", "spec"], cwd=tmp_path, check=True)
     with open(tmp_path / "config.json") as file:
@@ -2339,7 +2471,8 @@ def in_runc(rootfs, seccomp, args, tmp_path):
     capabilities = {kind: m.DOCKER_CAPABILITIES
                     for kind in ("bounding", "effective", "permitted")}
     spec["process"].update(args=args, terminal=False, noNewPrivileges=False, rlimits=[],
-                           capabilities=capabilities)
+                           capabilities=capabilities,
+                           user={"uid": uid, "gid": uid, "additionalGids": [uid]})
     spec["root"] = {"path": rootfs, "readonly": False}
     spec["linux"]["seccomp"] = seccomp
     (tmp_path / "config.json").write_text(json.dumps(spec))
@@ -2349,6 +2482,26 @@ def in_runc(rootfs, seccomp, args, tmp_path):
                             stdin=subprocess.DEVNULL)
     assert result.returncode == 0, result.stderr
     return result.stdout
+
+
+@root
+@pytest.mark.parametrize("uid", [0, 1000])
+def test_what_proc_says_of_our_privileges_is_what_it_says_in_runc(probe, tmp_path, uid):
+    if not shutil.which("runc"):
+        pytest.skip("no runc to compare with: apt-get install runc")
+    seccomp = m.oci_profile(m.builtin_profile(MACHINE), m.DOCKER_CAPABILITIES, MACHINE,
+                            os.uname().release)
+    keys = "Uid Gid Groups CapInh CapPrm CapEff CapBnd CapAmb NoNewPrivs Seccomp Umask"
+
+    def chosen(text):
+        return [line for line in text.splitlines() if line.split(":")[0] in keys.split()]
+    shutil.copy(shutil.which("busybox"), f"{probe}/busybox")
+    program = ["/busybox", "cat", "/proc/self/status"]
+    theirs = chosen(in_runc(probe, seccomp, program, tmp_path, uid))
+    assert len(theirs) == len(keys.split())
+    for options in ([], ["--userns", "host"]):
+        assert chosen(run("-u", f"{uid}:{uid}", *options, "--rootfs", probe,
+                          *program)) == theirs
 
 
 @root
@@ -2385,19 +2538,31 @@ def test_nothing_is_imported_from_the_image(tmp_path):
     """A planted module at the interpreter's own paths must not run."""
     layer = tmp_path / "layer"
     library = os.path.dirname(os.__file__)
-    for name in ("warnings.py", "traceback.py", "encodings/idna.py", "linecache.py"):
+    for name in ("warnings.py", "traceback.py", "linecache.py", "locale.py", "pwd.py",
+                 *(f"encodings/{name}.py" for name in (
+                     "__init__", "idna", "utf_8", "ascii", "latin_1", "aliases"))):
         path = layer / library.lstrip("/") / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("import os\nos.system('touch /poisoned')\n"
                         "open('/poisoned', 'w').close()\n")
     (layer / "etc").mkdir()
-    (layer / "etc" / "nsswitch.conf").write_text("passwd: evil\n")
+    (layer / "etc" / "nsswitch.conf").write_text("passwd: evil files\ngroup: evil\n")
+    (layer / "etc" / "passwd").write_text("root:x:0:0::/:/bin/sh\né:x:5:5::/é:/x\n")
+    for directory in m.library_directories():  # whoever opens a FIFO waits for ever
+        for name in ("libnss_evil.so.2", "libnss_files.so.2", "locale/locale-archive",
+                     "locale/C.utf8/LC_CTYPE", "gconv/gconv-modules"):
+            path = layer / directory.lstrip("/") / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not os.path.lexists(path):
+                os.mkfifo(path)
     base = ["--rootfs", m.default_rootfs(), "--rootfs", layer]
     assert sh("ls /poisoned 2>&1 || true", *base, "-u", "12").startswith("ls: ")
+    assert sh("echo é; ls /poisoned 2>/dev/null || true", *base, "-u", "é", "-e",
+              "LANG=de_DE.ISO-8859-1") == "é\n"
     for how in (["/nosuch"], ["nosuch"], ["-u", "nosuch", "/bin/true"],
-                ["-w", "/nosuch", "/bin/true"]):
-        result = mini("run", *base, *how)
-        assert result.returncode in (125, 127)
+                ["-u", "\udcff", "/bin/true"], ["-w", "/nosuch", "/bin/true"]):
+        result = mini("run", *base, *how, env={"LC_ALL": "de_DE.ISO-8859-1"})
+        assert result.returncode in (125, 127) and "internal" not in result.stderr
         assert not os.listdir(f"{STORE}/containers")
 
 
@@ -2641,7 +2806,8 @@ def test_only_root_can_make_containers():
 def test_an_unknown_command_or_flag_is_refused_in_one_line():
     assert "'nosuch' is not a minicontainer command" in refused("nosuch", code=1)
     for args in (["run", "--nosuch", "/bin/true"], ["run", "-qx", "/x"],
-                 ["run", "--memory"], ["ns", "1", "2"], ["run", "--rm"]):
+                 ["run", "--memory"], ["ns", "1", "2"], ["run", "--rm"],
+                 ["run", "--name", "../../x", "/bin/true"]):
         message = refused(*args)
         assert message.count("\n") == 2 and "--help" in message
     for args in (["--network", "moon"], ["--rm=perhaps"]):
