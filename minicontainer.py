@@ -390,6 +390,12 @@ def read_file(path, why=""):
     return request("read", (path,), ask, why)
 
 
+def save(path, document):
+    """Replace a JSON file, so that a reader sees the old one or the new one (P3)."""
+    write_file(f"{path}.new", to_json(document), create=0o600)
+    os.rename(f"{path}.new", path)
+
+
 def start_narration(words):
     """Begin to narrate in the style `words`, on a copy of standard error that no
     container can inherit or replace."""
@@ -466,6 +472,9 @@ class Container:
         self.workshop = ""  # an empty directory of the host, to mount the workshop on
         self.throw_away = False  # nothing it writes is kept: --rm
         self.wants_reaper = False  # --init: process 1 only reaps and forwards
+        self.record = ""  # chapter 7: the directory of its record
+        self.fifos = []  # and two FIFOs there, between create and start
+        self.preserved = 0  # descriptors from 3 on that the program gets, too
         self.is_new = True  # False for what `exec` runs in a running one
         self.target = None  # then: the pidfd of the running one's process 1
         self.cgroup = None  # its Cgroup
@@ -475,7 +484,7 @@ class Container:
         self.sources = {}  # path inside: descriptor of the mount that goes there
         self.proc = -1  # the host's /proc, where a security label is written
         self.lock = -1  # keeps `system prune` away while we live
-        self.home = None  # where the parent was before it opened the workshop
+        self.home = []  # where the parent was before: (namespace, flag), (".", 0)
         self.root_fd = -1  # in init: the container's root, for openat2
         self.inner = []  # init's ends of the pipes that become its 0, 1 and 2
         self.outer = {}  # the parent's: "stdin", "stdout", "stderr", or "console"
@@ -549,9 +558,10 @@ class Container:
     def close(self):
         """Give back every descriptor."""
         held = [self.pidfd, self.users, self.proc, *self.sources.values(),
-                *self.inner, *self.outer.values(), *self.news, *self.orders]
+                *self.inner, *self.outer.values(), *self.news, *self.orders,
+                *self.fifos]
         self.pidfd = self.users = self.proc = -1
-        self.sources, self.outer, self.inner = {}, {}, []
+        self.sources, self.outer, self.inner, self.fifos = {}, {}, [], []
         self.news, self.orders = (-1, -1), (-1, -1)
         for fd in held:
             if fd >= 0:
@@ -666,11 +676,31 @@ def sysctl_spec(options, namespaces):
 
 
 def namespace_flags(spec):
-    """The CLONE_NEW… flags of the new namespaces that the spec asks for."""
+    """The CLONE_NEW… flags of the namespaces that the container does not share with
+    the host."""
     flags = 0
     for namespace in spec["linux"]["namespaces"]:
         flags |= NAMESPACES[namespace["type"]][0]
     return flags
+
+
+def joined(spec):
+    """{flag: path} of those that are there already, as the file at a path."""
+    return {NAMESPACES[namespace["type"]][0]: namespace["path"]
+            for namespace in spec["linux"]["namespaces"] if namespace.get("path")}
+
+
+def new_namespaces(spec):
+    """The flags of those that are made for it."""
+    return namespace_flags(spec) & ~sum(joined(spec))
+
+
+def birth_flags(spec):
+    """What init is cloned with: not what it unshares later, which is everything if it
+    has to be in somebody's user namespace first, to own it."""
+    if CLONE_NEWUSER in joined(spec):
+        return 0
+    return new_namespaces(spec) & ~LATER
 
 
 class clone_args(ctypes.Structure):
@@ -728,7 +758,7 @@ def map_ids(c):
     The kernel takes each file once, and maps that are not the writer's own only from
     a writer with CAP_SETUID over the parent namespace: the host's root.
     """
-    if not namespace_flags(c.spec) & CLONE_NEWUSER:
+    if not new_namespaces(c.spec) & CLONE_NEWUSER:
         return
     for file, key in (("uid_map", "uidMappings"), ("gid_map", "gidMappings")):
         lines = [f"{m['containerID']} {m['hostID']} {m['size']}"
@@ -738,19 +768,48 @@ def map_ids(c):
     c.users = open_fd(f"/proc/{c.pid}/ns/user", os.O_RDONLY, "for id-mapped mounts")
 
 
-def join_namespaces(c):
-    """Step of `exec`: into all of a running container's namespaces, at once.
+def visit_namespaces(c):
+    """Outside: into the namespaces that the spec names by path, for init to be born
+    in; the way back is kept for leave_workshop."""
+    for flag, path in joined(c.spec).items():
+        try:
+            fd = open_fd(path, os.O_RDONLY, "a namespace that is there already")
+            if flag == CLONE_NEWUSER:  # one that only init goes to, see join_users
+                c.users = fd
+                continue
+            name = next(file for bit, file, _ in NAMESPACES.values() if bit == flag)
+            c.home.append((open_fd(f"/proc/self/ns/{name}", os.O_RDONLY), flag))
+            syscall("setns", fd, flag, why=f"init is to be in {path}")
+            os.close(fd)
+        except OSError as error:
+            raise Fail(f"linux.namespaces: {path}: {error.strerror}",
+                       "is it such a namespace, as in /proc/PID/ns?") from None
 
-    To be in a pid namespace takes being born there, hence the second fork; with
-    CLONE_PARENT the newborn is the waiting parent's child, and we are done.
-    """
-    flags = namespace_flags(c.spec) | CLONE_NEWNS
-    syscall("setns", c.target, flags, why="all namespaces of its process 1")
+
+def be_born_again(c):
+    """To be in a pid namespace takes being born there, hence a second fork; with
+    CLONE_PARENT the newborn is the waiting parent's child, and we are done."""
     pid, _ = clone3(CLONE_PARENT, why="born in the container's pid namespace")
     if pid:
         c.tell_parent(ask="follow", pid=pid)
         os._exit(0)
     c.await_parent()
+
+
+def join_users(c):
+    """Step: into a user namespace that is there already; all that is new shall be
+    owned by it, and is therefore made now."""
+    if CLONE_NEWUSER in joined(c.spec):
+        syscall("setns", c.users, CLONE_NEWUSER, why="somebody's user namespace")
+        syscall("unshare", new_namespaces(c.spec) & ~LATER, why="owned by that one")
+        be_born_again(c)
+
+
+def join_namespaces(c):
+    """Step of `exec`: into all of a running container's namespaces, at once."""
+    flags = namespace_flags(c.spec) | CLONE_NEWNS
+    syscall("setns", c.target, flags, why="all namespaces of its process 1")
+    be_born_again(c)
     c.root_fd = open_fd("/", O_PATH | O_DIRECTORY, "the container's root")
 
 
@@ -780,7 +839,7 @@ def set_names(c):
 def loopback_up(c):
     """Step: bring up the loopback interface, down in every new network namespace."""
     AF_INET, SOCK_DGRAM, IFF_UP = 2, 0x80002, 1  # CLOEXEC'd
-    if not namespace_flags(c.spec) & CLONE_NEWNET:
+    if not new_namespaces(c.spec) & CLONE_NEWNET:
         return
     fd = syscall("socket", AF_INET, SOCK_DGRAM, 0, why="any socket will do for ioctl")
     ifreq = ctypes.create_string_buffer(struct.pack("16sh", b"lo", IFF_UP), 40)
@@ -873,16 +932,19 @@ def ns_command(options):
 # group of ours stands between, so there is nothing to share or leave behind.  What
 # stays is that the root of a version 2 tree passes its controllers down.
 #
-# Not here: control of devices.  Ours do not need it, because every file system of
-# a container is mounted nodev (chapter 4), so that a device node in it is inert, and
-# what --device gives for reading only cannot be opened for more.
+# Control of devices is for those who come with a spec of their own (chapter 7).  Ours
+# do not need it, because every file system of a container is mounted nodev (chapter
+# 4), so that a device node in it is inert, and what --device gives for reading only
+# cannot be opened for more.  Version 1 has a file for it; in version 2 the group gets
+# a small eBPF program, which the kernel asks at each open and mknod.
 #
 # Man pages: cgroups(7); the kernel's Documentation/admin-guide/cgroup-v2.rst.
 
 CGROUP_ROOT = "/sys/fs/cgroup"
 IMPLIED = "minicontainer.implied"  # annotation: the limits that nobody asked for
 
-V1_CONTROLLERS = ("memory", "cpu", "cpuacct", "cpuset", "blkio", "pids", "freezer")
+V1_CONTROLLERS = ("memory", "cpu", "cpuacct", "cpuset", "blkio", "pids", "freezer",
+                  "devices")
 
 
 def cgroup_trees():
@@ -1009,7 +1071,13 @@ def io_weight(spec):
 
 def bandwidth(spec):
     """Quota and period in microseconds, as cpu.max takes them."""
-    return f"{spec['cpu'].get('quota', 'max')} {spec['cpu'].get('period', 100_000)}"
+    quota = spec["cpu"].get("quota", -1)
+    return f"{quota if quota > 0 else 'max'} {spec['cpu'].get('period', 100_000)}"
+
+
+def at_most(section, key):
+    """A function of the spec: its number, or "max" where that is below 0."""
+    return lambda spec: "max" if spec[section][key] < 0 else spec[section][key]
 
 
 def rules(key, word=""):
@@ -1024,17 +1092,21 @@ def rules(key, word=""):
 # memory+swap may not be below memory, so memory is first.
 LIMITS = (
     # in the spec           controller   files of v2, files of v1: {name: value}
-    ("memory limit", "memory", {"memory.max": None}, {"memory.limit_in_bytes": None}),
+    ("memory limit", "memory", {"memory.max": at_most("memory", "limit")},
+     {"memory.limit_in_bytes": None}),
     ("memory swap", "memory", {"memory.swap.max": swap_only},
      {"memory.memsw.limit_in_bytes": None}),
-    ("memory reservation", "memory", {"memory.low": None},
+    ("memory reservation", "memory", {"memory.low": at_most("memory", "reservation")},
      {"memory.soft_limit_in_bytes": None}),
     ("cpu shares", "cpu", {"cpu.weight": cpu_weight}, {"cpu.shares": None}),
     ("cpu period", "cpu", {"cpu.max": bandwidth}, {"cpu.cfs_period_us": None}),
     ("cpu quota", "cpu", {"cpu.max": bandwidth}, {"cpu.cfs_quota_us": None}),
     ("cpu cpus", "cpuset", {"cpuset.cpus": None}, {"cpuset.cpus": None}),
     ("cpu mems", "cpuset", {"cpuset.mems": None}, {"cpuset.mems": None}),
-    ("pids limit", "pids", {"pids.max": None}, {"pids.max": None}),
+    ("cpu burst", "cpu", {"cpu.max.burst": None}, {"cpu.cfs_burst_us": None}),
+    ("cpu idle", "cpu", {"cpu.idle": None}, {"cpu.idle": None}),
+    ("pids limit", "pids", {"pids.max": at_most("pids", "limit")},
+     {"pids.max": at_most("pids", "limit")}),
     ("blockIO weight", "blkio", {"io.bfq.weight": None, "io.weight": io_weight},
      {"blkio.bfq.weight": None, "blkio.weight": None}),
     *((f"blockIO {key}", "blkio", {"io.max": rules(key, f"{way[0]}{unit}=")},
@@ -1071,6 +1143,73 @@ def wait_for(condition, seconds=10):
             raise Fail("the kernel has not finished after 10 seconds",
                        "is a process stuck? see `ps -eo pid,stat,wchan`")
         time.sleep(0.0005)
+
+
+DEVICE_KINDS = {"a": None, "b": 1, "c": 2}  # BPF_DEVCG_DEV_…, bpf(2)
+ACCESSES = {"m": 1, "r": 2, "w": 4}  # BPF_DEVCG_ACC_…
+
+
+def device_rule(rule):
+    """(allow, kind, (major, minor), access) of a rule of resources.devices; a number
+    that is None or -1 stands for all."""
+    numbers = [rule.get(key) for key in ("major", "minor")]
+    return (rule.get("allow", False), rule.get("type") or "a",
+            tuple(None if n in (None, -1) else n for n in numbers),
+            rule.get("access") or "rwm")
+
+
+def bpf_jump(condition, register, value, distance):
+    """One eBPF instruction: skip `distance` if a register is ("=") or is not ("!") the
+    value."""
+    code = {"=": 0x15, "!": 0x55}[condition]
+    return struct.pack("=BBhi", code, register, distance, value)
+
+
+def device_filter(rules_):
+    """An eBPF program that answers 1 if the last rule that fits a device allows it.
+
+    It is given, in r1, a word with kind and access, the major and the minor number.
+    """
+    def move(code, registers, value=0, offset=0):
+        return struct.pack("=BBhi", code, registers, offset, value)
+
+    program = [move(0x61, 0x12, 0, 0), move(0xBF, 0x23), move(0x57, 2, 0xFFFF),
+               move(0x77, 3, 16),  # r2: kind, r3: access
+               move(0x61, 0x14, 0, 4), move(0x61, 0x15, 0, 8)]  # r4: major, r5: minor
+    for allow, kind, numbers, access in map(device_rule, reversed(rules_)):
+        block = [move(0xB7, 0, int(allow)), move(0x95, 0)]  # r0 = the answer; exit
+        for register, number in ((5, numbers[1]), (4, numbers[0]),
+                                 (2, DEVICE_KINDS[kind])):
+            if number is not None:
+                block.insert(0, bpf_jump("!", register, number, len(block)))
+        bits = sum(ACCESSES[letter] for letter in set(access))
+        if bits != 7:  # to allow takes that nothing else is asked, to deny any of it
+            tested = 7 & ~bits if allow else bits
+            block = [move(0xBF, 0x31), move(0x57, 1, tested),
+                     bpf_jump("!" if allow else "=", 1, 0, len(block)), *block]
+        program += block
+    return b"".join([*program, move(0xB7, 0, 0), move(0x95, 0)])
+
+
+def attach_device_filter(directory, rules_):
+    """Load the filter for a group of version 2, in place of the one it may have."""
+    BPF_PROG_LOAD, BPF_PROG_ATTACH, PROG_TYPE, ATTACH_TYPE = 5, 8, 15, 6
+    program, licence = device_filter(rules_), ctypes.create_string_buffer(b"MIT")
+    buffer = ctypes.create_string_buffer(program)
+    load = ctypes.create_string_buffer(struct.pack(
+        "=IIQQ", PROG_TYPE, len(program) // 8, ctypes.addressof(buffer),
+        ctypes.addressof(licence)), 128)
+    try:
+        fd = syscall("bpf", BPF_PROG_LOAD, load, 128, why="which devices work in it")
+        group = open_fd(directory, os.O_RDONLY)
+        attach_ = ctypes.create_string_buffer(
+            struct.pack("=IIII", group, fd, ATTACH_TYPE, 0), 128)
+        syscall("bpf", BPF_PROG_ATTACH, attach_, 128, why="and in all groups below")
+    except OSError as error:
+        raise Fail(f"the kernel takes no filter of devices: {error.strerror}",
+                   "resources.devices needs CONFIG_CGROUP_BPF and CAP_BPF") from None
+    os.close(fd)
+    os.close(group)
 
 
 class Cgroup:
@@ -1122,33 +1261,65 @@ class Cgroup:
 
         What is only `implied` by another limit is not asked of a host without it.
         """
-        if not self.trees:
-            self.enable_controllers()
         for directory in self.directories():
-            syscall("mkdirat", AT_FDCWD, directory, 0o755, why="a new control group")
-        if "cpuset" in self.trees:  # a v1 cpuset refuses processes while it is empty
-            for file in ("cpuset.cpus", "cpuset.mems"):
-                parent = os.path.dirname(self.directory("cpuset"))
-                write_file(f"{self.directory('cpuset')}/{file}",
-                           read_file(f"{parent}/{file}"),
-                           why="a v1 cpuset starts empty")
+            depth = self.path.count("/") + 1
+            for above in reversed(range(depth)):
+                path = directory.rsplit("/", above)[0] if above else directory
+                if not self.trees:
+                    self.enable_controllers(os.path.dirname(path))
+                if not os.path.isdir(path):
+                    syscall("mkdirat", AT_FDCWD, path, 0o755, why="a new control group")
+                    self.fill_cpuset(path)
+        self.set_limits(resources, implied)
+
+    def set_limits(self, resources, implied=()):
+        """Set all limits that the spec's resources name, and which devices work."""
         for row in LIMITS:
             section, key = row[0].split()
             if key in resources.get(section, {}):
                 self.limit(row, resources, implied)
+        if resources.get("devices"):
+            self.limit_devices(resources["devices"])
 
-    def enable_controllers(self):
-        """Have the root of the version 2 tree pass its controllers down, for good; one
+    def fill_cpuset(self, path):
+        """A version 1 cpuset starts empty, and refuses processes while it is."""
+        if path.startswith(f"{self.trees.get('cpuset')}/"):
+            for file in ("cpuset.cpus", "cpuset.mems"):
+                write_file(f"{path}/{file}",
+                           read_file(f"{os.path.dirname(path)}/{file}"),
+                           why="a v1 cpuset starts empty")
+
+    def enable_controllers(self, directory):
+        """Have a group of the version 2 tree pass its controllers down, for good; one
         that it cannot is missed when a limit asks for it."""
-        have = read_file(f"{CGROUP_ROOT}/cgroup.controllers").split()
-        on = read_file(f"{CGROUP_ROOT}/cgroup.subtree_control").split()
+        have = read_file(f"{directory}/cgroup.controllers").split()
+        on = read_file(f"{directory}/cgroup.subtree_control").split()
         for name in ("memory", "cpu", "cpuset", "io", "pids"):
             if name in have and name not in on:
                 try:
-                    write_file(f"{CGROUP_ROOT}/cgroup.subtree_control", f"+{name}",
-                               why="let groups below the root use this controller")
-                except (PermissionError, FileNotFoundError):
-                    say(f"the {name} controller cannot be enabled in {CGROUP_ROOT}")
+                    write_file(f"{directory}/cgroup.subtree_control", f"+{name}",
+                               why="let the groups below use this controller")
+                except OSError as error:
+                    if error.errno not in (errno.EPERM, errno.EACCES, errno.ENOENT,
+                                           errno.EBUSY):
+                        raise
+                    say(f"the {name} controller cannot be enabled in {directory}")
+
+    def limit_devices(self, rules_):
+        """Which devices work in the group: the last rule that fits one counts."""
+        if not self.trees:
+            attach_device_filter(self.directory(), rules_)
+            return
+        if "devices" not in self.trees:
+            raise Fail("this host has no devices controller for resources.devices",
+                       "mount it, or use cgroup version 2")
+        for rule in rules_:
+            allow, kind, numbers, access = device_rule(rule)
+            text = f"{kind} {numbers[0]}:{numbers[1]} {access}".replace("None", "*")
+            file = "allow" if allow else "deny"
+            write_file(f"{self.directory('devices')}/devices.{file}",
+                       "a" if (kind, access) == ("a", "rwm") else text,
+                       why="which devices work, whatever nodes there are")
 
     def limit(self, row, resources, implied):
         """Write one limit; a Fail that names the controller where there is none."""
@@ -1204,6 +1375,12 @@ class Cgroup:
             write_file(f"{self.directory()}/cgroup.freeze", str(int(frozen)),
                        why="freeze or thaw everything in the group")
             wait_for(lambda: self.table("cgroup.events")["frozen"] == int(frozen))
+
+    def is_frozen(self):
+        """Whether everything in the group has been stopped where it stands."""
+        if self.trees:
+            return self.read("freezer.state", "freezer") not in ("", "THAWED\n")
+        return self.read("cgroup.freeze") == "1\n"
 
     def kill(self):
         """Kill everything in the group at once, frozen or not; returns when it is
@@ -1278,7 +1455,7 @@ class Cgroup:
         }
 
 
-calls(mkdirat=(258, 34, "dirfd path mode"))
+calls(mkdirat=(258, 34, "dirfd path mode"), bpf=(321, 280, "command attr size"))
 
 
 def show_stats(used):
@@ -1301,9 +1478,18 @@ def show_stats(used):
 
 def make_cgroup(c):
     """Outside: the container's control group, limits and all, still empty."""
-    c.cgroup = Cgroup(c.spec["linux"]["cgroupsPath"])
+    cgroup = Cgroup(c.spec["linux"]["cgroupsPath"])
+    if not cgroup.path or cgroup.pids():  # at the end we kill all that is in it
+        raise Fail(f"the control group /{cgroup.path} has processes already",
+                   "each container needs one of its own")
+    c.cgroup = cgroup
     implied = c.spec.get("annotations", {}).get(IMPLIED, "").split(",")
     c.cgroup.create(c.spec["linux"].get("resources", {}), implied)
+    c.cgroup.open_doors()
+
+
+def open_cgroup(c):
+    """Outside: what takes one more process into a group that is there."""
     c.cgroup.open_doors()
 
 
@@ -1361,6 +1547,8 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
 MS_SYNCHRONOUS, MS_REMOUNT, MS_NOATIME, MS_NODIRATIME = 16, 32, 1024, 2048
 MS_BIND, MS_REC, MS_UNBINDABLE, MS_PRIVATE = 1 << 12, 1 << 14, 1 << 17, 1 << 18
 MS_SLAVE, MS_SHARED, MS_RELATIME, MS_STRICTATIME = 1 << 19, 1 << 20, 1 << 21, 1 << 24
+MS_MANDLOCK, MS_DIRSYNC, MS_NOSYMFOLLOW, MS_SILENT = 64, 128, 256, 1 << 15
+MS_POSIXACL, MS_I_VERSION, MS_LAZYTIME = 1 << 16, 1 << 23, 1 << 25
 MNT_DETACH = 2
 OPEN_TREE_CLONE, OPEN_TREE_CLOEXEC = 1, os.O_CLOEXEC
 MOVE_MOUNT_F_EMPTY_PATH, MOVE_MOUNT_T_EMPTY_PATH = 4, 0x40
@@ -1387,16 +1575,34 @@ calls(
     fchmodat=(268, 53, "dirfd path mode"),
 )
 
-OPTION_WORDS = {
+OPTION_WORDS = {  # as mount(2) has them
     "ro": MS_RDONLY, "nosuid": MS_NOSUID, "nodev": MS_NODEV, "noexec": MS_NOEXEC,
     "sync": MS_SYNCHRONOUS, "noatime": MS_NOATIME, "nodiratime": MS_NODIRATIME,
-    "relatime": MS_RELATIME, "strictatime": MS_STRICTATIME,
+    "relatime": MS_RELATIME, "strictatime": MS_STRICTATIME, "dirsync": MS_DIRSYNC,
+    "nosymfollow": MS_NOSYMFOLLOW, "lazytime": MS_LAZYTIME, "silent": MS_SILENT,
+    "iversion": MS_I_VERSION, "mand": MS_MANDLOCK, "acl": MS_POSIXACL,
+    "remount": MS_REMOUNT,
     "bind": MS_BIND, "rbind": MS_BIND | MS_REC,
 }
 CLEARING_WORDS = {"rw": MS_RDONLY, "suid": MS_NOSUID, "exec": MS_NOEXEC,
-                  "async": MS_SYNCHRONOUS, "atime": MS_NOATIME}
+                  "dev": MS_NODEV, "async": MS_SYNCHRONOUS, "atime": MS_NOATIME,
+                  "diratime": MS_NODIRATIME, "norelatime": MS_RELATIME,
+                  "nostrictatime": MS_STRICTATIME, "symfollow": MS_NOSYMFOLLOW,
+                  "nolazytime": MS_LAZYTIME, "loud": MS_SILENT,
+                  "noiversion": MS_I_VERSION, "nomand": MS_MANDLOCK,
+                  "noacl": MS_POSIXACL}
+ATTRIBUTES = {  # of one mount, as mount_setattr(2) has them: (to set, to clear)
+    "ro": (MOUNT_ATTR_RDONLY, 0), "rw": (0, MOUNT_ATTR_RDONLY),
+    "nosuid": (MOUNT_ATTR_NOSUID, 0), "suid": (0, MOUNT_ATTR_NOSUID),
+    "nodev": (MOUNT_ATTR_NODEV, 0), "dev": (0, MOUNT_ATTR_NODEV),
+    "noexec": (MOUNT_ATTR_NOEXEC, 0), "exec": (0, MOUNT_ATTR_NOEXEC),
+    "relatime": (0, 0x70), "norelatime": (0, 0), "atime": (0, 0x70),
+    "noatime": (0x10, 0x70), "strictatime": (0x20, 0x70), "nostrictatime": (0, 0x70),
+    "nodiratime": (0x80, 0), "diratime": (0, 0x80),
+    "nosymfollow": (0x200000, 0), "symfollow": (0, 0x200000)}
+DEEP_WORDS = {f"r{word}": meaning for word, meaning in ATTRIBUTES.items()}
 NEUTRAL_WORDS = ("idmap", "defaults", "nocopy", "z", "Z", "consistent", "cached",
-                 "delegated", "dev")  # "dev": no device works but those we bind
+                 "delegated", "tmpcopyup")
 TMPFS_WORDS = ("size", "mode", "uid", "gid", "nr_inodes", "nr_blocks", "huge")
 PROPAGATIONS = {
     "private": MS_PRIVATE, "rprivate": MS_REC | MS_PRIVATE,
@@ -1475,8 +1681,10 @@ def bind_mount(option, source, target, words):
             raise Fail(f"{option}: unknown option {word!r}",
                        "ro, rw, rprivate, rslave, rshared, nosuid, noexec …")
     return {"destination": "/" + os.path.normpath(target).lstrip("/"), "type": "bind",
-            "source": os.path.abspath(source),
-            "options": ["rbind", "nodev", "idmap", *words]}
+            "source": os.path.abspath(source), "options": [
+                "rbind", "rnodev", "idmap",  # no device works but those we bind
+                *(f"r{word}" if word in ATTRIBUTES else word for word in words
+                  if word not in ("dev", "rdev"))]}
 
 
 def volume_mount(text):
@@ -1632,8 +1840,9 @@ def mounts_spec(options):
             raise Fail(f"Duplicate mount point: {place}", "mount one thing there")
     mounts = [m for m in mounts if m["destination"] not in places] + asked
     for mount in mounts if options.privileged else ():
-        if mount["type"] in ("bind", "tmpfs") and "nodev" in mount["options"]:
-            mount["options"].remove("nodev")  # as in Docker's: a new node there works
+        if mount["type"] in ("bind", "tmpfs"):  # as in Docker's: a new node there works
+            mount["options"] = [word for word in mount["options"]
+                                if word not in ("nodev", "rnodev")]
     return sorted(mounts, key=lambda m: m["destination"].count("/"))  # outer first
 
 
@@ -1659,8 +1868,8 @@ def take_sources(c):
 
 def open_workshop(c):
     """Outside: a mount namespace to build in, with an empty tmpfs as directory."""
-    c.home = (open_fd("/proc/self/ns/mnt", os.O_RDONLY, "to find home again"),
-              open_fd(".", O_PATH))
+    c.home += [(open_fd("/proc/self/ns/mnt", os.O_RDONLY, "to find home again"),
+                CLONE_NEWNS), (open_fd(".", O_PATH), 0)]
     syscall("unshare", CLONE_NEWNS, why="a copy of the host's mounts to build in")
     syscall("mount", None, "/", None, MS_REC | MS_SLAVE, None,
             why="nothing mounted from here on shows on the host")
@@ -1671,13 +1880,13 @@ def open_workshop(c):
 
 def leave_workshop(c):
     """Outside: the parent goes back to where it came from."""
-    if c.home:
-        namespace, directory = c.home
-        syscall("setns", namespace, CLONE_NEWNS, why="the parent goes home")
-        syscall("fchdir", directory)
-        c.home = None
-        os.close(namespace)
-        os.close(directory)
+    while c.home:
+        fd, flag = c.home[0]
+        if flag:
+            syscall("setns", fd, flag, why="the parent goes home")
+        else:
+            syscall("fchdir", fd)
+        os.close(c.home.pop(0)[0])
 
 
 def remount(tree, attributes, propagation):
@@ -1693,11 +1902,12 @@ def remount(tree, attributes, propagation):
 
 
 def set_attributes(tree, attributes, propagation=0, users=-1, what="",
-                   deep=AT_RECURSIVE):
+                   deep=AT_RECURSIVE, cleared=0):
     """Change the mount at a descriptor and those below it; `users` is a user namespace
     through whose map it is to be seen."""
     attr = mount_attr(attr_set=attributes | (MOUNT_ATTR_IDMAP if users >= 0 else 0),
-                      propagation=propagation, userns_fd=max(users, 0))
+                      attr_clr=cleared, propagation=propagation,
+                      userns_fd=max(users, 0))
     try:
         syscall("mount_setattr", tree, "", AT_EMPTY_PATH | deep, attr,
                 ctypes.sizeof(attr), why=f"how {what} is seen from inside")
@@ -1743,6 +1953,14 @@ def shifted_id(id, base):
     return base + min(id, 65534) if base else id
 
 
+def host_id(id, mappings):
+    """What an id of the container is on the host; one that it has not, nobody's."""
+    for m in mappings or ({"containerID": 0, "hostID": 0, "size": 1 << 32},):
+        if m["containerID"] <= id < m["containerID"] + m["size"]:
+            return m["hostID"] + id - m["containerID"]
+    return 65534 if id == 65534 else host_id(65534, mappings)
+
+
 def make_nodes(c):
     """Outside: nodes for the devices in the spec, on a file system that is not nodev.
 
@@ -1750,19 +1968,20 @@ def make_nodes(c):
     whom it has no rights.  Where it shall not read, or not write, that is just what
     is needed: a node of the host's root, who alone could change its mode.
     """
-    devices, ids = c.spec["linux"].get("devices"), c.spec["linux"].get("uidMappings")
+    devices, linux = c.spec["linux"].get("devices"), c.spec["linux"]
     if not devices:
         return
-    base = ids[0]["hostID"] if ids else 0
     syscall("mkdirat", AT_FDCWD, "devices", 0o755)
     syscall("mount", "devices", "devices", "tmpfs", MS_NOSUID | MS_NOEXEC, "mode=755",
             why="the one place for nodes that work, out of the container's reach")
     for number, device in enumerate(devices):
         path, mode = f"devices/{number}", device["fileMode"]
-        owner, group = (shifted_id(device[key], base) for key in ("uid", "gid"))
+        owner, group = (host_id(device[f"{key}id"], linux.get(f"{key}idMappings"))
+                        for key in "ug")
         bits = 4 * ("r" in device["access"]) + 2 * ("w" in device["access"])
         if bits != 6:
-            owner, group, mode = 0, base, bits << 3 | mode & bits
+            group = host_id(0, linux.get("gidMappings"))
+            owner, mode = 0, bits << 3 | mode & bits
         syscall("mknodat", AT_FDCWD, path,
                 stat.S_IFBLK if device["type"] == "b" else stat.S_IFCHR,
                 os.makedev(device["major"], device["minor"]), why=device["path"])
@@ -1770,12 +1989,12 @@ def make_nodes(c):
         syscall("fchmodat", AT_FDCWD, path, mode, why="whatever our umask is")
 
 
-def attach(path, name, attributes, users):
+def attach(path, name, attributes, users, deep=0):
     """Outside: a directory of the host as `name` in the workshop, seen through the map
-    of `users` unless that is -1."""
+    of `users` unless that is -1; `deep` with what is mounted below it."""
     syscall("mkdirat", AT_FDCWD, name, 0o755)
-    tree = syscall("open_tree", AT_FDCWD, path, OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC,
-                   why="not yet anywhere")
+    tree = syscall("open_tree", AT_FDCWD, path, OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC
+                   | deep, why="not yet anywhere")
     if users >= 0:  # only what is not attached yet can be id-mapped
         set_attributes(tree, 0, MS_PRIVATE, users, path)
     syscall("move_mount", tree, "", AT_FDCWD, name, MOVE_MOUNT_F_EMPTY_PATH,
@@ -1791,8 +2010,9 @@ def build_rootfs(c):
     Names are short because mount(2) takes one page of options: with `0`, `1`, … for
     layers, hundreds of them fit, and no path needs its commas and colons escaped.
     """
-    if not c.layers:  # --storage-driver vfs: there is a copy, with the owners it needs
-        attach(f"{c.directory}/rootfs", "rootfs", MOUNT_ATTR_NODEV, -1)
+    if not c.layers:  # one directory with the owners it needs: vfs, or a bundle's
+        attach(os.path.join(c.directory, c.spec["root"]["path"]), "rootfs",
+               MOUNT_ATTR_NODEV, -1, AT_RECURSIVE)
         return
     for number, layer in enumerate(c.layers):
         attach(layer, str(number), 0, c.users)
@@ -1813,7 +2033,7 @@ def build_rootfs(c):
 
 def own_the_mounts(c):
     """Step: a copy of the workshop that only this container sees or changes."""
-    flags = namespace_flags(c.spec) & LATER
+    flags = new_namespaces(c.spec) & LATER
     syscall("unshare", flags, why="mounts of our own; our cgroup becomes the root of "
             "the tree")
     syscall("mount", None, "/", None, MS_REC | MS_PRIVATE, None,
@@ -1871,7 +2091,7 @@ def inside(c, path, make="", links=0):
 def attach_source(c, mount):
     """Put a source that the parent took at its place, read-only, private … as asked."""
     path = mount["destination"]
-    tree, attributes, propagation = c.sources[path], 0, 0
+    tree, propagation = c.sources[path], 0
     is_directory = stat.S_ISDIR(os.fstat(tree).st_mode)
     place = inside(c, path, "dir" if is_directory else "file")
     if is_directory != stat.S_ISDIR(os.fstat(place.fd).st_mode):
@@ -1881,8 +2101,6 @@ def attach_source(c, mount):
             why=f"the volume appears at {path}")
     place.close()
     for word in mount["options"]:
-        attributes |= OPTION_WORDS.get(word, 0) & 15  # as MOUNT_ATTR_ are
-        attributes &= ~CLEARING_WORDS.get(word, 0)
         propagation |= PROPAGATIONS.get(word, 0) & ~MS_REC
     if propagation & MS_SHARED:
         propagation = 0  # it is shared, or it had been refused
@@ -1890,32 +2108,84 @@ def attach_source(c, mount):
         # trap: where / is shared, a copy of /proc is the host's peer, and what we hide
         # in ours would be hidden on the host; hence private unless asked for
         propagation = propagation or MS_PRIVATE
-    set_attributes(tree, attributes, propagation, what=path)
+    set_attributes(tree, 0, propagation, what=path)
+    for table, deep in ((ATTRIBUTES, 0), (DEEP_WORDS, AT_RECURSIVE)):
+        attributes, cleared = 0, 0
+        for word in mount["options"]:
+            more, less = table.get(word, (0, 0))
+            attributes, cleared = attributes & ~less | more, cleared & ~more | less
+        if attributes or cleared:
+            set_attributes(tree, attributes, what=path, deep=deep, cleared=cleared)
 
 
 def mount_cgroup(c, path, flags):
-    """The container's own cgroup as the root of the tree, in the host's layout."""
-    place = inside(c, path, "dir")
-    if not namespace_flags(c.spec) & CLONE_NEWCGROUP:
-        syscall("mount", CGROUP_ROOT, place, None, MS_BIND | MS_REC, None,
-                why="--cgroupns host: the host's whole tree")
-    elif not c.cgroup.trees:
+    """The container's own cgroup as the root of the tree, in the host's layout; in the
+    host's cgroup namespace the host's tree, or in version 1 its own part of each."""
+    place, own = inside(c, path, "dir"), namespace_flags(c.spec) & CLONE_NEWCGROUP
+    if c.cgroup.trees:
+        syscall("mount", "cgroup", place, "tmpfs", flags & ~MS_RDONLY, "mode=755",
+                why="v1: a directory for each tree")
+    elif own:
         syscall("mount", "cgroup", place, "cgroup2", flags & ~MS_RDONLY, None,
                 why="its own cgroup looks like the root")
     else:
-        syscall("mount", "cgroup", place, "tmpfs", flags & ~MS_RDONLY, "mode=755",
-                why="v1: a directory for each tree")
-        for point in sorted(set(c.cgroup.trees.values())):
-            names = [n for n, at in c.cgroup.trees.items() if at == point]
-            tree = inside(c, f"{path}/{os.path.basename(point)}", "dir")
+        syscall("mount", CGROUP_ROOT, place, None, MS_BIND | MS_REC, None,
+                why="the host's whole tree")
+    for point in sorted({*c.cgroup.trees.values()}):
+        names = [n for n, at in c.cgroup.trees.items() if at == point]
+        tree = inside(c, f"{path}/{os.path.basename(point)}", "dir")
+        if own:
             syscall("mount", "cgroup", tree, "cgroup", flags & ~MS_RDONLY,
                     ",".join(names), why="its own cgroup looks like the root")
-            tree.close()
+        else:
+            syscall("mount", c.cgroup.directory(names[0]), tree, None, MS_BIND, None,
+                    why="its own cgroup, of all there is")
+        tree.close()
     place.close()
     if flags & MS_RDONLY:
         place = inside(c, path)
         set_attributes(place.fd, MOUNT_ATTR_RDONLY, what=path)
         place.close()
+
+
+def copy_up(source, target):
+    """Copy what is in an open directory into another, owners, modes and links too."""
+    for name in os.listdir(source):
+        status = os.stat(name, dir_fd=source, follow_symlinks=False)
+        if stat.S_ISDIR(status.st_mode):
+            os.mkdir(name, dir_fd=target)
+        elif stat.S_ISLNK(status.st_mode):
+            os.symlink(os.readlink(name, dir_fd=source), name, dir_fd=target)
+        elif stat.S_ISREG(status.st_mode):
+            os.close(os.open(name, os.O_CREAT | os.O_EXCL, 0o600, dir_fd=target))
+        else:
+            continue
+        os.chown(name, status.st_uid, status.st_gid, dir_fd=target,
+                 follow_symlinks=False)
+        if stat.S_ISLNK(status.st_mode):
+            continue
+        os.chmod(name, stat.S_IMODE(status.st_mode), dir_fd=target)
+        if stat.S_ISDIR(status.st_mode):
+            pair = [os.open(name, O_DIRECTORY, dir_fd=top) for top in (source, target)]
+            copy_up(*pair)
+        else:
+            pair = [os.open(name, how | os.O_NOFOLLOW, dir_fd=top)
+                    for top, how in ((source, os.O_RDONLY), (target, O_WRONLY))]
+            while os.sendfile(pair[1], pair[0], None, 1 << 30):
+                pass
+        for fd in pair:
+            os.close(fd)
+
+
+def fill_tmpfs(c, path, below, flags):
+    """Let a new tmpfs begin with what was at its place: the directory `below`."""
+    fds = [os.open(f"/proc/self/fd/{below.fd}", O_DIRECTORY),
+           open_inside(c, path, O_DIRECTORY)]
+    copy_up(*fds)
+    if flags & MS_RDONLY:
+        set_attributes(fds[1], MOUNT_ATTR_RDONLY, what=path)
+    for fd in fds:
+        os.close(fd)
 
 
 def mount_all(c):
@@ -1927,7 +2197,8 @@ def mount_all(c):
                 flags |= OPTION_WORDS[word]
             elif word in CLEARING_WORDS:
                 flags &= ~CLEARING_WORDS[word]
-            elif word not in NEUTRAL_WORDS and word not in PROPAGATIONS:
+            elif not any(word in known for known in (NEUTRAL_WORDS, PROPAGATIONS,
+                                                     DEEP_WORDS)):
                 data.append(word)
         if mount["type"] == "bind":
             attach_source(c, mount)
@@ -1935,8 +2206,11 @@ def mount_all(c):
             mount_cgroup(c, mount["destination"], flags)
         else:
             place = inside(c, mount["destination"], "dir")
-            syscall("mount", mount["source"], place, mount["type"], flags,
-                    ",".join(data), why=f"the container's own {mount['destination']}")
+            syscall("mount", mount["source"], place, mount["type"], flags & ~MS_RDONLY
+                    if "tmpcopyup" in mount["options"] else flags, ",".join(data),
+                    why=f"the container's own {mount['destination']}")
+            if "tmpcopyup" in mount["options"]:
+                fill_tmpfs(c, mount["destination"], place, flags)
             place.close()
 
 
@@ -1981,7 +2255,10 @@ def make_devices(c):
     for target, name in (("/proc/self/fd", "fd"), ("/proc/self/fd/0", "stdin"),
                          ("/proc/self/fd/1", "stdout"), ("/proc/self/fd/2", "stderr"),
                          ("pts/ptmx", "ptmx")):
-        syscall("symlinkat", target, dev.fd, name)
+        try:
+            syscall("symlinkat", target, dev.fd, name)
+        except FileExistsError:  # where /dev is the image's own directory
+            pass
     dev.close()
 
 
@@ -2106,6 +2383,7 @@ def seal_root(c):
 
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_KEEPCAPS, PR_CAPBSET_DROP = 1, 4, 8, 24
 PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 38, 47, 4
+PR_CAP_AMBIENT_RAISE = 2
 KEYCTL_JOIN_SESSION_KEYRING = 1
 SECCOMP_SET_MODE_FILTER = 1
 
@@ -2505,12 +2783,15 @@ def builtin_profile(machine):
 
 def check_form(value, form, place):
     """Refuse what is not of a form like PROFILE_FORM, naming its place."""
+    names = {str: "text", bool: "true or false", dict: "an object"}
     if isinstance(form, type):
-        good, wanted = isinstance(value, form), "text"
+        good, wanted = isinstance(value, form), names[form]
     elif isinstance(form, range):
-        good, wanted = type(value) is int and value in form, f"0 to {form.stop - 1}"
+        good = type(value) is int and value in form
+        wanted = f"{form.start} to {form.stop - 1}"
     elif isinstance(form, tuple):
-        good, wanted = value in form, f"one of {', '.join(form)}"
+        good = isinstance(value, (str, type(None))) and value in form
+        wanted = f"one of {', '.join(filter(None, form))}"
     else:
         good = isinstance(value, type(form))
         wanted = "an object" if isinstance(form, dict) else "a list"
@@ -2763,10 +3044,11 @@ def wait_for_go(c):
     What it alone should hold is closed before: its lock must be free when it is dead,
     and its ends of the pipes, or we would never see that it is.
     """
-    for fd in (c.lock, c.news[0], c.orders[1], *c.outer.values(), *(c.home or ())):
+    for fd in (c.lock, c.news[0], c.orders[1], *c.outer.values(),
+               *(fd for fd, _ in c.home)):
         if fd >= 0:
             os.close(fd)
-    c.lock, c.outer, c.home = -1, {}, None
+    c.lock, c.outer, c.home = -1, {}, []
     c.news, c.orders = (-1, c.news[1]), (c.orders[0], -1)
     c.await_parent()
 
@@ -2786,8 +3068,12 @@ def become_root(c):
 
 
 def new_session(c):
-    """Step: a session, and a session keyring, of its own."""
+    """Step: a session of its own."""
     syscall("setsid", why="no terminal of the host is ours: no TIOCSTI, no Ctrl-C")
+
+
+def new_keyring(c):
+    """Step: a session keyring of its own."""
     try:
         syscall("keyctl", KEYCTL_JOIN_SESSION_KEYRING, f"_ses.{c.id}",
                 why="root's keys stay outside")
@@ -2931,13 +3217,16 @@ def become_user(c):
 
 
 def set_capabilities(c):
-    """Step: the other four sets; only root has any of them to keep.
+    """Step: the other four sets; only root, or who inherits some, has any to keep.
 
     And, until execve, CAP_SYS_ADMIN: install_seccomp needs it unless nothing can be
     gained any more.  Execve makes new sets of the bounding and the inheritable one, so
     that it takes it away without a call that a filter could refuse."""
     process, last = c.spec["process"], []
-    sets = process["capabilities"] if process["user"]["uid"] == 0 else {}
+    sets = process["capabilities"]
+    inherited = sets.get("inheritable", [])
+    if process["user"]["uid"] and not inherited:
+        sets = {}
     if c.spec["linux"].get("seccomp") and not process.get("noNewPrivileges"):
         last = ["CAP_SYS_ADMIN"]
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3, this process
@@ -2952,6 +3241,9 @@ def set_capabilities(c):
     syscall("prctl", PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0,
             why="no program inherits any")
     syscall("capset", header, data, why="just these, from here on")
+    for name in {*inherited} & {*sets["ambient"]} if inherited else ():
+        syscall("prctl", PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE,
+                CAPABILITIES.index(name), 0, 0, why=f"it, and heirs, keep {name}")
 
 
 def no_new_privileges(c):
@@ -2979,8 +3271,9 @@ def close_descriptors(c):
     /proc/self/fd/5/../../bin/sh, or asks for it with #!, would be the host's, if 5 were
     a directory of the host.  What stays open until then leads nowhere.
     """
-    low = 3
-    for kept in sorted({c.news[1], c.orders[0], narration.fd, c.proc, 0x7FFFFFFF}):
+    low = 3 + c.preserved
+    for kept in sorted({c.news[1], c.orders[0], *c.fifos, narration.fd, c.proc,
+                        0x7FFFFFFF}):
         if kept > low:
             try:
                 syscall("close_range", low, kept - 1, 0, why="all but what we need")
@@ -3135,15 +3428,31 @@ def reset_signals(c):
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
+def program_paths(process):
+    """Where a process's program may be."""
+    name = process["args"][0]
+    return [name] if "/" in name else [
+        f"{directory or '.'}/{name}" for line in process["env"]
+        if line.startswith("PATH=") for directory in line[5:].split(":")]
+
+
+def find_program(c):
+    """Step: refuse a program that is nowhere."""
+    name = c.spec["process"]["args"][0]
+    if any(map(os.path.lexists, program_paths(c.spec["process"]))):
+        return
+    if "/" in name:
+        raise Fail(f"exec {name}: no such file or directory",
+                   "the program must be in the image; is the path right?", 127)
+    raise Fail(f"exec {name!r}: executable file not found in $PATH",
+               "name it with its path, or set PATH with -e", 127)
+
+
 def execute(c):
     """Step: the last, this process becomes the program."""
-    process = c.spec["process"]
-    name, args, env = process["args"][0], process["args"], process["env"]
-    paths = [name] if "/" in name else [
-        f"{directory or '.'}/{name}" for line in env if line.startswith("PATH=")
-        for directory in line[5:].split(":")]
+    args, env = c.spec["process"]["args"], c.spec["process"]["env"]
     refused = None
-    for path in paths:
+    for path in program_paths(c.spec["process"]):
         try:
             syscall("execve", path, args, env, why="the container's program")
         except OSError as error:
@@ -3152,11 +3461,7 @@ def execute(c):
                 refused = refused or error
     if refused:
         raise refused
-    if "/" in name:
-        raise Fail(f"exec {name}: no such file or directory",
-                   "the program must be in the image; is the path right?", 127)
-    raise Fail(f"exec {name!r}: executable file not found in $PATH",
-               "name it with its path, or set PATH with -e", 127)
+    find_program(c)
 
 
 # ── what an error means ──
@@ -3301,7 +3606,7 @@ def diagnose(error, step=""):
 BEFORE = (              # the parent, before there is another process
     make_cgroup,        # first: init may be born in it
     open_stdio,         # its ends are inherited
-    take_sources,       # while our mounts are still the host's
+    take_sources, visit_namespaces,  # while our mounts are still the host's
     open_workshop,      # and now they are not
 )
 OUTSIDE = (             # the parent, while init waits
@@ -3314,9 +3619,9 @@ BIRTH = (               # init, from "go" until it is your program
     no_more_imports,    # from here on Python's library path may lie inside the image
     hide_memory,        # before anything of the container runs that could look
     wait_for_go,        # the ids and the rootfs are there after it
-    join_cgroup,        # before it uses what should be counted
+    join_cgroup, join_users,  # before it uses what is counted, or owned
     become_root,        # of the user namespace: all that follows needs its powers
-    new_session,        # before there is a terminal to belong to it
+    new_session, new_keyring,  # before there is a terminal to belong to it
     own_the_mounts,     # before the first mount: nothing may leak to the host
     hold_rootfs,        # pivot needs it to be a mount point of ours
     mount_all,          # /proc, /sys, /dev, volumes: in the spec's order
@@ -3345,7 +3650,7 @@ BIRTH = (               # init, from "go" until it is your program
     )),
 )
 JOIN = (no_more_imports, hide_memory, wait_for_go, join_cgroup, join_namespaces,
-        become_root, new_session, open_console, take_stdio, *TAIL)
+        become_root, new_session, new_keyring, open_console, take_stdio, *TAIL)
 
 
 def init(c, steps):
@@ -3382,7 +3687,7 @@ def start(c, before=BEFORE, outside=OUTSIDE, birth=BIRTH):
         c.open_pipes()
         for step in before:
             step(c)
-        flags = namespace_flags(c.spec) & ~LATER
+        flags = birth_flags(c.spec)
         c.pid, c.pidfd = clone3(flags, c.cgroup.birth_fd, why="the container's init")
         if c.pid == 0:
             narration.who = "init"
@@ -3397,18 +3702,17 @@ def start(c, before=BEFORE, outside=OUTSIDE, birth=BIRTH):
         raise
 
 
-def enter(c, running):
-    """Run c's process in the namespaces of c.target and in the cgroup `running`;
+def enter(c, before=(open_stdio, open_cgroup), steps=JOIN):
+    """Run c's process in the namespaces of c.target and in the group c.cgroup;
     returns when it runs.  After an error it is gone."""
     try:
         c.open_pipes()
-        open_stdio(c)
-        c.cgroup = running
-        c.cgroup.open_doors()
+        for step in before:
+            step(c)
         c.pid, c.pidfd = clone3(0, c.cgroup.birth_fd, why="a process to go in")
         if c.pid == 0:
             narration.who = "exec"
-            init(c, JOIN)
+            init(c, steps)
         c.answer("go")
         c.listen()
     except BaseException:
@@ -4328,12 +4632,6 @@ def make_spec(options, id, args):
     return spec
 
 
-def save(path, document):
-    """Replace a JSON file, so that a reader sees the old one or the new one (P3)."""
-    write_file(f"{path}.new", to_json(document), create=0o600)
-    os.rename(f"{path}.new", path)
-
-
 def free_ids(still):
     """Give back the ranges of ids whose container's id is not one that still(id)."""
     for slot in os.listdir(os.path.dirname(store("ids", "x"))):
@@ -4575,7 +4873,8 @@ def exec_command(options):
             bool(namespace_flags(spec) & CLONE_NEWUSER)))
     c = Container(id, {**spec, "process": process}, directory)
     c.is_new, c.target = False, target
-    enter(c, Cgroup(spec["linux"]["cgroupsPath"]))
+    c.cgroup = Cgroup(spec["linux"]["cgroupsPath"])
+    enter(c)
     try:
         return attend(c, options.interactive)
     finally:
