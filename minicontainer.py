@@ -29,6 +29,7 @@ Contents (`grep -n '^# ══' minicontainer.py` finds each):
      4. FILE SYSTEMS         what it can open
      5. PRIVILEGES           what it can do
      6. THE CONTAINER        all of it, in order, on one screen
+     7. THE OCI RUNTIME      what runc does: for podman, containerd and their like
      8. IMAGES               layers from tarballs; a root file system from nothing
     11. THE SHIM             its terminal, its signals, its end
     12. THE ENGINE           containers by name: run, exec, system prune
@@ -36,7 +37,7 @@ Contents (`grep -n '^# ══' minicontainer.py` finds each):
     16. COMMAND LINE         main
 
 A chapter uses only what stands above it: cut the file after any of them, and what
-is left still works.  (7, 9, 10, 13 and 14 are not written yet; see README.md.)
+is left still works.  (9, 10, 13 and 14 are not written yet; see README.md.)
 
 Vocabulary:
     rootfs   the directory that a container sees as /
@@ -3719,6 +3720,957 @@ def enter(c, before=(open_stdio, open_cgroup), steps=JOIN):
         kill_and_wait(c)
         raise
 
+# ══ 7. THE OCI RUNTIME ════════════════════════════════════════════════════════════
+#
+# podman, buildah, containerd and dockerd do not make containers.  They prepare a
+# directory, the bundle, with a root file system and a config.json that says what is
+# wanted, and call a runtime for each turn in a container's life:
+#
+#       create ID    the whole of BIRTH but its end: init waits          created
+#       start ID     it becomes the program                              running
+#       kill ID 15   a signal for it                                     stopped
+#       delete ID    its control group and its record are removed
+#
+# Called as `minirunc`, this file is such a runtime.  That config.json is the very spec
+# that chapter 6 takes; so what is left to do here is to check it, to fill in what it
+# leaves out, to choose the steps, and to keep a record:
+#
+#       /run/minirunc/ID/state.json    pid, bundle, and the spec as it was then
+#                        exec.fifo     init waits for a word from it; gone when started
+#                        news.fifo     what init has to say from then on
+#                        workshop/     always empty, here; see chapter 4
+#
+# Create and start are two processes, and the one that created is gone by the time of
+# the other.  So where init would execute, it changes its two pipes for two FIFOs;
+# whoever opens their other ends is its parent from then on, as far as news and orders
+# go.  The caller of create is its parent when it dies, who has to reap it.
+#
+# The program gets the 0, 1 and 2 that create was given.  A config.json may give less
+# protection than ours do: without a user namespace root inside is root outside, whom
+# the devices of the control group and the capabilities keep in.
+#
+# Specification: github.com/opencontainers/runtime-spec, version 1.2.
+
+OCI_VERSION = "1.2.0"
+OCI_GLOBALS = (
+    arg("--root", metavar="DIR", default="/run/minirunc", help="where the records are"),
+    arg("--log", metavar="FILE", help="a file for errors, beside standard error"),
+    arg("--log-format", choices=["text", "json"], default="text",
+        help="the form of its lines"),
+    arg("--debug", action="store_true", help="narrate on standard error, as --explain"),
+    arg("--systemd-cgroup", action="store_true", help="refused: groups are made "
+        "directly"),
+    arg("--rootless", metavar="BOOL", default="auto", help="true is refused: this "
+        "takes root"),
+)
+START_OPTIONS = (
+    arg("-b", "--bundle", metavar="DIR", default=".", help="with config.json and root"),
+    arg("--pid-file", metavar="FILE", default="", help="to write its pid to"),
+    arg("--console-socket", metavar="PATH", default="",
+        help="a socket that is sent the terminal"),
+    arg("--preserve-fds", metavar="N", default="0",
+        help="pass on N descriptors from 3 on"),
+    arg("--no-new-keyring", action="store_true", help="keep the caller's keyring"),
+)
+ID = arg("id", metavar="ID", help="the container's name")
+
+# ── errors, as callers want to hear them ──
+
+
+def log_error(options, fail):
+    """One line on standard error, which some callers read; and in the log, others."""
+    message = fail.message + (f" ({fail.hint})" if fail.hint else "")
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    line = f'time="{now}" level=error msg={quote(message)}'
+    if options.log_format == "json":
+        line = to_json({"level": "error", "msg": message, "time": now})
+    print(f"minirunc: {message}", file=sys.stderr, flush=True)
+    if options.log:
+        with open(options.log, "a", encoding="utf-8", errors="surrogateescape") as log:
+            log.write(line + "\n")
+
+
+def oci(word, *declared):
+    """Declare a command of the runtime; its errors are told by log_error."""
+    def declare(function):
+        def run(options):
+            try:
+                if options.systemd_cgroup:
+                    raise Fail("--systemd-cgroup is not offered",
+                               "have the caller use cgroupfs")
+                if os.geteuid() or options.rootless == "true":
+                    raise Fail("permission denied: rootless containers are not offered",
+                               "only root can make containers here")
+                if options.debug and not narration.style:
+                    start_narration("text")
+                return function(options) or 0
+            except Exception as error:
+                log_error(options, diagnose(error))
+                return 1
+        run.__doc__ = function.__doc__
+        command(f"oci {word}", *declared, *OCI_GLOBALS)(run)
+        return function
+    return declare
+
+
+@command("oci", arg("-v", "--version", action="store_true", help="show it"),
+         *OCI_GLOBALS)
+def oci_command(options):
+    """What runc does: create, start, kill, delete …; the same as `minirunc`."""
+    print(f"minirunc version 0.1.0\nspec: {OCI_VERSION}" if options.version
+          else "minirunc: see `minicontainer --help` for the commands of `oci`")
+
+
+def oci_words(words):
+    """`oci --root DIR create ID` in our order: a command, and what belongs to it."""
+    flags = {name: how for names, how in OCI_GLOBALS for name in names}
+    at = 0
+    while at < len(words) and words[at].startswith("-"):
+        takes_next = words[at] in flags and "action" not in flags[words[at]]
+        at += 2 if takes_next else 1
+    return [*words[at:at + 1], *words[:at], *words[at + 1:]]
+
+
+# ── config.json ──
+
+TEXTS, IDS = [str], range(1 << 32)
+MAPPINGS = [{"containerID": IDS, "hostID": IDS, "size": range(1, 1 << 32)}]
+HOOKS = "prestart", "createRuntime", "createContainer", "startContainer", "poststart", \
+    "poststop"
+RLIMIT_TYPES = tuple(f"RLIMIT_{name.upper()}" for name in RLIMITS)
+CAPABILITY_SETS = "bounding", "effective", "permitted", "inheritable", "ambient"
+PROCESS_FORM = {
+    "terminal": bool, "args": TEXTS, "env": TEXTS, "cwd": str,
+    "consoleSize": {"height": range(1 << 16), "width": range(1 << 16)},
+    "user": {"uid": IDS, "gid": IDS, "umask": range(0o1000), "additionalGids": [IDS]},
+    "capabilities": dict.fromkeys(CAPABILITY_SETS, [CAPABILITIES]),
+    "rlimits": [{"type": RLIMIT_TYPES, "soft": range(1 << 64), "hard": range(1 << 64)}],
+    "noNewPrivileges": bool, "oomScoreAdj": range(-1000, 1001),
+    "apparmorProfile": str, "selinuxLabel": str}
+RATES = [{"major": IDS, "minor": IDS, "rate": range(1 << 64)}]
+SIGNED = range(-1, 1 << 63)
+RESOURCES_FORM = {
+    "memory": {"limit": SIGNED, "swap": SIGNED, "reservation": SIGNED},
+    "cpu": {"shares": range(1 << 64), "quota": range(-(1 << 63), 1 << 63),
+            "period": range(1 << 64), "burst": range(1 << 64), "idle": range(2),
+            "cpus": str, "mems": str},
+    "pids": {"limit": range(-(1 << 63), 1 << 63)},
+    "blockIO": {"weight": range(1001), **{key: RATES for *_, key in THROTTLES}},
+    "devices": [{"allow": bool, "type": ("a", "b", "c", None, ""), "access": str,
+                 "major": SIGNED, "minor": SIGNED}]}
+SPEC_FORM = {
+    "ociVersion": str, "process": PROCESS_FORM, "root": {"path": str, "readonly": bool},
+    "hostname": str, "domainname": str, "annotations": dict,
+    "mounts": [{"destination": str, "type": str, "source": str, "options": TEXTS}],
+    "hooks": dict.fromkeys(HOOKS, [{"path": str, "args": TEXTS, "env": TEXTS,
+                                    "timeout": range(1, 1 << 31)}]),
+    "linux": {
+        "namespaces": [{"type": tuple(NAMESPACES), "path": str}],
+        "uidMappings": MAPPINGS, "gidMappings": MAPPINGS, "cgroupsPath": str,
+        "devices": [{"path": str, "type": ("b", "c", "u"), "major": IDS, "minor": IDS,
+                     "fileMode": IDS, "uid": IDS, "gid": IDS}],
+        "resources": RESOURCES_FORM, "sysctl": dict, "maskedPaths": TEXTS,
+        "readonlyPaths": TEXTS, "rootfsPropagation": ("private", "rprivate", "slave",
+                                                      "rslave", None, ""),
+        "seccomp": {**PROFILE_FORM, "architectures": TEXTS}}}
+# What would change the container, and is not done; the rest of what we do not know is
+# to be ignored, says the specification.
+REFUSED = """process.ioPriority process.scheduler process.execCPUAffinity vm
+    linux.timeOffsets linux.personality linux.intelRdt linux.mountLabel
+    linux.memoryPolicy linux.netDevices linux.seccomp.listenerPath
+    linux.resources.hugepageLimits linux.resources.network linux.resources.rdma
+    linux.resources.unified linux.resources.memory.swappiness
+    linux.resources.memory.disableOOMKiller linux.resources.memory.kernelTCP
+    linux.resources.cpu.realtimeRuntime linux.resources.cpu.realtimePeriod
+    linux.resources.blockIO.leafWeight linux.resources.blockIO.weightDevice""".split()
+# The devices that work in every container, whatever resources.devices says: making
+# any node, terminals, and those of DEVICES.
+USUAL_DEVICES = [{"allow": True, "type": kind, "major": major, "minor": minor,
+                  "access": access} for kind, major, minor, access in (
+    ("c", None, None, "m"), ("b", None, None, "m"), ("c", 1, 3, "rwm"),
+    ("c", 1, 5, "rwm"), ("c", 1, 7, "rwm"), ("c", 1, 8, "rwm"), ("c", 1, 9, "rwm"),
+    ("c", 5, 0, "rwm"), ("c", 5, 1, "rwm"), ("c", 5, 2, "rwm"),
+    ("c", 136, None, "rwm"))]
+
+
+def refuse(place, value, wanted):
+    """A Fail that names a place in config.json, and what may be there."""
+    raise Fail(f"{place}: {value!r:.80} is not possible", f"wanted: {wanted}")
+
+
+def read_json(path, form, place):
+    """A document of a form like SPEC_FORM; a Fail that names the path in it."""
+    try:
+        document = from_json(sys.stdin.read() if path == "-" else read_file(path))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or f"not JSON: {error}"
+        raise Fail(f"{path}: {reason[:1].lower()}{reason[1:]}",
+                   "JSON as the OCI specifies it") from None
+    check_form(document, form, place)
+    return document
+
+
+def check_refused(spec):
+    """Refuse what asks for something that is not done."""
+    for path in REFUSED:
+        value = spec
+        for key in path.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        if value:
+            raise Fail(f"config.{path} is not offered", "leave it out")
+
+
+def complete_process(process, place):
+    """A process with all that our steps look for."""
+    user, sets = process.setdefault("user", {}), process.get("capabilities") or {}
+    user.pop("username", None)  # for Windows
+    user.setdefault("uid", 0)
+    user.setdefault("gid", 0)
+    process["capabilities"] = {name: sets.get(name) or [] for name in CAPABILITY_SETS}
+    process["env"] = process.get("env") or []
+    for number, limit in enumerate(process.get("rlimits") or ()):
+        if limit["soft"] > limit["hard"]:
+            refuse(f"{place}.rlimits[{number}].soft", limit["soft"], "at most its hard")
+    for key in ("rlimits", "oomScoreAdj", "apparmorProfile", "selinuxLabel"):
+        if process.get(key) in (None, "", []):
+            process.pop(key, None)
+    if not process.get("args"):
+        refuse(f"{place}.args", process.get("args"), "a program, and its arguments")
+    if not str(process.get("cwd")).startswith("/"):
+        refuse(f"{place}.cwd", process.get("cwd"), "an absolute path")
+
+
+def complete_mounts(mounts):
+    """Mounts in the form that our steps know: "bind" for every bind mount."""
+    known = [OPTION_WORDS, CLEARING_WORDS, PROPAGATIONS, NEUTRAL_WORDS, ATTRIBUTES,
+             DEEP_WORDS]
+    for number, mount in enumerate(mounts):
+        place = f"config.mounts[{number}]"
+        mount["options"] = words = mount.get("options") or []
+        target = os.path.normpath(f"/{mount.get('destination', '')}")
+        mount["destination"] = f"/{target.lstrip('/')}"
+        if mount["destination"] == "/":
+            refuse(f"{place}.destination", mount["destination"], "a path below /")
+        if {"bind", "rbind"} & {*words} or mount.get("type") == "bind":
+            mount["type"] = "bind"
+            if not os.path.exists(mount.get("source", "")):
+                raise Fail(f"{place}.source: {mount.get('source')!r}: no such file or "
+                           "directory", "a path of the host")
+            for at, word in enumerate(words):
+                if not any(word in table for table in known):
+                    refuse(f"{place}.options[{at}]", word, "an option of a bind mount")
+        if mount.get("uidMappings") or mount.get("gidMappings"):
+            raise Fail(f"{place}.uidMappings is not offered", "the option idmap takes "
+                       "those of the container")
+        mount["source"] = mount.get("source") or mount.get("type") or "none"
+        mount["type"] = mount.get("type") or "none"
+
+
+def complete_resources(resources):
+    """Resources without what is not set: to the OCI, 0 and null are that."""
+    return {name: {key: value for key, value in section.items() if value}
+            if isinstance(section, dict) else section
+            for name, section in resources.items() if section}
+
+
+def complete_linux(spec, id):
+    """The spec's `linux` with all that our steps look for."""
+    linux = spec["linux"] = spec.get("linux") or {}
+    linux["namespaces"] = linux.get("namespaces") or []
+    kinds = [namespace["type"] for namespace in linux["namespaces"]]
+    if not new_namespaces(spec) & CLONE_NEWNS or len({*kinds}) < len(kinds):
+        refuse("config.linux.namespaces", kinds,
+               "each once, and among them a new mount namespace")
+    if new_namespaces(spec) & CLONE_NEWUSER and not linux.get("uidMappings"):
+        refuse("config.linux.uidMappings", None, "the ids of the new user namespace")
+    for key in ("hostname", "domainname"):
+        if spec.get(key) and "uts" not in kinds:
+            refuse(f"config.{key}", spec[key], "none, without a uts namespace")
+    for name in linux.get("sysctl") or ():
+        kind = "network" if name.startswith("net.") else "ipc"
+        if not name.replace("/", ".").startswith(SYSCTLS) or kind not in kinds:
+            refuse("config.linux.sysctl", name, f"a setting of its {kind} namespace")
+    path = linux.get("cgroupsPath") or f"/minicontainer-{id}"
+    if ":" in path:
+        refuse("config.linux.cgroupsPath", path, "a path; this form is systemd's")
+    linux["cgroupsPath"] = os.path.normpath(f"/{path}")
+    for key in ("sysctl", "devices", "maskedPaths", "readonlyPaths"):
+        linux[key] = linux.get(key) or ({} if key == "sysctl" else [])
+    for device in linux["devices"]:
+        device["fileMode"] = (device.get("fileMode") or 0o666) & 0o7777
+        device.update(uid=device.get("uid") or 0, gid=device.get("gid") or 0,
+                      access="rwm", type=device["type"].replace("u", "c"))
+    linux["resources"] = complete_resources(linux.get("resources") or {})
+    if not namespace_flags(spec) & CLONE_NEWUSER:  # or whoever may make nodes has disks
+        rules_ = linux["resources"].get("devices") or []
+        linux["resources"]["devices"] = [{"allow": False}, *rules_, *USUAL_DEVICES]
+    if seccomp := linux.get("seccomp"):
+        seccomp["syscalls"] = seccomp.get("syscalls") or []
+        seccomp_program(seccomp, os.uname().machine)  # refuses what cannot be
+
+
+def read_spec(bundle, id):
+    """The config.json of a bundle, checked and completed."""
+    spec = read_json(f"{bundle}/config.json", SPEC_FORM, "config")
+    check_refused(spec)
+    if not spec.get("process") or not (spec.get("root") or {}).get("path"):
+        refuse("config", sorted(spec), "an object with a process and a root.path")
+    complete_process(spec["process"], "config.process")
+    spec["mounts"] = spec.get("mounts") or []
+    complete_mounts(spec["mounts"])
+    complete_linux(spec, id)
+    if not os.path.isdir(os.path.join(bundle, spec["root"]["path"])):
+        raise Fail(f"config.root.path: {spec['root']['path']!r}: no such file or "
+                   "directory", "a directory, from the bundle or absolute")
+    return spec
+
+
+# ── the record ──
+
+
+def record_directory(options):
+    """Where the container's record is, or would be."""
+    id = options.id
+    if not id or id.strip(".") == "" or not all(
+            c.isalnum() and c.isascii() or c in "_+-." for c in id):
+        raise Fail(f"invalid container id: {id!r}", "letters, digits, _ + - and .")
+    return os.path.join(os.path.abspath(options.root), id)
+
+
+def read_record(options):
+    """The record of a container."""
+    directory = record_directory(options)
+    try:
+        return {**from_json(read_file(f"{directory}/state.json")), "where": directory}
+    except FileNotFoundError:
+        raise Fail(f"container {options.id!r} does not exist", "see `list`") from None
+
+
+def process_facts(pid):
+    """(state, start time) of a process, which tell it from a later one of its number;
+    ("X", 0) if there is none."""
+    try:
+        words = read_file(f"/proc/{pid}/stat").rpartition(") ")[2].split()
+        return words[0], int(words[19])
+    except (FileNotFoundError, ProcessLookupError):
+        return "X", 0
+
+
+def status_of(record):
+    """created, running, paused or stopped."""
+    state, began = process_facts(record["pid"])
+    if not record["pid"] or state in "ZX" or began != record["began"]:
+        return "stopped"
+    if os.path.exists(f"{record['where']}/exec.fifo"):
+        return "created"
+    frozen = Cgroup(record["spec"]["linux"]["cgroupsPath"]).is_frozen()
+    return "paused" if frozen else "running"
+
+
+def oci_state(record, status):
+    """A container's state, as the specification has it for hooks and `state`."""
+    found = {"ociVersion": OCI_VERSION, "id": record["id"], "status": status,
+             "pid": record["pid"] if status != "stopped" else 0,
+             "bundle": record["bundle"]}
+    if notes := record["spec"].get("annotations"):
+        found["annotations"] = notes
+    return found
+
+
+def forget(directory):
+    """Remove a record."""
+    for name in os.listdir(directory):
+        path = f"{directory}/{name}"
+        (os.rmdir if os.path.isdir(path) else os.unlink)(path)
+    os.rmdir(directory)
+
+
+# ── hooks ──
+
+
+def run_hook(hook, state, what):
+    """Run a program of the caller's with the state on its standard input; a Fail
+    unless it ends well, and in time."""
+    ours, its = os.pipe()[::-1]
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.dup2(its, 0)
+            os.dup2(2, 1)  # 1 is the container's
+            os.setsid()  # to be killed with what it has begun
+            os.closerange(3, 1 << 16)
+            reset_signals(None)
+            env = dict(line.partition("=")[::2] for line in hook.get("env") or ())
+            os.execve(hook["path"], hook.get("args") or [hook["path"]], env)
+        finally:
+            os._exit(127)
+    os.close(its)
+    try:
+        os.write(ours, to_json(state).encode())
+    except BrokenPipeError:  # it does not care
+        pass
+    os.close(ours)
+    poll, pidfd = select.poll(), syscall("pidfd_open", pid, 0, why=f"a {what} hook")
+    poll.register(pidfd, select.POLLIN)
+    in_time = poll.poll(hook["timeout"] * 1000 if hook.get("timeout") else None)
+    os.close(pidfd)
+    if not in_time:
+        os.killpg(pid, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if code or not in_time:
+        how = f"ended with {code}" if in_time else "took too long"
+        raise Fail(f"the {what} hook {hook['path']} {how}", "see what it printed")
+
+
+def run_hooks(c, *kinds, status, pid):
+    """Run the container's hooks of these kinds, in order."""
+    hooks = c.spec.get("hooks") or {}
+    state = oci_state({"id": c.id, "pid": pid, "bundle": c.directory, "spec": c.spec},
+                      status)
+    for kind in kinds:
+        for hook in hooks.get(kind) or ():
+            run_hook(hook, state, kind)
+
+
+@answers("hooks")
+def run_host_hooks(c):
+    """Outside: the hooks of a container that has its namespaces, on the host."""
+    run_hooks(c, "prestart", "createRuntime", status="creating", pid=c.pid)
+
+
+def run_create_hooks(c):
+    """Step: hooks that see all mounts, those of the host and of the container."""
+    if c.spec.get("hooks"):
+        c.ask_parent("hooks")
+        pid = int(os.readlink("/proc/self"))  # the host's number: its /proc is there
+        run_hooks(c, "createContainer", status="creating", pid=pid)
+
+
+# ── steps, where they differ ──
+
+
+def open_fifos(c):
+    """Outside: what init will wait at; open for both, no end waits for the other."""
+    for name in ("exec.fifo", "news.fifo"):
+        os.mkfifo(f"{c.record}/{name}", 0o600)
+        c.fifos.append(open_fd(f"{c.record}/{name}", O_RDWR, "until it is started"))
+
+
+def own_stdio(c):
+    """Step: whoever it runs as may open its /dev/stdout, if that is a pipe."""
+    user = c.spec["process"]["user"]
+    for number in (0, 1, 2) if user["uid"] else ():
+        if stat.S_ISFIFO(os.fstat(number).st_mode):
+            syscall("fchown", number, user["uid"], 0xFFFFFFFF, why="it is its own")
+
+
+def await_start(c):
+    """Step: tell the parent that all is ready, and wait for the one who starts it."""
+    c.tell_parent()
+    os.close(c.news[1])
+    os.close(c.orders[0])
+    c.orders, c.news = (c.fifos[0], -1), (-1, c.fifos[1])
+    c.await_parent()
+    run_hooks(c, "startContainer", status="created", pid=os.getpid())
+    c.tell_parent()
+
+
+def tell_runs(c):
+    """Step: in place of die_with_parent, for what outlives the one who started it."""
+    c.tell_parent()
+
+
+def oci_steps(steps, last):
+    """BIRTH or JOIN as a caller of ours needs it; `last` is in place of what makes a
+    program die with us."""
+    instead = {
+        die_with_parent: (find_program, last),  # `create` tells if there is none
+        pivot: (run_create_hooks, pivot),
+        become_user: (own_stdio, become_user)}
+    return [new for step in steps for new in instead.get(step, (step,))]
+
+
+# ── create, start, run, exec ──
+
+
+def close_others(preserved):
+    """Keep of what the caller had open only 0, 1, 2 and what is to be passed on."""
+    os.closerange(3 + preserved, 1 << 16)
+
+
+def check_console(process, options):
+    """Refuse a terminal that nobody would have, and a socket for no terminal."""
+    if bool(process.get("terminal")) != bool(options.console_socket):
+        raise Fail("a terminal goes with --console-socket, and one with the other",
+                   "set process.terminal and --console-socket, or neither")
+
+
+def send_console(c, path):
+    """Send our end of the terminal to whoever listens at a socket."""
+    import _socket
+
+    fd = c.outer["console"]
+    os.set_blocking(fd, True)
+    size_ = c.spec["process"].get("consoleSize")
+    if size_:
+        TIOCSWINSZ = 0x5414
+        fcntl.ioctl(fd, TIOCSWINSZ, struct.pack("4H", size_["height"], size_["width"],
+                                                0, 0))
+    try:
+        socket = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+        socket.connect(path)
+        socket.sendmsg([b"/dev/ptmx"], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS,
+                                         struct.pack("i", fd))])
+        socket.close()
+    except OSError as error:
+        raise Fail(f"--console-socket {path}: {error.strerror}",
+                   "somebody has to listen there") from None
+
+
+def write_pid_file(path, pid):
+    """Write a pid where the caller reads it, whole or not at all (P3)."""
+    if path:
+        write_file(f"{path}.new", str(pid), create=0o644)
+        os.rename(f"{path}.new", path)
+
+
+def hand_over(c, options):
+    """Give the caller what was asked for: the terminal, then the pid."""
+    if options.console_socket:
+        send_console(c, options.console_socket)
+    write_pid_file(options.pid_file, c.pid)
+
+
+def create_container(options):
+    """Make a container whose init waits to be started; its record, and it."""
+    directory, bundle = record_directory(options), os.path.realpath(options.bundle)
+    spec = read_spec(bundle, options.id)
+    check_console(spec["process"], options)
+    seal_interpreter(spec)
+    preserved = whole("--preserve-fds", options.preserve_fds, 0, 1 << 10)
+    close_others(preserved)
+    os.makedirs(options.root, 0o700, exist_ok=True)
+    try:
+        os.mkdir(directory, 0o700)
+    except FileExistsError:
+        raise Fail(f"container with id exists: {options.id}", "see `list`") from None
+    record = {"id": options.id, "pid": 0, "began": 0, "bundle": bundle, "spec": spec,
+              "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    c = Container(options.id, spec, bundle)
+    c.record, c.workshop, c.preserved = directory, f"{directory}/workshop", preserved
+    try:
+        os.mkdir(c.workshop)
+        save(f"{directory}/state.json", record)
+        before = [open_fifos, *(step for step in BEFORE if step != open_stdio)]
+        birth = oci_steps(BIRTH, await_start)
+        if options.no_new_keyring:
+            birth.remove(new_keyring)
+        start(c, before, OUTSIDE, birth)
+        record.update(pid=c.pid, began=process_facts(c.pid)[1])
+        save(f"{directory}/state.json", record)
+        hand_over(c, options)
+    except BaseException:
+        end(c)
+        forget(directory)
+        raise
+    for fd in c.fifos:
+        os.close(fd)
+    c.fifos = []
+    return {**record, "where": directory}, c
+
+
+def start_container(record):
+    """Have init become the program; returns when it runs."""
+    c = Container(record["id"], record["spec"], record["bundle"])
+    where = record["where"]
+    if status_of(record) != "created":
+        raise Fail(f"cannot start a container that is {status_of(record)}",
+                   "create makes one that can be started")
+    news = open_fd(f"{where}/news.fifo", os.O_RDONLY | os.O_NONBLOCK, "what init says")
+    os.set_blocking(news, True)
+    c.news = news, -1
+    c.orders = -1, open_fd(f"{where}/exec.fifo", O_WRONLY, "init waits for a word")
+    try:
+        c.answer("go")
+        c.listen()
+        os.unlink(f"{where}/exec.fifo")
+        run_hooks(c, "poststart", status="running", pid=record["pid"])
+    except BaseException:
+        os.kill(record["pid"], signal.SIGKILL)
+        raise
+    finally:
+        c.close()
+
+
+def stay_with(c):
+    """Pass signals on to a process until it ends; its exit code."""
+    every = signal.valid_signals()
+    signal.pthread_sigmask(signal.SIG_BLOCK, every)
+    while True:  # it may have ended before, and nobody tells twice
+        pid, status = os.waitpid(c.pid, os.WNOHANG)
+        if pid:
+            c.status = status
+            return c.wait()
+        told = signal.sigwaitinfo(every)
+        if told.si_signo not in (signal.SIGCHLD, signal.SIGURG):
+            os.kill(c.pid, told.si_signo)
+
+
+def delete_container(record):
+    """Remove all that is left of a container that has ended, or is to end now."""
+    cgroup = Cgroup(record["spec"]["linux"]["cgroupsPath"])
+    if status_of(record) != "stopped":
+        os.kill(record["pid"], signal.SIGKILL)
+    if record["pid"]:  # or it was never more than a record
+        cgroup.remove()
+    wait_for(lambda: status_of(record) == "stopped")
+    forget(record["where"])
+    c = Container(record["id"], record["spec"], record["bundle"])
+    for hook in (c.spec.get("hooks") or {}).get("poststop") or ():
+        try:
+            run_hook(hook, oci_state(record, "stopped"), "poststop")
+        except Fail as fail:  # it is over all the same
+            say(fail.message)
+
+
+@oci("create", *START_OPTIONS, ID)
+def create_command_oci(options):
+    """Make a container that waits to be started."""
+    create_container(options)
+
+
+@oci("start", ID)
+def start_command_oci(options):
+    """Start the program of a container that was created."""
+    start_container(read_record(options))
+
+
+@oci("run", *START_OPTIONS, arg("-d", "--detach", action="store_true",
+                                help="return when it runs"),
+     arg("--keep", action="store_true", help="do not delete it when it has ended"), ID)
+def run_command_oci(options):
+    """Create a container, start it, and stay with it until it ends."""
+    record, c = create_container(options)
+    try:
+        start_container(record)
+        code = 0 if options.detach else stay_with(c)
+    except BaseException:
+        delete_container(record)
+        raise
+    if not (options.detach or options.keep):
+        delete_container(record)
+    return code
+
+
+def exec_process(options, spec):
+    """The process that `exec` is to run: from a file, or the container's with what the
+    options say."""
+    if options.process:
+        process = read_json(options.process, PROCESS_FORM, "process")
+    else:
+        process = from_json(to_json(spec["process"]))
+        process.update(args=options.words, terminal=options.tty,
+                       cwd=options.cwd or process["cwd"])
+        process["env"] += options.env
+        user, _, group = options.user.partition(":")
+        if user:
+            process["user"] = {"uid": whole("--user", user, 0, 1 << 32),
+                               "gid": whole("--user", group or "0", 0, 1 << 32)}
+        more = [whole("--additional-gids", gid, 0, 1 << 32)
+                for gid in options.additional_gids]
+        process["user"]["additionalGids"] = [
+            *(process["user"].get("additionalGids") or ()), *more]
+        for name in capability_names("--cap", options.cap):
+            for key in CAPABILITY_SETS[:3]:
+                process["capabilities"][key].append(name)
+        if options.no_new_privs:
+            process["noNewPrivileges"] = True
+        if options.apparmor:
+            process["apparmorProfile"] = options.apparmor
+    complete_process(process, "process")
+    return process
+
+
+@oci("exec", *START_OPTIONS[1:4], arg("-p", "--process", metavar="FILE", default="",
+                                      help="a process as in config.json"),
+     arg("-d", "--detach", action="store_true", help="return when it runs"),
+     arg("-t", "--tty", action="store_true", help="give it a terminal"),
+     arg("--cwd", metavar="DIR", default="", help="directory to start in"),
+     arg("-e", "--env", metavar="NAME=VALUE", action="append", default=[],
+         help="set a variable"),
+     arg("-u", "--user", metavar="UID[:GID]", default="", help="whom it runs as"),
+     arg("-g", "--additional-gids", metavar="GID", action="append", default=[],
+         help="one more group"),
+     arg("-c", "--cap", metavar="NAME", action="append", default=[],
+         help="one more capability"),
+     arg("--no-new-privs", action="store_true", help="it can gain no privileges"),
+     arg("--apparmor", metavar="PROFILE", default="", help="hold it to this profile"),
+     arg("--ignore-paused", action="store_true", help="also in a paused container"), ID,
+     arg("words", nargs="A*", metavar="COMMAND", help="program and arguments"))
+def exec_command_oci(options):
+    """Run one more process in a container."""
+    record = read_record(options)
+    status, spec = status_of(record), record["spec"]
+    if status == "stopped" or (status == "paused" and not options.ignore_paused):
+        raise Fail(f"cannot exec in a {status} container", "container not running")
+    process = exec_process(options, spec)
+    check_console(process, options)
+    seal_interpreter(spec)
+    preserved = whole("--preserve-fds", options.preserve_fds, 0, 1 << 10)
+    close_others(preserved)
+    c = Container(options.id, {**spec, "process": process}, record["bundle"])
+    c.is_new, c.preserved = False, preserved
+    c.target = syscall("pidfd_open", record["pid"], 0, why="its process 1")
+    c.cgroup = Cgroup(spec["linux"]["cgroupsPath"])
+    enter(c, (open_cgroup,), oci_steps(JOIN, tell_runs))
+    try:
+        hand_over(c, options)
+    except BaseException:
+        kill_and_wait(c)
+        raise
+    return 0 if options.detach else stay_with(c)
+
+
+# ── the other turns ──
+
+
+def signal_number(text):
+    """The signal that a number or a name means; 0 asks whether there is a process."""
+    name = text.upper()
+    number = getattr(signal, f"SIG{name.removeprefix('SIG')}", None)
+    if number is None and name.isdecimal() and int(name) <= 64:
+        number = int(name)
+    if number is None:
+        raise Fail(f"unknown signal {text!r}", "a name or a number, see `kill -l`")
+    return number
+
+
+@oci("kill", arg("-a", "--all", action="store_true", help="all of its processes"), ID,
+     arg("signal", nargs="?", metavar="SIGNAL", help="TERM, if none is named"))
+def kill_command_oci(options):
+    """Send a signal to a container's first process, or to all."""
+    record, number = read_record(options), signal_number(options.signal or "TERM")
+    status, cgroup = status_of(record), Cgroup(record["spec"]["linux"]["cgroupsPath"])
+    pids = cgroup.pids() if options.all else [record["pid"]]
+    if status == "stopped" and not options.all:
+        raise Fail("container not running", "it has ended")
+    for pid in pids:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            if not options.all:
+                raise Fail("process already finished", "it has just ended") from None
+    if number == signal.SIGKILL and status == "paused":
+        cgroup.freeze(False)
+
+
+@oci("delete", arg("-f", "--force", action="store_true",
+                   help="kill it if it runs; and no error if there is none"), ID)
+def delete_command_oci(options):
+    """Remove a container that has ended."""
+    if options.force and not os.path.exists(
+            f"{record_directory(options)}/state.json"):
+        if os.path.isdir(record_directory(options)):
+            forget(record_directory(options))
+        return
+    record = read_record(options)
+    if status_of(record) not in ("stopped", "created") and not options.force:
+        raise Fail(f"cannot delete container {options.id} that is not stopped: "
+                   f"{status_of(record)}", "kill it before, or --force")
+    delete_container(record)
+
+
+@oci("state", ID)
+def state_command_oci(options):
+    """Print a container's state as JSON."""
+    record = read_record(options)
+    rootfs = os.path.join(record["bundle"], record["spec"]["root"]["path"])
+    print(to_json({**oci_state(record, status_of(record)), "rootfs": rootfs,
+                   "created": record["created"], "owner": "root"}))
+
+
+@oci("list", arg("-f", "--format", choices=["table", "json"], default="table",
+                 help="table or json"),
+     arg("-q", "--quiet", action="store_true", help="only the ids"))
+def list_command_oci(options):
+    """Show all containers of this --root."""
+    rows = []
+    there = os.listdir(options.root) if os.path.isdir(options.root) else ()
+    for id in sorted(there):
+        options.id = id
+        try:
+            record = read_record(options)
+        except Fail:  # it is just being made, or deleted
+            continue
+        rows.append({**oci_state(record, status_of(record)),
+                     "created": record["created"], "owner": "root"})
+    if options.quiet:
+        print("".join(f"{row['id']}\n" for row in rows), end="")
+    elif options.format == "json":
+        print(to_json(rows))
+    else:
+        form = "{id:24} {pid!s:8} {status:10} {bundle:40} {created:22} {owner}".format
+        titles = ("id", "pid", "status", "bundle", "created", "owner")
+        for row in ({title: title.upper() for title in titles}, *rows):
+            print(form(**row))
+
+
+@oci("ps", arg("-f", "--format", choices=["table", "json"], default="table",
+               help="table, as `ps -ef`, or the pids as json"), ID)
+def ps_command_oci(options):
+    """Show the processes of a container."""
+    pids = Cgroup(read_record(options)["spec"]["linux"]["cgroupsPath"]).pids()
+    if options.format == "json":
+        print(to_json(pids))
+        return
+    import subprocess
+
+    title, *rows = subprocess.run(["ps", "-ef"], capture_output=True, text=True,
+                                  check=True).stdout.splitlines()
+    print("\n".join([title, *(row for row in rows if int(row.split()[1]) in pids)]))
+
+
+def freeze_container(options, frozen, wanted):
+    """Freeze or thaw a container that is in the status `wanted`."""
+    record = read_record(options)
+    if status_of(record) != wanted:
+        raise Fail(f"container not {wanted}", f"it is {status_of(record)}")
+    Cgroup(record["spec"]["linux"]["cgroupsPath"]).freeze(frozen)
+
+
+@oci("pause", ID)
+def pause_command_oci(options):
+    """Stop all processes of a container where they stand."""
+    freeze_container(options, True, "running")
+
+
+@oci("resume", ID)
+def resume_command_oci(options):
+    """Let a paused container go on."""
+    freeze_container(options, False, "paused")
+
+
+LIMIT_OPTIONS = {  # of `update`: where in the resources each is
+    "--memory": "memory limit", "--memory-swap": "memory swap",
+    "--memory-reservation": "memory reservation", "--cpu-period": "cpu period",
+    "--cpu-quota": "cpu quota", "--cpu-share": "cpu shares", "--cpu-burst": "cpu burst",
+    "--cpu-idle": "cpu idle", "--cpuset-cpus": "cpu cpus", "--cpuset-mems": "cpu mems",
+    "--pids-limit": "pids limit", "--blkio-weight": "blockIO weight"}
+
+
+@oci("update", arg("-r", "--resources", metavar="FILE", default="",
+                   help="resources as in config.json; - is standard input"),
+     *(arg(name, metavar="N", help=f"set the limit {where}")
+       for name, where in LIMIT_OPTIONS.items()), ID)
+def update_command_oci(options):
+    """Change a container's limits."""
+    record, resources = read_record(options), {}
+    if options.resources:
+        resources = read_json(options.resources, RESOURCES_FORM, "resources")
+        check_refused({"linux": {"resources": resources}})
+    for name, where in LIMIT_OPTIONS.items():
+        text = getattr(options, name[2:].replace("-", "_"))
+        if text is not None:
+            section, key = where.split()
+            sizes, lists = section == "memory" and text != "-1", key in ("cpus", "mems")
+            resources.setdefault(section, {})[key] = (
+                text if lists else size(text) if sizes else whole(name, text, -1))
+    resources = complete_resources(resources)
+    cgroup = Cgroup(record["spec"]["linux"]["cgroupsPath"])
+    if status_of(record) == "stopped":
+        raise Fail("container not running", "it has ended")
+    if cgroup.trees and "swap" in resources.get("memory", {}):  # more than it was?
+        swap = {"memory": {"swap": resources["memory"]["swap"]}}
+        try:
+            cgroup.set_limits(swap)
+        except Fail:  # less: then memory goes first
+            pass
+    cgroup.set_limits(resources)
+
+
+@oci("events", arg("--stats", action="store_true", help="once, and no more"),
+     arg("--interval", metavar="SECONDS", default="5", help="time between two"), ID)
+def events_command_oci(options):
+    """Print what a container has used, as JSON, again and again."""
+    record = read_record(options)
+    cgroup, poll = Cgroup(record["spec"]["linux"]["cgroupsPath"]), select.poll()
+    interval = whole("--interval", options.interval.removesuffix("s"), 1, 1 << 20)
+    while status_of(record) != "stopped":
+        used = cgroup.measure()
+        print(to_json({"type": "stats", "id": record["id"], "data": {
+            "cpu": {"usage": {"total": 1000 * (used["cpu_usec"] or 0)}},
+            "memory": {"usage": {"usage": used["memory"], "max": used["memory_peak"],
+                                 "limit": used["memory_limit"]}},
+            "pids": {"current": used["pids"], "limit": used["pids_limit"]}}}),
+            flush=True)
+        if options.stats:
+            return
+        pidfd = syscall("pidfd_open", record["pid"], 0, why="to hear of its end")
+        poll.register(pidfd, select.POLLIN)
+        poll.poll(interval * 1000)
+        poll.unregister(pidfd)
+        os.close(pidfd)
+    if options.stats:
+        raise Fail("container not running", "it has ended")
+
+
+def example_spec():
+    """A config.json to begin with."""
+    quiet = ["nosuid", "noexec", "nodev"]
+    kept = ["CAP_AUDIT_WRITE", "CAP_KILL", "CAP_NET_BIND_SERVICE"]
+    return {
+        "ociVersion": "1.0.2",
+        "process": {
+            "terminal": False, "user": {"uid": 0, "gid": 0}, "args": ["sh"],
+            "env": [f"PATH={DEFAULT_PATH}", "TERM=xterm"], "cwd": "/",
+            "capabilities": capability_sets(kept), "noNewPrivileges": True},
+        "root": {"path": "rootfs", "readonly": True},
+        "hostname": "minirunc",
+        "mounts": [{"destination": path, "type": kind, "source": source,
+                    "options": words} for path, kind, source, words in (
+            ("/proc", "proc", "proc", quiet),
+            ("/dev", "tmpfs", "tmpfs", ["nosuid", "strictatime", "mode=755",
+                                        "size=65536k"]),
+            ("/dev/pts", "devpts", "devpts", ["nosuid", "noexec", "newinstance",
+                                              "ptmxmode=0666", "mode=0620", "gid=5"]),
+            ("/dev/shm", "tmpfs", "shm", [*quiet, "mode=1777", "size=65536k"]),
+            ("/dev/mqueue", "mqueue", "mqueue", quiet),
+            ("/sys", "sysfs", "sysfs", [*quiet, "ro"]),
+            ("/sys/fs/cgroup", "cgroup", "cgroup", [*quiet, "relatime", "ro"]))],
+        "linux": {
+            "resources": {"devices": [{"allow": False, "access": "rwm"}]},
+            "namespaces": [{"type": kind} for kind in ("pid", "network", "ipc", "uts",
+                                                       "mount", "cgroup")],
+            "maskedPaths": MASKED_PATHS, "readonlyPaths": READONLY_PATHS}}
+
+
+@oci("spec", START_OPTIONS[0])
+def spec_command_oci(options):
+    """Write a config.json to begin with."""
+    import json
+
+    path = os.path.join(options.bundle, "config.json")
+    if os.path.exists(path):
+        raise Fail(f"{path} exists", "remove it first")
+    write_file(path, json.dumps(example_spec(), indent=2) + "\n", create=0o644)
+
+
+@oci("features")
+def features_command_oci(options):
+    """Print what this runtime can do, as JSON."""
+    words = [OPTION_WORDS, CLEARING_WORDS, PROPAGATIONS, DEEP_WORDS]
+    print(to_json({
+        "ociVersionMin": "1.0.0", "ociVersionMax": OCI_VERSION, "hooks": HOOKS,
+        "mountOptions": sorted({word for table in words for word in table}),
+        "linux": {
+            "namespaces": list(NAMESPACES), "capabilities": CAPABILITIES,
+            "cgroup": {"v1": True, "v2": True, "systemd": False, "systemdUser": False},
+            "seccomp": {"enabled": True, "actions": list(ACTIONS),
+                        "operators": list(OPERATORS), "archs": [
+                            f"SCMP_ARCH_{os.uname().machine.upper()}"]},
+            "apparmor": {"enabled": True}, "selinux": {"enabled": True},
+            "intelRdt": {"enabled": False}}}))
+
 # ══ 8. IMAGES ═════════════════════════════════════════════════════════════════════
 #
 # A layer is a tarball on its way, and a directory at rest.  It is unpacked once, under
@@ -5487,8 +6439,9 @@ def parse(words, argv):
 def dispatch(argv):
     """Do what the command line asks; its exit code."""
     if os.path.basename(sys.argv[0]) == "minirunc":
-        raise Fail("the OCI runtime is chapter 7, which is not written yet",
-                   "`minicontainer run` makes containers", 1)
+        argv = ["oci", *argv]
+    if argv[:1] == ["oci"]:
+        argv = ["oci", *oci_words(argv[1:])]
     style = os.environ.get("MINICONTAINER_EXPLAIN", "").lower()
     style = style if style in STYLES else "text" if style else ""
     while argv and argv[0].startswith("--explain"):
