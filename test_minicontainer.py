@@ -2873,31 +2873,28 @@ def test_after_kill_9_at_any_step_of_birth_prune_restores_the_host():
     before = host()
     step = 1 if "IN_TEST_VM" not in os.environ else 4
     for n in range(0, len(m.BIRTH), step):
-        reached, let_go = os.pipe(), os.pipe()
+        flags = mmap.mmap(-1, 2)  # reached, let go; descriptors are closed on the way
 
-        def stopping(n=n, reached=reached, let_go=let_go):
+        def stopping(n=n, flags=flags):
             original = m.init
 
             def init(c, steps):
                 def wait(c):
-                    os.write(reached[1], b"!")
-                    os.read(let_go[0], 1)
+                    flags[0] = 1
+                    until(lambda: flags[1])
                 original(c, (*steps[:n], wait, *steps[n:]))
             m.init = init
             return m.main(["run", "--rm", "/bin/sh", "-c", "sleep 60"])
         pid = os.fork()
         if pid == 0:
             signal.alarm(0)
-            os.close(let_go[1])
             os.dup2(os.open("/dev/null", os.O_RDWR), 1)
             os.dup2(1, 2)
             os._exit(stopping())
-        os.close(let_go[0])
-        assert os.read(reached[0], 1) == b"!"
+        until(lambda flags=flags: flags[0])
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        for fd in (*reached, let_go[1]):
-            os.close(fd)
+        flags[1] = 1
         result = mini("system", "prune")
         assert result.returncode == 0, (n, result.stderr)
         until(lambda: host() == before)
