@@ -6168,6 +6168,8 @@ def as_shell(name, args, at, took, result, why):
     """A request as the line of a shell script, if it has one."""
     begin = ""
     if not BY_HAND:
+        if name != "mkdirat":  # its directory is the first thing that is its own
+            return ""
         begin, narration.style = FIRST_SHELL + "\n", ""  # what it takes is not told
         BY_HAND.append(ByHand())
         narration.style = "sh"
