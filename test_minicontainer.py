@@ -446,7 +446,8 @@ def test_only_the_standard_library_is_imported():
              for alias in node.names}
     names |= {node.module for node in ast.walk(TREE)
               if isinstance(node, ast.ImportFrom)}
-    assert {n.partition(".")[0] for n in names} <= set(sys.stdlib_module_names)
+    assert {n.partition(".")[0] for n in names} <= {
+        *sys.stdlib_module_names, "compression"}  # the last from Python 3.14 on
 
 
 def test_help_is_there_for_every_command_and_every_option():
@@ -2507,7 +2508,7 @@ def test_options_are_read_as_docker_reads_them():
 
 @root
 def test_an_image_name_is_not_mistaken_for_a_command():
-    assert "unable to find image 'alpine'" in refused("run", "alpine", "ls")
+    assert "No such image: alpine:latest" in refused("run", "alpine", "ls")
     assert "COMMAND" in refused("run") and "COMMAND" in refused("run", "--")
 
 
