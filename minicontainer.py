@@ -30,12 +30,13 @@ Contents (`grep -n '^# ══' minicontainer.py` finds each):
      5. PRIVILEGES           what it can do
      6. THE CONTAINER        all of it, in order, on one screen
      8. IMAGES               what is packed, named and kept; layers from tarballs
+     9. REGISTRY             how images come and go
     11. THE SHIM             its terminal, its signals, its end
     12. THE ENGINE           containers by name: run, exec, system prune
     16. COMMAND LINE         main
 
 A chapter uses only what stands above it: cut the file after any of them, and what
-is left still works.  (7, 9, 10 and 13 to 15 are not written yet; see README.md.)
+is left still works.  (7, 10 and 13 to 15 are not written yet; see README.md.)
 
 Vocabulary:
     rootfs   the directory that a container sees as /
@@ -4228,6 +4229,10 @@ def all_images():
     return sorted(found.values(), key=lambda image: -image.created)
 
 
+class NoImage(Fail):
+    """An image that is not in the store."""
+
+
 def find_image(text, code=1):
     """The Image that a name, or an id or its beginning, means."""
     images, digits = all_images(), text.removeprefix("sha256:")
@@ -4248,8 +4253,8 @@ def find_image(text, code=1):
                    f"{len(by_id)} ids", "a few digits more; see `minicontainer images`",
                    code)
     if not by_id or not digits:
-        raise Fail(f"No such image: {short_name(ref)}",
-                   "see `minicontainer images`; `pull` gets one", code)
+        raise NoImage(f"No such image: {short_name(ref)}",
+                      "see `minicontainer images`; `pull` gets one", code)
     return by_id[0]
 
 
@@ -4267,10 +4272,11 @@ class Broken(Exception):
 
 def copy_rest(source, descriptor, file, tell):
     """Append what is missing of a blob to a file that has its beginning."""
-    stream, at = source.open(descriptor, file.seek(0, os.SEEK_END))
+    at = file.seek(0, os.SEEK_END)
+    if at == descriptor["size"]:
+        return
+    stream, at = source.open(descriptor, at if at < descriptor["size"] else 0)
     file.truncate(at)
-    file.seek(at)
-    told = 0
     with stream:
         while part := stream.read(1 << 18):
             at += len(part)
@@ -4279,9 +4285,7 @@ def copy_rest(source, descriptor, file, tell):
                            f"{descriptor['size']} bytes that were announced",
                            "the source is damaged or hostile")
             file.write(part)
-            if time.monotonic() - told > 0.1:
-                told = time.monotonic()
-                tell("Downloading", at, descriptor["size"])
+            tell("Downloading", at, descriptor["size"])
     if at < descriptor["size"]:
         raise Broken(f"only {at} of {descriptor['size']} bytes have come")
 
@@ -4428,10 +4432,16 @@ def begin_job(job):
     def say_that(**news):
         os.write(theirs, to_json(news).encode() + b"\n")
 
+    def tell(status, at=0, of=0):
+        if not of or time.monotonic() > tell.next:
+            tell.next = time.monotonic() + 0.1
+            say_that(show=[status, at, of])
+
+    tell.next = 0
     try:
         syscall("prctl", PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0,
                 why="nobody would wait for what it does")
-        say_that(result=job(lambda *what: say_that(show=what)))
+        say_that(result=job(tell))
     except Exception as error:
         fail = diagnose(error)
         say_that(fail=[fail.message, fail.hint, fail.code])
@@ -4512,11 +4522,13 @@ class Part:
     def __init__(self, path, at, length):
         self.file, self.left = open(path, "rb"), length
         self.file.seek(at)
+        self.tell = lambda left: None  # is told how many bytes are left
 
     def read(self, length=1 << 20):
         """Some bytes; none at the end."""
         data = self.file.read(max(min(length, self.left), 0))
         self.left -= len(data)
+        self.tell(self.left)
         return data
 
     def __enter__(self):
@@ -5301,6 +5313,582 @@ def image_notes(image):
     return {**{name: text for name, text in notes.items() if text},
             **(settings.get("Labels") or {}), OF_IMAGE: image.id}
 
+# ══ 9. REGISTRY ═══════════════════════════════════════════════════════════════════
+#
+# A registry is a store as above behind HTTP, and an image goes there and back in a
+# handful of requests, each of which names a digest that the other side can check:
+#
+#       GET  /v2/NAME/manifests/TAG     the manifest, or a list of one for each platform
+#       GET  /v2/NAME/blobs/DIGEST      the config, the layers; Range: bytes=N- goes on
+#       HEAD /v2/NAME/blobs/DIGEST      is it there?  then nothing is sent
+#       POST /v2/NAME/blobs/uploads/    where to PUT it, or PATCH it in pieces; or, with
+#                                       ?mount=DIGEST&from=OTHER, there it is already
+#       PUT  /v2/NAME/manifests/TAG     last: now others can see it
+#
+# Who we are is asked for by an answer 401.  "Basic" takes name and password themselves,
+# "Bearer" a token that the server it names gives for them, or to anybody for what is
+# public.  They are sent to the host that asked and never along a redirect to another.
+#
+# The other side is not to be trusted: with what is larger than announced, with another
+# digest, with redirects without end.  And it fails: what may pass is tried again, after
+# longer and longer pauses, and of a blob only the rest.  It is https, verified with the
+# system's authorities and those in /etc/docker/certs.d/HOST; http only where Docker
+# takes that too, on this machine or for "insecure-registries" in its daemon.json.
+#
+# The OCI distribution specification; Docker's "Token Authentication Specification".
+
+DOCKER_ETC = "/etc/docker"
+HUB, HUB_KEY = "registry-1.docker.io", "https://index.docker.io/v1/"
+MANIFESTS = OCI_INDEX, DOCKER_INDEX, OCI_MANIFEST, DOCKER_MANIFEST
+ATTEMPTS, PAUSE, PATIENCE = 5, 0.5, 60  # how often, seconds before the second, to wait
+CHUNK = 64 << 20  # bytes: a larger blob is uploaded in pieces
+
+
+# ── who we are ──
+
+
+def docker_config():
+    """(path, content) of Docker's config.json, where logins are kept."""
+    top = os.environ.get("DOCKER_CONFIG") or os.path.expanduser("~/.docker")
+    path = os.path.realpath(f"{top}/config.json")
+    try:
+        with open(path, "rb") as file:
+            return path, parsed(file.read(), path, {
+                "auths": {}, "credHelpers": {}, "credsStore": str})
+    except FileNotFoundError:
+        return path, {}
+
+
+def ask_helper(name, verb, text):
+    """What a credential helper answers; None if it knows nothing."""
+    import subprocess
+
+    program = f"docker-credential-{name}"
+    try:
+        done = subprocess.run([program, verb], input=text, capture_output=True,
+                              text=True)
+    except OSError as error:
+        raise Fail(f"{program}: {error.strerror}",
+                   "config.json names it: install it, or take it out", 1) from None
+    if done.returncode and "credentials not found" not in done.stdout:
+        raise Fail(f"{program} {verb}: {(done.stdout or done.stderr).strip():.200}", "",
+                   1)
+    return None if done.returncode else done.stdout
+
+
+def helper_of(config, key):
+    """The credential helper for a registry, or ""."""
+    return (config.get("credHelpers") or {}).get(key) or config.get("credsStore") or ""
+
+
+def credentials(host):
+    """[name, password] for a registry, or None."""
+    import base64
+
+    key, (path, config) = HUB_KEY if host == "docker.io" else host, docker_config()
+    if helper := helper_of(config, key):
+        said = ask_helper(helper, "get", key)
+        said = parsed(said, f"docker-credential-{helper}", {
+            "Username": str, "Secret": str}) if said else {}
+        return [said["Username"], said["Secret"]] if said.get("Secret") else None
+    try:
+        auth = config["auths"][key]["auth"]
+        return base64.b64decode(auth).decode().split(":", 1)
+    except KeyError:
+        return None
+    except (ValueError, TypeError):
+        raise Fail(f"{path}: no name and password for {key}", "log in again", 1
+                   ) from None
+
+
+def keep_credentials(host, user):
+    """Keep [name, password] for a registry, or with None forget them; for our own user
+    alone (P3), and with a helper not in a file at all."""
+    import base64
+
+    key, (path, config) = HUB_KEY if host == "docker.io" else host, docker_config()
+    auths = {**(config.get("auths") or {})}
+    helper = helper_of(config, key)
+    known = auths.pop(key, None) is not None or bool(helper)
+    if helper and user:
+        ask_helper(helper, "store", to_json({
+            "ServerURL": key, "Username": user[0], "Secret": user[1]}))
+        auths[key] = {}
+    elif helper:
+        ask_helper(helper, "erase", key)
+    elif user:
+        auths[key] = {"auth": base64.b64encode(":".join(user).encode()).decode()}
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    save(path, {**config, "auths": auths})
+    return known
+
+
+# ── the protocol ──
+
+
+def is_loopback(host):
+    """Whether a registry is on this machine."""
+    name = host.rpartition(":")[0] or host
+    return name in ("localhost", "[::1]") or name.startswith("127.")
+
+
+def may_be_insecure(host):
+    """Whether http will do for a registry."""
+    try:
+        with open(f"{DOCKER_ETC}/daemon.json", "rb") as file:
+            config = parsed(file.read(), file.name, {"insecure-registries": [str]})
+    except FileNotFoundError:
+        config = {}
+    return is_loopback(host) or host in (config.get("insecure-registries") or ())
+
+
+def tls_context(host):
+    """How a registry proves who it is, and we to it: certs.d, as Docker has it."""
+    import glob
+    import ssl
+
+    context, top = ssl.create_default_context(), f"{DOCKER_ETC}/certs.d/{host}"
+    try:
+        for path in sorted(glob.glob(f"{glob.escape(top)}/*.crt")):
+            context.load_verify_locations(path)
+        for path in sorted(glob.glob(f"{glob.escape(top)}/*.cert")):
+            context.load_cert_chain(path, f"{path[:-5]}.key")
+    except OSError as error:  # ssl's errors are that too
+        raise Fail(f"{top}: {error}", "*.crt: authorities; *.cert and *.key: ours"
+                   ) from None
+    return context
+
+
+def http_opener(host):
+    """urllib's opener for a registry: http and https alone, a proxy if the environment
+    names one, and nothing that proves who we are along a redirect to another host."""
+    from urllib import request
+
+    class Redirects(request.HTTPRedirectHandler):
+        def redirect_request(self, req, fp, code, msg, headers, newurl):
+            new = super().redirect_request(req, fp, code, msg, headers, newurl)
+            if req.type == "https" and new and new.type != "https":
+                raise Fail(f"{host} redirects to {new.type}, which is not safe", "")
+            if new and (new.type, new.host) == (req.type, req.host):
+                for name, value in req.unredirected_hdrs.items():
+                    if name == "Authorization":
+                        new.add_unredirected_header(name, value)
+            return new
+
+    opener = request.OpenerDirector()
+    for handler in (request.ProxyHandler({} if is_loopback(host) else None), Redirects,
+                    request.HTTPHandler, request.UnknownHandler,
+                    request.HTTPSHandler(context=tls_context(host)),
+                    request.HTTPDefaultErrorHandler, request.HTTPErrorProcessor):
+        opener.add_handler(handler() if isinstance(handler, type) else handler)
+    return opener
+
+
+class Refused(Fail):
+    """What a registry does not do for us: HTTP's status."""
+
+    status = 0
+
+
+def refusal(error, host):
+    """urllib's HTTPError as a Refused, or Broken if it may pass."""
+    try:
+        said = parsed(error.read(1 << 16), "", {"errors": [{"code": str}]})["errors"][0]
+        text = f"{said['code'].lower().replace('_', ' ')}: {said.get('message')}"
+    except (Fail, KeyError, IndexError, OSError, TypeError):
+        text = f"{error.code} {error.reason}"
+    if error.code == 429 or error.code >= 500:
+        broken, after = Broken(text), error.headers.get("Retry-After", "")
+        broken.pause = min(int(after), PATIENCE) if after.isdecimal() else 0
+        return broken
+    refused = Refused(text, f"that is what {host} says", 1)
+    refused.status = error.code
+    return refused
+
+
+class Flow:
+    """The body of an answer, whose end may come too early."""
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def read(self, length):
+        """Some bytes; none at the end."""
+        import http.client
+
+        try:
+            return self.answer.read(length)
+        except (OSError, http.client.HTTPException) as error:
+            raise Broken(f"the connection has ended: {error!r:.90}") from None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.answer.close()
+
+
+class Registry:
+    """A source of images, and where they go: one repository of a registry."""
+
+    def __init__(self, host, path):
+        self.host, self.path = host, path
+        self.address = HUB if host == "docker.io" else host
+        self.scheme, self.authorization = "", ""
+        self.user, self.opener = credentials(host), http_opener(host)
+
+    def patiently(self, do, *args):
+        """Do something, and what may pass again, after a pause that grows."""
+        for attempt in range(ATTEMPTS):
+            try:
+                return do(*args)
+            except Broken as error:
+                if attempt == ATTEMPTS - 1:
+                    raise Fail(f"{self.host}: {error}", f"the last of {ATTEMPTS} "
+                               "attempts; what has come is kept", 1) from None
+                time.sleep(max(PAUSE * 2 ** attempt, getattr(error, "pause", 0)))
+
+    def find_scheme(self):
+        """https; or where it may be http, what the other side talks."""
+        import ssl
+        import urllib.error
+
+        self.scheme = "https"
+        if may_be_insecure(self.host):
+            try:
+                self.opener.open(f"https://{self.address}/v2/", None, PATIENCE).close()
+            except urllib.error.HTTPError:
+                pass
+            except OSError as error:
+                reason = getattr(error, "reason", error)
+                if not isinstance(reason, ssl.SSLCertVerificationError):
+                    self.scheme = "http"
+
+    def ask(self, method, path, body=lambda: None, **headers):
+        """One request, and if need be once more as somebody: its answer, to be closed.
+        A header's _ is a -; body() is what it sends."""
+        import urllib.error
+        from urllib import parse, request
+
+        if not self.scheme:
+            self.find_scheme()
+        url = parse.urljoin(f"{self.scheme}://{self.address}/", path)
+        for known in (False, True):
+            asked = request.Request(url, body(), {
+                name.replace("_", "-"): value for name, value in headers.items()
+            }, method=method)
+            ours = asked.host == self.address  # later on it may name a proxy
+            if self.authorization and ours:
+                asked.add_unredirected_header("Authorization", self.authorization)
+            try:
+                return self.open_url(asked)
+            except urllib.error.HTTPError as error:
+                challenge = error.headers.get_all("WWW-Authenticate") or [""]
+                if error.code != 401 or known or not ours:
+                    raise refusal(error, self.host) from None
+                error.close()
+            self.authorize(challenge[0])
+
+    def open_url(self, asked):
+        """What the opener gives for a request; Broken where another try may help."""
+        import http.client
+        import socket
+        import ssl
+        import urllib.error
+
+        try:
+            return self.opener.open(asked, timeout=PATIENCE)
+        except urllib.error.HTTPError:
+            raise
+        except (OSError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", error)
+            if isinstance(reason, ssl.SSLCertVerificationError):
+                raise Fail(f"{self.host}: {reason.verify_message}", "its authority's "
+                           f"certificate goes into {DOCKER_ETC}/certs.d/{self.host}/",
+                           1) from None
+            if isinstance(reason, (ConnectionRefusedError, socket.gaierror)):
+                raise Fail(f"{self.host}: {reason.strerror}", "is the name right, and "
+                           "is there a network?", 1) from None
+            raise Broken(f"{reason or error!r}") from None
+
+    def authorize(self, challenge):
+        """Prove who we are, as an answer 401 asks us to."""
+        import base64
+        import re
+        import urllib.error
+        from urllib import parse, request
+
+        kind, fields = challenge.partition(" ")[0].lower(), dict(
+            re.findall(r'(\w+)="([^"]*)"', challenge))
+        basic = self.user and "Basic " + base64.b64encode(
+            ":".join(self.user).encode()).decode()
+        if kind == "basic" and basic:
+            self.authorization = basic
+            return
+        realm = fields.get("realm", "")
+        if kind != "bearer" or not realm.startswith(
+                ("https://", f"{self.scheme}://")):
+            raise Refused("unauthorized: authentication required",
+                          f"minicontainer login {self.host}", 1)
+        query = parse.urlencode([(key, fields[key]) for key in ("service", "scope")
+                                 if key in fields])
+        asked = request.Request(realm + ("&" if "?" in realm else "?") + query)
+        if basic:
+            asked.add_unredirected_header("Authorization", basic)
+        try:
+            with self.open_url(asked) as answer:
+                said = parsed(answer.read(1 << 20), "token", {
+                    "token": str, "access_token": str})
+        except urllib.error.HTTPError as error:
+            raise refusal(error, self.host) from None
+        token = said.get("token") or said.get("access_token") or ""
+        self.authorization = f"Bearer {token}"
+
+    def manifest(self, version):
+        """The bytes that a tag or digest names, and their digest."""
+        import hashlib
+
+        with Flow(self.ask("GET", f"/v2/{self.path}/manifests/{version}",
+                           Accept=", ".join(MANIFESTS))) as flow:
+            raw = b""
+            while part := flow.read(1 << 16):
+                raw += part
+                if len(raw) > MANIFEST_LIMIT:
+                    raise Fail(f"{self.host}: the manifest has more than "
+                               f"{MANIFEST_LIMIT} bytes", "it is hostile", 1)
+            said = flow.answer.headers.get("Docker-Content-Digest")
+        digest = f"sha256:{hashlib.sha256(raw).hexdigest()}"
+        for wanted in (version, said):
+            if wanted and wanted.startswith("sha256:") and wanted != digest:
+                raise Fail(f"{self.host}: wrong digest: asked for {wanted}, what has "
+                           f"come is {digest}", "it is damaged or hostile", 1)
+        return raw, digest
+
+    def open(self, descriptor, at):
+        """A blob or manifest from byte `at`, or 0 if it does not do that; which."""
+        kind = "manifests" if descriptor.get("mediaType") in MANIFESTS else "blobs"
+        rest = {"Range": f"bytes={at}-"} if at else {}
+        answer = self.ask("GET", f"/v2/{self.path}/{kind}/{descriptor['digest']}",
+                          Accept=descriptor.get("mediaType") or "*/*", **rest)
+        begins = answer.headers.get("Content-Range", "").startswith(f"bytes {at}-")
+        return Flow(answer), at if answer.status == 206 and begins else 0
+
+    def has(self, digest):
+        """Whether it has a blob."""
+        try:
+            self.ask("HEAD", f"/v2/{self.path}/blobs/{digest}").close()
+            return True
+        except Refused as refused:
+            if refused.status != 404:
+                raise
+            return False
+
+    def upload(self, descriptor, other, tell):
+        """Send a blob in one piece or several, unless it can be taken from another
+        repository of the same registry."""
+        digest, length = descriptor["digest"], descriptor["size"]
+        mount = f"?mount={digest}&from={other}" if other else ""
+        where = f"/v2/{self.path}/blobs/uploads/{mount}"
+        with self.ask("POST", where, lambda: b"") as answer:
+            where = answer.headers.get("Location", "")
+            if answer.status == 201:
+                tell(f"Mounted from {other}")
+                return
+        sent = 0
+
+        def piece():
+            part = Part(blob_path(digest), sent, min(CHUNK, length - sent))
+            part.tell = lambda left: tell("Pushing", min(sent + CHUNK, length) - left,
+                                          length)
+            return part
+
+        while length > CHUNK and sent < length:
+            end = min(sent + CHUNK, length)
+            with self.ask("PATCH", where, piece, Content_Length=str(end - sent),
+                          Content_Type="application/octet-stream",
+                          Content_Range=f"{sent}-{end - 1}") as answer:
+                where, sent = answer.headers.get("Location", where), end
+        where += f"{'&' if '?' in where else '?'}digest={digest}"
+        with self.ask("PUT", where, piece, Content_Length=str(length - sent),
+                      Content_Type="application/octet-stream"):
+            tell("Pushed")
+
+    def put(self, descriptor, other="", tell=lambda *_: None):
+        """Have the registry have a blob of the store."""
+        tell("Preparing")
+        if self.patiently(self.has, descriptor["digest"]):
+            tell("Layer already exists")
+        else:
+            self.patiently(self.upload, descriptor, other, tell)
+
+    def put_manifest(self, image, tag):
+        """Last, the manifest under a name."""
+        with open(blob_path(image.entry["digest"]), "rb") as file:
+            raw = file.read()
+        with self.ask("PUT", f"/v2/{self.path}/manifests/{tag}", lambda: raw,
+                      Content_Type=image.entry["mediaType"]) as answer:
+            digest = answer.headers.get("Docker-Content-Digest")
+        if digest not in (None, image.entry["digest"]):
+            raise Fail(f"{self.host} has another digest, {digest}", "push again", 1)
+
+
+# ── what a person sees of it ──
+
+
+class Progress:
+    """How several layers get on: on a terminal a line for each, with bytes and rate;
+    elsewhere a line for each thing that happens."""
+
+    def __init__(self, file):
+        self.file, self.rows, self.began = file, {}, {}
+        self.live = file.isatty()
+
+    def __call__(self, id, status, at=0, of=0):
+        if self.live:
+            now, (begun, first) = time.monotonic(), self.began.setdefault(
+                (id, status), (time.monotonic(), at))
+            bar = f"[{'=' * (50 * at // of) + '>':51.51}] " if of else ""
+            rate = (at - first) / max(now - begun, 0.1)
+            count = f"{decimal(at)}/{decimal(of)}  {decimal(rate)}/s" if of else ""
+            up = f"\033[{len(self.rows)}A" if self.rows else ""
+            self.rows[id] = f"{id}: {status} {bar}{count}"
+            lines = "".join(f"\033[2K{row}\n" for row in self.rows.values())
+            print(up + lines, end="", file=self.file, flush=True)
+        elif not of:
+            print(f"{id}: {status}", file=self.file, flush=True)
+
+
+def pull_image(ref, platform, out=None):
+    """Bring an image from its registry into the store, telling about it on `out`."""
+    host, path, version = split_name(ref)
+    registry, out = Registry(host, path), out or sys.stdout
+    try:
+        raw, digest = registry.patiently(registry.manifest, version)
+    except Refused as refused:
+        name = short_name(ref)
+        if refused.status == 404:
+            refused.message = f"manifest for {name} not found: {refused.message}"
+        else:
+            refused.message = (f"pull access denied for {name.rsplit(':', 1)[0]}, "
+                               "repository does not exist or may require 'minicontainer"
+                               f" login': {refused.message}")
+        raise
+    print(f"{short_name(ref) if '@' in ref else version}: Pulling from {path}",
+          file=out)
+    known = [(name_of(entry), entry["digest"]) for entry in read_index()]
+    with adding():
+        image = take_image(registry, pick(registry, raw, platform), dict.fromkeys(
+            (ref, f"{host}/{path}@{digest}")), Progress(out))
+    new = (ref, image.entry["digest"]) not in known
+    print(f"Digest: {digest}\nStatus: "
+          f"{'Downloaded newer image' if new else 'Image is up to date'} for "
+          f"{short_name(ref)}", file=out)
+
+
+def asked_name(text):
+    """The name in full that a person asks a registry for, said if it was completed."""
+    ref = full_name(text)
+    if "@" not in ref and not text.endswith(ref[ref.rindex(":"):]):
+        print("Using default tag: latest")
+    return ref
+
+
+@command("pull", arg("-q", "--quiet", action="store_true", help="only the name"),
+         PLATFORM, arg("name", metavar="NAME[:TAG|@DIGEST]", help="of the image"))
+def pull_command(options):
+    """Fetch an image from a registry."""
+    need_root()
+    ref = full_name(options.name) if options.quiet else asked_name(options.name)
+    with open(os.devnull if options.quiet else 1, "w", closefd=options.quiet) as out:
+        pull_image(ref, platform_of(options.platform), out)
+    print(ref)
+
+
+def push_image(image, ref):
+    """Send an image to the registry of one of its names."""
+    host, path, tag = split_name(ref)
+    registry, others = Registry(host, path), {}
+    for entry in read_index():  # where the registry has it from us, if not there
+        if "@" in name_of(entry) and split_name(name_of(entry))[0] == host:
+            for digest in Image(entry).blobs():
+                others[digest] = split_name(name_of(entry))[1]
+    registry.find_scheme()
+    layers = {layer["digest"]: layer for layer in image.layers}
+    in_parallel([(digest[7:19], lambda tell, layer=layer: registry.put(
+        layer, others.get(layer["digest"], ""), tell))
+        for digest, layer in layers.items()], Progress(sys.stdout))
+    registry.put(image.manifest["config"], others.get(image.id, ""))
+    digest = image.entry["digest"]
+    registry.patiently(registry.put_manifest, image, tag)
+    with changed_index() as entries:
+        point(entries, f"{host}/{path}@{digest}", image.entry)
+    print(f"{tag}: digest: {digest} size: {image.entry['size']}")
+
+
+@command("push", arg("-a", "--all-tags", action="store_true", help="every tag of it"),
+         arg("name", metavar="NAME[:TAG]", help="of the image"))
+def push_command(options):
+    """Send an image to a registry."""
+    need_root()
+    ref = full_name(options.name) if options.all_tags else asked_name(options.name)
+    host, path, tag = split_name(ref)
+    print(f"The push refers to repository [{host}/{path}]", flush=True)
+    with adding():
+        chosen = [(image, name) for image in all_images() for name in image.names
+                  if name == ref or (options.all_tags and "@" not in name
+                                     and split_name(name)[:2] == (host, path))]
+        if not chosen:
+            raise Fail("An image does not exist locally with the tag: "
+                       f"{short_name(f'{host}/{path}')}", "see `minicontainer images`",
+                       1)
+        for image, name in chosen:
+            push_image(image, name)
+
+
+@command("login", arg("-u", "--username", metavar="NAME", help="else it is asked for"),
+         arg("--password-stdin", action="store_true", help="read it from there"),
+         arg("server", nargs="?", metavar="SERVER", help="default: Docker Hub"))
+def login_command(options):
+    """Check a name and password with a registry, and keep them for pull and push."""
+    import getpass
+
+    if options.password_stdin:
+        password = sys.stdin.readline().rstrip("\r\n")
+    if options.password_stdin and not options.username or not (
+            options.password_stdin or os.isatty(0)):
+        raise Fail("a password from something that is no terminal needs -u NAME and "
+                   "--password-stdin", "echo $TOKEN | minicontainer login -u NAME "
+                   "--password-stdin SERVER; an option would show in `ps`", 1)
+    host = login_host(options.server)
+    name = options.username or input("Username: ")
+    if not options.password_stdin:
+        password = getpass.getpass("Password: ")
+    registry = Registry(host, "")
+    registry.user = [name, password]
+    try:
+        registry.patiently(registry.ask, "GET", "/v2/").close()
+    except Refused as refused:
+        raise Fail(f"login attempt to {registry.scheme}://{registry.address}/v2/ "
+                   f"failed with status: {refused.status or 401} {refused.message}",
+                   "is the password right?", 1) from None
+    keep_credentials(host, registry.user)
+    print("Login Succeeded")
+
+
+def login_host(server):
+    """The host that names its images, of what `login` and `logout` are given."""
+    host = (server or "docker.io").partition("://")[2] or server or "docker.io"
+    host = host.partition("/")[0]
+    return "docker.io" if host in ("index.docker.io", HUB) else host
+
+
+@command("logout", arg("server", nargs="?", metavar="SERVER", help="as for login"))
+def logout_command(options):
+    """Forget the name and password for a registry."""
+    host = login_host(options.server)
+    print(f"Removing login credentials for {host}" if keep_credentials(host, None)
+          else f"Not logged in to {host}")
+
 # ══ 11. THE SHIM ══════════════════════════════════════════════════════════════════
 #
 # Somebody has to stay with a container while it lives: pass on what is typed and what
@@ -5526,6 +6114,8 @@ CONTAINER_IDS = 0x70000000, 65536, 4093  # first id, ids each, ranges: below 2**
 RUN_OPTIONS = (
     arg("--rootfs", metavar="X", action="append", default=[],
         help="a directory or tarball to use; repeat it for layers, bottom first"),
+    arg("--pull", choices=["always", "missing", "never"], default="missing",
+        help="when to fetch the image"), PLATFORM,
     arg("--entrypoint", metavar="PROGRAM", help="instead of the image's own"),
     arg("--rm", action="store_true", help="remove the container when it ends"),
     arg("--init", action="store_true", help="a small process 1 that reaps orphans"),
@@ -5699,6 +6289,26 @@ def at_a_terminal():
         return False
 
 
+def image_to_run(options, text):
+    """The Image that `run` was asked for, pulled as --pull says."""
+    try:
+        if options.pull == "always":
+            raise NoImage("")
+        return find_image(text, 125)
+    except NoImage as missing:
+        if options.pull == "never":
+            raise
+        ref = full_name(text)
+        if missing.message:
+            print(f"Unable to find image '{short_name(ref)}' locally", file=sys.stderr)
+    try:
+        pull_image(ref, platform_of(options.platform), sys.stderr)
+    except Fail as fail:
+        fail.code = 125
+        raise
+    return find_image(text, 125)
+
+
 def choose(options):
     """(layers, arguments) of what `run` was asked to run."""
     args, options.like = options.words, None
@@ -5707,7 +6317,7 @@ def choose(options):
     elif args[0].startswith("/"):
         layers = [default_rootfs()]
     else:
-        image = find_image(args[0], 125)
+        image = image_to_run(options, args[0])
         layers, options.like = image_layers(image), image_process(image)
         args = image_command(image, options.entrypoint, args[1:])
     options.notes = {OF_LAYERS: to_json(layers), **(image_notes(image) if
@@ -5729,7 +6339,8 @@ def report_end(c, options, code, used):
 
 @command("run", *RUN_OPTIONS, *PROCESS_OPTIONS, *NAMESPACE_OPTIONS, *CGROUP_OPTIONS,
          *MOUNT_OPTIONS, *PRIVILEGE_OPTIONS,
-         arg("words", nargs="A...", metavar="COMMAND", help="program and arguments"))
+         arg("words", nargs="A...", metavar="IMAGE|COMMAND", help="an image and its "
+             "command; or a command, with its path, of the default root file system"))
 def run_command(options):
     """Run a command in a new container."""
     need_root()
