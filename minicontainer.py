@@ -4051,7 +4051,8 @@ def full_name(text):
     if host in ("docker.io", "index.docker.io"):
         host, path = "docker.io", path if "/" in path else f"library/{path}"
     part = r"[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*"
-    if not (re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[A-Za-z0-9.-]+)(:[0-9]{1,5})?", host)
+    where = r"(\[[0-9a-fA-F:]+\]|[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?)(:[0-9]{1,5})?"
+    if not (re.fullmatch(where, host)
             and re.fullmatch(f"{part}(/{part})*", path) and len(name) < 256
             and re.fullmatch(r"\w[\w.-]{0,127}" if colon else "", tag, re.ASCII)
             and re.fullmatch("sha256:[0-9a-f]{64}" if at else "", digest)
@@ -4220,7 +4221,9 @@ class Image:
 
 
 def all_images():
-    """Every image in the store, the newest first, each with all its names."""
+    """Every image in the store, the newest first, each with all its names.
+
+    Two manifests with one config, packed in two ways, are one image to a person."""
     found = {}
     for entry in read_index():
         image = Image(entry)
@@ -4245,8 +4248,10 @@ def find_image(text, code=1):
         if text != f"sha256:{digits}" and not by_id:
             raise
         ref = short_name(text)
-    for image in images:
-        if ref in image.names:
+    for entry in read_index():
+        if name_of(entry) == ref:
+            image = Image(entry)  # of two manifests of an image, the one so named
+            image.names = next(i.names for i in images if i.id == image.id)
             return image
     if len(by_id) > 1:
         raise Fail(f"image reference is ambiguous: {text!r} is the beginning of "
@@ -4804,22 +4809,25 @@ PLATFORM = arg("--platform", metavar="OS/ARCH", help="of several, the one for th
 
 def matches(image, wanted):
     """Whether an image passes --filter."""
-    import fnmatch
-
     labels = image.settings.get("Labels") or {}
-    tags = [tag.rpartition(":") for tag in image.tags()]
     return all((
         all((value == "true") == (not image.names) for value in wanted.get("dangling",
                                                                            ())),
         all(key in labels and (not equals or labels[key] == value) for key, equals,
             value in (text.partition("=") for text in wanted.get("label", ()))),
-        not wanted.get("reference") or any(
-            fnmatch.fnmatchcase(text, pattern) for name, _, tag in tags
-            for text in (name, f"{name}:{tag}") for pattern in wanted["reference"]),
         all(image.created < find_image(text).created for text in wanted.get("before",
                                                                             ())),
         all(image.created > find_image(text).created for text in wanted.get("since",
                                                                             ()))))
+
+
+def is_like(row, patterns):
+    """Whether a row of `images` has one of these names, which may have wildcards."""
+    import fnmatch
+
+    return not patterns or any(
+        fnmatch.fnmatchcase(text, pattern) for pattern in patterns
+        for text in (row["Repository"], f"{row['Repository']}:{row['Tag']}"))
 
 
 def image_rows(image, no_trunc):
@@ -4851,14 +4859,14 @@ def images_command(options):
     """List the images of the store."""
     wanted = filters_of(options.filter, ("dangling", "label", "reference", "before",
                                          "since"))
-    if options.repository:
-        wanted.setdefault("reference", []).append(options.repository)
+    like = wanted.get("reference", []) + [options.repository] * bool(options.repository)
     columns = {"REPOSITORY": "Repository", "TAG": "Tag", "DIGEST": "Digest",
                "IMAGE ID": "ID", "CREATED": "CreatedSince", "SIZE": "Size"}
     if not options.digests:
         del columns["DIGEST"]
     print_list(columns, [row for image in all_images() if matches(image, wanted)
-                         for row in image_rows(image, options.no_trunc)],
+                         for row in image_rows(image, options.no_trunc)
+                         if is_like(row, like)],
                options.format, "ID" if options.quiet else "")
 
 
@@ -5076,7 +5084,7 @@ def sweep(all_of_it=False):
         if alone is None:
             return 0
         keep_, freed = set(), 0
-        for image in all_images():
+        for image in map(Image, read_index()):
             keep_.update(map(hex_of, [*image.blobs(), *image.diff_ids]))
         for _, notes in containers():
             keep_.update(map(os.path.basename, from_json(notes.get(OF_LAYERS, "[]"))))
@@ -5208,9 +5216,9 @@ def save_command(options):
         chosen = {}
         for text in options.images:
             image = find_image(text)
-            names = chosen.setdefault(image.id, (image, []))[1]
-            by_id = image.id[7:].startswith(text.removeprefix("sha256:"))
-            names += [] if by_id else [full_name(text)]
+            names = chosen.setdefault(image.entry["digest"], (image, {}))[1]
+            if not image.id[7:].startswith(text.removeprefix("sha256:")):
+                names[full_name(text)] = True
         target = options.output
         plain = target and (not os.path.exists(target) or os.path.isfile(target))
         new = f"{target}.new-{os.getpid()}" if plain else target or 1
@@ -5237,8 +5245,11 @@ def load_command(options):
     title, temporary = options.input or "standard input", []
     with adding():
         try:
-            path = options.input or temporary.append(spool(sys.stdin.buffer)[0]) or (
-                temporary[0])
+            path = options.input
+            if not path:
+                with open(0, "rb", closefd=False) as stdin:
+                    path = spool(stdin)[0]
+                    temporary.append(path)
             with open(path, "rb") as file:
                 packed = compression(file.read(8))
             if packed:
@@ -5254,7 +5265,7 @@ def load_command(options):
                 if not refs:
                     print(f"Loaded image ID: {image.id}")
         except OSError as error:
-            if error.filename != options.input:
+            if not title == options.input == error.filename:
                 raise
             raise Fail(f"open {title}: {error.strerror}", "see `ls`", 1) from None
         finally:
@@ -5834,15 +5845,15 @@ def push_command(options):
     host, path, tag = split_name(ref)
     print(f"The push refers to repository [{host}/{path}]", flush=True)
     with adding():
-        chosen = [(image, name) for image in all_images() for name in image.names
-                  if name == ref or (options.all_tags and "@" not in name
+        chosen = [name for name in map(name_of, read_index())
+                  if name == ref or (options.all_tags and name and "@" not in name
                                      and split_name(name)[:2] == (host, path))]
         if not chosen:
             raise Fail("An image does not exist locally with the tag: "
                        f"{short_name(f'{host}/{path}')}", "see `minicontainer images`",
                        1)
-        for image, name in chosen:
-            push_image(image, name)
+        for name in chosen:
+            push_image(find_image(name), name)
 
 
 @command("login", arg("-u", "--username", metavar="NAME", help="else it is asked for"),

@@ -2508,7 +2508,7 @@ def test_options_are_read_as_docker_reads_them():
 
 @root
 def test_an_image_name_is_not_mistaken_for_a_command():
-    assert "No such image: alpine:latest" in refused("run", "alpine", "ls")
+    assert "No such image: alpine:latest" in refused("run", "--pull", "never", "alpine", "ls")
     assert "COMMAND" in refused("run") and "COMMAND" in refused("run", "--")
 
 
@@ -2954,6 +2954,398 @@ def test_what_is_mounted_in_a_layer_is_not_copied(tmp_path):
                   tmp_path / "l", "--storage-driver", "vfs") == ""
     finally:
         subprocess.run(["umount", tmp_path / "l" / "mnt"], check=True)
+
+
+# ── images ──
+
+def forked_mini(*args, stdin=None, code=0):
+    """What a command prints that ends with `code`; both outputs if it is not 0."""
+    got, out, err = forked(main(*args), stdin)
+    assert got == code and "Traceback" not in err, (got, out, err)
+    return out if code == 0 else out + err
+
+
+@pytest.fixture
+def images():
+    """The store's images, none at first; all that is made is swept away again."""
+    yield f"{STORE}/images"
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(f"{STORE}/images/index.json")
+    m.sweep(True)
+    assert os.listdir(f"{STORE}/images/blobs/sha256") == []
+
+
+@pytest.fixture
+def rootfs_tar(tmp_path, busybox):
+    """A tarball of a root file system with a few programs and users."""
+    links = [(f"bin/{name}", {"type": tarfile.SYMTYPE, "linkname": "busybox"})
+             for name in ("sh", "cat", "echo", "id", "env", "pwd", "true", "ls")]
+    return make_tar(tmp_path / "rootfs.tar", ("bin/busybox", binary(busybox)), *links,
+                    ("etc/passwd", b"root:x:0:0::/root:/bin/sh\nweb:x:33:33::/srv:/bin/sh\n"),
+                    ("etc/group", b"web:x:33:\n"), ("srv/page", binary(b"hello\n", 0o644)))
+
+
+CHANGES = ('ENTRYPOINT ["/bin/echo", "I am"]', 'CMD ["the default"]', "ENV COLOUR=red",
+           "ENV PLACE a b", "USER web", "WORKDIR /srv", "LABEL a.b='c d'", "EXPOSE 80 53/udp",
+           "STOPSIGNAL SIGINT")
+
+
+@pytest.fixture
+def image(images, rootfs_tar):
+    """The id of an image `thing:1` with a config that says something of everything."""
+    changes = [word for line in CHANGES for word in ("-c", line)]
+    return forked_mini("import", *changes, "-m", "made by a test", rootfs_tar,
+                       "thing:1").strip()
+
+
+def index():
+    """{name: digest of the manifest} in the store."""
+    return {e["annotations"].get(m.NAME): e["digest"] for e in m.read_index()}
+
+
+def peer(*args, **how):
+    """What another program prints, which must succeed; the test is skipped where it is
+    not installed."""
+    if not shutil.which(args[0]):
+        pytest.skip(f"compares with {args[0]}: apt-get install {args[0]}")
+    result = subprocess.run([*map(str, args)], capture_output=True, text=True,
+                            timeout=100, **how)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("text, ref", [
+    ("busybox", "docker.io/library/busybox:latest"),
+    ("a/b:c", "docker.io/a/b:c"), ("docker.io/busybox", "docker.io/library/busybox:latest"),
+    ("index.docker.io/a/b", "docker.io/a/b:latest"),
+    ("localhost/a", "localhost/a:latest"), ("localhost:5000/a:b", "localhost:5000/a:b"),
+    ("quay.io/x/y@sha256:" + "a" * 64, "quay.io/x/y@sha256:" + "a" * 64),
+    ("x:v1@sha256:" + "a" * 64, "docker.io/library/x@sha256:" + "a" * 64),
+    ("[::1]:5000/a", "[::1]:5000/a:latest")])
+def test_a_short_name_means_what_it_means_to_docker(text, ref):
+    assert m.full_name(text) == ref
+    assert m.full_name(m.short_name(ref)) == ref
+
+
+@pytest.mark.parametrize("text", [
+    "", ":", "a:", "A", "a/B", "a b", "a:b c", "a@sha256:1", "../a", "a/../b", "a//b", "-a",
+    "a_", "a" * 300, "f" * 64, "a@b", "a:" + "b" * 129, "http://a/b", "a\n"])
+def test_what_is_no_name_of_an_image_is_refused(text):
+    with pytest.raises(m.Fail, match="invalid reference format"):
+        m.full_name(text)
+
+
+def test_sizes_and_ages_are_written_as_docker_writes_them():
+    assert [m.decimal(n) for n in (0, 999, 1000, 1984227, 123456789, 10**13)] == [
+        "0B", "999B", "1kB", "1.98MB", "123MB", "10TB"]
+    now = time.time()
+    assert [m.ago(now - s) for s in (0, 1, 30, 61, 300, 3700, 7300, 90000, 200000, 86400 * 15,
+                                     86400 * 70, 86400 * 900)] == [
+        "Less than a second ago", "1 second ago", "30 seconds ago", "About a minute ago",
+        "5 minutes ago", "About an hour ago", "2 hours ago", "25 hours ago", "2 days ago",
+        "2 weeks ago", "2 months ago", "2 years ago"]
+    assert m.seconds_of("2026-11-23T19:14:18.097771136Z") == m.seconds_of(
+        "2026-11-23T21:14:18+02:00") == 1795461258
+    assert m.seconds_of("") == m.seconds_of("0001") == 0
+    assert m.duration("1h30m") == 5400
+
+
+def test_a_template_prints_what_go_would():
+    value = {"A": {"B": ["x", 1, True]}, "Labels": {"k": "v"}, "None": None}
+    for template, text in (("{{.A.B}}", "[x 1 true]"), ("{{json .A}}", '{"B": ["x", 1, true]}'),
+                           ("{{index .A.B 0}}\\t{{len .A.B}}", "x\t3"), ("{{.Labels}}", "map[k:v]"),
+                           ('{{index .Labels "k"}}', "v"), ("{{ .None }}!", "<no value>!")):
+        assert m.from_template(template, value) == text
+    for template in ("{{.C}}", "{{range .A}}", "{{index .A.B 9}}", "{{index .A.B}"[:-1] + "x}}"):
+        with pytest.raises(m.Fail, match="template"):
+            m.from_template(template, value)
+
+
+@root
+def test_the_config_of_an_image_is_honoured_and_options_win(image):
+    assert run("thing:1") == "I am the default\n"
+    assert run("thing:1", "me") == "I am me\n"
+    assert run("--entrypoint", "/bin/id", "thing:1", "-u") == "33\n"
+    assert run("--entrypoint", "/bin/sh", "thing:1", "-c", "pwd; echo $COLOUR $PLACE; cat page"
+               ) == "/srv\nred a b\nhello\n"
+    assert run("-e", "COLOUR=blue", "-w", "/", "-u", "0", "--entrypoint", "sh", image[7:19],
+               "-c", "echo $COLOUR; pwd; id -u") == "blue\n/\n0\n"
+    assert "No command specified" in refused("run", "--entrypoint", "", "thing:1")
+    with running("--entrypoint", "/bin/sh", "thing:1", "-c", "echo up; cat #", ) as (_, id, _):
+        spec = json.load(open(f"{STORE}/containers/{id}/config.json"))
+    notes = spec["annotations"]
+    assert notes["a.b"] == "c d" and notes[m.OF_IMAGE] == image
+    assert notes["org.opencontainers.image.stopSignal"] == "SIGINT"
+    assert notes["org.opencontainers.image.exposedPorts"] == "80/tcp,53/udp"
+
+
+@root
+def test_an_image_is_listed_named_and_found_as_in_docker(image):
+    row = ["thing", "1", image[7:19]]
+    title, line = forked_mini("images").splitlines()
+    assert title.split("  ")[0] == "REPOSITORY" and line.split()[:3] == row
+    forked_mini("tag", "thing:1", "localhost:5000/other")
+    assert len(forked_mini("images").splitlines()) == 3
+    assert forked_mini("images", "-q") == image[7:19] + "\n"
+    assert forked_mini("images", "-q", "--no-trunc", "*/oth*") == image + "\n"
+    assert forked_mini("images", "--format", "{{.Repository}}:{{.Tag}}", "thing") == "thing:1\n"
+    assert forked_mini("image", "ls", "-q", "-f", "label=a.b=c d", "-f", "reference=th*:1")
+    assert forked_mini("images", "-q", "-f", "label=a.b=x") == ""
+    assert forked_mini("images", "-q", "-f", "dangling=true") == ""
+    assert forked_mini("images", "-q", "-f", "before=thing:1") == ""
+    assert json.loads(forked_mini("images", "--format", "json", "thing"))["ID"] == image[7:19]
+    for text in ("thing:1", image, image[7:], image[7:10], "docker.io/library/thing:1",
+                 "localhost:5000/other"):
+        assert json.loads(forked_mini("image", "inspect", text))[0]["Id"] == image
+    said = json.loads(forked_mini("image", "inspect", "thing:1"))[0]
+    assert said["RepoTags"] == ["thing:1", "localhost:5000/other:latest"]
+    assert said["Config"]["Cmd"] == ["the default"] and said["Os"] == "linux"
+    assert said["Config"]["Labels"] == {"a.b": "c d"} and said["Comment"] == "made by a test"
+    assert forked_mini("image", "inspect", "-f", "{{.Config.User}}", "thing:1") == "web\n"
+    history = forked_mini("history", "thing:1").splitlines()
+    assert history[1].split()[0] == image[7:19] and history[1].endswith("made by a test")
+    assert "No such image: nosuch:latest" in forked_mini("image", "inspect", "nosuch", code=1)
+    assert "No such image: thing:2" in forked_mini("run", "--pull=never", "thing:2", code=125)
+    assert "invalid filter" in forked_mini("images", "-f", "x=y", code=1)
+
+
+@root
+def test_an_image_is_removed_with_its_last_name_and_what_it_shares_stays(image, rootfs_tar):
+    forked_mini("import", rootfs_tar, "same:1")
+    layer = m.find_image("thing:1").diff_ids[0]
+    forked_mini("tag", "thing:1", "thing:2")
+    assert forked_mini("rmi", "thing:1") == "Untagged: thing:1\n"
+    said = forked_mini("rmi", "nosuch", "thing:2", code=1)
+    assert f"Untagged: thing:2\nDeleted: {image}\n" in said
+    assert "No such image: nosuch:latest" in said and os.path.isdir(m.store("layers", layer[7:]))
+    other = m.find_image("same:1").id
+    forked_mini("tag", "same:1", "another:1")
+    assert f"unable to delete {other[7:19]} (must be forced)" in forked_mini(
+        "image", "rm", other, code=1)
+    assert f"Deleted: {layer}" in forked_mini("image", "rm", "-f", other)
+    assert not os.path.isdir(m.store("layers", layer[7:]))
+    assert os.listdir(f"{STORE}/images/blobs/sha256") == []
+
+
+@root
+def test_an_image_that_a_container_uses_is_not_removed(image):
+    with running("--entrypoint", "/bin/sh", "thing:1", "-c", "echo up; cat #") as (_, id, _):
+        assert (f'unable to remove repository reference \'thing:1\' (must force) - container '
+                f"{id[:12]} is using its referenced image {image[7:19]}") in forked_mini(
+            "rmi", "thing:1", code=1)
+        assert f"cannot be forced) - image is being used by running container {id[:12]}" in (
+            forked_mini("rmi", "-f", image, code=1))
+        assert forked_mini("rmi", "-f", "thing:1") == "Untagged: thing:1\n"
+        assert "0B" in forked_mini("image", "prune", "-af")
+        assert forked_mini("images", "-q") == image[7:19] + "\n"
+    assert f"deleted: {image}" in forked_mini("image", "prune", "-f").lower()
+
+
+@root
+def test_a_name_that_moves_on_leaves_an_image_without_one(image, rootfs_tar):
+    forked_mini("import", rootfs_tar, "thing:1")
+    assert forked_mini("images", "-q", "-f", "dangling=true") == image[7:19] + "\n"
+    assert "<none>" in forked_mini("images")
+    said = forked_mini("image", "prune", "-f")
+    assert f"Deleted: {image}" in said and "Total reclaimed space:" in said
+    assert forked_mini("images", "--format", "{{.Repository}}") == "thing\n"
+
+
+@root
+def test_the_store_is_an_oci_layout_that_others_read(image, images, tmp_path):
+    said = json.loads(peer("skopeo", "inspect", "--config",
+                           f"oci:{images}:docker.io/library/thing:1"))
+    assert said["config"]["User"] == "web"
+    peer("umoci", "unpack", "--image", f"{images}:docker.io/library/thing:1", tmp_path / "u")
+    assert (tmp_path / "u/rootfs/srv/page").read_text() == "hello\n"
+
+
+@root
+def test_what_others_write_into_the_store_is_an_image_of_ours(image, images):
+    peer("skopeo", "copy", f"oci:{images}:docker.io/library/thing:1",
+         f"oci:{images}:docker.io/library/copy:2")
+    assert run("copy:2") == "I am the default\n"
+
+
+@root
+def test_every_compression_is_unpacked_and_the_diff_id_is_of_what_was_inside(images, rootfs_tar):
+    plain = "sha256:" + hashlib.sha256(rootfs_tar.read_bytes()).hexdigest()
+    for name in ("gzip", "xz", "bzip2", "zstd"):
+        peer(name, "-kf", rootfs_tar)
+        suffix = {"gzip": "gz", "bzip2": "bz2", "zstd": "zst"}.get(name, name)
+        with open(f"{rootfs_tar}.{suffix}") as stdin:
+            forked_mini("import", "-", f"{name}:1", stdin=stdin.fileno())
+        found = m.find_image(f"{name}:1")
+        assert found.diff_ids == [plain]
+        assert found.layers[0]["mediaType"].endswith(
+            {"gzip": "+gzip", "zstd": "+zstd"}.get(name, ".tar"))
+    assert sh("echo zstd", "--rootfs", f"{rootfs_tar}.zst") == "zstd\n"
+
+
+@root
+def test_where_nothing_can_read_zstd_a_line_says_so(images, rootfs_tar, monkeypatch):
+    if sys.version_info >= (3, 14):
+        pytest.skip("this Python reads zstd itself")
+    peer("zstd", "-k", rootfs_tar)
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert "zstd, which this Python cannot read" in forked_mini(
+        "import", f"{rootfs_tar}.zst", "z:1", code=125)
+    monkeypatch.undo()
+    with open(f"{rootfs_tar}.zst", "r+b") as file:
+        file.truncate(5000)
+    assert "damaged" in forked_mini("import", f"{rootfs_tar}.zst", "z:1", code=125)
+
+
+@root
+def test_what_is_saved_is_loaded_with_every_digest_and_by_others(image, images, rootfs_tar,
+                                                                tmp_path):
+    subprocess.run(["gzip", "-k", rootfs_tar], check=True)
+    forked_mini("import", f"{rootfs_tar}.gz", "second:2")
+    before, path = index(), tmp_path / "saved.tar"
+    forked_mini("save", "-o", path, "thing:1", "second:2", "thing:1")
+    assert [f for f in os.listdir(tmp_path) if ".new" in f] == []
+    out = forked_mini("rmi", "thing:1", "second:2")
+    assert forked_mini("load", "-i", path) == (
+        "Loaded image: thing:1\nLoaded image: second:2\n") and index() == before
+    with open(path) as stdin:
+        assert "Loaded image: thing:1" in forked_mini("load", stdin=stdin.fileno())
+    subprocess.run(["gzip", path], check=True)
+    forked_mini("rmi", "thing:1")
+    assert "Loaded image: thing:1" in forked_mini("load", "-i", f"{path}.gz")
+    assert run("thing:1") == "I am the default\n" and "Deleted" in out
+    by_id = subprocess.run(command("save", image), stdout=open(path, "wb"), check=True)
+    assert by_id.returncode == 0
+    forked_mini("rmi", "thing:1")
+    assert forked_mini("load", "-i", path) == f"Loaded image ID: {image}\n"
+
+
+@root
+def test_skopeo_reads_and_writes_both_forms_of_archive(image, images, tmp_path):
+    ours, want = tmp_path / "ours.tar", index()["docker.io/library/thing:1"]
+    forked_mini("save", "-o", ours, "thing:1")
+    digest = json.loads(peer("skopeo", "inspect", f"oci-archive:{ours}"))["Digest"]
+    assert digest == want
+    assert json.loads(peer("skopeo", "inspect", "--config", f"docker-archive:{ours}:thing:1")
+                      )["config"]["Cmd"] == ["the default"]
+    for form in ("docker-archive", "oci-archive"):
+        theirs = tmp_path / f"{form}.tar"
+        peer("skopeo", "copy", *["--preserve-digests"] * (form == "oci-archive"),
+             f"oci:{images}:docker.io/library/thing:1", f"{form}:{theirs}:docker.io/library/{form}:1")
+        assert forked_mini("load", "-i", theirs) == f"Loaded image: {form}:1\n"
+        assert run(f"{form}:1") == "I am the default\n"
+        found = m.find_image(f"{form}:1")
+        assert found.diff_ids == m.find_image("thing:1").diff_ids
+    assert found.entry["digest"] == want
+
+
+@root
+def test_podman_loads_what_is_saved(image, images, tmp_path, request):
+    forked_mini("save", "-o", tmp_path / "ours.tar", "thing:1")
+    top = tempfile.mkdtemp()  # podman takes no long name
+    request.addfinalizer(lambda: shutil.rmtree(top))
+    podman = ["podman", "--root", f"{top}/root", "--runroot", f"{top}/run",
+              "--storage-driver", "vfs"]
+    assert "thing:1" in peer(*podman, "load", "-q", "-i", tmp_path / "ours.tar")
+    shown = json.loads(peer(*podman, "image", "inspect", "thing:1"))[0]
+    assert "sha256:" + shown["Id"] == image and shown["Config"]["User"] == "web"
+    peer(*podman, "save", "-q", "-o", tmp_path / "theirs.tar", "thing:1")
+    forked_mini("rmi", "thing:1")
+    assert "Loaded image: thing:1" in forked_mini("load", "-i", tmp_path / "theirs.tar")
+    assert m.find_image("thing:1").id == image
+
+
+def docker_archive(path, layers, links=(), **config):
+    """An archive as Docker wrote it before it knew OCI: a directory for each layer, and
+    some of them a symlink to another one's."""
+    raw = json.dumps({"architecture": "amd64", "os": "linux", "config": config, "rootfs": {
+        "type": "layers", "diff_ids": ["sha256:" + hashlib.sha256(layer).hexdigest()
+                                       for layer in layers]}}).encode()
+    members = [(f"{n}/layer.tar", {"type": tarfile.SYMTYPE, "linkname":
+                                   f"../{dict(links)[n]}/layer.tar"} if n in dict(links)
+                else layer) for n, layer in enumerate(layers)]
+    return make_tar(path, *reversed(members), ("x.json", raw), ("manifest.json", json.dumps([{
+        "Config": "x.json", "RepoTags": ["old:1"], "Layers": [f"{n}/layer.tar" for n in range(
+            len(layers))]}]).encode()))
+
+
+@root
+def test_symlinked_layers_of_dockers_archives_are_followed(images, rootfs_tar, tmp_path):
+    first = rootfs_tar.read_bytes()
+    second = make_tar(tmp_path / "2.tar", ("srv/.wh.page", b""), ("srv/new", b"x")).read_bytes()
+    path = docker_archive(tmp_path / "old.tar", [first, second, first], [(2, 0)],
+                          Cmd=["/bin/ls", "/srv"])
+    assert forked_mini("load", "-i", path) == "Loaded image: old:1\n"
+    assert run("old:1") == "new\npage\n"
+
+
+@root
+@pytest.mark.parametrize("damage, words", [
+    (lambda t: t.write_bytes(b""), "not an archive"),
+    (lambda t: t.write_bytes(os.urandom(5000)), "not an archive"),
+    (lambda t: make_tar(t, ("a", b"x")), "neither index.json nor manifest.json"),
+    (lambda t: make_tar(t, ("manifest.json", b"[")), "not JSON"),
+    (lambda t: make_tar(t, ("manifest.json", b"[" * 100_000)), "not JSON"),
+    (lambda t: make_tar(t, ("manifest.json", b"{}")), "wanted: a list"),
+    (lambda t: make_tar(t, ("manifest.json", b'[{"Config": "x"}]')), "x is missing"),
+    (lambda t: make_tar(t, ("manifest.json", b'[{"Config": 1}]')), "wanted: text"),
+    (lambda t: make_tar(t, ("manifest.json", b'[{"Config": "../../etc/passwd"}]')), "missing"),
+    (lambda t: make_tar(t, ("a", {"type": tarfile.SYMTYPE, "linkname": "b"}),
+                        ("b", {"type": tarfile.SYMTYPE, "linkname": "a"}),
+                        ("manifest.json", b'[{"Config": "a"}]')), "a is missing"),
+    (lambda t: make_tar(t, ("index.json", b'{"manifests": [{"digest": "sha256:../../x", "size": 9}]}'
+                            )), "not a digest"),
+    (lambda t: make_tar(t, ("index.json", b'{"manifests": [{"size": -1}]}')), "is not possible"),
+    (lambda t: make_tar(t, ("index.json", b'{"manifests": [{"size": 99999999}]}')), "cannot be right"),
+    (lambda t: docker_archive(t, [b"no tar"]), "damaged"),
+])
+def test_a_damaged_or_hostile_archive_is_refused_in_one_line(images, tmp_path, damage, words):
+    path = tmp_path / "evil.tar"
+    damage(path)
+    said = [forked_mini("load", "-i", path, code=code) for code in (1, 125)
+            if forked(main("load", "-i", path))[0] == code]
+    assert len(said) == 1 and words in said[0], said
+    assert index() == {}
+
+
+@root
+def test_a_lie_about_what_is_inside_a_layer_is_found_out(images, rootfs_tar, tmp_path):
+    peer("gzip", "-k", rootfs_tar)
+    packed, other = (tmp_path / "rootfs.tar.gz").read_bytes(), b"something else"
+    path = docker_archive(tmp_path / "x.tar", [other])
+    with tarfile.open(path) as tar:
+        documents = {n: tar.extractfile(n).read() for n in ("x.json", "manifest.json")}
+    make_tar(path, ("0/layer.tar", packed), *documents.items())
+    assert "that the image's config promises" in forked_mini("load", "-i", path, code=125)
+    assert index() == {} and m.sweep(True) > 0
+
+
+@root
+def test_ten_commands_at_once_do_no_harm_to_the_store(image, rootfs_tar):
+    processes = [subprocess.Popen(command(*words), stdout=subprocess.DEVNULL) for n in range(3)
+                 for words in (["tag", "thing:1", f"t:{n}"], ["import", rootfs_tar, f"i:{n}"],
+                               ["image", "prune", "-f"])]
+    assert [p.wait(60) for p in processes] == [0] * 9
+    assert {f"docker.io/library/{a}:{n}" for a in "ti" for n in range(3)} < set(index())
+    for found in m.all_images():
+        assert all(os.path.exists(m.blob_path(digest)) for digest in found.blobs())
+
+
+@root
+def test_jobs_in_parallel_end_together_also_when_one_fails():
+    def sleeper(tell):
+        os.pause() if hasattr(os, "pause") else signal.pause()
+
+    def fails(tell):
+        raise m.Fail("the second fails")
+
+    with pytest.raises(m.Fail, match="the second fails"):
+        m.in_parallel([("a", sleeper), ("b", fails)], lambda *_: None)
+    shown = []
+    assert m.in_parallel([(str(n), lambda tell, n=n: [tell("did", n), n * n][1])
+                          for n in range(5)], lambda *what: shown.append(what)) == [0, 1, 4, 9, 16]
+    assert len(shown) == 5
+    with pytest.raises(m.Fail, match="was killed"):
+        m.in_parallel([("a", lambda tell: os.kill(os.getpid(), 9))], lambda *_: None)
 
 
 # ══ 11. THE SHIM ══
