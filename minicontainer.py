@@ -5579,13 +5579,14 @@ class Registry:
         """One request, and if need be once more as somebody: its answer, to be closed.
         A header's _ is a -; body() is what it sends."""
         import urllib.error
-        from urllib import parse, request
+        import urllib.parse
+        import urllib.request
 
         if not self.scheme:
             self.find_scheme()
-        url = parse.urljoin(f"{self.scheme}://{self.address}/", path)
+        url = urllib.parse.urljoin(f"{self.scheme}://{self.address}/", path)
         for known in (False, True):
-            asked = request.Request(url, body(), {
+            asked = urllib.request.Request(url, body(), {
                 name.replace("_", "-"): value for name, value in headers.items()
             }, method=method)
             ours = asked.host == self.address  # later on it may name a proxy
@@ -5627,7 +5628,8 @@ class Registry:
         import base64
         import re
         import urllib.error
-        from urllib import parse, request
+        import urllib.parse
+        import urllib.request
 
         kind, fields = challenge.partition(" ")[0].lower(), dict(
             re.findall(r'(\w+)="([^"]*)"', challenge))
@@ -5641,9 +5643,9 @@ class Registry:
                 ("https://", f"{self.scheme}://")):
             raise Refused("unauthorized: authentication required",
                           f"minicontainer login {self.host}", 1)
-        query = parse.urlencode([(key, fields[key]) for key in ("service", "scope")
-                                 if key in fields])
-        asked = request.Request(realm + ("&" if "?" in realm else "?") + query)
+        query = urllib.parse.urlencode([
+            (key, fields[key]) for key in ("service", "scope") if key in fields])
+        asked = urllib.request.Request(realm + ("&" if "?" in realm else "?") + query)
         if basic:
             asked.add_unredirected_header("Authorization", basic)
         try:
@@ -5856,6 +5858,13 @@ def push_command(options):
             push_image(find_image(name), name)
 
 
+def login_host(server):
+    """The host that names its images, of what `login` and `logout` are given."""
+    host = (server or "docker.io").partition("://")[2] or server or "docker.io"
+    host = host.partition("/")[0]
+    return "docker.io" if host in ("index.docker.io", HUB) else host
+
+
 @command("login", arg("-u", "--username", metavar="NAME", help="else it is asked for"),
          arg("--password-stdin", action="store_true", help="read it from there"),
          arg("server", nargs="?", metavar="SERVER", help="default: Docker Hub"))
@@ -5884,13 +5893,6 @@ def login_command(options):
                    "is the password right?", 1) from None
     keep_credentials(host, registry.user)
     print("Login Succeeded")
-
-
-def login_host(server):
-    """The host that names its images, of what `login` and `logout` are given."""
-    host = (server or "docker.io").partition("://")[2] or server or "docker.io"
-    host = host.partition("/")[0]
-    return "docker.io" if host in ("index.docker.io", HUB) else host
 
 
 @command("logout", arg("server", nargs="?", metavar="SERVER", help="as for login"))

@@ -26,6 +26,7 @@ import re
 import select
 import shutil
 import signal
+import socket
 import stat
 import struct
 import subprocess
@@ -201,6 +202,7 @@ def forked(function, stdin=None):
                 os.dup2(os.open("/dev/null", os.O_RDONLY) if stdin is None else stdin, 0)
                 os.dup2(out.fileno(), 1)
                 os.dup2(err.fileno(), 2)
+                sys.stdin = os.fdopen(0, closefd=False)
                 sys.stdout = os.fdopen(1, "w", closefd=False)
                 sys.stderr = os.fdopen(2, "w", closefd=False)
                 code = exit_code_of(function)
@@ -3346,6 +3348,579 @@ def test_jobs_in_parallel_end_together_also_when_one_fails():
     assert len(shown) == 5
     with pytest.raises(m.Fail, match="was killed"):
         m.in_parallel([("a", lambda tell: os.kill(os.getpid(), 9))], lambda *_: None)
+
+
+# ══ 9. REGISTRY ══
+
+def free_port():
+    """A port of 127.0.0.1 that nobody listens at."""
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def answers(port):
+    """Whether something listens at a port of 127.0.0.1."""
+    with contextlib.closing(socket.socket()) as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@contextlib.contextmanager
+def real_registry(top, http):
+    """Debian's docker-registry, with `http` more lines in its configuration: HOST:PORT."""
+    if not shutil.which("docker-registry"):
+        pytest.skip("talks to a real registry: apt-get install docker-registry")
+    port = free_port()
+    config = top / "registry.yml"
+    config.write_text(f"version: 0.1\nlog: {{level: error, accesslog: {{disabled: true}}}}\n"
+                      f"storage: {{filesystem: {{rootdirectory: {top}/registry}}}}\n{http}"
+                      .replace("PORT", str(port)) or "")
+    process = subprocess.Popen(["docker-registry", "serve", config], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    try:
+        until(lambda: answers(port) or process.poll() is not None)
+        assert process.poll() is None
+        yield f"127.0.0.1:{port}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+HASHED = "alice:$2y$04$Fxyf0MBRZB2KfuD6iaIPju/YChYDoZSRS2rJjPK6uK98YDBJhZyyS"  # secret
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory):
+    with real_registry(tmp_path_factory.mktemp("r"), "http: {addr: '127.0.0.1:PORT'}\n") as host:
+        yield host
+
+
+@pytest.fixture(scope="module")
+def locked_registry(tmp_path_factory):
+    """One that wants a name and a password, by https: (HOST:PORT, its certificate)."""
+    top = tmp_path_factory.mktemp("r")
+    (top / "htpasswd").write_text(HASHED + "\n")
+    peer("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256",
+         "-nodes", "-keyout", top / "key", "-out", top / "crt", "-days", "3650", "-subj",
+         "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1")
+    with real_registry(top, f"http: {{addr: '127.0.0.1:PORT', tls: {{certificate: {top}/crt, key: "
+                            f"{top}/key}}}}\nauth: {{htpasswd: {{realm: x, path: {top}/htpasswd}}}}\n"
+                       ) as host:
+        yield host, top / "crt"
+
+
+@pytest.fixture
+def docker_config(tmp_path, monkeypatch):
+    """An empty place for Docker's config.json."""
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path / "config"))
+    return tmp_path / "config/config.json"
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    """Attempts follow one another at once."""
+    monkeypatch.setattr(m, "PAUSE", 0)
+
+
+@root
+def test_what_is_pushed_is_pulled_with_the_same_digest(image, registry):
+    name, digest = f"{registry}/a/thing:1", index()["docker.io/library/thing:1"]
+    assert "An image does not exist locally with the tag" in forked_mini(
+        "push", f"{registry}/nosuch:1", code=1)
+    forked_mini("tag", "thing:1", name)
+    layer = m.find_image(name).layers[0]["digest"][7:19]
+    out = forked_mini("push", name).splitlines()
+    assert out[0] == f"The push refers to repository [{registry}/a/thing]"
+    assert f"{layer}: Pushed" in out and out[-1].startswith(f"1: digest: {digest} size: ")
+    assert f"{layer}: Layer already exists" in forked_mini("push", name)
+    forked_mini("tag", "thing:1", f"{registry}/b:2")
+    assert f"{layer}: Mounted from a/thing" in forked_mini("push", f"{registry}/b:2")
+    assert forked_mini("image", "inspect", "-f", "{{len .RepoDigests}}", name) == "2\n"
+    forked_mini("rmi", "-f", image)
+    out = forked_mini("pull", name).splitlines()
+    assert out == ["1: Pulling from a/thing", *(f"{layer}: {what}" for what in (
+        "Pulling fs layer", "Verifying Checksum", "Download complete", "Pull complete")),
+        f"Digest: {digest}", f"Status: Downloaded newer image for {name}", name]
+    assert "Status: Image is up to date for" in forked_mini("pull", name)
+    assert index()[name] == digest == index()[f"{registry}/a/thing@{digest}"]
+    assert forked_mini("pull", "-q", f"{registry}/b@{digest}") == f"{registry}/b@{digest}\n"
+    assert run(f"{registry}/b@{digest}") == "I am the default\n"
+    assert forked_mini("rmi", name).splitlines()[0] == f"Untagged: {name}"
+
+
+@root
+def test_run_pulls_an_image_that_is_missing_as_pull_says(image, registry):
+    name = f"{registry}/for-run:1"
+    forked_mini("tag", "thing:1", name)
+    forked_mini("push", name)
+    forked_mini("rmi", name)
+    assert "No such image" in refused("run", "--rm", "--pull", "never", name)
+    result = mini("run", "--rm", name)
+    assert result.stdout == "I am the default\n"
+    assert result.stderr.startswith(f"Unable to find image '{name}' locally\n1: Pulling from for-run")
+    assert "Pulling" not in mini("run", "--rm", name).stderr
+    assert "Image is up to date" in mini("run", "--rm", "--pull=always", name).stderr
+    said = mini("run", "--rm", f"{registry}/nosuch:1")
+    assert said.returncode == 125 and f"manifest for {registry}/nosuch:1 not found: manifest unknown: manifest unknown" in said.stderr
+    assert "manifest unknown" in forked_mini("pull", f"{registry}/nosuch:1", code=1)
+
+
+@root
+def test_skopeo_and_we_exchange_images_by_a_registry(image, images, registry, tmp_path):
+    for form, how in (("theirs", ["--format", "v2s2"]), ("oci", [])):
+        peer("skopeo", "copy", "--dest-tls-verify=false", *how,
+             f"oci:{images}:docker.io/library/thing:1", f"docker://{registry}/{form}:1")
+        forked_mini("pull", f"{registry}/{form}:1")
+        assert run(f"{registry}/{form}:1") == "I am the default\n"
+    assert m.find_image(f"{registry}/theirs:1").entry["mediaType"] == m.DOCKER_MANIFEST
+    forked_mini("tag", f"{registry}/theirs:1", f"{registry}/back:1")
+    forked_mini("push", f"{registry}/back:1")
+    peer("skopeo", "copy", "--src-tls-verify=false", f"docker://{registry}/back:1",
+         f"oci:{tmp_path}/layout:x")
+    peer("umoci", "unpack", "--image", f"{tmp_path}/layout:x", tmp_path / "u")
+    assert (tmp_path / "u/rootfs/srv/page").read_text() == "hello\n"
+
+
+@root
+def test_a_large_blob_is_pushed_in_pieces(image, registry, monkeypatch):
+    monkeypatch.setattr(m, "CHUNK", 100_000)
+    name = f"{registry}/pieces:1"
+    forked_mini("tag", "thing:1", name)
+    assert "Pushed" in forked_mini("push", name)
+    forked_mini("rmi", "-f", image)
+    assert "Downloaded newer image" in forked_mini("pull", name)
+
+
+@root
+def test_login_is_kept_for_us_alone_and_used(image, locked_registry, docker_config, tmp_path,
+                                             monkeypatch):
+    host, certificate = locked_registry
+    name = f"{host}/private:1"
+    forked_mini("tag", "thing:1", name)
+    monkeypatch.setattr(m, "DOCKER_ETC", str(tmp_path / "etc"))
+    assert "certificate" in forked_mini("push", name, code=1)
+    os.makedirs(tmp_path / f"etc/certs.d/{host}")
+    shutil.copy(certificate, tmp_path / f"etc/certs.d/{host}/ca.crt")
+    assert f"minicontainer login {host}" in forked_mini("push", name, code=1)
+
+    def login(password, code=0):
+        with tempfile.TemporaryFile() as stdin:
+            stdin.write(password.encode() + b"\n")
+            stdin.seek(0)
+            return forked_mini("login", "-u", "alice", "--password-stdin", host,
+                               stdin=stdin.fileno(), code=code)
+
+    assert f"login attempt to https://{host}/v2/ failed with status: 401" in login("bad", 1)
+    assert not docker_config.exists()
+    assert login("secret") == "Login Succeeded\n"
+    assert stat.S_IMODE(docker_config.stat().st_mode) == 0o600
+    assert json.loads(docker_config.read_text()) == {"auths": {host: {"auth": "YWxpY2U6c2VjcmV0"}}}
+    assert "Pushed" in forked_mini("push", name)
+    forked_mini("rmi", name)
+    assert "Status" in forked_mini("pull", name)
+    assert "Removing login credentials" in forked_mini("logout", host)
+    assert "Not logged in" in forked_mini("logout", host)
+    assert "pull access denied" in forked_mini("pull", name, code=1)
+    with open(os.devnull) as stdin:
+        assert "--password-stdin" in forked_mini("login", host, stdin=stdin.fileno(), code=1)
+
+
+@root
+def test_a_credential_helper_is_asked_instead_of_the_file(docker_config, tmp_path, monkeypatch):
+    helper = tmp_path / "docker-credential-mine"
+    helper.write_text(f"""#!/bin/sh
+read line; echo "$1 $line" >> {tmp_path}/log
+case $1 in get) [ "$line" = some.host ] && echo '{{"Username": "u", "Secret": "p:w"}}' ||
+    {{ echo "credentials not found in native keychain"; exit 1; }} ;; esac
+""")
+    helper.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    docker_config.parent.mkdir()
+    docker_config.write_text('{"credHelpers": {"some.host": "mine"}, "credsStore": "mine", "more": 1}')
+    assert m.credentials("some.host") == ["u", "p:w"] and m.credentials("docker.io") is None
+    m.keep_credentials("some.host", ["u", "new"])
+    assert json.loads(docker_config.read_text())["auths"] == {"some.host": {}}
+    m.keep_credentials("some.host", None)
+    assert (tmp_path / "log").read_text().splitlines()[2:] == [
+        'store {"ServerURL": "some.host", "Username": "u", "Secret": "new"}', "erase some.host"]
+    assert json.loads(docker_config.read_text())["more"] == 1
+    helper.unlink()
+    with pytest.raises(m.Fail, match="docker-credential-mine"):
+        m.credentials("some.host")
+
+
+# ── a registry that lies and fails ──
+
+def digest_of(raw):
+    return "sha256:" + hashlib.sha256(raw).hexdigest()
+
+
+def described(raw, kind):
+    return {"mediaType": kind, "digest": digest_of(raw), "size": len(raw)}
+
+
+def an_image(*layers, config=None):
+    """(manifest as a dict, {digest: bytes} of its config and layers)."""
+    raw = json.dumps({"architecture": "amd64", "os": "linux", "config": config or {}, "rootfs": {
+        "type": "layers", "diff_ids": list(map(digest_of, layers))}}).encode()
+    return {"schemaVersion": 2, "mediaType": m.OCI_MANIFEST,
+            "config": described(raw, m.OCI_CONFIG),
+            "layers": [described(layer, m.OCI_LAYER) for layer in layers]
+            }, {digest_of(part): part for part in (raw, *layers)}
+
+
+@contextlib.contextmanager
+def fake_registry(answer):
+    """A registry in a process of its own whose answers are answer(request, its number) =
+    (status, headers, body); (HOST:PORT, function that lists what it was asked)."""
+    log, count = tempfile.NamedTemporaryFile("r+"), multiprocessing.Value("i")
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            with count.get_lock():
+                count.value += 1
+                number = count.value
+            with open(log.name, "a") as file:
+                file.write(json.dumps([self.command, self.path, dict(self.headers)]) + "\n")
+            status, headers, body = answer(self, number)
+            self.send_response(status)
+            for name, value in {"Content-Length": len(body), **headers}.items():
+                self.send_header(name, str(value))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        do_HEAD = do_POST = do_PUT = do_PATCH = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(100)
+        try:
+            server.serve_forever()
+        finally:
+            os._exit(0)
+    server.server_close()
+    try:
+        yield f"127.0.0.1:{server.server_port}", lambda: [
+            json.loads(line) for line in open(log.name)]
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        log.close()
+
+
+def serving(manifest, blobs, change=lambda request, number: None):
+    """The answers of an honest registry that has an image; change(…) comes first."""
+    raw = manifest if isinstance(manifest, bytes) else json.dumps(manifest).encode()
+
+    def answer(request, number):
+        if changed := change(request, number):
+            return changed
+        name = request.path.rpartition("/")[2]
+        found = blobs.get(name, raw if "/manifests/" in request.path else None)
+        if found is None:
+            return 404, {}, b'{"errors": [{"code": "BLOB_UNKNOWN", "message": "no such blob"}]}'
+        begin = request.headers.get("Range", "bytes=0-")[6:-1]
+        if begin != "0":
+            return 206, {"Content-Range": f"bytes {begin}-{len(found) - 1}/{len(found)}"}, found[
+                int(begin):]
+        return 200, {}, found
+    return answer
+
+
+def small_layer():
+    """A tarball of one file, as bytes."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        member = tarfile.TarInfo("hello")
+        member.size = 200_000
+        tar.addfile(member, io.BytesIO(os.urandom(200_000)))
+    return out.getvalue()
+
+
+def lies():
+    """{what is wrong: (how to make it so of a manifest, its blobs: the manifest, the blobs,
+    what else is answered; words of the message)}."""
+    def of_blobs(status, headers, body):
+        return lambda request, number: "/blobs/" in request.path and (status, headers, body)
+
+    def of_all(status, headers=None, body=b""):
+        return lambda request, number: (status, headers or {}, body)
+
+    def layer(**changes):
+        def make(manifest, blobs):
+            return {**manifest, "layers": [{**manifest["layers"][0], **changes}]}, blobs
+        return make
+
+    def config(**changes):
+        def make(manifest, blobs):
+            raw = json.dumps({**json.loads(blobs[manifest["config"]["digest"]]), **changes}).encode()
+            return {**manifest, "config": described(raw, m.OCI_CONFIG)}, {
+                **blobs, digest_of(raw): raw}
+        return make
+
+    def same(manifest, blobs):
+        return manifest, blobs
+
+    def raw(text):
+        return lambda manifest, blobs: (text, blobs)
+
+    def listed(*entries):
+        return lambda manifest, blobs: ({"schemaVersion": 2, "mediaType": m.OCI_INDEX,
+                                         "manifests": list(entries)}, blobs)
+    here = {"os": "linux", "architecture": m.platform_of()[1]}
+    itself = {"mediaType": m.OCI_INDEX, "digest": "sha256:" + "a" * 64, "size": 300, "platform": here}
+    return {
+        "a blob is another": (same, of_blobs(200, {}, b"y" * 300), "that were announced"),
+        "a layer has another digest": (
+            lambda man, blobs: (man, {**blobs, man["layers"][0]["digest"]: b"y" * man["layers"][0]["size"]}),
+            None, "wrong digest"),
+        "a layer is cut every time": (
+            lambda man, blobs: (man, {**blobs, man["layers"][0]["digest"]: b"y" * 99}), None,
+            "only 99 of"),
+        "a layer is longer than announced": (layer(size=1000), None, "longer than the 1000"),
+        "a layer is shorter than announced": (layer(size=10**7), None, "bytes have come"),
+        "a layer has a negative size": (layer(size=-1), None, "is not possible"),
+        "a size is no number": (layer(size="9"), None, "is not possible"),
+        "a digest leads elsewhere": (layer(digest="sha256:../../../../etc/passwd"), None, "not a digest"),
+        "a digest is of another kind": (layer(digest="md5:" + "a" * 32), None, "not a digest"),
+        "a layer is foreign": (layer(mediaType="application/vnd.docker.image.rootfs.foreign.diff.tar.gzip"),
+                               None, "foreign layer"),
+        "a layer is no layer": (layer(mediaType="text/plain"), None, "unknown kind"),
+        "layers and diff_ids differ": (config(rootfs={"diff_ids": []}), None, "but 0 diff_ids"),
+        "a diff_id is no digest": (config(rootfs={"diff_ids": ["../x"]}), None, "not a digest"),
+        "a diff_id lies": (config(rootfs={"diff_ids": ["sha256:" + "0" * 64]}), None, "promises"),
+        "a config is a list": (config(config=[]), None, "wanted: an object"),
+        "an Env is no list": (config(config={"Env": "A=1"}), None, "wanted: a list"),
+        "the manifest is no JSON": (raw(b"<html>"), None, "not JSON"),
+        "the manifest is deep": (raw(b'{"a":' * 50_000), None, "not JSON"),
+        "the manifest is a list": (raw(b"[]"), None, "wanted: an object"),
+        "the manifest has nothing": (raw(b"{}"), None, "no config"),
+        "the manifest is of schema 1": (raw(b'{"schemaVersion": 1}'), None, "schema 1"),
+        "the manifest is huge": (raw(b" " * (5 << 20)), None, "more than"),
+        "the config is huge": (lambda man, blobs: ({**man, "config": {**man["config"], "size": 1 << 30}},
+                                                   blobs), None, "cannot be right"),
+        "the list has nothing for us": (listed({**itself, "platform": {"os": "plan9"}}), None,
+                                        "no matching manifest for linux/"),
+        "the list lists itself": (listed(itself), None, ("wrong digest", "that were announced", "have come")),
+        "the digest in the header is another": (
+            same, lambda request, number: "/manifests/" in request.path and (
+                200, {"Docker-Content-Digest": "sha256:" + "0" * 64}, b"{}"), "wrong digest"),
+        "it redirects in a circle": (same, of_all(302, {"Location": "/v2/x/manifests/1"}), "302"),
+        "it redirects to a file": (same, of_all(302, {"Location": "file:///etc/passwd"}), "302"),
+        "it wants a password for ever": (same, of_all(401, {"WWW-Authenticate": 'Basic realm="x"'}),
+                                         "login"),
+        "its token is never enough": (
+            same, lambda request, number: (200, {}, b'{"token": "t"}') if "token" in request.path else (
+                401, {"WWW-Authenticate": f'Bearer realm="http://{request.headers["Host"]}/token"'}, b""),
+            "pull access denied"),
+        "its token is no JSON": (
+            same, lambda request, number: (200, {}, b"x") if "token" in request.path else (
+                401, {"WWW-Authenticate": f'Bearer realm="http://{request.headers["Host"]}/token"'}, b""),
+            "token: not JSON"),
+        "it always fails": (same, of_all(500), "the last of 5 attempts"),
+        "it is always busy": (same, of_all(429), "the last of 5 attempts"),
+        "it talks nonsense": (same, of_all(999), ("999", "attempts")),
+    }
+
+
+@root
+@pytest.mark.parametrize("what", lies())
+def test_a_registry_that_lies_is_caught_and_leaves_nothing(images, what):
+    make, change, words = lies()[what]
+    manifest, blobs = make(*an_image(small_layer()))
+    with fake_registry(serving(manifest, blobs, change or (lambda *_: None))) as (host, _):
+        results = forked(main("pull", f"{host}/x:1"))
+    code, out, err = results
+    assert code in (1, 125) and "Traceback" not in err and "internal error" not in err, err
+    assert any(w in err for w in ([words] if isinstance(words, str) else words)), err
+    assert index() == {} and "Status" not in out
+
+
+@root
+def test_a_cut_connection_is_resumed_where_it_ended(images):
+    manifest, blobs = an_image(small_layer())
+    layer = manifest["layers"][0]
+
+    def cut(request, number):
+        if request.path.endswith(layer["digest"]) and "Range" not in request.headers:
+            return 200, {"Content-Length": layer["size"]}, blobs[layer["digest"]][:70_000]
+
+    with fake_registry(serving(manifest, blobs, cut)) as (host, asked):
+        assert "Downloaded newer image" in forked_mini("pull", f"{host}/x:1")
+        ranges = [headers.get("Range") for _, path, headers in asked()
+                  if path.endswith(layer["digest"])]
+    assert ranges == [None, "bytes=70000-"]
+
+
+@root
+def test_a_pull_that_was_given_up_goes_on_later_and_whatever_has_come_was_not_seen(images):
+    manifest, blobs = an_image(small_layer())
+    digest = manifest["layers"][0]["digest"]
+    first = {**blobs, digest: blobs[digest][:50_000]}
+    with fake_registry(serving(manifest, first)) as (host, _):
+        forked_mini("pull", f"{host}/x:1", code=1)
+    assert index() == {} and os.path.getsize(m.store("ingest", digest[7:])) == 50_000
+    with fake_registry(serving(manifest, blobs)) as (host, asked):
+        forked_mini("pull", f"{host}/x:1")
+        assert [h.get("Range") for _, path, h in asked() if path.endswith(digest)] == ["bytes=50000-"]
+
+
+@root
+def test_a_server_without_ranges_is_asked_for_all_of_it(images):
+    manifest, blobs = an_image(small_layer())
+    digest = manifest["layers"][0]["digest"]
+
+    def whole(request, number):
+        if request.path.endswith(digest):
+            first = "Range" not in request.headers
+            return 200, {"Content-Length": len(blobs[digest])}, blobs[digest][:70_000 if first else None]
+
+    with fake_registry(serving(manifest, blobs, whole)) as (host, _):
+        assert "Downloaded newer image" in forked_mini("pull", f"{host}/x:1")
+
+
+@root
+def test_what_may_pass_is_tried_again(images):
+    manifest, blobs = an_image(small_layer())
+
+    def fail(request, number):
+        return {2: (503, {}, b""), 3: (429, {"Retry-After": "0"}, b""), 4: (500, {}, b"{")}.get(number)
+
+    with fake_registry(serving(manifest, blobs, fail)) as (host, _):
+        assert "Downloaded newer image" in forked_mini("pull", f"{host}/x:1")
+
+
+@root
+def test_of_a_list_the_platform_is_chosen(images):
+    parts = {}
+    entries = []
+    for arch in ("amd64", "arm64", "s390x"):
+        manifest, blobs = an_image(small_layer(), config={"User": arch})
+        raw = json.dumps(manifest).encode()
+        entries.append({**described(raw, m.OCI_MANIFEST), "platform": {
+            "os": "linux", "architecture": arch}})
+        parts.update({**blobs, digest_of(raw): raw})
+    top = {"schemaVersion": 2, "mediaType": m.DOCKER_INDEX, "manifests": entries}
+    with fake_registry(serving(top, parts)) as (host, _):
+        forked_mini("pull", f"{host}/x:1")
+        assert m.find_image(f"{host}/x:1").settings["User"] == m.platform_of()[1]
+        assert f"{host}/x@{digest_of(json.dumps(top).encode())}" in index()
+        forked_mini("pull", "--platform", "linux/s390x", f"{host}/x:1")
+        assert m.find_image(f"{host}/x:1").settings["User"] == "s390x"
+        assert "no matching manifest for linux/mips" in forked_mini(
+            "pull", "--platform", "mips", f"{host}/x:1", code=1)
+        assert "invalid platform" in forked_mini("pull", "--platform", "a/b/c/d", f"{host}/x", code=125)
+
+
+@root
+def test_who_we_are_is_told_to_the_host_that_asked_and_not_along_a_redirect(
+        images, docker_config, monkeypatch):
+    manifest, blobs = an_image(small_layer())
+    with fake_registry(serving(manifest, blobs)) as (other, asked_other):
+        def redirect(request, number):
+            if request.path.startswith("/token"):
+                return 200, {}, b'{"access_token": "the-token"}'
+            if request.headers.get("Authorization") != "Bearer the-token":
+                return 401, {"WWW-Authenticate": f'Bearer realm="http://{request.headers["Host"]}/token",'
+                             'service="s",scope="repository:x:pull,push"'}, b""
+            if "/blobs/" in request.path:
+                return 307, {"Location": f"http://{other}{request.path}"}, b""
+
+        with fake_registry(serving(manifest, blobs, redirect)) as (host, asked):
+            docker_config.parent.mkdir()
+            docker_config.write_text(json.dumps({"auths": {host: {"auth": "YWxpY2U6c2VjcmV0"}}}))
+            forked_mini("pull", f"{host}/x:1")
+            tokens = [(path, headers["Authorization"]) for _, path, headers in asked()
+                      if path.startswith("/token")]
+        assert tokens[0] == ("/token?service=s&scope=repository%3Ax%3Apull%2Cpush",
+                             "Basic YWxpY2U6c2VjcmV0")
+        assert len(asked_other()) == 2
+        assert not any("Authorization" in headers for _, _, headers in asked_other())
+
+
+@root
+def test_http_is_only_for_this_machine_or_by_configuration(tmp_path, monkeypatch):
+    monkeypatch.setattr(m, "DOCKER_ETC", str(tmp_path))
+    assert all(map(m.may_be_insecure, ("localhost", "localhost:5000", "127.0.0.1:5000", "[::1]:5000")))
+    assert not any(map(m.may_be_insecure, ("docker.io", "a.b:5000", "x", "localhost.x")))
+    (tmp_path / "daemon.json").write_text('{"insecure-registries": ["a.b:5000"]}')
+    assert m.may_be_insecure("a.b:5000") and not m.may_be_insecure("a.b")
+
+
+@root
+def test_a_proxy_of_the_environment_is_used_but_not_for_this_machine(images, tmp_path, monkeypatch):
+    manifest, blobs = an_image(small_layer())
+    monkeypatch.setattr(m, "DOCKER_ETC", str(tmp_path))
+    (tmp_path / "daemon.json").write_text('{"insecure-registries": ["far.example"]}')
+    with fake_registry(serving(manifest, blobs)) as (proxy, asked):
+        for name in ("http_proxy", "https_proxy"):
+            monkeypatch.setenv(name, f"http://{proxy}")
+        monkeypatch.delenv("no_proxy", raising=False)
+        assert "Downloaded newer image" in forked_mini("pull", "far.example/x:1")
+        assert any(path.startswith("http://far.example/v2/x/") for _, path, _ in asked())
+        before = len(asked())
+        assert "Connection refused" in forked_mini("pull", f"127.0.0.1:{free_port()}/x", code=1)
+        assert len(asked()) == before
+
+
+@root
+def test_a_pull_killed_at_any_moment_leaves_nothing_visible_and_can_be_repeated(images):
+    manifest, blobs = an_image(small_layer(), small_layer(), small_layer())
+
+    def slow(request, number):
+        if "/blobs/" in request.path:
+            select.select((), (), (), 0.05)
+
+    with fake_registry(serving(manifest, blobs, slow)) as (host, asked):
+        for awaited in (2, 4, 6):
+            before = len(asked())
+            process = subprocess.Popen(command("pull", f"{host}/x:1"), stdout=subprocess.DEVNULL)
+            until(lambda: len(asked()) >= before + awaited or process.poll() is not None)
+            process.kill()
+            process.wait()
+            assert index() == {} or awaited == 6
+        until(lambda: not our_processes())
+        assert "Digest" in forked_mini("pull", f"{host}/x:1")
+    mini("system", "prune")
+    assert m.find_image(f"{host}/x:1").tags() == [f"{host}/x:1"]
+
+
+@root
+def test_a_terminal_shows_bars_with_bytes_and_rate(images):
+    manifest, blobs = an_image(small_layer())
+
+    def slow(request, number):
+        if request.path.endswith(manifest["layers"][0]["digest"]):
+            select.select((), (), (), 0.15)
+
+    with fake_registry(serving(manifest, blobs, slow)) as (host, _):
+        terminal = Terminal("pull", f"{host}/x:1")
+        assert terminal.expect(r"Downloading \[=+>?[ =>]*\] +[0-9.]+kB/205kB +[0-9.]+.?B/s")
+        assert terminal.end() == 0 and "Pull complete" in terminal.seen
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_manifest_or_config_makes_a_traceback(seed):
+    source = random.Random(seed)
+    manifest, blobs = an_image(b"x")
+    start = [json.dumps(manifest).encode(), blobs[manifest["config"]["digest"]]]
+    for _ in range(300):
+        text = bytearray(source.choice(start))
+        for _ in range(source.randrange(1, 6)):
+            at = source.randrange(len(text))
+            text[at:at + source.randrange(3)] = source.choice(
+                [b"", b"null", b"-1", b"[]", b"{}", b'"', b"\xff", b"1e999", b"[[", b"0"])
+        with contextlib.suppress(m.Fail):
+            document = m.parsed(bytes(text), "x", m.MANIFEST_FORM)
+            m.pick(None, bytes(text), ["linux", "amd64"])
+            m.check_layers(document, ["sha256:" + "0" * 64])
+        with contextlib.suppress(m.Fail):
+            m.parsed(bytes(text), "x", m.CONFIG_FORM)
 
 
 # ══ 11. THE SHIM ══
