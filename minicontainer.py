@@ -3869,6 +3869,33 @@ def copy_layers(layers, top, base):
     os.close(fd)
 
 
+def pack(top, file, base=0):
+    """Write a directory as the tarball of a layer, the reverse of unpack(): what says
+    to overlay that something is gone is a `.wh.` entry again.  Owners from `base` on
+    are a container's, and are counted from there."""
+    import tarfile
+
+    with tarfile.open(fileobj=file, mode="w|", format=tarfile.PAX_FORMAT) as out:
+        for tar, entry in layer_entries(top, 0):
+            notes, attribute = entry.pax_headers, "SCHILY.xattr.trusted.overlay."
+            opaque = notes.get(f"{attribute}opaque")
+            entry.pax_headers = {key: value for key, value in notes.items()
+                                 if not key.startswith(attribute)}
+            entry.uid, entry.gid = (id - base * (id >= base)
+                                    for id in (entry.uid, entry.gid))
+            entry.uname = entry.gname = ""  # they would be the host's
+            if entry.ischr() and entry.devmajor == entry.devminor == 0:
+                top_, _, name = entry.name.rpartition("/")
+                entry = tarfile.TarInfo(os.path.join(top_, f".wh.{name}"))
+            if entry.isreg() and entry.size:
+                with tar.extractfile(entry) as data:
+                    out.addfile(entry, data)
+            else:
+                out.addfile(entry)
+            if opaque:
+                out.addfile(tarfile.TarInfo(f"{entry.name}/.wh..wh..opq"))
+
+
 # ── a root file system from nothing ──
 
 TOOLS = """sh bash ls cat cp mv rm mkdir rmdir ln chmod chown id whoami ps kill sleep
@@ -4646,6 +4673,31 @@ class Archive:
         return oci_manifest(config, layers)
 
 
+class output:
+    """A context that gives the file to write to: one that appears under its name when
+    it is whole (P3), or standard output."""
+
+    def __init__(self, path):
+        if not path and os.isatty(1):
+            raise Fail("cowardly refusing to save to a terminal",
+                       "-o FILE, or redirect", 1)
+        plain = path and (os.path.isfile(path) or not os.path.exists(path))
+        self.path, self.new = path, f"{path}.new-{os.getpid()}" if plain else ""
+
+    def __enter__(self):
+        try:
+            self.file = open(self.new or self.path or 1, "wb", closefd=bool(self.path))
+        except OSError as error:
+            raise Fail(f"{self.path}: {error.strerror}", "is the directory there?", 1
+                       ) from None
+        return self.file
+
+    def __exit__(self, failed, error, _):
+        self.file.close()
+        if self.new:
+            os.unlink(self.new) if failed else os.rename(self.new, self.path)
+
+
 def write_archive(chosen, file):
     """Write images, pairs of an Image and names in full, as such a tarball."""
     import io
@@ -5210,8 +5262,6 @@ def image_prune_command(options):
          arg("images", nargs="+", metavar="IMAGE", help="names or ids"))
 def save_command(options):
     """Write images to a tarball, for `load` here or `docker load` elsewhere."""
-    if not options.output and os.isatty(1):
-        raise Fail("cowardly refusing to save to a terminal", "-o FILE, or redirect", 1)
     with adding():
         chosen = {}
         for text in options.images:
@@ -5219,20 +5269,8 @@ def save_command(options):
             names = chosen.setdefault(image.entry["digest"], (image, {}))[1]
             if not image.id[7:].startswith(text.removeprefix("sha256:")):
                 names[full_name(text)] = True
-        target = options.output
-        plain = target and (not os.path.exists(target) or os.path.isfile(target))
-        new = f"{target}.new-{os.getpid()}" if plain else target or 1
-        try:
-            with open(new, "wb", closefd=bool(target)) as file:
-                write_archive(list(chosen.values()), file)
-            if plain:
-                os.rename(new, target)
-        except OSError as error:
-            raise Fail(f"save: {target or 'standard output'}: {error.strerror}", "is "
-                       "there room, and a directory?", 1) from None
-        finally:
-            if plain:
-                take_away_file(new)
+        with output(options.output) as file:
+            write_archive(list(chosen.values()), file)
 
 
 @command("load", arg("-i", "--input", metavar="FILE", help="not standard input"),
@@ -6427,6 +6465,34 @@ def exec_command(options):
         return attend(c, options.interactive)
     finally:
         c.close()
+
+
+@command("export", arg("-o", "--output", metavar="FILE", help="not to standard output"),
+         arg("container", metavar="CONTAINER", help="its id, or the beginning of it"))
+def export_command(options):
+    """Write all files of a container to a tarball.
+
+    It is what an overlay of its layers and changes shows, where nobody else sees it."""
+    need_root()
+    id, directory = find_container(options.container)
+    spec = from_json(read_file(f"{directory}/config.json"))
+    maps, top = spec["linux"].get("uidMappings"), f"{directory}/rootfs"
+    c = Container(id, spec, directory, from_json(spec["annotations"][OF_LAYERS]))
+    c.workshop = store("workshop", "")
+    with output(options.output) as file:
+        open_workshop(c)
+        try:
+            if not os.path.isdir(top):
+                top = "rootfs"
+                for number, layer in enumerate([*c.layers, f"{directory}/upper"]):
+                    attach(layer, str(number), 0, -1)
+                syscall("mkdirat", AT_FDCWD, top, 0o755)
+                lower = ":".join(map(str, range(len(c.layers), -1, -1)))
+                syscall("mount", "overlay", top, "overlay", MS_RDONLY,
+                        f"lowerdir={lower}", why="as it is seen inside, for us to read")
+            pack(top, file, maps[0]["hostID"] if maps else 0)
+        finally:
+            leave_workshop(c)
 
 
 @command("system prune")

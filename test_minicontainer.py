@@ -3350,6 +3350,53 @@ def test_jobs_in_parallel_end_together_also_when_one_fails():
         m.in_parallel([("a", lambda tell: os.kill(os.getpid(), 9))], lambda *_: None)
 
 
+@root
+def test_a_layer_is_packed_as_it_was_unpacked(tmp_path):
+    members = [("d", {"type": tarfile.DIRTYPE, "mode": 0o1770, "uid": 5, "gid": 6, "mtime": 1.25}),
+               ("d/.wh..wh..opq", b""), ("d/.wh.gone", b""), ("d/none", {"type": tarfile.DIRTYPE}),
+               ("d/setuid", binary(b"x", 0o4755, uid=7, gid=8, mtime=1234567890.5)),
+               ("d/hard", {"type": tarfile.LNKTYPE, "linkname": "d/setuid"}),
+               ("d/soft", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd", "mode": 0o777}),
+               ("d/attr", binary(b"c", pax_headers={"SCHILY.xattr.user.colour": "red"})),
+               ("d/null", {"type": tarfile.CHRTYPE, "devmajor": 1, "devminor": 3}),
+               ("d/" + "long" * 60, b"long"), ("d/" + os.fsdecode(b"\xff\xfe"), b"odd")]
+
+    def look(path):
+        with tarfile.open(path) as tar:
+            found = {i.name: (i.type, i.mode, i.uid, i.gid, i.size, i.linkname, float(i.mtime),
+                              i.devmajor, i.devminor, i.pax_headers.get("SCHILY.xattr.user.colour"))
+                     for i in tar if i.name not in (".", "")}
+        hard = {n: what for n, what in found.items() if n in ("d/hard", "d/setuid")}
+        return {n: what for n, what in found.items() if n not in hard and "/.wh." not in n}, (
+            sorted(w[0] for w in hard.values())), {n for n in found if "/.wh." in n}
+
+    first = make_tar(tmp_path / "a.tar", *members)
+    (tmp_path / "a").mkdir()
+    m.unpack(first, str(tmp_path / "a"))
+    with open(tmp_path / "b.tar", "wb") as file:
+        m.pack(str(tmp_path / "a"), file)
+    assert look(tmp_path / "b.tar") == look(first)
+
+
+@root
+@pytest.mark.parametrize("driver", ["overlay", "vfs"])
+def test_a_container_is_exported_as_it_is_seen_inside(image, tmp_path, driver):
+    script = "cd /srv; rm page; echo new >n; chown 33:33 n; ln n m; mkdir d; echo up; cat #"
+    with running(
+            "-v", f"{tmp_path}:/vol", "--storage-driver", driver, "--entrypoint", "/bin/sh",
+            "-u", "0", "thing:1", "-c", script) as (_, id, _):
+        forked_mini("export", "-o", tmp_path / "x.tar", id[:12])
+    with tarfile.open(tmp_path / "x.tar") as tar:
+        found = {i.name: (i.uid, i.gid) for i in tar if not i.islnk()}
+        data = [tar.extractfile(i).read() for i in tar if i.isreg() and i.name in ("srv/n", "srv/m")]
+    assert {"srv/n", "srv/m"} & set(found) and "srv/page" not in found and data == [b"new\n"]
+    assert found["srv/d"] == (0, 0) and (33, 33) in found.values()
+    assert found["bin/busybox"] == (0, 0) and "vol/x.tar" not in found
+    imported = forked_mini("import", tmp_path / "x.tar", "again:1").strip()
+    assert run("again:1", "/bin/ls", "/srv") == "d\nm\nn\n" and imported
+    assert "no such container" in forked_mini("export", "nosuch", code=125)
+
+
 # ══ 9. REGISTRY ══
 
 def free_port():
