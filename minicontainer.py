@@ -4303,7 +4303,10 @@ class Broken(Exception):
 
 
 def copy_rest(source, descriptor, file, tell):
-    """Append what is missing of a blob to a file that has its beginning."""
+    """Append what is missing of a blob to a file that has its beginning.
+
+    Never more than was announced: who lies about a size must not fill the disk.
+    """
     at = file.seek(0, os.SEEK_END)
     if at == descriptor["size"]:
         return
@@ -4327,10 +4330,12 @@ def fetch(source, descriptor, tell=lambda *_: None):
     digest, part = descriptor["digest"], store("ingest", hex_of(descriptor["digest"]))
     while not os.path.exists(blob_path(digest)):
         with open(part, "a+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # another command may be fetching it
+            # Another command may be fetching it: then wait, and find it done, or go on
+            # from where that one ended; unless the file is by then another one.
+            fcntl.flock(file, fcntl.LOCK_EX)
             if not os.path.exists(part) or not os.path.samestat(
                     os.fstat(file.fileno()), os.stat(part)):
-                continue  # it was, and now look again
+                continue
             source.patiently(copy_rest, source, descriptor, file, tell)
             tell("Verifying Checksum")
             file.seek(0)
@@ -4377,7 +4382,10 @@ def platform_of(text=None):
 
 
 def pick(source, raw, platform, depth=0):
-    """The manifest for a platform: this document, or one that is in its list."""
+    """The manifest for a platform: this document, or one that is in its list.
+
+    A list in a list is taken, as some builders write it; deeper ones are not.
+    """
     document = parsed(raw, "manifest", MANIFEST_FORM)
     if document.get("schemaVersion") == 1:
         raise Fail("a manifest of schema 1, which is no longer in use", "push it anew")
@@ -4440,7 +4448,10 @@ def bytes_in(layer):
 
 
 def take_layer(source, descriptor, diff_id, tell):
-    """Bring a layer into the store, as a blob and unpacked; the bytes of its files."""
+    """Bring a layer into the store, as a blob and unpacked; the bytes of its files.
+
+    The blob stays, though the layer could be packed again: that would be another digest.
+    """
     if os.path.isdir(store("layers", hex_of(diff_id))) and (
             os.path.exists(blob_path(descriptor["digest"]))):
         tell("Already exists")
@@ -4454,7 +4465,11 @@ def take_layer(source, descriptor, diff_id, tell):
 
 
 def begin_job(job):
-    """Do a job in a fork: (pid, descriptor of what it says, in lines of JSON)."""
+    """Do a job in a fork: (pid, descriptor of what it says, in lines of JSON).
+
+    The fork shares all that was imported and learnt so far, as a registry's token; what
+    is open it must not read from, since the place in a file would be shared too.
+    """
     ours, theirs = os.pipe()
     pid = os.fork()
     if pid:
@@ -4536,7 +4551,7 @@ def take_image(source, raw, refs, show=lambda *_: None):
     entry = {"mediaType": manifest.get("mediaType") or OCI_MANIFEST,
              "digest": keep(raw), "size": len(raw), "annotations": {
                  SIZES: " ".join(str(sizes[diff_id]) for diff_id in diff_ids)}}
-    with changed_index() as entries:
+    with changed_index() as entries:  # last: until now nobody can see any of it
         for ref in refs or [""]:
             point(entries, ref, entry)
     return Image(entry)
@@ -4577,7 +4592,12 @@ def oci_manifest(config, layers):
 
 
 class Archive:
-    """A source of images: a tarball of `save`, of ours or anybody's."""
+    """A source of images: a tarball of `save`, of ours or anybody's.
+
+    It is only indexed; each blob is read where it lies, by a descriptor of its own,
+    since the processes that do so would share the place in one.  Docker's older form
+    names layers as it likes, and has one that comes twice as a symlink.
+    """
 
     def __init__(self, path, title):
         import tarfile
@@ -4862,15 +4882,11 @@ PLATFORM = arg("--platform", metavar="OS/ARCH", help="of several, the one for th
 def matches(image, wanted):
     """Whether an image passes --filter."""
     labels = image.settings.get("Labels") or {}
-    return all((
-        all((value == "true") == (not image.names) for value in wanted.get("dangling",
-                                                                           ())),
-        all(key in labels and (not equals or labels[key] == value) for key, equals,
-            value in (text.partition("=") for text in wanted.get("label", ()))),
-        all(image.created < find_image(text).created for text in wanted.get("before",
-                                                                            ())),
-        all(image.created > find_image(text).created for text in wanted.get("since",
-                                                                            ()))))
+    asked = [text.partition("=") for text in wanted.get("label", ())]
+    return all((value == "true") == (not image.names)
+               for value in wanted.get("dangling", ())) and all(
+        key in labels and (not equals or labels[key] == value)
+        for key, equals, value in asked)
 
 
 def is_like(row, patterns):
@@ -4909,8 +4925,7 @@ LIST_OPTIONS = (
 @command("images", *LIST_OPTIONS)
 def images_command(options):
     """List the images of the store."""
-    wanted = filters_of(options.filter, ("dangling", "label", "reference", "before",
-                                         "since"))
+    wanted = filters_of(options.filter, ("dangling", "label", "reference"))
     like = wanted.get("reference", []) + [options.repository] * bool(options.repository)
     columns = {"REPOSITORY": "Repository", "TAG": "Tag", "DIGEST": "Digest",
                "IMAGE ID": "ID", "CREATED": "CreatedSince", "SIZE": "Size"}
@@ -5129,6 +5144,10 @@ def containers():
             continue  # not quite made, or just removed
 
 
+# Sweeping is the one way in which blobs and layers go: what is needed is marked, all else
+# removed.  So it does not matter where an earlier one was killed.
+
+
 def sweep(all_of_it=False):
     """Remove blobs and layers that belong to no image and no container, with all_of_it
     unfinished ones too; the bytes freed.  While anybody adds some, none."""
@@ -5181,7 +5200,10 @@ def check_removable(image, text, by_name, force):
 
 def remove_image(text, force=False):
     """Take one name from an image, or all if it is named by its id; with the last one
-    it goes itself unless a container uses it.  Prints what Docker prints."""
+    it goes itself unless a container uses it.  Prints what Docker prints.
+
+    The digest that a repository gave it is a name too, which goes with its last tag.
+    """
     with changed_index() as entries:
         image = find_image(text)
         digits = text.removeprefix("sha256:")
@@ -5221,26 +5243,12 @@ def rmi_command(options):
     for_each(options.images, lambda text: remove_image(text, options.force))
 
 
-def duration(text):
-    """The seconds that Docker's 24h or 1h30m means."""
-    import re
-
-    parts = re.findall(r"(\d+)(h|m|s)", text)
-    if not parts or "".join(map("".join, parts)) != text:
-        raise Fail(f"invalid duration {text!r}", "as 24h or 1h30m", 1)
-    return sum(int(number) * {"h": 3600, "m": 60, "s": 1}[unit]
-               for number, unit in parts)
-
-
 @command("image prune",
          arg("-a", "--all", action="store_true", help="all that no container uses"),
-         arg("-f", "--force", action="store_true", help="do not ask"),
-         arg("--filter", metavar="KEY=VALUE", action="append", default=[],
-             help="label=…, until=TIME (24h)"))
+         arg("-f", "--force", action="store_true", help="do not ask"))
 def image_prune_command(options):
     """Remove images that have no name, and what no image needs."""
     need_root()
-    wanted = filters_of(options.filter, ("label", "until", "dangling"))
     what = "all images without at least one container associated to them" if (
         options.all) else "all dangling images"
     if not options.force:
@@ -5248,12 +5256,9 @@ def image_prune_command(options):
               "[y/N] ", end="", flush=True)
         if sys.stdin.readline().strip().lower() != "y":
             return
-    until = [duration(text) for text in wanted.pop("until", ())]
     used = {notes.get(OF_IMAGE) for _, notes in containers()}
     for image in all_images():
-        if (options.all or not image.names) and image.id not in used and (
-                matches(image, wanted)
-                and all(time.time() - image.created > age for age in until)):
+        if (options.all or not image.names) and image.id not in used:
             remove_image(image.id, True)
     print(f"Total reclaimed space: {decimal(sweep(True))}")
 
@@ -5578,7 +5583,11 @@ class Flow:
 
 
 class Registry:
-    """A source of images, and where they go: one repository of a registry."""
+    """A source of images, and where they go: one repository of a registry.
+
+    Before anything is known of it, nothing is asked: the first request finds out whether
+    it talks https, and its answer 401 who it wants us to be.
+    """
 
     def __init__(self, host, path):
         self.host, self.path = host, path
@@ -5598,7 +5607,10 @@ class Registry:
                 time.sleep(max(PAUSE * 2 ** attempt, getattr(error, "pause", 0)))
 
     def find_scheme(self):
-        """https; or where it may be http, what the other side talks."""
+        """https; or where it may be http, what the other side talks.
+
+        A certificate that cannot be verified is no reason to go on without one.
+        """
         import ssl
         import urllib.error
 
@@ -5736,7 +5748,11 @@ class Registry:
 
     def upload(self, descriptor, other, tell):
         """Send a blob in one piece or several, unless it can be taken from another
-        repository of the same registry."""
+        repository of the same registry.
+
+        Each answer says where the next request goes; that may be another host, which
+        is then told nothing of who we are.
+        """
         digest, length = descriptor["digest"], descriptor["size"]
         mount = f"?mount={digest}&from={other}" if other else ""
         where = f"/v2/{self.path}/blobs/uploads/{mount}"
@@ -6371,6 +6387,9 @@ def choose(options):
         image = image_to_run(options, args[0])
         layers, options.like = image_layers(image), image_process(image)
         args = image_command(image, options.entrypoint, args[1:])
+        if volumes := ", ".join(image.settings.get("Volumes") or {}):
+            say(f"volumes of the image ({volumes}) are kept with the container's other "
+                "changes, unless -v or --tmpfs puts something there")
     options.notes = {OF_LAYERS: to_json(layers), **(image_notes(image) if
                                                      options.like else {})}
     return layers, args
