@@ -4450,7 +4450,7 @@ def bytes_in(layer):
 def take_layer(source, descriptor, diff_id, tell):
     """Bring a layer into the store, as a blob and unpacked; the bytes of its files.
 
-    The blob stays, though the layer could be packed again: that would be another digest.
+    The blob stays: packed again, the layer would have another digest.
     """
     if os.path.isdir(store("layers", hex_of(diff_id))) and (
             os.path.exists(blob_path(descriptor["digest"]))):
@@ -5144,8 +5144,8 @@ def containers():
             continue  # not quite made, or just removed
 
 
-# Sweeping is the one way in which blobs and layers go: what is needed is marked, all else
-# removed.  So it does not matter where an earlier one was killed.
+# Sweeping is the one way in which blobs and layers go: what is needed is marked, all
+# else removed.  So it does not matter where an earlier one was killed.
 
 
 def sweep(all_of_it=False):
@@ -5585,8 +5585,8 @@ class Flow:
 class Registry:
     """A source of images, and where they go: one repository of a registry.
 
-    Before anything is known of it, nothing is asked: the first request finds out whether
-    it talks https, and its answer 401 who it wants us to be.
+    The first request finds out whether it talks https, and an answer 401 who it wants
+    us to be.
     """
 
     def __init__(self, host, path):
