@@ -6668,6 +6668,8 @@ COMMON_OPTIONS = (
 class Options:
     """What the command line says: an attribute for each option and operand."""
 
+    like, notes = None, {}  # what the image of a `run` adds: process, annotations
+
 
 def usage():
     """What `minicontainer --help` prints."""
