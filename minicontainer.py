@@ -133,7 +133,7 @@ class narration:
     began = time.monotonic_ns()
 
 
-SAID = set()  # what the person has been told
+SAID = set(os.environ.pop("MINICONTAINER_SAID", "").split("\n"))  # to the person
 
 
 def say(message):
@@ -1831,7 +1831,12 @@ def open_inside(c, path, flags=os.O_PATH):
     """A descriptor of a path of the container, resolved as if / were its root (P4)."""
     how = open_how(flags=flags | os.O_CLOEXEC,
                    resolve=RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS)
-    return syscall("openat2", c.root_fd, path, how, ctypes.sizeof(how))
+    for left in reversed(range(128)):
+        try:
+            return syscall("openat2", c.root_fd, path, how, ctypes.sizeof(how))
+        except BlockingIOError:  # a rename, anywhere, while there was a ".." on the way
+            if not left:
+                raise
 
 
 def inside(c, path, make="", links=0):
@@ -1867,7 +1872,10 @@ def attach_source(c, mount):
     """Put a source that the parent took at its place, read-only, private … as asked."""
     path = mount["destination"]
     tree, attributes, propagation = c.sources[path], 0, 0
-    place = inside(c, path, "dir" if stat.S_ISDIR(os.fstat(tree).st_mode) else "file")
+    is_directory = stat.S_ISDIR(os.fstat(tree).st_mode)
+    place = inside(c, path, "dir" if is_directory else "file")
+    if is_directory != stat.S_ISDIR(os.fstat(place.fd).st_mode):
+        raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), f"mount on {path}")
     syscall("move_mount", tree, "", place.fd, "",
             MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH,
             why=f"the volume appears at {path}")
@@ -2099,7 +2107,6 @@ def seal_root(c):
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_KEEPCAPS, PR_CAPBSET_DROP = 1, 4, 8, 24
 PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 38, 47, 4
 KEYCTL_JOIN_SESSION_KEYRING = 1
-CLOSE_RANGE_CLOEXEC = 4
 SECCOMP_SET_MODE_FILTER = 1
 
 calls(
@@ -2115,7 +2122,7 @@ calls(
     keyctl=(250, 219, "KEYCTL_ arg2"),
     prlimit64=(302, 261, "pid resource new old"),
     seccomp=(317, 277, "SECCOMP_ flags program"),
-    close_range=(436, 436, "first last CLOSE_RANGE_"),
+    close_range=(436, 436, "first last flags"),
     execve=(59, 221, "path argv envp"),
 )
 
@@ -2697,6 +2704,41 @@ class sock_fprog(ctypes.Structure):
         return f"{{.len = {self.len}}}"
 
 
+# ── the interpreter ──
+
+
+def seal_interpreter(spec):
+    """Where root inside is root outside, start anew in an interpreter that he cannot
+    write to; returns in that one, or where there is no need.
+
+    An image whose program begins with #!/proc/self/exe, or who may look at us through
+    /proc/1/exe, holds the file that we run: the host's own python3.  On a mount that
+    is read-only and attached nowhere, nobody inside can change it, its mode or owner.
+    subtle: a fork runs the same file, so it takes an execve; only those pay for it
+    who have no user namespace, in which its owner is nobody.
+    """
+    sealed = os.statvfs("/proc/self/exe").f_flag & os.ST_RDONLY
+    if sealed or namespace_flags(spec) & CLONE_NEWUSER:
+        return
+    directory, name = os.path.split(os.readlink("/proc/self/exe"))
+    attr = mount_attr(attr_set=MOUNT_ATTR_RDONLY)
+    try:
+        tree = syscall("open_tree", AT_FDCWD, directory, OPEN_TREE_CLONE
+                       | OPEN_TREE_CLOEXEC | AT_RECURSIVE, why="attached nowhere")
+        syscall("mount_setattr", tree, "", AT_EMPTY_PATH | AT_RECURSIVE, attr,
+                ctypes.sizeof(attr), why="root inside is root outside, but not here")
+    except OSError as error:  # before Linux 5.12
+        if error.errno != errno.ENOSYS:
+            raise
+        say("this kernel cannot seal this machine's Python: root inside can write to "
+            "it, through /proc/self/exe")
+        return
+    os.environ["MINICONTAINER_SAID"] = "\n".join(SAID)
+    syscall("execve", f"/proc/self/fd/{tree}/{name}", sys.orig_argv,
+            ctypes.c_void_p.in_dll(LIBC, "environ"),
+            why="start anew, in an interpreter that nobody can write to")
+
+
 # ── steps ──
 
 
@@ -2931,17 +2973,22 @@ def die_with_parent(c):
 
 
 def close_descriptors(c):
-    """Step: the program gets 0, 1 and 2, and nothing else of ours."""
-    try:
-        syscall("close_range", 3, 0x7FFFFFFF, CLOSE_RANGE_CLOEXEC,
-                why="all others are closed by execve")
-    except OSError as error:  # Linux before 5.11 knows no such flag, or no such call
-        if error.errno not in (errno.EINVAL, errno.ENOSYS):
-            raise
-        low = 3
-        for fd in sorted({c.news[1], c.orders[0], narration.fd, 1 << 20}):
-            os.closerange(low, fd)  # those three were opened to be closed by execve
-            low = max(low, fd + 1)
+    """Step: the program gets 0, 1 and 2, and nothing else of ours.
+
+    subtle: execve closes too, but looks the program up before: one that is named
+    /proc/self/fd/5/../../bin/sh, or asks for it with #!, would be the host's, if 5 were
+    a directory of the host.  What stays open until then leads nowhere.
+    """
+    low = 3
+    for kept in sorted({c.news[1], c.orders[0], narration.fd, c.proc, 0x7FFFFFFF}):
+        if kept > low:
+            try:
+                syscall("close_range", low, kept - 1, 0, why="all but what we need")
+            except OSError as error:
+                if error.errno != errno.ENOSYS:
+                    raise
+                os.closerange(low, min(kept, 1 << 20))  # Linux before 5.9
+        low = max(low, kept + 1)
 
 
 def install_seccomp(c):
@@ -3023,6 +3070,8 @@ def label_program(c):
             raise Fail(f"{module} does not know {label!r}: {error.strerror}",
                        f"is it loaded, and {module} in /sys/kernel/security/lsm?"
                        ) from None
+    if c.proc >= 0:
+        os.close(c.proc)  # it leads to the host; see close_descriptors
 
 
 # Execve resets handlers but keeps what is ignored: by Python, a shell or nohup.
@@ -3199,6 +3248,8 @@ ADVICE = (
     ("pivot_root", (errno.EINVAL,), shared_mounts),
     ("clone3 clone unshare", (errno.ENOSPC, errno.EUSERS),
      "the sysctls user.max_*_namespaces allow no more here; or --userns host"),
+    ("", (errno.ENOTDIR,), "what the image has there is in the way: a directory goes "
+     "on a directory, a file on a file"),
     ("mount", (errno.ENODEV,), "the kernel lacks this file system: is there a module?"),
     ("", (errno.EPERM, errno.EACCES), refused_to_root),
     ("", (errno.EBUSY,), holders),
@@ -3285,7 +3336,7 @@ BIRTH = (               # init, from "go" until it is your program
         become_user,    # groups, then user
         set_capabilities,  # what is left of them after that
         no_new_privileges,  # nothing is to be gained any more
-        close_descriptors,  # all of ours will end with this program
+        close_descriptors,  # before a program is looked up that could name them
         die_with_parent,  # forgotten whenever a user changes, so after that
         become_reaper,  # with --init: process 1 stays behind, its child goes on
         label_program,  # counts for this process alone, so after the last fork
@@ -3373,7 +3424,8 @@ def enter(c, running):
 # A tarball is hostile until shown otherwise: names with "..", a symlink and then a
 # file written through it, a hard link to outside.  So Python's tarfile only reads the
 # headers and the data for us; what it names is made here, below a descriptor of the
-# layer, with openat2 and RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS.
+# layer, with openat2 and RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS.  And as few kilobytes
+# can mean a petabyte of zeros, of entries or of headers, each of the three is bounded.
 #
 # A layer can also take away.  An entry `.wh.NAME` says that NAME of the layers below
 # is gone, `.wh..wh..opq` that its directory hides all of them; overlay says the same
@@ -3619,9 +3671,68 @@ def unpack_named(path, tar, member, top, times):
 def set_times(top, times):
     """Set the times of directories; last, since making files in them changes them."""
     for directory, when in reversed(times):
-        handle = open_beneath(top, directory)
+        try:
+            handle = open_beneath(top, directory)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                raise
+            continue  # a later entry has replaced it
         os.utime(handle, ns=when)
         os.close(handle)
+
+
+LAYER_ENTRIES = 1_000_000  # more take $MINICONTAINER_LAYER_ENTRIES
+HEADER_BYTES = 1 << 20  # of one entry: tarfile takes them into memory whole
+
+
+class Meter:
+    """A tarball's stream, that gives no more bytes than `left` says."""
+
+    def __init__(self, path):
+        import bz2
+        import gzip
+        import lzma
+
+        with open(path, "rb") as file:
+            head = file.read(512)
+        known = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
+        opener = open if head[257:262] == b"ustar" else known.get(head[:2], open)
+        self.path, self.file, self.left = path, opener(path, "rb"), HEADER_BYTES
+
+    def read(self, count):
+        """Read, if it is within what is left."""
+        self.left -= count
+        if self.left < 0:
+            raise Fail(f"{self.path}: not a tarball, or a damaged one: more than "
+                       f"{human(HEADER_BYTES)} of headers for one entry",
+                       "it is damaged or hostile: do not use it")
+        return self.file.read(count)
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+def members(tar):
+    """The entries of a tarball, one after the other, while they stay within bounds."""
+    path, room = tar.fileobj.path, os.statvfs(STORE)
+    most = size(os.environ.get("MINICONTAINER_LAYER_BYTES")
+                or f"{room.f_bavail * room.f_frsize}")  # all the same: it has to fit
+    entries = whole("$MINICONTAINER_LAYER_ENTRIES", os.environ.get(
+        "MINICONTAINER_LAYER_ENTRIES") or f"{LAYER_ENTRIES}", 1)
+    total = count = 0
+    while member := tar.next():
+        tar.members.clear()  # it would keep every one
+        total, count = total + member.size, count + 1
+        for over, what in ((total > most, f"unpacks to more than {human(most)}"),
+                           (count > entries, f"has more than {entries} entries"),
+                           (len(tar.pax_headers) > 100, "has 100 global headers")):
+            if over:
+                raise Fail(f"{path}: the tarball {what}",
+                           "the bounds are MINICONTAINER_LAYER_BYTES (what is free on "
+                           "the disk) and MINICONTAINER_LAYER_ENTRIES (a million)")
+        tar.fileobj.left = member.size + HEADER_BYTES
+        yield member
+        tar.fileobj.left = HEADER_BYTES
 
 
 def unpack(path, top):
@@ -3633,12 +3744,13 @@ def unpack(path, top):
     fd = os.open(top, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     times = []
     try:
-        with tarfile.open(path, "r:*", errorlevel=2) as tar:
-            for member in tar:
+        with tarfile.TarFile(fileobj=Meter(path), errorlevel=2) as tar:
+            for member in members(tar):
                 unpack_named(path, tar, member, fd, times)
             tar.fileobj.seek(tar.offset)  # at a bad header tarfile just stops
             if tar.fileobj.read(512) != bytes(512):
                 raise tarfile.ReadError("it does not end as a tarball does")
+            tar.fileobj.left = 1 << 30
             while tar.fileobj.read(1 << 20):
                 pass  # gzip and xz have their checksum at the very end
         set_times(fd, times)
@@ -4253,6 +4365,7 @@ def create(options, layers, args):
     """A container that has everything but a life: its directory, spec and ids."""
     id = os.urandom(32).hex()
     spec = make_spec(options, id, args)
+    seal_interpreter(spec)
     hold_signals()
     directory = store("containers", id)
     guard = lock(os.path.dirname(directory), fcntl.LOCK_SH)  # prune waits for us
@@ -4410,7 +4523,7 @@ def run_command(options):
                 "root outside)")
             remove(c)
             options.userns = "host"
-            c = create(options, layers, args)
+            c = create(options, layers, args)  # starts anew, sealed, and comes by again
             start(c, *steps)
         save(f"{c.directory}/state.json", {"pid": c.pid})
         code = attend(c, options.interactive)
@@ -4429,7 +4542,7 @@ def run_command(options):
 def find_container(name):
     """(id, directory) of the container whose id begins with `name`."""
     ids = [id for id in os.listdir(os.path.dirname(store("containers", "x")))
-           if id.startswith(name)]
+           if name and id.startswith(name)]
     if len(ids) != 1:
         raise Fail(f"no such container: {name}" if not ids else
                    f"multiple IDs found with provided prefix: {name}",
@@ -4453,6 +4566,7 @@ def exec_command(options):
             raise ProcessLookupError
     except (FileNotFoundError, ProcessLookupError):
         raise Fail(f"container {id[:12]} is not running", "it has ended", 1) from None
+    seal_interpreter(spec)
     hold_signals()
     process = {**spec["process"],
                **process_spec(options, options.words, spec["process"])}
@@ -4610,7 +4724,7 @@ class ByHand:
     # ── files ──
 
     def mkdirat(self, dirfd, path, mode):
-        first = not self.made and f"export id={os.path.basename(path)}\n"
+        first = not self.made and f"{FIRST_SHELL}\nexport id={os.path.basename(path)}\n"
         if dirfd == AT_FDCWD and path.startswith("/"):
             self.made.append(path)
         return f"{first or ''}mkdir -m {mode:o} {self.path(path, dirfd)}"
@@ -4801,19 +4915,18 @@ BY_HAND = []  # the script of this process, once it has begun
 @style("sh")
 def as_shell(name, args, at, took, result, why):
     """A request as the line of a shell script, if it has one."""
-    begin = ""
     if not BY_HAND:
-        begin, narration.style = FIRST_SHELL + "\n", ""  # what it takes is not told
+        narration.style = ""  # what it takes is not told
         BY_HAND.append(ByHand())
         narration.style = "sh"
     hand, tell = BY_HAND[0], getattr(BY_HAND[0], name, None)
-    if tell is None or not (result.isdecimal() or name == "execve"):
-        return begin.rstrip()
+    if not tell or not (result.isdecimal() or name == "execve") or not (
+            hand.made or name == "mkdirat"):  # it begins with the container's directory
+        return ""
     hand.result = int(result) if result.isdecimal() else 0
-    lines = tell(*args) or ""
+    lines, id = tell(*args) or "", os.path.basename(hand.made[0])
     why = f"  # {why}" * bool(lines and why and "\n" not in lines)
-    return begin + lines.replace(os.path.basename(hand.made[0]), "$id").replace(
-        "id=$id", f"id={os.path.basename(hand.made[0])}") + why
+    return lines.replace(id, "$id").replace("id=$id", f"id={id}") + why
 
 
 def why_each(tuple_name):
