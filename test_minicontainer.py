@@ -1864,7 +1864,7 @@ def by_descriptors(tmp_path, busybox):
     leads there while execve looks for it."""
     (tmp_path / "echo").write_bytes(busybox)
     os.chmod(tmp_path / "echo", 0o755)
-    path = ":".join(f"/proc/self/fd/{fd}{'/..' * 9}{tmp_path}" for fd in range(3, 300))
+    path = ":".join(f"/proc/self/fd/{fd}{'/..' * 9}{tmp_path}" for fd in (*range(3, 40), 200))
     return ["--rootfs", m.default_rootfs(), "-e", f"PATH={path}"]
 
 
@@ -1907,7 +1907,7 @@ def test_nothing_can_be_typed_into_the_callers_terminal(probe):
     calls = [f"{m.call_numbers(MACHINE)['ioctl']},{fd},{TIOCSTI}" for fd in (0, 1, 2)]
     terminal = Terminal("run", "--rm", "-i", "--rootfs", probe, "/probe", *calls)
     assert terminal.end() == 0
-    assert terminal.seen.split() == [str(errno.ENOTTY)] * 3
+    assert terminal.seen.split()[-3:] == [str(errno.ENOTTY)] * 3
     terminal = Terminal("run", "--rm", "-i", "/bin/sh", "-c", ": < /dev/tty")
     assert terminal.end() != 0 and "No such device or address" in terminal.seen
     terminal = Terminal("run", "--rm", "-it", "/bin/sh", "-c", "stat -Lc =%d= "
@@ -2880,15 +2880,15 @@ def test_after_kill_9_at_any_step_of_birth_prune_restores_the_host():
     before = host()
     step = 1 if "IN_TEST_VM" not in os.environ else 4
     for n in range(0, len(m.BIRTH), step):
-        shared = mmap.mmap(-1, 2)  # "reached" and "go on": no descriptor, they are closed
+        flags = mmap.mmap(-1, 2)  # reached, let go; descriptors are closed on the way
 
-        def stopping(n=n, shared=shared):
+        def stopping(n=n, flags=flags):
             original = m.init
 
             def init(c, steps):
                 def wait(c):
-                    shared[0] = 1
-                    until(lambda: shared[1])
+                    flags[0] = 1
+                    until(lambda: flags[1])
                 original(c, (*steps[:n], wait, *steps[n:]))
             m.init = init
             return m.main(["run", "--rm", "/bin/sh", "-c", "sleep 60"])
@@ -2898,10 +2898,10 @@ def test_after_kill_9_at_any_step_of_birth_prune_restores_the_host():
             os.dup2(os.open("/dev/null", os.O_RDWR), 1)
             os.dup2(1, 2)
             os._exit(stopping())
-        until(lambda shared=shared: shared[0])
+        until(lambda flags=flags: flags[0])
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        shared[1] = 1
+        flags[1] = 1
         result = mini("system", "prune")
         assert result.returncode == 0, (n, result.stderr)
         until(lambda: host() == before)
@@ -2909,13 +2909,14 @@ def test_after_kill_9_at_any_step_of_birth_prune_restores_the_host():
 
 @root
 def test_after_kill_9_of_a_running_container_prune_restores_the_host():
+    before = our_cgroups()
     for options in ([], ["--pid", "host"], ["--init"]):
         with running(*options, script="sleep 600 & echo up; read x") as (process, id, _):
             assert mini("system", "prune").stdout == ""  # it lives: left alone
             process.kill()
             process.wait()
             assert mini("system", "prune").stdout == id + "\n"
-            assert our_cgroups() == []
+            assert our_cgroups() == before
 
 
 @root
