@@ -33,10 +33,11 @@ Contents (`grep -n '^# ══' minicontainer.py` finds each):
      9. REGISTRY             how images come and go
     11. THE SHIM             its terminal, its signals, its end
     12. THE ENGINE           containers by name: run, exec, system prune
+    15. THE CLASSROOM        a container in parts, and by hand
     16. COMMAND LINE         main
 
 A chapter uses only what stands above it: cut the file after any of them, and what
-is left still works.  (7, 10 and 13 to 15 are not written yet; see README.md.)
+is left still works.  (7, 10, 13 and 14 are not written yet; see README.md.)
 
 Vocabulary:
     rootfs   the directory that a container sees as /
@@ -122,14 +123,26 @@ class Fail(Exception):
         self.message, self.hint, self.code = message, hint, code
 
 
-SAID = set()  # what the person has been told
+class narration:
+    """How --explain talks: kept by every process, inherited by every fork."""
+
+    style = ""  # one of STYLES, or "" for silence
+    who = "parent"  # who is talking
+    fd = 2  # where to
+    colour = False
+    aside = ""  # what goes before a line that is not the narration's
+    began = time.monotonic_ns()
+
+
+SAID = set(os.environ.pop("MINICONTAINER_SAID", "").split("\n"))  # to the person
 
 
 def say(message):
     """One line from us to the person, on standard error, and each only once."""
     if message not in SAID:
         SAID.add(message)
-        print(f"minicontainer: {message}", file=sys.stderr, flush=True)
+        text = f"minicontainer: {message}".replace("\n", f"\n{narration.aside}")
+        print(narration.aside + text, file=sys.stderr, flush=True)
 
 
 # PyDLL, unlike CDLL, keeps Python's global lock during the call.  Nothing else may
@@ -196,16 +209,6 @@ def from_json(text):
     return json.loads(text)
 
 
-class narration:
-    """How --explain talks: kept by every process, inherited by every fork."""
-
-    style = ""  # "", "text", "bpf": text with filters disassembled, or "json"
-    who = "parent"  # who is talking
-    fd = 2  # where to
-    colour = False
-    began = time.monotonic_ns()
-
-
 def spell_flags(value, *prefixes):
     """The names of the flags in `value`: those constants of this file that begin
     with one of the prefixes."""
@@ -257,27 +260,53 @@ def spell(name, args):
     return f"{name}({', '.join(spelled)})"
 
 
+STYLES = {}  # what --explain=STYLE may name: the function that makes the line
+
+
+def style(*names):
+    """Declare that the decorated function tells a request in the styles named: its
+    line, or "" for a request that it has no words for."""
+    def declare(function):
+        STYLES.update(dict.fromkeys(names, function))
+        return function
+    return declare
+
+
+def listing(args):
+    """The lines of a program among the arguments, where somebody has written them."""
+    return [text for value in args for text in getattr(value, "listing", ())]
+
+
+@style("text", "bpf")  # bpf: with seccomp filters disassembled
+def as_text(name, args, at, took, result, why):
+    """A request as strace would show it, and why it was made."""
+    grey, bold, red, end = (("\033[2m", "\033[1m", "\033[31m", "\033[0m")
+                            if narration.colour else ("",) * 4)
+    mark = red if result.startswith("-1") else bold
+    line = (f"{grey}{at:9.3f} ms {took:8.3f} ms{end}  {narration.who:<7} "
+            f"{mark}{spell(name, args)}{end} = {result}")
+    line += f"  {grey}# {why}{end}" if why else ""
+    return "\n    ".join([line, *listing(args)])
+
+
+@style("json")
+def as_json(name, args, at, took, result, why):
+    """A request as an object on a line."""
+    program = listing(args)
+    return to_json({"at_ms": round(at, 3), "took_ms": round(took, 3),
+                    "who": narration.who, "call": spell(name, args), "result": result,
+                    "why": why, **({"program": program} if program else {})})
+
+
 def narrate(name, args, began, result, why):
     """One line on the narration's descriptor, written at once so that lines of
     several processes never mix."""
     now = time.monotonic_ns()
     at, took = (began - narration.began) / 1e6, (now - began) / 1e6
-    call = spell(name, args)
-    program = [text for value in args for text in getattr(value, "listing", ())]
-    if narration.style == "json":
-        line = to_json({"at_ms": round(at, 3), "took_ms": round(took, 3),
-                        "who": narration.who, "call": call, "result": result,
-                        "why": why, **({"program": program} if program else {})})
-    else:
-        grey, bold, red, end = (("\033[2m", "\033[1m", "\033[31m", "\033[0m")
-                                if narration.colour else ("",) * 4)
-        mark = red if result.startswith("-1") else bold
-        line = (f"{grey}{at:9.3f} ms {took:8.3f} ms{end}  {narration.who:<7} "
-                f"{mark}{call}{end} = {result}")
-        line += f"  {grey}# {why}{end}" if why else ""
-        line += "".join(f"\n    {text}" for text in program)
+    line = STYLES[narration.style](name, args, at, took, result, why)
     try:
-        os.write(narration.fd, line.encode("utf-8", "backslashreplace") + b"\n")
+        if line and (name, result) != ("clone3", "0"):  # the child: its parent told it
+            os.write(narration.fd, line.encode("utf-8", "backslashreplace") + b"\n")
     except OSError:  # nobody listens any more: `| head`
         narration.style = ""
 
@@ -313,8 +342,7 @@ def request(name, args, ask, why):
         result += f" ({error.strerror})"
         raise
     finally:
-        if (name, result) != ("clone3", "0"):  # in the child: its parent has told it
-            narrate(name, args, began, result, why)
+        narrate(name, args, began, result, why)
 
 
 def syscall(name, *args, why=""):
@@ -363,13 +391,13 @@ def read_file(path, why=""):
     return request("read", (path,), ask, why)
 
 
-def start_narration(style):
-    """Begin to narrate in `style`, on a copy of standard error that no container
-    can inherit or replace."""
-    narration.style = style
+def start_narration(words):
+    """Begin to narrate in the style `words`, on a copy of standard error that no
+    container can inherit or replace."""
+    narration.style = words
     narration.fd = fcntl.fcntl(2, fcntl.F_DUPFD_CLOEXEC, 100)
-    narration.colour = (style != "json" and os.isatty(2)
-                        and not os.environ.get("NO_COLOR"))
+    narration.colour = os.isatty(2) and not os.environ.get("NO_COLOR")
+    narration.aside = "# " if words == "sh" else ""
 
 
 # A command is declared beside its meaning, with the options it takes; chapter 16
@@ -560,6 +588,7 @@ CLONE_NEWTIME, CLONE_NEWNS, CLONE_NEWCGROUP = 0x80, 0x20000, 0x2000000
 CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWUSER = 0x4000000, 0x8000000, 0x10000000
 CLONE_NEWPID, CLONE_NEWNET = 0x20000000, 0x40000000
 CLONE_PIDFD, CLONE_PARENT, CLONE_INTO_CGROUP = 0x1000, 0x8000, 0x200000000
+SIOCSIFFLAGS = 0x8914
 
 calls(
     clone3=(435, 435, "args size"),
@@ -751,7 +780,7 @@ def set_names(c):
 
 def loopback_up(c):
     """Step: bring up the loopback interface, down in every new network namespace."""
-    AF_INET, SOCK_DGRAM, SIOCSIFFLAGS, IFF_UP = 2, 0x80002, 0x8914, 1  # CLOEXEC'd
+    AF_INET, SOCK_DGRAM, IFF_UP = 2, 0x80002, 1  # CLOEXEC'd
     if not namespace_flags(c.spec) & CLONE_NEWNET:
         return
     fd = syscall("socket", AF_INET, SOCK_DGRAM, 0, why="any socket will do for ioctl")
@@ -1803,7 +1832,12 @@ def open_inside(c, path, flags=os.O_PATH):
     """A descriptor of a path of the container, resolved as if / were its root (P4)."""
     how = open_how(flags=flags | os.O_CLOEXEC,
                    resolve=RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS)
-    return syscall("openat2", c.root_fd, path, how, ctypes.sizeof(how))
+    for left in reversed(range(128)):
+        try:
+            return syscall("openat2", c.root_fd, path, how, ctypes.sizeof(how))
+        except BlockingIOError:  # a rename, anywhere, while there was a ".." on the way
+            if not left:
+                raise
 
 
 def inside(c, path, make="", links=0):
@@ -1839,7 +1873,10 @@ def attach_source(c, mount):
     """Put a source that the parent took at its place, read-only, private … as asked."""
     path = mount["destination"]
     tree, attributes, propagation = c.sources[path], 0, 0
-    place = inside(c, path, "dir" if stat.S_ISDIR(os.fstat(tree).st_mode) else "file")
+    is_directory = stat.S_ISDIR(os.fstat(tree).st_mode)
+    place = inside(c, path, "dir" if is_directory else "file")
+    if is_directory != stat.S_ISDIR(os.fstat(place.fd).st_mode):
+        raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), f"mount on {path}")
     syscall("move_mount", tree, "", place.fd, "",
             MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH,
             why=f"the volume appears at {path}")
@@ -2071,7 +2108,6 @@ def seal_root(c):
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_KEEPCAPS, PR_CAPBSET_DROP = 1, 4, 8, 24
 PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 38, 47, 4
 KEYCTL_JOIN_SESSION_KEYRING = 1
-CLOSE_RANGE_CLOEXEC = 4
 SECCOMP_SET_MODE_FILTER = 1
 
 calls(
@@ -2087,7 +2123,7 @@ calls(
     keyctl=(250, 219, "KEYCTL_ arg2"),
     prlimit64=(302, 261, "pid resource new old"),
     seccomp=(317, 277, "SECCOMP_ flags program"),
-    close_range=(436, 436, "first last CLOSE_RANGE_"),
+    close_range=(436, 436, "first last flags"),
     execve=(59, 221, "path argv envp"),
 )
 
@@ -2669,6 +2705,41 @@ class sock_fprog(ctypes.Structure):
         return f"{{.len = {self.len}}}"
 
 
+# ── the interpreter ──
+
+
+def seal_interpreter(spec):
+    """Where root inside is root outside, start anew in an interpreter that he cannot
+    write to; returns in that one, or where there is no need.
+
+    An image whose program begins with #!/proc/self/exe, or who may look at us through
+    /proc/1/exe, holds the file that we run: the host's own python3.  On a mount that
+    is read-only and attached nowhere, nobody inside can change it, its mode or owner.
+    subtle: a fork runs the same file, so it takes an execve; only those pay for it
+    who have no user namespace, in which its owner is nobody.
+    """
+    sealed = os.statvfs("/proc/self/exe").f_flag & os.ST_RDONLY
+    if sealed or namespace_flags(spec) & CLONE_NEWUSER:
+        return
+    directory, name = os.path.split(os.readlink("/proc/self/exe"))
+    attr = mount_attr(attr_set=MOUNT_ATTR_RDONLY)
+    try:
+        tree = syscall("open_tree", AT_FDCWD, directory, OPEN_TREE_CLONE
+                       | OPEN_TREE_CLOEXEC | AT_RECURSIVE, why="attached nowhere")
+        syscall("mount_setattr", tree, "", AT_EMPTY_PATH | AT_RECURSIVE, attr,
+                ctypes.sizeof(attr), why="root inside is root outside, but not here")
+    except OSError as error:  # before Linux 5.12
+        if error.errno != errno.ENOSYS:
+            raise
+        say("this kernel cannot seal this machine's Python: root inside can write to "
+            "it, through /proc/self/exe")
+        return
+    os.environ["MINICONTAINER_SAID"] = "\n".join(SAID)
+    syscall("execve", f"/proc/self/fd/{tree}/{name}", sys.orig_argv,
+            ctypes.c_void_p.in_dll(LIBC, "environ"),
+            why="start anew, in an interpreter that nobody can write to")
+
+
 # ── steps ──
 
 
@@ -2903,17 +2974,22 @@ def die_with_parent(c):
 
 
 def close_descriptors(c):
-    """Step: the program gets 0, 1 and 2, and nothing else of ours."""
-    try:
-        syscall("close_range", 3, 0x7FFFFFFF, CLOSE_RANGE_CLOEXEC,
-                why="all others are closed by execve")
-    except OSError as error:  # Linux before 5.11 knows no such flag, or no such call
-        if error.errno not in (errno.EINVAL, errno.ENOSYS):
-            raise
-        low = 3
-        for fd in sorted({c.news[1], c.orders[0], narration.fd, 1 << 20}):
-            os.closerange(low, fd)  # those three were opened to be closed by execve
-            low = max(low, fd + 1)
+    """Step: the program gets 0, 1 and 2, and nothing else of ours.
+
+    subtle: execve closes too, but looks the program up before: one that is named
+    /proc/self/fd/5/../../bin/sh, or asks for it with #!, would be the host's, if 5 were
+    a directory of the host.  What stays open until then leads nowhere.
+    """
+    low = 3
+    for kept in sorted({c.news[1], c.orders[0], narration.fd, c.proc, 0x7FFFFFFF}):
+        if kept > low:
+            try:
+                syscall("close_range", low, kept - 1, 0, why="all but what we need")
+            except OSError as error:
+                if error.errno != errno.ENOSYS:
+                    raise
+                os.closerange(low, min(kept, 1 << 20))  # Linux before 5.9
+        low = max(low, kept + 1)
 
 
 def install_seccomp(c):
@@ -2995,6 +3071,8 @@ def label_program(c):
             raise Fail(f"{module} does not know {label!r}: {error.strerror}",
                        f"is it loaded, and {module} in /sys/kernel/security/lsm?"
                        ) from None
+    if c.proc >= 0:
+        os.close(c.proc)  # it leads to the host; see close_descriptors
 
 
 # Execve resets handlers but keeps what is ignored: by Python, a shell or nohup.
@@ -3171,6 +3249,8 @@ ADVICE = (
     ("pivot_root", (errno.EINVAL,), shared_mounts),
     ("clone3 clone unshare", (errno.ENOSPC, errno.EUSERS),
      "the sysctls user.max_*_namespaces allow no more here; or --userns host"),
+    ("", (errno.ENOTDIR,), "what the image has there is in the way: a directory goes "
+     "on a directory, a file on a file"),
     ("mount", (errno.ENODEV,), "the kernel lacks this file system: is there a module?"),
     ("", (errno.EPERM, errno.EACCES), refused_to_root),
     ("", (errno.EBUSY,), holders),
@@ -3221,7 +3301,7 @@ def diagnose(error, step=""):
 
 BEFORE = (              # the parent, before there is another process
     make_cgroup,        # first: init may be born in it
-    open_stdio,
+    open_stdio,         # its ends are inherited
     take_sources,       # while our mounts are still the host's
     open_workshop,      # and now they are not
 )
@@ -3244,7 +3324,7 @@ BIRTH = (               # init, from "go" until it is your program
     make_devices,       # in the /dev that was just mounted
     open_console,       # from the /dev/pts that was just mounted
     take_stdio,         # if there is no terminal
-    set_names, loopback_up,
+    set_names, loopback_up,  # any time will do: each has a namespace of its own
     set_sysctls,        # while the host's /proc is there
     mask_paths,         # after all mounts that could lie on top of a mask
     pivot,              # after every step that needs a path of the host
@@ -3257,12 +3337,12 @@ BIRTH = (               # init, from "go" until it is your program
         become_user,    # groups, then user
         set_capabilities,  # what is left of them after that
         no_new_privileges,  # nothing is to be gained any more
-        close_descriptors,  # all of ours will end with this program
+        close_descriptors,  # before a program is looked up that could name them
         die_with_parent,  # forgotten whenever a user changes, so after that
         become_reaper,  # with --init: process 1 stays behind, its child goes on
         label_program,  # counts for this process alone, so after the last fork
         reset_signals, install_seccomp,  # nothing but execve after it
-        execute,
+        execute,        # and it is your program
     )),
 )
 JOIN = (no_more_imports, hide_memory, wait_for_go, join_cgroup, join_namespaces,
@@ -3359,6 +3439,8 @@ def enter(c, running):
 # then a file written through it, a hard link to outside.  So Python's tarfile only
 # reads the headers and the data for us; what it names is made here, below a
 # descriptor of the layer, with openat2 and RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS.
+# And as few kilobytes can mean a petabyte of zeros, of entries or of headers, each of
+# the three is bounded.
 # And a layer can take away: an entry `.wh.NAME` says that NAME of the layers below is
 # gone, `.wh..wh..opq` that its directory hides all of them; overlay says it with a
 # device 0,0 and with an attribute.
@@ -3644,9 +3726,18 @@ def unpack_named(path, tar, member, top, times):
 def set_times(top, times):
     """Set the times of directories; last, since making files in them changes them."""
     for directory, when in reversed(times):
-        handle = open_beneath(top, directory)
+        try:
+            handle = open_beneath(top, directory)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                raise
+            continue  # a later entry has replaced it
         os.utime(handle, ns=when)
         os.close(handle)
+
+
+LAYER_ENTRIES = 1_000_000  # more take $MINICONTAINER_LAYER_ENTRIES
+HEADER_BYTES = 1 << 20  # of one entry: tarfile takes them into memory whole
 
 
 PACKERS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\0": "xz",
@@ -3680,6 +3771,12 @@ class ZstdProgram:
             raise EOFError("zstd cannot decompress it")
         return data
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
     def close(self):
         """End the program."""
         self.process.stdout.close()
@@ -3694,7 +3791,8 @@ def open_plain(path):
     import lzma
 
     with open(path, "rb") as file:
-        packed = compression(file.read(8))
+        head = file.read(512)
+    packed = "" if head[257:262] == b"ustar" else compression(head)
     if packed == "zstd":
         try:
             from compression import zstd
@@ -3707,16 +3805,25 @@ def open_plain(path):
 
 class Plain:
     """A tarball as it was before it was compressed, read once from front to end, and
-    the digest of that: a layer's diff_id."""
+    the digest of that: a layer's diff_id.  It gives no more bytes than `left` says."""
 
-    def __init__(self, path):
+    def __init__(self, path, title):
         import hashlib
 
-        self.file, self.hash = open_plain(path), hashlib.sha256()
-        self.at, self.last, self.again = 0, b"", b""
+        self.file, self.hash, self.title = open_plain(path), hashlib.sha256(), title
+        self.at, self.last, self.again, self.left = 0, b"", b"", HEADER_BYTES
 
     def read(self, length):
-        """As of a file."""
+        """As of a file, if it is within what is left."""
+        self.left -= length
+        if self.left < 0:
+            raise Fail(f"{self.title}: not a tarball, or a damaged one: more than "
+                       f"{human(HEADER_BYTES)} of headers for one entry",
+                       "it is damaged or hostile: do not use it")
+        return self.take(length)
+
+    def take(self, length):
+        """The next bytes, whatever they are."""
         data, self.again = self.again[:length], self.again[length:]
         if len(data) < length:
             fresh = self.file.read(length - len(data))
@@ -3735,7 +3842,7 @@ class Plain:
         if at < self.at:
             self.again = self.last[at - self.at:] + self.again
             self.at = at
-        while self.at < at and self.read(min(at - self.at, 1 << 20)):
+        while self.at < at and self.take(min(at - self.at, 1 << 20)):
             pass
 
     def __enter__(self):
@@ -3743,6 +3850,34 @@ class Plain:
 
     def __exit__(self, *_):
         self.file.close()
+
+
+def layer_bytes():
+    """How many bytes may be unpacked: what is free, as it has to fit, or as was set."""
+    room = os.statvfs(STORE)
+    return size(os.environ.get("MINICONTAINER_LAYER_BYTES")
+                or f"{room.f_bavail * room.f_frsize}")
+
+
+def members(tar):
+    """The entries of a tarball, one after the other, while they stay within bounds."""
+    path, most = tar.fileobj.title, layer_bytes()
+    entries = whole("$MINICONTAINER_LAYER_ENTRIES", os.environ.get(
+        "MINICONTAINER_LAYER_ENTRIES") or f"{LAYER_ENTRIES}", 1)
+    total = count = 0
+    while member := tar.next():
+        tar.members.clear()  # it would keep every one
+        total, count = total + member.size, count + 1
+        for over, what in ((total > most, f"unpacks to more than {human(most)}"),
+                           (count > entries, f"has more than {entries} entries"),
+                           (len(tar.pax_headers) > 100, "has 100 global headers")):
+            if over:
+                raise Fail(f"{path}: the tarball {what}",
+                           "the bounds are MINICONTAINER_LAYER_BYTES (what is free on "
+                           "the disk) and MINICONTAINER_LAYER_ENTRIES (a million)")
+        tar.fileobj.left = member.size + HEADER_BYTES
+        yield member
+        tar.fileobj.left = HEADER_BYTES
 
 
 def unpack(path, top, title=None):
@@ -3755,13 +3890,14 @@ def unpack(path, top, title=None):
     fd = os.open(top, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     times, title = [], title or path
     try:
-        with Plain(path) as plain, tarfile.open(
-                fileobj=plain, mode="r:", errorlevel=2) as tar:
-            for member in tar:
+        with Plain(path, title) as plain, tarfile.TarFile(
+                fileobj=plain, errorlevel=2) as tar:
+            for member in members(tar):
                 unpack_named(title, tar, member, fd, times)
             tar.fileobj.seek(tar.offset)  # at a bad header tarfile just stops
             if tar.fileobj.read(512) != bytes(512):
                 raise tarfile.ReadError("it does not end as a tarball does")
+            tar.fileobj.left = 1 << 30
             while tar.fileobj.read(1 << 20):
                 pass  # gzip and xz have their checksum at the very end
         set_times(fd, times)
@@ -4757,12 +4893,21 @@ def spool(stream):
     import hashlib
 
     path, digest = store("ingest", f".new-{os.getpid()}-spool"), hashlib.sha256()
-    with open(path, "wb") as file:
-        while part := stream.read(1 << 20):
-            file.write(part)
-            digest.update(part)
-        file.flush()
-        os.fsync(file.fileno())
+    most = layer_bytes()
+    try:
+        with open(path, "wb") as file:
+            while part := stream.read(1 << 20):
+                if file.tell() + len(part) > most:
+                    raise Fail(f"more than {human(most)} are coming",
+                               "MINICONTAINER_LAYER_BYTES sets another bound than what "
+                               "is free on the disk")
+                file.write(part)
+                digest.update(part)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        take_away_file(path)
+        raise
     return path, f"sha256:{digest.hexdigest()}"
 
 
@@ -5071,7 +5216,7 @@ def keep_layer(stream, title):
         with open(path, "rb") as file:
             packed = compression(file.read(8))
         if packed in ("xz", "bzip2"):
-            with Plain(path) as plain:
+            with open_plain(path) as plain:
                 os.unlink(path)
                 path, digest = spool(plain)
             packed = ""
@@ -5296,7 +5441,7 @@ def load_command(options):
             with open(path, "rb") as file:
                 packed = compression(file.read(8))
             if packed:
-                with Plain(path) as plain:
+                with open_plain(path) as plain:
                     path = f"{store('ingest', '')}.new-{os.getpid()}-plain"
                     os.rename(spool(plain)[0], path)
                     temporary.append(path)
@@ -6189,6 +6334,10 @@ RUN_OPTIONS = (
     arg("--stats-at-exit", action="store_true", help="print what it used"),
     arg("--storage-driver", choices=["overlay", "vfs"], default="overlay",
         help="vfs: copy the layers, where there is no overlay"),
+    arg("--stop-after", metavar="STEP", help="a shell in the half-made container; see "
+        "`steps` for what there is"),
+    arg("--without", metavar="STEP,…", action="append", default=[],
+        help="leave out walls: seccomp, userns, mask_paths …"),
 )
 
 
@@ -6297,15 +6446,23 @@ def remove(c):
     c.lock = -1
 
 
+def make_directory(path, owner, mode):
+    """Make a directory of the host for a container, owned by its root."""
+    syscall("mkdirat", AT_FDCWD, path, mode, why="a place for what is this container's")
+    if owner:
+        syscall("fchownat", AT_FDCWD, path, owner, owner, 0, why="its root's")
+
+
 def create(options, layers, args):
     """A container that has everything but a life: its directory, spec and ids."""
     id = os.urandom(32).hex()
     spec = make_spec(options, id, args)
+    seal_interpreter(spec)
     hold_signals()
     directory = store("containers", id)
     guard = lock(os.path.dirname(directory), fcntl.LOCK_SH)  # prune waits for us
     try:
-        os.mkdir(directory, 0o711)
+        make_directory(directory, 0, 0o711)
         c = Container(id, spec, directory, layers)
         c.lock = lock(directory, fcntl.LOCK_EX)
     finally:
@@ -6320,16 +6477,16 @@ def create(options, layers, args):
         c.wants_reaper, c.workshop = options.init, store("workshop", "")
         copied = options.storage_driver == "vfs"
         for name in ("rootfs",) if copied else ("upper", "work"):
-            os.mkdir(f"{directory}/{name}", 0o755)
-            os.chown(f"{directory}/{name}", base, base)
+            make_directory(f"{directory}/{name}", base, 0o755)
         if copied:
             copy_layers(layers, f"{directory}/rootfs", base)
             c.layers = ()
         else:
-            os.chmod(f"{directory}/upper", stat.S_IMODE(os.stat(layers[-1]).st_mode))
+            syscall("fchmodat", AT_FDCWD, f"{directory}/upper",
+                    stat.S_IMODE(os.stat(layers[-1]).st_mode), why="as / of the image")
         for name, text in etc_files(c, options.network).items():
-            write_file(f"{directory}/{name}", text, create=0o644)
-            os.chown(f"{directory}/{name}", base, base)
+            write_file(f"{directory}/{name}", text, f"to be /etc/{name}", 0o644)
+            syscall("fchownat", AT_FDCWD, f"{directory}/{name}", base, base, 0)
             if not any(m["destination"] == f"/etc/{name}" for m in spec["mounts"]):
                 spec["mounts"].append({
                     "destination": f"/etc/{name}", "type": "bind",
@@ -6378,7 +6535,9 @@ def image_to_run(options, text):
 
 def choose(options):
     """(layers, arguments) of what `run` was asked to run."""
-    args, options.like = options.words, None
+    args, options.like = options.words or ["/bin/sh"] * bool(options.stop_after), None
+    if not args:
+        raise Fail("IMAGE or COMMAND is missing", options.hint)
     if options.rootfs:
         layers = [layer_of(path) for path in options.rootfs]
     elif args[0].startswith("/"):
@@ -6395,6 +6554,57 @@ def choose(options):
     return layers, args
 
 
+# What --without may leave out: a step that others do not build on, or a namespace.
+WALLS = (no_more_imports, hide_memory, join_cgroup, new_session, make_devices,
+         set_names, loopback_up, mask_paths, pivot, seal_root, drop_bounding,
+         become_user, set_capabilities, no_new_privileges, close_descriptors,
+         label_program, reset_signals, install_seccomp)
+NAMESPACE_WALLS = {"userns": "userns", "pidns": "pid", "netns": "network",
+                   "utsns": "uts", "ipcns": "ipc", "cgroupns": "cgroupns"}
+SHELL = take_stdio, die_with_parent, reset_signals, execute  # what one takes at least
+
+
+def leave_out_walls(options):
+    """The steps that --without names, by their whole name or its last word; the
+    namespaces that it names are made the host's."""
+    steps, names = set(), [name for text in options.without for name in text.split(",")]
+    for name in names:
+        found = [step for step in WALLS
+                 if name in (step.__name__, step.__name__.rpartition("_")[2])]
+        if name in NAMESPACE_WALLS:
+            setattr(options, NAMESPACE_WALLS[name], "host")
+        elif not found:
+            raise Fail(f"--without {name}: no such wall", ", ".join(
+                [*NAMESPACE_WALLS, *(step.__name__ for step in WALLS)]))
+        steps.update(found)
+    if names:
+        say(f"without {', '.join(names)}: a container with a wall missing")
+    return steps
+
+
+def choose_steps(options):
+    """(BEFORE, OUTSIDE, BIRTH) without what --without names, and no further than
+    --stop-after; then the program is a shell, wherever init stands."""
+    missing = leave_out_walls(options)
+    before, outside, birth = ([step for step in steps if step not in missing]
+                              for steps in (BEFORE, OUTSIDE, BIRTH))
+    if options.stop_after:
+        go = birth.index(wait_for_go) + 1
+        taken = [*before, *birth[:go], *outside, *birth[go:]]
+        names = [step.__name__ for step in taken]
+        if options.stop_after not in names:
+            raise Fail(f"--stop-after {options.stop_after}: no such step",
+                       "see `minicontainer steps`")
+        stop = names.index(options.stop_after) + 1
+        say(f"stopped after {options.stop_after}; next is "
+            + (names[stop:] or ["nothing"])[0])
+        del taken[stop:]
+        before = [step for step in before if step in taken or step == open_stdio]
+        outside = [step for step in outside if step in taken]
+        birth = [step for step in birth if step in taken or step in SHELL]
+    return before, outside, birth
+
+
 def report_end(c, options, code, used):
     """What a person should know about how it ended."""
     if used["oom_kills"]:
@@ -6409,7 +6619,7 @@ def report_end(c, options, code, used):
 
 @command("run", *RUN_OPTIONS, *PROCESS_OPTIONS, *NAMESPACE_OPTIONS, *CGROUP_OPTIONS,
          *MOUNT_OPTIONS, *PRIVILEGE_OPTIONS,
-         arg("words", nargs="A...", metavar="IMAGE|COMMAND", help="an image and its "
+         arg("words", nargs="A*", metavar="IMAGE|COMMAND", help="an image and its "
              "command; or a command, with its path, of the default root file system"))
 def run_command(options):
     """Run a command in a new container."""
@@ -6419,17 +6629,23 @@ def run_command(options):
         layers, args = choose(options)
         if not (options.tty or options.interactive) and at_a_terminal():
             options.tty = options.interactive = True  # whoever sits at one wants -it
+        steps = choose_steps(options)
+        if options.tty and open_console not in steps[-1]:
+            options.tty = False
+            args += ["-i", "+m"] * (not options.words)  # --stop-after: a prompt even so
         c = create(options, layers, args)
     try:
         try:
-            start(c)
+            start(c, *steps)
         except CannotMapIds as error:
+            if narration.style == "sh":  # half of another script has been told
+                raise Fail(error.message, "--userns host does without") from None
             say(f"{error.message}: using the host's user namespace (root inside is "
                 "root outside)")
             remove(c)
             options.userns = "host"
-            c = create(options, layers, args)
-            start(c)
+            c = create(options, layers, args)  # starts anew, sealed, and comes by again
+            start(c, *steps)
         save(f"{c.directory}/state.json", {"pid": c.pid})
         code = attend(c, options.interactive)
         used = c.cgroup.measure()
@@ -6447,7 +6663,7 @@ def run_command(options):
 def find_container(name):
     """(id, directory) of the container whose id begins with `name`."""
     ids = [id for id in os.listdir(os.path.dirname(store("containers", "x")))
-           if id.startswith(name)]
+           if name and id.startswith(name)]
     if len(ids) != 1:
         raise Fail(f"no such container: {name}" if not ids else
                    f"multiple IDs found with provided prefix: {name}",
@@ -6471,6 +6687,7 @@ def exec_command(options):
             raise ProcessLookupError
     except (FileNotFoundError, ProcessLookupError):
         raise Fail(f"container {id[:12]} is not running", "it has ended", 1) from None
+    seal_interpreter(spec)
     hold_signals()
     process = {**spec["process"],
                **process_spec(options, options.words, spec["process"])}
@@ -6546,6 +6763,342 @@ def system_prune_command(options):
     if failed:
         raise failed
 
+# ══ 15. THE CLASSROOM ═════════════════════════════════════════════════════════════
+#
+# Nothing about a container is magic, and what was put together above can be taken apart
+# again by whoever wants to see what a part is good for:
+#
+#       steps                    the steps of chapter 6, and why each stands where it is
+#       run --stop-after STEP    a shell in the half-made container
+#       run --without STEP,…     a container with a wall missing
+#       run --explain=sh         the same container by hand: a shell script
+#
+# The script is the narration in other words: a line for each request that a program of
+# the command line can make too.  A shell differs from a process of ours in three ways.
+# It changes its namespaces only by becoming another shell, so there are three, each in
+# the text of the one before.  A second process holds the user namespace while its maps
+# are written.  And when / is the container's, the host's programs are still there under
+# ".", the old root, and are run by their own loader; the last of them, capsh, becomes
+# the container's program.
+#
+# It is for reading and for trying, with images that are trusted: a shell resolves the
+# names in an image by string (P4).  It shares no volume with the host, and no program
+# takes a seccomp filter from it.
+#
+# Man pages: unshare(1), nsenter(1), mount(8), pivot_root(8), capsh(1), ld.so(8).
+
+FIRST_SHELL = """\
+#!/bin/sh
+# What `minicontainer run` asked of the kernel, by hand.  Save it; as root: sh FILE
+set -eu
+code=0
+exec 5<&0  # where the container's input is, as each shell below reads its own text"""
+SECOND_SHELL = """\
+unshare --mount --propagation slave sh -eu <<'END OF WORKSHOP' || code=$?
+code=0
+in_new_namespace() {
+    until [ "$(readlink "/proc/$1/ns/user")" != "$(readlink /proc/self/ns/user)" ]; do
+        sleep 0.01
+    done
+}
+layer() {  # a directory, with the container's root (its id is $3) where root is on disk
+    mount --bind -o "X-mount.idmap=/proc/$users/ns/user" "$1" "$2"
+    if [ "$(stat -c %u "$2")" != "$3" ]; then  # mount(8) maps ids since 2.39
+        umount "$2"
+        cp -a "$1/." "$2"
+        chown -hR "$3:$3" "$2"
+    fi
+}"""
+THIRD_SHELL = """\
+sh -eu <<'END OF INIT' || code=$?
+read_only() {  # a mount, and all below it
+    findmnt -rno TARGET -R "$1" | while read -r at; do
+        mount -o remount,bind,ro "$at"
+    done
+}"""
+UNSHARE_WORDS = {"network": "net"}  # where unshare(1) has another word than the OCI
+
+
+def host_programs(names):
+    """({name: its path under "."}, what starts them there) for programs of the host
+    when another tree is /: the loader and the libraries that ELF headers name."""
+    import shutil
+
+    found = {name: shutil.which(name, path=DEFAULT_PATH) for name in names}
+    for name in (name for name, path in found.items() if not path):
+        raise Fail(f"--explain=sh: there is no {name} on this machine for the script",
+                   "apt-get install util-linux libcap2-bin coreutils")
+    files = list(map(os.path.realpath, found.values()))
+    for file in files:  # grows while we read it
+        files += {*map(os.path.realpath, libraries_of(file))} - {*files}
+    loaders = {os.path.realpath(loader) for file in files[:len(found)]
+               if (loader := interpreter_of(open_program(file)))}
+    top = ":".join(sorted({f".{os.path.dirname(file)}" for file in files[len(found):]}))
+    return ({name: f"$host .{file}" for name, file in zip(found, files, strict=False)},
+            "".join(f".{loader} --library-path {top}" for loader in loaders))
+
+
+class ByHand:
+    """The script so far: a method for each call that a shell has words for.
+
+    It is named as the call, takes its arguments, and returns lines, or none where the
+    call is only noted.  Parent and init each go on with a copy of their own.
+    """
+
+    def __init__(self):
+        import shlex
+
+        self.quote = shlex.quote
+        self.result = 0  # of the call that is told
+        self.made = []  # directories of the host
+        self.groups = []  # its control groups: their lists of processes
+        self.trees = {}  # descriptor of a mount that is nowhere yet: (source, mapped)
+        self.born, self.base = 0, 0  # init's namespaces, and its root's id
+        self.pivoted = self.ended = False
+        self.dropped, self.more, self.cwd = [], [], "/"  # for capsh
+        self.ids = 0, 0, []
+        self.host, self.loader = host_programs(
+            ("umount", "mount", "prlimit", "env", "capsh"))
+
+    def path(self, value, dirfd=AT_FDCWD):
+        """What a string, a Place or a descriptor stands for, as seen from here."""
+        if dirfd != AT_FDCWD:
+            return f"{self.path(dirfd)}/{self.quote(value)}"
+        if isinstance(value, str) and not isinstance(value, Place):
+            return self.quote(value)
+        fd = value if isinstance(value, int) else value.fd
+        path = os.readlink(f"/proc/self/fd/{fd}")
+        return self.quote(path.removeprefix(os.getcwd() + "/"))
+
+    # ── files ──
+
+    def mkdirat(self, dirfd, path, mode):
+        first = not self.made and f"{FIRST_SHELL}\nexport id={os.path.basename(path)}\n"
+        if dirfd == AT_FDCWD and path.startswith("/"):
+            self.made.append(path)
+        return f"{first or ''}mkdir -m {mode:o} {self.path(path, dirfd)}"
+
+    def mknodat(self, dirfd, path, mode, dev):
+        at = self.path(path, dirfd)
+        if stat.S_ISREG(mode):
+            return f"touch {at}"
+        return (f"mknod {at} {'b' if stat.S_ISBLK(mode) else 'c'} "
+                f"{os.major(dev)} {os.minor(dev)}")
+
+    def symlinkat(self, target, dirfd, path):
+        return f"ln -s {target} {self.path(path, dirfd)}"
+
+    def fchownat(self, dirfd, path, owner, group, flags):
+        return f"chown {owner}:{group} {self.path(path)}"
+
+    def fchmodat(self, dirfd, path, mode):
+        return f"chmod {mode:o} {self.path(path)}"
+
+    def write(self, path, text):
+        top, _, file = str(path).rpartition("/")
+        of_process = top.removeprefix("/proc/").isdecimal()
+        if file.endswith(".new") or not (of_process or not self.ended and (
+                top in self.made or top.startswith(("/proc/sys", CGROUP_ROOT)))):
+            return ""  # a record of ours, or what it has an open descriptor of
+        if file == "uid_map":
+            self.base = int(text.split()[1])
+        if of_process:
+            path = f"/proc/{'$users' if file.endswith('_map') else 'self'}/{file}"
+        tell = "printf '%s\\n'" if "\\" in text else "echo"
+        return f"{tell} {self.quote(text.rstrip())} > {path}"
+
+    # ── mounts ──
+
+    def open_tree(self, dirfd, path, flags):
+        self.trees[self.result] = path, False
+
+    def mount_setattr(self, fd, path, flags, attr, size):
+        words = ",".join(word for word, bit in OPTION_WORDS.items()
+                         if attr.attr_set & bit & 15)
+        if attr.attr_set & MOUNT_ATTR_IDMAP:
+            source, _ = self.trees[fd]
+            self.trees[fd] = source, True
+            if not attr.propagation:  # a volume: it has been put down already
+                return ("mount --rbind -o X-mount.idmap=/proc/$users/ns/user "
+                        f"{self.quote(source)} volume-{fd}")
+        elif words == "ro" and flags & AT_RECURSIVE:
+            return f"read_only {self.path(fd)}"
+        elif words:
+            mount = self.host["mount"] if self.pivoted else "mount"
+            return f"{mount} -o remount,bind,{words} {self.path(fd)}"
+
+    def move_mount(self, tree, path, to_dirfd, to_path, flags):
+        source, mapped = self.trees[tree]
+        if to_dirfd != AT_FDCWD:
+            return f"mount --rbind volume-{tree} {self.path(to_dirfd)}"
+        if mapped:
+            return f"layer {self.quote(source)} {to_path} {self.base}"
+        return f"mount --bind {self.quote(source)} {to_path}"
+
+    def mount(self, source, target, type, flags, data):
+        for word, bits in PROPAGATIONS.items():
+            if flags == bits:
+                return f"mount --make-{word} {self.path(target)}"
+        words = [word for word, bit in OPTION_WORDS.items() if flags & bit]
+        if flags & MS_BIND and not flags & MS_REMOUNT:
+            return (f"mount --{'rbind' if flags & MS_REC else 'bind'} "
+                    f"{self.path(source)} {self.path(target)}")
+        words += ["remount"] * bool(flags & MS_REMOUNT) + [data] * bool(data)
+        options = f"-o {self.quote(','.join(words) or 'rw')}"
+        kind = f" -t {type} {self.path(source)}" if type else ""
+        return f"mount {options}{kind} {self.path(target)}"
+
+    def fchdir(self, fd):
+        if self.pivoted:
+            self.cwd = os.readlink(f"/proc/self/fd/{fd}")
+        elif narration.who == "init":
+            return f"cd {self.path(fd)}"
+
+    def chdir(self, path):
+        return "" if self.pivoted else f"cd {path}"
+
+    def pivot_root(self, new_root, put_old):
+        self.pivoted = True
+        return ("pivot_root . .\n"
+                "cd -P /..  # the old root lies on top of the new one\n"
+                f'host="{self.loader}"')
+
+    def umount2(self, target, flags):
+        return f"{self.host['umount']} --no-canonicalize --lazy ."
+
+    # ── processes ──
+
+    def openat(self, dirfd, path, flags, mode):
+        if path.endswith("/tasks"):
+            self.groups.append(path)
+        elif path in self.made:
+            self.groups.append(f"{path}/cgroup.procs")
+
+    def unshare(self, flags):
+        if narration.who == "parent":
+            return SECOND_SHELL
+        kinds = [UNSHARE_WORDS.get(kind, kind) for kind, row in NAMESPACES.items()
+                 if (self.born | flags) & row[0] and kind != "user"]
+        users = "nsenter --user=/proc/$users/ns/user --setuid 0 --setgid 0 "
+        return (users * bool(self.born & CLONE_NEWUSER)
+                + f"unshare --{' --'.join(kinds)} --fork --kill-child {THIRD_SHELL}")
+
+    def clone3(self, args, size):
+        return self.clone(args.flags)
+
+    def clone(self, flags, *_):
+        self.born = flags
+        lines = [f"echo $$ > {self.quote(group)}" for group in self.groups]
+        for fd, (source, _) in self.trees.items():
+            lines += [f"{'mkdir' if os.path.isdir(source) else 'touch'} volume-{fd}",
+                      f"mount --rbind {self.quote(source)} volume-{fd}"]
+        if flags & CLONE_NEWUSER:
+            lines += ["unshare --user sleep 1000000 &", "users=$!",
+                      "trap 'kill $users; wait $users 2>/dev/null || :' EXIT",
+                      "in_new_namespace $users"]
+        return "\n".join(lines)
+
+    def setns(self, fd, flags):
+        self.ended = True  # the parent goes home: what it does now is for us alone
+
+    def sethostname(self, name, length):
+        return f"hostname {self.quote(name)}"
+
+    def setdomainname(self, name, length):
+        return f"domainname {self.quote(name)}"
+
+    def ioctl(self, fd, request, argument):
+        return "ip link set lo up" if request == SIOCSIFFLAGS else ""
+
+    # ── privileges ──
+
+    def setgroups(self, count, groups):
+        self.ids = *self.ids[:2], groups[:count]
+
+    def setresgid(self, gid, *_):
+        self.ids = self.ids[0], gid, self.ids[2]
+
+    def setresuid(self, uid, *_):
+        self.ids = uid, *self.ids[1:]
+
+    def umask(self, mode):
+        return f"umask {mode:04o}"
+
+    def prctl(self, option, value, *_):
+        if option == PR_CAPBSET_DROP:
+            self.dropped.append(CAPABILITIES[value].lower())
+        elif option == PR_SET_NO_NEW_PRIVS:
+            self.more = ["--no-new-privs"]
+
+    def prlimit64(self, pid, resource, new, old):
+        low, high = (value if value < 1 << 63 else "unlimited" for value in new)
+        return f"{self.host['prlimit']} --pid $$ --{RLIMITS[resource]}={low}:{high}"
+
+    def seccomp(self, operation, flags, program):
+        return f"# a filter of {program.len} instructions, that no shell can install"
+
+    def execve(self, path, argv, envp):
+        if not os.path.lexists(path) or self.ended:
+            return ""
+        self.ended = True  # whatever comes of it
+        uid, gid, groups = self.ids
+        program = [f"--shell={path}", "--", *argv[1:]]
+        if self.cwd != "/":
+            program = ["--shell=/bin/sh", "--", "-c", 'cd "$0" && exec "$@"', self.cwd,
+                       path, *argv[1:]]
+        drop = [f"--drop={','.join(self.dropped)}"] * bool(self.dropped)
+        words = ["--chroot=/", *drop, f"--groups={','.join(map(str, groups))}",
+                 f"--gid={gid}", f"--uid={uid}", *self.more, *program]
+        lines = [f"exec {self.host['env']} -i {' '.join(map(self.quote, envp))} \\",
+                 f"    {self.host['capsh']} \\",
+                 f"    {' '.join(map(self.quote, words))} <&5 5<&-",
+                 "END OF INIT", "exit $code", "END OF WORKSHOP"]
+        lines += [f"{'rmdir' if top.startswith(CGROUP_ROOT) else 'rm -r'} {top}"
+                  for top in self.made if os.path.dirname(top) not in self.made]
+        return "\n".join([*lines, "exit $code"])
+
+
+BY_HAND = []  # the script of this process, once it has begun
+
+
+@style("sh")
+def as_shell(name, args, at, took, result, why):
+    """A request as the line of a shell script, if it has one."""
+    if not BY_HAND:
+        narration.style = ""  # what it takes is not told
+        BY_HAND.append(ByHand())
+        narration.style = "sh"
+    hand, tell = BY_HAND[0], getattr(BY_HAND[0], name, None)
+    if not tell or not (result.isdecimal() or name == "execve") or not (
+            hand.made or name == "mkdirat"):  # it begins with the container's directory
+        return ""
+    hand.result = int(result) if result.isdecimal() else 0
+    lines, id = tell(*args) or "", os.path.basename(hand.made[0])
+    why = f"  # {why}" * bool(lines and why and "\n" not in lines)
+    return lines.replace(id, "$id").replace("id=$id", f"id={id}") + why
+
+
+def why_each(tuple_name):
+    """(name, why it stands there) of each step in a tuple of chapter 6, out of its own
+    text: the comment on a line is about the last step on it."""
+    text = read_file(__file__).partition(f"\n{tuple_name} = (")[2].partition("\n)\n")[0]
+    for line in text.splitlines()[1:]:
+        code, _, comment = line.partition("#")
+        for name in code.replace("*(TAIL := (", "").replace(")", "").split(","):
+            if name := name.strip():
+                yield name, comment.strip()
+
+
+@command("steps")
+def steps_command(options):
+    """The steps of a container's birth, and why each stands where it does."""
+    for tuple_name, who in (("BEFORE", "the parent, before there is another process"),
+                            ("OUTSIDE", "the parent, while init waits for it"),
+                            ("BIRTH", "init, until it has become the program")):
+        print(f"{tuple_name}: {who}")
+        for name, why in why_each(tuple_name):
+            print(f"  {name:18} {why}")
+
 # ══ 16. COMMAND LINE ══════════════════════════════════════════════════════════════
 #
 # Every command was declared beside its meaning; here the one that was asked for gets
@@ -6555,11 +7108,12 @@ def system_prune_command(options):
 
 # ── on the PATH ──
 #
-# Of a start as a file, half is spent compiling it.  A launcher loads the bytecode that
-# `install` made, and leaves out what a start pays for and has no use of: looking for
-# site-packages (-S), the environment's PYTHON… (-I), the locale (utf8), and collecting
-# garbage, of which there is hardly any.  "Unchecked" bytecode is not compared with the
-# file, so that a start never compiles, whoever it is for: a change takes `install`.
+# Of a start as a file, more than half is spent compiling it; `python3 -m minicontainer`
+# keeps the bytecode.  A launcher loads what `install` compiled, and leaves out what a
+# start pays for and has no use of: looking for site-packages (-S), the environment's
+# PYTHON… (-I), the locale (utf8), and collecting garbage, of which there is hardly any.
+# "Unchecked" bytecode is not compared with the file, so that a start never compiles,
+# whoever it is for: a change takes `install`.
 
 LAUNCHER = """\
 #!{python} -ISXutf8
@@ -6659,8 +7213,9 @@ def uninstall_command(options):
 # ── the words of the command line ──
 
 COMMON_OPTIONS = (
-    arg("--explain", optional="text", choices=["text", "bpf", "json"], metavar="STYLE",
-        help="narrate every request to the kernel; bpf: disassemble filters"),
+    arg("--explain", optional="text", choices=list(STYLES), metavar="STYLE",
+        help="narrate every request to the kernel; bpf: disassemble filters; json; sh: "
+             "print `run` as a shell script"),
     arg("--help", action="store_true", help="show this"),
 )
 
@@ -6692,7 +7247,7 @@ def command_usage(words):
         else:
             row = value
             head += f" [{value}]" if how.get("nargs") in ("?", "*") else f" {value}"
-            head += " [ARG...]" if how.get("nargs") == "A..." else ""
+            head += " [ARG...]" if how.get("nargs", "").startswith("A") else ""
         rows.append(f"  {row:34} {how['help']}" if len(row) < 34 else
                     f"  {row}\n{'':37}{how['help']}")
     return "\n".join([head, "", function.__doc__.splitlines()[0], "", *rows])
@@ -6735,8 +7290,8 @@ def take_option(options, flags, word, left):
 def take_operands(options, operands, given):
     """Give each operand its share of the words that are no options."""
     for name, how in operands:
-        many = how.get("nargs") in ("A...", "+", "*")
-        if not given and how.get("nargs") not in ("?", "*"):
+        many = how.get("nargs") in ("A...", "A*", "+", "*")
+        if not given and how.get("nargs") not in ("?", "*", "A*"):
             raise Fail(f"{how['metavar']} is missing", options.hint)
         if given:
             setattr(options, name, given if many else given[0])
@@ -6763,7 +7318,7 @@ def parse(words, argv):
             flags.update(dict.fromkeys(names, (name, how)))
         else:
             operands.append((name, how))
-    runs = any(how.get("nargs") == "A..." for _, how in operands)
+    runs = any(how.get("nargs", "").startswith("A") for _, how in operands)
     left = list(argv)
     while left:
         word = left.pop(0)
@@ -6786,7 +7341,7 @@ def dispatch(argv):
         raise Fail("the OCI runtime is chapter 7, which is not written yet",
                    "`minicontainer run` makes containers", 1)
     style = os.environ.get("MINICONTAINER_EXPLAIN", "").lower()
-    style = style if style in ("text", "bpf", "json") else "text" if style else ""
+    style = style if style in STYLES else "text" if style else ""
     while argv and argv[0].startswith("--explain"):
         style = argv.pop(0).partition("=")[2] or "text"
     if not argv or argv[0] in ("help", "--help", "-h"):
@@ -6800,8 +7355,15 @@ def dispatch(argv):
         raise Fail(f"the system calls of {os.uname().machine} are not known here",
                    f"known are {' and '.join(KERNEL_NAMES)}")
     function, options = parse(words, argv[len(words.split()):])
-    if options.explain or style:
-        start_narration(options.explain or style)
+    style = options.explain or style
+    if style not in ("", *STYLES):
+        raise Fail(f"invalid argument {style!r} for --explain",
+                   "one of: " + ", ".join(STYLES))
+    if style == "sh" and words != "run":
+        raise Fail("--explain=sh prints the script of a `run`, and of nothing else",
+                   "--explain tells about any command")
+    if style:
+        start_narration(style)
     return function(options) or 0
 
 

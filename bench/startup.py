@@ -358,8 +358,15 @@ def docker(program: str, rootfs: Path):
 
 
 def just(*argv: str, note: str = ""):
-    """A fixed command: the two floors."""
+    """A fixed command: a floor."""
     return lambda _scratch: iter([Way(list(argv), note)])
+
+
+def only_compiled(scratch: Path):
+    """Start our file, but end before its first line: what compiling it costs."""
+    file = scratch.with_suffix(".py")
+    file.write_text("import os; os._exit(0)\n" + PROGRAM.read_text())
+    yield Way([PYTHON, str(file)], "no container: only compiled, the floor of direct")
 
 
 def all_contenders(rootfs: Path, launcher: list[str],
@@ -369,9 +376,12 @@ def all_contenders(rootfs: Path, launcher: list[str],
     rows = [
         Contender("true", true, just(true, note="no container: what measuring costs")),
         Contender("python", PYTHON, just(PYTHON, "-IS", "-c", "pass",
-                  note="no container: a bare interpreter, our floor")),
+                  note="no container: a bare interpreter, the floor of launcher")),
+        Contender("compiled", PYTHON, only_compiled),
         Contender("launcher", PYTHON, ours(launcher, rootfs,
                   "as `install` makes it, bytecode cached")),
+        Contender("module", PYTHON, ours([PYTHON, "-m", PROGRAM.stem], rootfs,
+                  "python3 -m minicontainer, which keeps the bytecode")),
         Contender("direct", PYTHON, ours([PYTHON, str(PROGRAM)], rootfs,
                   "python3 minicontainer.py, compiled at each start")),
     ]
@@ -386,7 +396,7 @@ def all_contenders(rootfs: Path, launcher: list[str],
     return rows
 
 
-OURS = ("launcher", "direct")
+OURS = ("launcher", "module", "direct")
 
 
 def make_launcher(scratch: Path) -> list[str]:
@@ -522,28 +532,33 @@ def print_table(summaries: list[dict], base: Contender | None) -> None:
 # ══ 4. The command line ═════════════════════════════════════════════════════════════
 
 
+def path(text: str) -> Path:
+    """A path that means the same wherever we go."""
+    return Path(text).resolve()
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The options, checked."""
     parser = argparse.ArgumentParser(
         description="Measure the start-up of `run /bin/true`, ours beside runc, crun, "
         "bwrap, systemd-nspawn, podman and docker: whichever are installed, in turns, "
         "in one run.  Needs root.",
-        epilog="rows: true, python (the two floors), launcher, direct (ours), runc, "
-        "crun, bwrap, systemd-nspawn, podman, docker.  Exits with 1 if one of ours, or "
-        "one named with --only, could not be measured.",
+        epilog="rows: true, python, compiled (the floors), launcher, module, direct "
+        "(ours), runc, crun, bwrap, systemd-nspawn, podman, docker.  Exits with 1 if "
+        "one of ours, or one named with --only, could not be measured.",
     )
     parser.add_argument("-n", dest="rounds", type=int, default=20, metavar="ROUNDS",
         help="measured starts of each (20), after 2 warm-ups")
-    parser.add_argument("--rootfs", type=Path, metavar="DIR",
+    parser.add_argument("--rootfs", type=path, metavar="DIR",
         help="the root file system, with a /bin/true and directories for /proc, /sys, "
         "/dev, /tmp, readable to all; some programs create missing mount points in it "
         "(default: a temporary one, made from a static busybox)")
-    parser.add_argument("--seccomp", type=Path, metavar="FILE",
+    parser.add_argument("--seccomp", type=path, metavar="FILE",
         help="a seccomp profile in Docker's form, for runc and crun (default: they run "
         "without)")
     parser.add_argument("--only", metavar="NAME,...", default="",
         help="measure these rows only")
-    parser.add_argument("--json", type=Path, metavar="FILE",
+    parser.add_argument("--json", type=path, metavar="FILE",
         help="also write every single start to FILE")
     options = parser.parse_args(argv)
     if options.rounds < 1:
@@ -576,10 +591,12 @@ def describe_machine() -> dict:
 
 def compare(options: argparse.Namespace, scratch: Path) -> int:
     """Choose, measure, print; the exit code."""
-    rootfs = options.rootfs.resolve() if options.rootfs else scratch / "rootfs"
+    rootfs = options.rootfs or scratch / "rootfs"
     if not options.rootfs:
         make_rootfs(rootfs)
     launcher = make_launcher(scratch)
+    shutil.copy(PROGRAM, scratch)  # where `-m` finds it and keeps its bytecode
+    os.chdir(scratch)
     seccomp = oci_seccomp(json.loads(options.seccomp.read_text())
                           ) if options.seccomp else None
     contenders = all_contenders(rootfs, launcher, seccomp)
