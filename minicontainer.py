@@ -30,14 +30,15 @@ Contents (`grep -n '^# ══' minicontainer.py` finds each):
      5. PRIVILEGES           what it can do
      6. THE CONTAINER        all of it, in order, on one screen
      7. THE OCI RUNTIME      what runc does: for podman, containerd and their like
-     8. IMAGES               layers from tarballs; a root file system from nothing
+     8. IMAGES               what is packed, named and kept; layers from tarballs
+     9. REGISTRY             how images come and go
     11. THE SHIM             its terminal, its signals, its end
     12. THE ENGINE           containers by name: run, exec, system prune
     15. THE CLASSROOM        a container in parts, and by hand
     16. COMMAND LINE         main
 
 A chapter uses only what stands above it: cut the file after any of them, and what
-is left still works.  (9, 10, 13 and 14 are not written yet; see README.md.)
+is left still works.  (10, 13 and 14 are not written yet; see README.md.)
 
 Vocabulary:
     rootfs   the directory that a container sees as /
@@ -4675,25 +4676,39 @@ def features_command_oci(options):
 
 # ══ 8. IMAGES ═════════════════════════════════════════════════════════════════════
 #
-# A layer is a tarball on its way, and a directory at rest.  It is unpacked once, under
-# the digest of the tarball, and every container that uses it sees that directory
-# through an id-mapped mount: owners, modes and setuid bits on disk are the image's own.
+# An image is files whose names are the digests of what is in them: a manifest names
+# its config (what to run, as whom, with which variables) and its layers, so that
+# whoever trusts the manifest's digest can check all the rest, and what two images
+# share is there once.  Only index.json gives a manifest a name that people use:
 #
-# A tarball is hostile until shown otherwise: names with "..", a symlink and then a
-# file written through it, a hard link to outside.  So Python's tarfile only reads the
-# headers and the data for us; what it names is made here, below a descriptor of the
-# layer, with openat2 and RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS.  And as few kilobytes
-# can mean a petabyte of zeros, of entries or of headers, each of the three is bounded.
+#       images/index.json   docker.io/library/alpine:3.20 ──▶ sha256:3f2a…
+#       images/blobs/sha256/3f2a…  manifest ──▶ config, layers (tarballs, compressed)
+#       layers/8d3a…               each layer unpacked, by its diff_id: plain digest
+#       ingest/…                   blobs that are still on their way
 #
-# A layer can also take away.  An entry `.wh.NAME` says that NAME of the layers below
-# is gone, `.wh..wh..opq` that its directory hides all of them; overlay says the same
-# with a character device 0,0 and with an attribute, so that is what they become.
+# That is an OCI image layout; skopeo, umoci and podman read it as it stands.  Files
+# come in by rename once they are verified, and index.json last: a pull that is killed
+# has left nothing to be seen, and goes on where it ended.  Who adds holds a shared
+# lock of blobs/, so that nobody sweeps away what no name leads to yet.
+#
+# A layer is a tarball on its way, and a directory at rest: every container that uses
+# it sees that directory through an id-mapped mount, with the image's own owners and
+# modes.  A tarball is hostile until shown otherwise: names with "..", a symlink and
+# then a file written through it, a hard link to outside.  So Python's tarfile only
+# reads the headers and the data for us; what it names is made here, below a
+# descriptor of the layer, with openat2 and RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS.
+# And as few kilobytes can mean a petabyte of zeros, of entries or of headers, each of
+# the three is bounded.
+# And a layer can take away: an entry `.wh.NAME` says that NAME of the layers below is
+# gone, `.wh..wh..opq` that its directory hides all of them; overlay says it with a
+# device 0,0 and with an attribute.
 #
 # The default root file system needs no tarball and no network: it is made of what the
-# host has, a static busybox or else its shell and common tools with the libraries that
-# their headers ask for.  We read those headers ourselves: ldd would run the program.
+# host has, a static busybox or else its shell and common tools with the libraries
+# that their headers ask for.  We read those headers ourselves: ldd would run the
+# program.
 #
-# Man pages: tar(5), elf(5), ld.so(8); the OCI image specification, "layer.md".
+# Man pages: tar(5), elf(5), ld.so(8); the OCI image specification.
 
 calls(
     unlinkat=(263, 35, "dirfd path flags"),
@@ -4712,6 +4727,40 @@ def store(*names):
     path = os.path.join(STORE, *names)
     os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
     return path
+
+
+def need_root():
+    """Refuse, in words, to begin what only root can finish."""
+    if os.geteuid() != 0:
+        python = "python3 " * sys.argv[0].endswith(".py")
+        raise Fail("only root can make containers", f"sudo {python}{sys.argv[0]} …")
+
+
+def lock(path, how):
+    """An open, locked descriptor of a directory, or None if it is somebody else's."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, how)
+        return fd
+    except BlockingIOError:
+        os.close(fd)
+        return None
+
+
+def is_held(path):
+    """Whether somebody has a directory locked."""
+    fd = lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if fd is not None:
+        os.close(fd)
+    return fd is None
+
+
+def take_away_file(path):
+    """Remove a file that may have been moved to its place already."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
 
 
 def remove_tree(path):
@@ -4943,38 +4992,128 @@ LAYER_ENTRIES = 1_000_000  # more take $MINICONTAINER_LAYER_ENTRIES
 HEADER_BYTES = 1 << 20  # of one entry: tarfile takes them into memory whole
 
 
-class Meter:
-    """A tarball's stream, that gives no more bytes than `left` says."""
+PACKERS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\0": "xz",
+           b"BZh": "bzip2"}  # the first bytes of what each has packed
+
+
+def compression(begin):
+    """What has compressed a file that begins so, or ""."""
+    return next((name for mark, name in PACKERS.items() if begin.startswith(mark)), "")
+
+
+class ZstdProgram:
+    """A file that the program zstd decompresses, for Pythons before 3.14."""
 
     def __init__(self, path):
-        import bz2
-        import gzip
-        import lzma
+        import subprocess
 
         with open(path, "rb") as file:
-            head = file.read(512)
-        known = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
-        opener = open if head[257:262] == b"ustar" else known.get(head[:2], open)
-        self.path, self.file, self.left = path, opener(path, "rb"), HEADER_BYTES
+            try:
+                self.process = subprocess.Popen(
+                    ["zstd", "-dcq"], stdin=file, stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL)
+            except FileNotFoundError:
+                raise Fail(f"{path} is compressed with zstd, which this Python cannot "
+                           "read", "apt-get install zstd, or Python 3.14") from None
 
-    def read(self, count):
-        """Read, if it is within what is left."""
-        self.left -= count
+    def read(self, length):
+        """As of a file; EOFError if it was damaged."""
+        data = self.process.stdout.read(length)
+        if not data and self.process.wait():
+            raise EOFError("zstd cannot decompress it")
+        return data
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self):
+        """End the program."""
+        self.process.stdout.close()
+        self.process.kill()
+        self.process.wait()
+
+
+def open_plain(path):
+    """A file to read, whatever it is compressed with."""
+    import bz2
+    import gzip
+    import lzma
+
+    with open(path, "rb") as file:
+        head = file.read(512)
+    packed = "" if head[257:262] == b"ustar" else compression(head)
+    if packed == "zstd":
+        try:
+            from compression import zstd
+        except ImportError:
+            return ZstdProgram(path)
+        return zstd.open(path)
+    return {"gzip": gzip.open, "xz": lzma.open, "bzip2": bz2.open, "": open}[packed](
+        path, "rb")
+
+
+class Plain:
+    """A tarball as it was before it was compressed, read once from front to end, and
+    the digest of that: a layer's diff_id.  It gives no more bytes than `left` says."""
+
+    def __init__(self, path, title):
+        import hashlib
+
+        self.file, self.hash, self.title = open_plain(path), hashlib.sha256(), title
+        self.at, self.last, self.again, self.left = 0, b"", b"", HEADER_BYTES
+
+    def read(self, length):
+        """As of a file, if it is within what is left."""
+        self.left -= length
         if self.left < 0:
-            raise Fail(f"{self.path}: not a tarball, or a damaged one: more than "
+            raise Fail(f"{self.title}: not a tarball, or a damaged one: more than "
                        f"{human(HEADER_BYTES)} of headers for one entry",
                        "it is damaged or hostile: do not use it")
-        return self.file.read(count)
+        return self.take(length)
 
-    def __getattr__(self, name):
-        return getattr(self.file, name)
+    def take(self, length):
+        """The next bytes, whatever they are."""
+        data, self.again = self.again[:length], self.again[length:]
+        if len(data) < length:
+            fresh = self.file.read(length - len(data))
+            self.hash.update(fresh)
+            data = data + fresh if data else fresh
+        self.at += len(data)
+        self.last = data or self.last
+        return data
+
+    def tell(self):
+        """Where the next byte to be read stands."""
+        return self.at
+
+    def seek(self, at):
+        """On to byte `at`, or a little back within what was read last."""
+        if at < self.at:
+            self.again = self.last[at - self.at:] + self.again
+            self.at = at
+        while self.at < at and self.take(min(at - self.at, 1 << 20)):
+            pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+
+def layer_bytes():
+    """How many bytes may be unpacked: what is free, as it has to fit, or as was set."""
+    room = os.statvfs(STORE)
+    return size(os.environ.get("MINICONTAINER_LAYER_BYTES")
+                or f"{room.f_bavail * room.f_frsize}")
 
 
 def members(tar):
     """The entries of a tarball, one after the other, while they stay within bounds."""
-    path, room = tar.fileobj.path, os.statvfs(STORE)
-    most = size(os.environ.get("MINICONTAINER_LAYER_BYTES")
-                or f"{room.f_bavail * room.f_frsize}")  # all the same: it has to fit
+    path, most = tar.fileobj.title, layer_bytes()
     entries = whole("$MINICONTAINER_LAYER_ENTRIES", os.environ.get(
         "MINICONTAINER_LAYER_ENTRIES") or f"{LAYER_ENTRIES}", 1)
     total = count = 0
@@ -4993,18 +5132,20 @@ def members(tar):
         tar.fileobj.left = HEADER_BYTES
 
 
-def unpack(path, top):
-    """Unpack a tarball (plain, gz, xz or bz2) as a layer into the directory `top`."""
+def unpack(path, top, title=None):
+    """Unpack a tarball as a layer into the directory `top`; the digest of its plain
+    form.  Errors call it by its title."""
     import lzma
     import tarfile
     import zlib
 
     fd = os.open(top, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    times = []
+    times, title = [], title or path
     try:
-        with tarfile.TarFile(fileobj=Meter(path), errorlevel=2) as tar:
+        with Plain(path, title) as plain, tarfile.TarFile(
+                fileobj=plain, errorlevel=2) as tar:
             for member in members(tar):
-                unpack_named(path, tar, member, fd, times)
+                unpack_named(title, tar, member, fd, times)
             tar.fileobj.seek(tar.offset)  # at a bad header tarfile just stops
             if tar.fileobj.read(512) != bytes(512):
                 raise tarfile.ReadError("it does not end as a tarball does")
@@ -5012,19 +5153,30 @@ def unpack(path, top):
             while tar.fileobj.read(1 << 20):
                 pass  # gzip and xz have their checksum at the very end
         set_times(fd, times)
+        return f"sha256:{plain.hash.hexdigest()}"
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, ValueError,
             IndexError, RecursionError) as error:
         reason = (str(error).splitlines() or [repr(error)])[0].rstrip(":")
-        raise Fail(f"{path}: not a tarball, or a damaged one: {reason}",
-                   "a .tar, plain or compressed with gzip, xz or bzip2; "
+        raise Fail(f"{title}: not a tarball, or a damaged one: {reason}",
+                   "a .tar, plain or compressed with gzip, zstd, xz or bzip2; "
                    "fetch it again?") from None
     except OSError as error:
         if error.filename:
             raise
-        raise Fail(f"{path}: not a tarball, or a damaged one: {error}",
+        raise Fail(f"{title}: not a tarball, or a damaged one: {error}",
                    "fetch it again?") from None
     finally:
         os.close(fd)
+
+
+def sha256(file):
+    """The digest of all that can be read from a file."""
+    import hashlib
+
+    found = hashlib.sha256()
+    while part := file.read(1 << 20):
+        found.update(part)
+    return f"sha256:{found.hexdigest()}"
 
 
 def layer_of(path):
@@ -5036,17 +5188,12 @@ def layer_of(path):
                    "a directory or a tarball; ./rootfs-fetch.sh gets a real one")
     if not os.path.isfile(path):
         raise Fail(f"--rootfs {path}: neither a directory nor a tarball", "")
-    import hashlib
-
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    target = store("layers", digest.hexdigest())
+        digest = sha256(file)
+    target = store("layers", digest[7:])
     if os.path.isdir(target):
         return target
-    return publish(new_directory("layers", lambda top: unpack(path, top)),
-                   digest.hexdigest())
+    return publish(new_directory("layers", lambda top: unpack(path, top)), digest[7:])
 
 
 # ── layers as a copy ──
@@ -5108,6 +5255,33 @@ def copy_layers(layers, top, base):
                 unpack_named(layer, tar, entry, fd, times)
         set_times(fd, times)
     os.close(fd)
+
+
+def pack(top, file, base=0):
+    """Write a directory as the tarball of a layer, the reverse of unpack(): what says
+    to overlay that something is gone is a `.wh.` entry again.  Owners from `base` on
+    are a container's, and are counted from there."""
+    import tarfile
+
+    with tarfile.open(fileobj=file, mode="w|", format=tarfile.PAX_FORMAT) as out:
+        for tar, entry in layer_entries(top, 0):
+            notes, attribute = entry.pax_headers, "SCHILY.xattr.trusted.overlay."
+            opaque = notes.get(f"{attribute}opaque")
+            entry.pax_headers = {key: value for key, value in notes.items()
+                                 if not key.startswith(attribute)}
+            entry.uid, entry.gid = (id - base * (id >= base)
+                                    for id in (entry.uid, entry.gid))
+            entry.uname = entry.gname = ""  # they would be the host's
+            if entry.ischr() and entry.devmajor == entry.devminor == 0:
+                top_, _, name = entry.name.rpartition("/")
+                entry = tarfile.TarInfo(os.path.join(top_, f".wh.{name}"))
+            if entry.isreg() and entry.size:
+                with tar.extractfile(entry) as data:
+                    out.addfile(entry, data)
+            else:
+                out.addfile(entry)
+            if opaque:
+                out.addfile(tarfile.TarInfo(f"{entry.name}/.wh..wh..opq"))
 
 
 # ── a root file system from nothing ──
@@ -5246,6 +5420,1938 @@ def default_rootfs():
         say(f"no root file system yet: made one from this host's own programs in "
             f"{STORE}/rootfs/host; ./rootfs-fetch.sh gets a real one (Alpine)")
     return os.path.realpath(default)
+
+
+# ── the store of images ──
+
+MANIFEST_LIMIT = 4 << 20  # bytes of a manifest or config; registries take no more
+OCI_INDEX = "application/vnd.oci.image.index.v1+json"
+OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
+OCI_CONFIG = "application/vnd.oci.image.config.v1+json"
+OCI_LAYER = "application/vnd.oci.image.layer.v1.tar"
+DOCKER_INDEX = "application/vnd.docker.distribution.manifest.list.v2+json"
+DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
+DOCKER_LAYER = "application/vnd.docker.image.rootfs.diff.tar"
+NAME, ALSO_NAME = "org.opencontainers.image.ref.name", "io.containerd.image.name"
+SIZES = "minicontainer.sizes"  # annotation of ours: bytes of each layer, unpacked
+OF_IMAGE, OF_LAYERS = "minicontainer.image", "minicontainer.layers"  # a container's
+
+DESCRIPTOR_FORM = {"mediaType": str, "digest": str, "size": range(1 << 50),
+                   "platform": {"os": str, "architecture": str, "variant": str}}
+MANIFEST_FORM = {"mediaType": str, "config": DESCRIPTOR_FORM,
+                 "layers": [DESCRIPTOR_FORM], "manifests": [DESCRIPTOR_FORM]}
+CONFIG_FORM = {
+    "created": str, "author": str, "architecture": str, "os": str, "variant": str,
+    "rootfs": {"diff_ids": [str]},
+    "config": {"User": str, "WorkingDir": str, "StopSignal": str, "Env": [str],
+               "Entrypoint": [str], "Cmd": [str], "Labels": {}, "Volumes": {},
+               "ExposedPorts": {}},
+    "history": [{"created": str, "created_by": str, "comment": str}]}
+
+
+def full_name(text):
+    """What Docker's short name of an image means: busybox is
+    docker.io/library/busybox:latest; or a Fail in Docker's words."""
+    import re
+
+    name, at, digest = text.partition("@")
+    host, slash, path = name.partition("/")
+    if not slash or not (host == "localhost" or set(".:") & set(host)
+                         or host != host.lower()):
+        host, path = "docker.io", name
+    path, colon, tag = path.partition(":")
+    if path != path.lower():
+        raise Fail(f"invalid reference format: repository name ({path}) must be "
+                   "lowercase", "as in alpine:3.20")
+    if host in ("docker.io", "index.docker.io"):
+        host, path = "docker.io", path if "/" in path else f"library/{path}"
+    part = r"[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*"
+    where = r"(\[[0-9a-fA-F:]+\]|[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?)(:[0-9]{1,5})?"
+    if not (re.fullmatch(where, host)
+            and re.fullmatch(f"{part}(/{part})*", path) and len(name) < 256
+            and re.fullmatch(r"\w[\w.-]{0,127}" if colon else "", tag, re.ASCII)
+            and re.fullmatch("sha256:[0-9a-f]{64}" if at else "", digest)
+            and not re.fullmatch("[0-9a-f]{64}", text)):
+        raise Fail(f"invalid reference format: {text!r}",
+                   "[HOST[:PORT]/]NAME[:TAG] or NAME@sha256:…, as in alpine:3.20")
+    return f"{host}/{path}@{digest}" if at else f"{host}/{path}:{tag or 'latest'}"
+
+
+def short_name(ref):
+    """A name in full as Docker shows it."""
+    return ref.removeprefix("docker.io/").removeprefix("library/")
+
+
+def split_name(ref):
+    """(host, path, tag or digest) of a name in full."""
+    host, _, rest = ref.partition("/")
+    return host, *rest.rsplit("@" if "@" in rest else ":", 1)
+
+
+def hex_of(digest):
+    """The hex digits of a digest, which are a file's name: so nothing else will do."""
+    digits = digest.removeprefix("sha256:")
+    if len(digits) != 64 or digits == digest or set(digits) - set("0123456789abcdef"):
+        raise Fail(f"not a digest that can be verified: {digest!r:.90}",
+                   "sha256: and 64 hex digits are")
+    return digits
+
+
+def blob_path(digest):
+    """Where the store has what has this digest."""
+    return store("images", "blobs", "sha256", hex_of(digest))
+
+
+def parsed(raw, what, form):
+    """The JSON document in some bytes, of a form like PROFILE_FORM."""
+    try:
+        document = from_json(raw)
+    except (ValueError, RecursionError) as error:
+        raise Fail(f"{what}: not JSON: {str(error):.80}", "it is damaged") from None
+    check_form(document, form, what)
+    return document
+
+
+class held:
+    """A context in which a directory of the store is locked; its descriptor, or None
+    if that would have taken waiting and LOCK_NB says not to."""
+
+    def __init__(self, directory, how):
+        self.directory, self.how = store(directory, ""), how
+
+    def __enter__(self):
+        self.fd = lock(self.directory, self.how)
+        return self.fd
+
+    def __exit__(self, *_):
+        if self.fd is not None:
+            os.close(self.fd)
+
+
+def adding():
+    """A context in which nothing is swept out of the store that no image has yet."""
+    return held("images/blobs", fcntl.LOCK_SH)
+
+
+def read_index():
+    """The entries of index.json: a descriptor of a manifest, and mostly a name."""
+    try:
+        return from_json(read_file(store("images", "index.json")))["manifests"]
+    except FileNotFoundError:
+        return []
+
+
+class changed_index(held):
+    """A context that gives those entries to be changed, by nobody else meanwhile."""
+
+    def __init__(self):
+        super().__init__("images", fcntl.LOCK_EX)
+
+    def __enter__(self):
+        super().__enter__()
+        self.entries = read_index()
+        return self.entries
+
+    def __exit__(self, failed, *_):
+        try:
+            if not failed:
+                save(store("images", "oci-layout"), {"imageLayoutVersion": "1.0.0"})
+                save(store("images", "index.json"), {
+                    "schemaVersion": 2, "mediaType": OCI_INDEX,
+                    "manifests": self.entries})
+                os.fsync(self.fd)
+        finally:
+            super().__exit__()
+
+
+def name_of(entry):
+    """The name in full that an entry of the index gives its image, or ""."""
+    return entry.get("annotations", {}).get(NAME, "")
+
+
+def with_name(entry, ref):
+    """An entry like this, with that name or none."""
+    notes = {SIZES: entry.get("annotations", {}).get(SIZES, "")}
+    names = {NAME: ref, ALSO_NAME: ref} if ref else {}
+    return {**entry, "annotations": {**notes, **names}}
+
+
+def untag(entries, ref):
+    """Take a name away; an image without any keeps an entry, to be seen and pruned."""
+    for entry in [entry for entry in entries if name_of(entry) == ref]:
+        entries.remove(entry)
+        if all(other["digest"] != entry["digest"] for other in entries):
+            entries.append(with_name(entry, ""))
+
+
+def point(entries, ref, entry):
+    """Have a name mean an image, whatever it meant before."""
+    untag(entries, ref)
+    entries[:] = [other for other in entries
+                  if name_of(other) or other["digest"] != entry["digest"]]
+    if ref or all(other["digest"] != entry["digest"] for other in entries):
+        entries.append(with_name(entry, ref))
+
+
+def seconds_of(text):
+    """The Unix time of an RFC 3339 date; 0 for none."""
+    import calendar
+
+    try:
+        moment = calendar.timegm(time.strptime(text[:19], "%Y-%m-%dT%H:%M:%S"))
+        zone = text[19:].lstrip(".0123456789")
+        sign = {"+": -1, "-": 1}.get(zone[:1], 0)
+        return moment + sign * (int(zone[1:3] or 0) * 3600 + int(zone[4:6] or 0) * 60)
+    except (ValueError, OverflowError):
+        return 0
+
+
+class Image:
+    """An image of the store: what its manifest and its config say, and its names."""
+
+    def __init__(self, entry):
+        self.entry = entry
+        self.manifest = from_json(read_file(blob_path(entry["digest"])))
+        self.id = self.manifest["config"]["digest"]
+        self.config = from_json(read_file(blob_path(self.id)))
+        self.names = []
+        self.settings = self.config.get("config") or {}
+        self.diff_ids = (self.config.get("rootfs") or {}).get("diff_ids") or []
+        self.layers = self.manifest.get("layers") or []
+        sizes = entry.get("annotations", {}).get(SIZES, "").split()
+        self.sizes = list(map(int, sizes)) or [d["size"] for d in self.layers]
+        self.created = seconds_of(self.config.get("created") or "")
+
+    def tags(self):
+        """Its names as Docker shows them, without those that are digests."""
+        return [short_name(ref) for ref in self.names if "@" not in ref]
+
+    def digests(self):
+        """Those that are: where it was pulled from or pushed to."""
+        return [short_name(ref) for ref in self.names if "@" in ref]
+
+    def blobs(self):
+        """The digests of all that it consists of."""
+        return [self.entry["digest"], self.id, *(d["digest"] for d in self.layers)]
+
+
+def all_images():
+    """Every image in the store, the newest first, each with all its names.
+
+    Two manifests with one config, packed in two ways, are one image to a person."""
+    found = {}
+    for entry in read_index():
+        image = Image(entry)
+        image = found.setdefault(image.id, image)
+        image.names += [name_of(entry)] * bool(name_of(entry))
+    return sorted(found.values(), key=lambda image: -image.created)
+
+
+class NoImage(Fail):
+    """An image that is not in the store."""
+
+
+def find_image(text, code=1):
+    """The Image that a name, or an id or its beginning, means."""
+    images, digits = all_images(), text.removeprefix("sha256:")
+    by_id = [image for image in images if image.id[7:].startswith(digits)]
+    if len(digits) == 64 and by_id:
+        return by_id[0]
+    try:
+        ref = full_name(text)
+    except Fail:
+        if text != f"sha256:{digits}" and not by_id:
+            raise
+        ref = short_name(text)
+    for entry in read_index():
+        if name_of(entry) == ref:
+            image = Image(entry)  # of two manifests of an image, the one so named
+            image.names = next(i.names for i in images if i.id == image.id)
+            return image
+    if len(by_id) > 1:
+        raise Fail(f"image reference is ambiguous: {text!r} is the beginning of "
+                   f"{len(by_id)} ids", "a few digits more; see `minicontainer images`",
+                   code)
+    if not by_id or not digits:
+        raise NoImage(f"No such image: {short_name(ref)}",
+                      "see `minicontainer images`; `pull` gets one", code)
+    return by_id[0]
+
+
+# ── an image on its way in ──
+#
+# It comes from a registry, an archive or a tarball, and all that differs is who opens
+# a blob: source.open(descriptor, at) is a stream that begins at byte `at`, or earlier.
+# What has come of a blob is kept in ingest/DIGEST until it is all there and its digest
+# is right; so an attempt after an error goes on where the last one ended.
+
+
+class Broken(Exception):
+    """A stream that ended too early: worth another attempt."""
+
+
+def copy_rest(source, descriptor, file, tell):
+    """Append what is missing of a blob to a file that has its beginning.
+
+    Never more than was announced: who lies about a size must not fill the disk.
+    """
+    at = file.seek(0, os.SEEK_END)
+    if at == descriptor["size"]:
+        return
+    stream, at = source.open(descriptor, at if at < descriptor["size"] else 0)
+    file.truncate(at)
+    with stream:
+        while part := stream.read(1 << 18):
+            at += len(part)
+            if at > descriptor["size"]:
+                raise Fail(f"{descriptor['digest']}: longer than the "
+                           f"{descriptor['size']} bytes that were announced",
+                           "the source is damaged or hostile")
+            file.write(part)
+            tell("Downloading", at, descriptor["size"])
+    if at < descriptor["size"]:
+        raise Broken(f"only {at} of {descriptor['size']} bytes have come")
+
+
+def fetch(source, descriptor, tell=lambda *_: None):
+    """Bring a blob into the store, verified; its path."""
+    digest, part = descriptor["digest"], store("ingest", hex_of(descriptor["digest"]))
+    while not os.path.exists(blob_path(digest)):
+        with open(part, "a+b") as file:
+            # Another command may be fetching it: then wait, and find it done, or go on
+            # from where that one ended; unless the file is by then another one.
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not os.path.exists(part) or not os.path.samestat(
+                    os.fstat(file.fileno()), os.stat(part)):
+                continue
+            source.patiently(copy_rest, source, descriptor, file, tell)
+            tell("Verifying Checksum")
+            file.seek(0)
+            if (found := sha256(file)) != digest:
+                os.unlink(part)
+                raise Fail(f"{digest}: wrong digest, what has come is {found}",
+                           "the source is damaged or hostile")
+            file.flush()
+            os.fsync(file.fileno())
+            os.rename(part, blob_path(digest))
+    return blob_path(digest)
+
+
+def keep(raw):
+    """Put some bytes into the store as a blob; their digest."""
+    import hashlib
+
+    digest = f"sha256:{hashlib.sha256(raw).hexdigest()}"
+    new = store("ingest", f".new-{os.getpid()}-{hex_of(digest)}")
+    with open(new, "wb") as file:
+        file.write(raw)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(new, blob_path(digest))
+    return digest
+
+
+def fetch_small(source, descriptor, what):
+    """The bytes of a manifest or config, verified."""
+    if not 0 < descriptor.get("size", 0) <= MANIFEST_LIMIT:
+        raise Fail(f"{what}: {descriptor.get('size')} bytes cannot be right",
+                   f"1 to {MANIFEST_LIMIT} can")
+    with open(fetch(source, descriptor), "rb") as file:
+        return file.read()
+
+
+def platform_of(text=None):
+    """[os, architecture, variant if asked for] of Docker's --platform, or our own."""
+    ours = ["linux", MACHINES[os.uname().machine][1]]
+    parts = text.split("/") if text else ours
+    if len(parts) > 3 or not all(parts):
+        raise Fail(f"invalid platform: {text!r}", "linux/arm64 or linux/arm/v7")
+    return parts if len(parts) > 1 else ["linux", *parts]
+
+
+def pick(source, raw, platform, depth=0):
+    """The manifest for a platform: this document, or one that is in its list.
+
+    A list in a list is taken, as some builders write it; deeper ones are not.
+    """
+    document = parsed(raw, "manifest", MANIFEST_FORM)
+    if document.get("schemaVersion") == 1:
+        raise Fail("a manifest of schema 1, which is no longer in use", "push it anew")
+    if not document.get("manifests"):
+        return raw
+    for entry in document["manifests"]:
+        have = entry.get("platform") or {}
+        have = [have.get(key) for key in ("os", "architecture", "variant")]
+        if have[:len(platform)] == platform and depth < 2:
+            return pick(source, fetch_small(source, entry, "manifest"), platform,
+                        depth + 1)
+    raise Fail(f"no matching manifest for {'/'.join(platform)} in the manifest list "
+               "entries", "--platform names another; it may be listed as another", 1)
+
+
+def check_layers(manifest, diff_ids):
+    """Refuse layers that are none, and numbers that do not agree."""
+    layers = manifest.get("layers") or []
+    for layer in layers:
+        kind = layer.get("mediaType", "")
+        if "foreign" in kind or "nondistributable" in kind:
+            raise Fail(f"a foreign layer ({kind}): it is not where its image is",
+                       "its maker's terms keep it elsewhere: use another image", 1)
+        if not kind.startswith((OCI_LAYER, DOCKER_LAYER)):
+            raise Fail(f"a layer of an unknown kind: {kind!r:.90}",
+                       "is it the image of a container, or of something else?", 1)
+        hex_of(layer.get("digest", ""))
+        layer.setdefault("size", -1)
+    if len(layers) != len(diff_ids):
+        raise Fail(f"{len(layers)} layers, but {len(diff_ids)} diff_ids",
+                   "the image is damaged", 1)
+    return layers
+
+
+def layer_at(diff_id, blob):
+    """The directory of a layer, unpacked from its blob unless it is there: verified."""
+    target = store("layers", hex_of(diff_id))
+
+    def make(top):
+        found = unpack(blob, top)
+        if found != diff_id:
+            raise Fail(f"{blob}: unpacked it is {found}, not the {diff_id} that the "
+                       "image's config promises", "the image is damaged or hostile")
+
+    if not os.path.isdir(target):
+        publish(new_directory("layers", make), hex_of(diff_id))
+    return target
+
+
+def bytes_in(layer):
+    """The sizes of a layer's files added up, as Docker does it."""
+    total, waiting = 0, [layer]
+    for directory in waiting:  # grows while we read it
+        for entry in os.scandir(directory):
+            if entry.is_dir(follow_symlinks=False):
+                waiting.append(entry.path)
+            elif entry.is_file(follow_symlinks=False):
+                total += entry.stat(follow_symlinks=False).st_size
+    return total
+
+
+def take_layer(source, descriptor, diff_id, tell):
+    """Bring a layer into the store, as a blob and unpacked; the bytes of its files.
+
+    The blob stays: packed again, the layer would have another digest.
+    """
+    if os.path.isdir(store("layers", hex_of(diff_id))) and (
+            os.path.exists(blob_path(descriptor["digest"]))):
+        tell("Already exists")
+        return bytes_in(store("layers", hex_of(diff_id)))
+    tell("Pulling fs layer")
+    blob = fetch(source, descriptor, tell)
+    tell("Download complete")
+    top = layer_at(diff_id, blob)
+    tell("Pull complete")
+    return bytes_in(top)
+
+
+def begin_job(job):
+    """Do a job in a fork: (pid, descriptor of what it says, in lines of JSON).
+
+    The fork shares all that was imported and learnt so far, as a registry's token; what
+    is open it must not read from, since the place in a file would be shared too.
+    """
+    ours, theirs = os.pipe()
+    pid = os.fork()
+    if pid:
+        os.close(theirs)
+        return pid, ours
+
+    def say_that(**news):
+        os.write(theirs, to_json(news).encode() + b"\n")
+
+    def tell(status, at=0, of=0):
+        if not of or time.monotonic() > tell.next:
+            tell.next = time.monotonic() + 0.1
+            say_that(show=[status, at, of])
+
+    tell.next = 0
+    try:
+        syscall("prctl", PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0,
+                why="nobody would wait for what it does")
+        say_that(result=job(tell))
+    except Exception as error:
+        fail = diagnose(error)
+        say_that(fail=[fail.message, fail.hint, fail.code])
+    finally:
+        os._exit(0)
+
+
+def in_parallel(jobs, show, at_once=3):
+    """Do every job in a process of its own, some at a time: their results, in order.
+
+    A job is a function that is given one to tell how it gets on, which ends in show(id,
+    …).  Unpacking is mostly Python, where threads would have to take turns.
+    """
+    results, running, waiting = {}, {}, list(enumerate(jobs))
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                number, (id, job) = waiting.pop(0)
+                pid, fd = begin_job(job)
+                running[fd] = [number, id, pid, b""]
+            for fd in select.select(list(running), [], [])[0]:
+                number, id, pid, text = running[fd]
+                part = os.read(fd, 1 << 16)
+                *lines, running[fd][3] = (text + part).split(b"\n")
+                for news in map(from_json, lines):
+                    if "fail" in news:
+                        raise Fail(*news["fail"])
+                    if "show" in news:
+                        show(id, *news["show"])
+                    else:
+                        results[number] = news["result"]
+                if not part:
+                    os.close(fd)
+                    del running[fd]
+                    os.waitpid(pid, 0)
+                    if number not in results:
+                        raise Fail(f"the process for {id} was killed", "see `dmesg`")
+    finally:
+        for _, _, pid, _ in running.values():
+            os.kill(pid, signal.SIGTERM)
+        for fd, (_, _, pid, _) in running.items():
+            os.waitpid(pid, 0)
+            os.close(fd)
+    return [results[number] for number in range(len(jobs))]
+
+
+def take_image(source, raw, refs, show=lambda *_: None):
+    """Bring the image of a manifest into the store and give it names; it."""
+    manifest = parsed(raw, "manifest", MANIFEST_FORM)
+    if not manifest.get("config"):
+        raise Fail("the manifest has no config", "is it the manifest of an image?", 1)
+    config = parsed(fetch_small(source, manifest["config"], "config"), "config",
+                    CONFIG_FORM)
+    diff_ids = (config.get("rootfs") or {}).get("diff_ids") or []
+    pairs = dict(zip(diff_ids, check_layers(manifest, diff_ids), strict=True))
+    sizes = dict(zip(pairs, in_parallel([
+        (layer["digest"][7:19], lambda tell, layer=layer, diff_id=diff_id:
+            take_layer(source, layer, diff_id, tell))
+        for diff_id, layer in pairs.items()], show), strict=True))
+    entry = {"mediaType": manifest.get("mediaType") or OCI_MANIFEST,
+             "digest": keep(raw), "size": len(raw), "annotations": {
+                 SIZES: " ".join(str(sizes[diff_id]) for diff_id in diff_ids)}}
+    with changed_index() as entries:  # last: until now nobody can see any of it
+        for ref in refs or [""]:
+            point(entries, ref, entry)
+    return Image(entry)
+
+
+# ── archives ──
+#
+# What `save` writes is an OCI layout in a tarball, with Docker's older manifest.json
+# beside it that points to the same blobs: so whoever knows one of the two can read it.
+
+
+class Part:
+    """A stretch of a file, to be read as if it were all of it."""
+
+    def __init__(self, path, at, length):
+        self.file, self.left = open(path, "rb"), length
+        self.file.seek(at)
+        self.tell = lambda left: None  # is told how many bytes are left
+
+    def read(self, length=1 << 20):
+        """Some bytes; none at the end."""
+        data = self.file.read(max(min(length, self.left), 0))
+        self.left -= len(data)
+        self.tell(self.left)
+        return data
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+
+def oci_manifest(config, layers):
+    """The bytes of the manifest of an image that has none yet."""
+    return to_json({"schemaVersion": 2, "mediaType": OCI_MANIFEST,
+                    "config": config, "layers": layers}).encode()
+
+
+class Archive:
+    """A source of images: a tarball of `save`, of ours or anybody's.
+
+    It is only indexed; each blob is read where it lies, by a descriptor of its own,
+    since the processes that do so would share the place in one.  Docker's older form
+    names layers as it likes, and has one that comes twice as a symlink.
+    """
+
+    def __init__(self, path, title):
+        import tarfile
+
+        self.path, self.title = path, title
+        self.members, links = {}, {}  # name: (where, bytes) and name: name
+        try:
+            with tarfile.open(path, "r:") as tar:
+                for member in tar:
+                    name = os.path.normpath(member.name)
+                    if member.isfile():
+                        self.members[name] = member.offset_data, member.size
+                    elif member.issym() or member.islnk():
+                        there = os.path.dirname(name) if member.issym() else ""
+                        links[name] = os.path.normpath(f"{there}/{member.linkname}"
+                                                       ).lstrip("/")
+                    if len(self.members) + len(links) > 100_000:
+                        raise Fail(f"{title}: more files than images have", "", 1)
+        except (tarfile.TarError, ValueError, EOFError, IndexError, OSError) as error:
+            raise Fail(f"{title}: not an archive of images: {str(error):.80}",
+                       "what `save` wrote is one", 1) from None
+        for name, target in links.items():
+            for _ in range(40):
+                target = links.get(target, target)
+            if target in self.members:
+                self.members[name] = self.members[target]
+        self.names = {}  # digest: the member that has it, if not named after it
+
+    def patiently(self, do, *args):
+        """Do something; there is no second attempt with a file."""
+        try:
+            return do(*args)
+        except Broken as error:
+            raise Fail(f"{self.title}: {error}", "it is damaged", 1) from None
+
+    def part(self, name, at=0):
+        """A member's bytes, to be read."""
+        if name not in self.members:
+            raise Fail(f"{self.title}: {name} is missing", "it is incomplete", 1)
+        where, length = self.members[name]
+        return Part(self.path, where + at, length - at)
+
+    def open(self, descriptor, at=0):
+        """A blob from byte `at`, and that number."""
+        digest = descriptor["digest"]
+        name = self.names.get(digest) or f"blobs/sha256/{hex_of(digest)}"
+        return self.part(name, at), at
+
+    def document(self, name, form):
+        """One of its JSON files, and its bytes."""
+        with self.part(name) as part:
+            raw = part.read(MANIFEST_LIMIT)
+        return parsed(raw, f"{self.title}: {name}", form), raw
+
+    def images(self, platform):
+        """(manifest, names) of each image in it."""
+        if "index.json" in self.members:
+            index, _ = self.document("index.json", MANIFEST_FORM)
+            for entry in index.get("manifests") or ():
+                notes = entry.get("annotations") or {}
+                name = notes.get(ALSO_NAME) or notes.get(NAME)
+                raw = fetch_small(self, entry, "manifest")
+                yield pick(self, raw, platform), [full_name(name)] if name else []
+        elif "manifest.json" in self.members:
+            for item in self.document("manifest.json", [
+                    {"Config": str, "RepoTags": [str], "Layers": [str]}])[0]:
+                yield self.manifest_of(item), [
+                    full_name(tag) for tag in item.get("RepoTags") or ()]
+        else:
+            raise Fail(f"{self.title}: neither index.json nor manifest.json is in it",
+                       "a root file system is for `import`", 1)
+
+    def describe(self, name, kind, digest=None):
+        """The descriptor of a member."""
+        if not digest:
+            with self.part(name) as part:
+                digest = sha256(part)
+        self.names[digest] = name
+        return {"mediaType": kind, "digest": digest, "size": self.members[name][1]}
+
+    def manifest_of(self, item):
+        """The manifest of an image in Docker's older form, which has none."""
+        config = self.describe(os.path.normpath(item.get("Config") or ""), OCI_CONFIG)
+        said, _ = self.document(self.names[config["digest"]], CONFIG_FORM)
+        diff_ids = (said.get("rootfs") or {}).get("diff_ids") or []
+        layers = []
+        for name, diff_id in zip(item.get("Layers") or (), diff_ids, strict=False):
+            name = os.path.normpath(name)
+            with self.part(name) as part:
+                packed = compression(part.read(8))
+            layers.append(self.describe(name, OCI_LAYER + (packed and f"+{packed}"),
+                                        None if packed else diff_id))
+        return oci_manifest(config, layers)
+
+
+class output:
+    """A context that gives the file to write to: one that appears under its name when
+    it is whole (P3), or standard output."""
+
+    def __init__(self, path):
+        if not path and os.isatty(1):
+            raise Fail("cowardly refusing to save to a terminal",
+                       "-o FILE, or redirect", 1)
+        plain = path and (os.path.isfile(path) or not os.path.exists(path))
+        self.path, self.new = path, f"{path}.new-{os.getpid()}" if plain else ""
+
+    def __enter__(self):
+        try:
+            self.file = open(self.new or self.path or 1, "wb", closefd=bool(self.path))
+        except OSError as error:
+            raise Fail(f"{self.path}: {error.strerror}", "is the directory there?", 1
+                       ) from None
+        return self.file
+
+    def __exit__(self, failed, error, _):
+        self.file.close()
+        if self.new:
+            os.unlink(self.new) if failed else os.rename(self.new, self.path)
+
+
+def write_archive(chosen, file):
+    """Write images, pairs of an Image and names in full, as such a tarball."""
+    import io
+    import tarfile
+
+    def add(name, length, data):
+        member = tarfile.TarInfo(name)
+        member.size, member.mode = length, 0o644
+        tar.addfile(member, data)
+
+    def add_json(name, document):
+        raw = to_json(document).encode()
+        add(name, len(raw), io.BytesIO(raw))
+
+    with tarfile.open(fileobj=file, mode="w|", format=tarfile.PAX_FORMAT) as tar:
+        add_json("oci-layout", {"imageLayoutVersion": "1.0.0"})
+        for digest in dict.fromkeys(d for image, _ in chosen for d in image.blobs()):
+            with open(blob_path(digest), "rb") as blob:
+                add(f"blobs/sha256/{hex_of(digest)}", os.fstat(blob.fileno()).st_size,
+                    blob)
+        entries = []
+        for image, names in chosen:
+            entry = {key: image.entry[key] for key in ("mediaType", "digest", "size")}
+            entries += [{**entry, "annotations": {NAME: name, ALSO_NAME: name}}
+                        for name in names] or [entry]
+        add_json("index.json", {"schemaVersion": 2, "mediaType": OCI_INDEX,
+                                "manifests": entries})
+        add_json("manifest.json", [{
+            "Config": f"blobs/sha256/{hex_of(image.id)}",
+            "RepoTags": [short_name(name) for name in names] or None,
+            "Layers": [f"blobs/sha256/{hex_of(d['digest'])}" for d in image.layers],
+        } for image, names in chosen])
+
+
+def spool(stream):
+    """Bring a stream into the store as a file, for now: (its path, its digest)."""
+    import hashlib
+
+    path, digest = store("ingest", f".new-{os.getpid()}-spool"), hashlib.sha256()
+    most = layer_bytes()
+    try:
+        with open(path, "wb") as file:
+            while part := stream.read(1 << 20):
+                if file.tell() + len(part) > most:
+                    raise Fail(f"more than {human(most)} are coming",
+                               "MINICONTAINER_LAYER_BYTES sets another bound than what "
+                               "is free on the disk")
+                file.write(part)
+                digest.update(part)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        take_away_file(path)
+        raise
+    return path, f"sha256:{digest.hexdigest()}"
+
+
+# ── lists, as Docker prints them ──
+
+
+def decimal(number):
+    """Bytes as Docker writes those of images, to three digits: 1984227 is 1.98MB."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if number < 999.5 or unit == "TB":
+            return f"{number:.3g}{unit}"
+        number /= 1000
+
+
+def ago(moment):
+    """How long it is since a Unix time, as Docker says it."""
+    seconds = max(int(time.time() - moment), 0)
+    units = ((1, "second", 60), (60, "minute", 60), (3600, "hour", 48),
+             (86400, "day", 14), (604800, "week", 8), (2592000, "month", 24),
+             (31536000, "year", 1 << 62))
+    unit, name = next((unit, name) for unit, name, limit in units
+                      if seconds // unit < limit)
+    count = seconds // unit
+    if not moment:
+        return "N/A"
+    if count < 2 and unit in (60, 3600):
+        return f"About a{'n' * (unit == 3600)} {name} ago"
+    return f"{count} {name}{'s' * (count != 1)} ago" if count else (
+        "Less than a second ago")
+
+
+def go_value(value):
+    """A value as Go's templates print it."""
+    if isinstance(value, dict):
+        return f"map[{' '.join(f'{k}:{go_value(v)}' for k, v in value.items())}]"
+    if isinstance(value, list):
+        return f"[{' '.join(map(go_value, value))}]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "<no value>" if value is None else str(value)
+
+
+def from_template(template, value):
+    """Docker's --format: {{.A.B}}, {{json .A}}, {{len .A}}, {{index .A "key"}}."""
+    import re
+    import shlex
+
+    def field(path):
+        found = value
+        for name in filter(None, path.split(".")):
+            if not isinstance(found, dict) or name not in found:
+                raise Fail(f"template: no field {name!r} in {path}",
+                           "--format '{{json .}}' shows what there is", 1)
+            found = found[name]
+        return found
+
+    def replace(match):
+        try:
+            words = shlex.split(match[1])
+            how, path, *keys = words if len(words) > 1 else ["", *words]
+            found = field(path)
+            for key in keys:
+                found = found[int(key) if isinstance(found, list) else key]
+        except (ValueError, KeyError, IndexError, TypeError):
+            how = "wrong"
+        if how not in ("", "json", "len", "index"):
+            raise Fail(f"template: {match[0]} is not possible",
+                       "{{.A.B}}, {{json .A}}, {{len .A}} and {{index .A 0}} are", 1)
+        return (to_json(found) if how == "json" else str(len(found)) if how == "len"
+                else go_value(found))
+
+    text = template.replace("\\t", "\t").replace("\\n", "\n")
+    return re.sub(r"\{\{\s*(.*?)\s*\}\}", replace, text)
+
+
+def print_list(columns, rows, form, quiet=""):
+    """Print rows as Docker does; `columns` are titles and the fields below them."""
+    form = form or "table"
+    if quiet:
+        lines = dict.fromkeys(row[quiet] for row in rows)
+    elif form == "json":
+        lines = map(to_json, rows)
+    elif form.startswith("table"):
+        text = form[6:].replace("\\t", "\t") or "\t".join(
+            f"{{{{.{field}}}}}" for field in columns.values())
+        titles = {field: title for title, field in columns.items()}
+        cells = [from_template(text, row).split("\t") for row in (
+            {**dict.fromkeys(rows[0] if rows else (), "?"), **titles}, *rows)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = ["   ".join(f"{cell:{width}}" for cell, width in zip(
+            row, widths, strict=True)).rstrip() for row in cells]
+    else:
+        lines = [from_template(form, row) for row in rows]
+    for line in lines:
+        print(line)
+
+
+def filters_of(texts, known):
+    """{key: its values} of --filter."""
+    found = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or key not in known:
+            raise Fail(f"invalid filter {text!r}", f"KEY=VALUE; {', '.join(known)}", 1)
+        found.setdefault(key, []).append(value)
+    return found
+
+
+FORMAT = arg("--format", metavar="FORM", help="json, 'table {{.A}}' or '{{.A}} {{.B}}'")
+FILTER = arg("-f", "--filter", metavar="KEY=VALUE", action="append", default=[],
+             help="show only such")
+QUIET = arg("-q", "--quiet", action="store_true", help="show only ids")
+NO_TRUNC = arg("--no-trunc", action="store_true", help="show all of everything")
+PLATFORM = arg("--platform", metavar="OS/ARCH", help="of several, the one for this")
+
+
+def matches(image, wanted):
+    """Whether an image passes --filter."""
+    labels = image.settings.get("Labels") or {}
+    asked = [text.partition("=") for text in wanted.get("label", ())]
+    return all((value == "true") == (not image.names)
+               for value in wanted.get("dangling", ())) and all(
+        key in labels and (not equals or labels[key] == value)
+        for key, equals, value in asked)
+
+
+def is_like(row, patterns):
+    """Whether a row of `images` has one of these names, which may have wildcards."""
+    import fnmatch
+
+    return not patterns or any(
+        fnmatch.fnmatchcase(text, pattern) for pattern in patterns
+        for text in (row["Repository"], f"{row['Repository']}:{row['Tag']}"))
+
+
+def image_rows(image, no_trunc):
+    """What `images` shows of an image: a row for each of its names."""
+    of_repository = {name.partition("@")[0]: name.partition("@")[2]
+                     for name in image.digests()}
+    names = [tag.rpartition(":")[::2] for tag in image.tags()] or [
+        (name, "<none>") for name in of_repository] or [("<none>", "<none>")]
+    for repository, tag in names:
+        yield {"Repository": repository, "Tag": tag,
+               "Digest": of_repository.get(repository, "<none>"),
+               "ID": image.id if no_trunc else image.id[7:19],
+               "CreatedSince": ago(image.created),
+               "CreatedAt": time.strftime("%Y-%m-%d %H:%M:%S +0000 UTC",
+                                          time.gmtime(image.created)),
+               "Size": decimal(sum(image.sizes)), "Containers": "N/A",
+               "SharedSize": "N/A", "UniqueSize": "N/A"}
+
+
+LIST_OPTIONS = (
+    arg("-a", "--all", action="store_true", help="there are no hidden ones here"),
+    QUIET, arg("--digests", action="store_true", help="show digests"), NO_TRUNC, FILTER,
+    FORMAT, arg("repository", nargs="?", metavar="REPOSITORY", help="only so named"))
+
+
+@command("image ls", *LIST_OPTIONS)
+@command("images", *LIST_OPTIONS)
+def images_command(options):
+    """List the images of the store."""
+    wanted = filters_of(options.filter, ("dangling", "label", "reference"))
+    like = wanted.get("reference", []) + [options.repository] * bool(options.repository)
+    columns = {"REPOSITORY": "Repository", "TAG": "Tag", "DIGEST": "Digest",
+               "IMAGE ID": "ID", "CREATED": "CreatedSince", "SIZE": "Size"}
+    if not options.digests:
+        del columns["DIGEST"]
+    print_list(columns, [row for image in all_images() if matches(image, wanted)
+                         for row in image_rows(image, options.no_trunc)
+                         if is_like(row, like)],
+               options.format, "ID" if options.quiet else "")
+
+
+@command("history", QUIET, NO_TRUNC, FORMAT,
+         arg("image", metavar="IMAGE", help="its name or id"))
+def history_command(options):
+    """Show of what steps an image was made."""
+    image = find_image(options.image)
+    rows, sizes = [], iter(image.sizes)
+    for step in image.config.get("history") or [{} for _ in image.sizes]:
+        by, when = step.get("created_by") or "", step.get("created") or ""
+        rows.insert(0, {
+            "ID": "<missing>", "CreatedSince": ago(seconds_of(when)),
+            "CreatedAt": when, "Comment": step.get("comment") or "",
+            "CreatedBy": by if options.no_trunc or len(by) < 46 else by[:44] + "…",
+            "Size": decimal(0 if step.get("empty_layer") else next(sizes, 0))})
+    for row in rows[:1]:
+        row["ID"] = image.id if options.no_trunc else image.id[7:19]
+    print_list({"IMAGE": "ID", "CREATED": "CreatedSince", "CREATED BY": "CreatedBy",
+                "SIZE": "Size", "COMMENT": "Comment"}, rows, options.format,
+               "ID" if options.quiet else "")
+
+
+def inspected(image):
+    """What `image inspect` tells, under Docker's keys."""
+    history, directories = image.config.get("history") or [{}], [
+        store("layers", hex_of(diff_id)) for diff_id in image.diff_ids]
+    size_ = sum(image.sizes)
+    return {
+        "Id": image.id, "RepoTags": image.tags(), "RepoDigests": image.digests(),
+        "Parent": "", "Comment": history[-1].get("comment") or "",
+        "Created": image.config.get("created") or "", "DockerVersion": "",
+        "Author": image.config.get("author") or "", "Config": image.settings,
+        "Architecture": image.config.get("architecture") or "",
+        "Variant": image.config.get("variant") or "",
+        "Os": image.config.get("os") or "", "Size": size_, "VirtualSize": size_,
+        "GraphDriver": {"Name": "overlay",
+                        "Data": {"LowerDir": ":".join(reversed(directories))}},
+        "RootFS": {"Type": "layers", "Layers": image.diff_ids},
+        "Descriptor": {key: image.entry[key] for key in ("mediaType", "digest",
+                                                         "size")}}
+
+
+def for_each(names, do):
+    """Do something with each of several, also if it fails with some of them."""
+    failed = []
+    for name in names:
+        try:
+            do(name)
+        except Fail as fail:
+            failed.append(fail)
+    if failed:
+        raise Fail("\nminicontainer: ".join(fail.message for fail in failed),
+                   failed[-1].hint, 1)
+
+
+@command("image inspect", arg("-f", "--format", metavar="FORM", help="'{{.A.B}}'"),
+         arg("images", nargs="+", metavar="IMAGE", help="names or ids"))
+def image_inspect_command(options):
+    """Show all that is known of images, as JSON."""
+    import json
+
+    found = []
+    try:
+        for_each(options.images,
+                 lambda name: found.append(inspected(find_image(name))))
+    finally:
+        if options.format:
+            for document in found:
+                print(to_json(document) if options.format == "json" else
+                      from_template(options.format, document))
+        else:
+            print(json.dumps(found, indent=4))
+
+
+# ── images made, named and removed ──
+
+
+def take_change(settings, text):
+    """Apply one line of a Dockerfile, of those that only change the config."""
+    import shlex
+
+    word, _, rest = text.strip().partition(" ")
+    word, rest = word.upper(), rest.strip()
+    keys = {"CMD": "Cmd", "ENTRYPOINT": "Entrypoint", "ENV": "Env", "LABEL": "Labels",
+            "EXPOSE": "ExposedPorts", "VOLUME": "Volumes", "USER": "User",
+            "WORKDIR": "WorkingDir", "STOPSIGNAL": "StopSignal"}
+    if word not in keys or not rest:
+        raise Fail(f"--change {text!r}: not possible", f"{', '.join(keys)}, each with "
+                   "what it takes in a Dockerfile", 1)
+    try:
+        words = from_json(rest) if rest[0] == "[" else None
+        split = shlex.split(rest)
+    except ValueError as error:
+        raise Fail(f"--change {text!r}: {error}", "as in a Dockerfile", 1) from None
+    if word in ("CMD", "ENTRYPOINT"):
+        settings[keys[word]] = ["/bin/sh", "-c", rest] if words is None else words
+    elif word in ("ENV", "LABEL"):
+        pairs = dict(item.partition("=")[::2] for item in split)
+        if "=" not in split[0]:  # the older form, ENV NAME VALUE
+            pairs = {split[0]: rest.partition(" ")[2].strip()}
+        old = settings.get(keys[word]) or {}
+        if word == "ENV":
+            old = dict(line.partition("=")[::2] for line in old)
+        pairs = {**old, **pairs}
+        settings[keys[word]] = pairs if word == "LABEL" else [
+            f"{name}={value}" for name, value in pairs.items()]
+    elif word in ("EXPOSE", "VOLUME"):
+        items = [f"{item}/tcp" if word == "EXPOSE" and "/" not in item else item
+                 for item in words or split]
+        settings.setdefault(keys[word], {}).update({item: {} for item in items})
+    else:
+        settings[keys[word]] = rest
+
+
+def open_import(text):
+    """What `import` is to read: a file, standard input, or what a URL leads to."""
+    import urllib.error
+    import urllib.request
+
+    try:
+        if text.startswith(("http://", "https://")):
+            return urllib.request.urlopen(text, timeout=60)
+        return open(0 if text == "-" else text, "rb", closefd=text != "-")
+    except OSError as error:  # urllib's errors are that too
+        raise Fail(f"{text}: {getattr(error, 'reason', None) or error.strerror}",
+                   "FILE, URL, or - for standard input", 1) from None
+
+
+def keep_layer(stream, title):
+    """Bring a tarball into the store as a blob and as a layer: its descriptor, diff_id
+    and the bytes of its files.  OCI has no name for xz and bzip2: they become plain."""
+    path, digest = spool(stream)
+    try:
+        with open(path, "rb") as file:
+            packed = compression(file.read(8))
+        if packed in ("xz", "bzip2"):
+            with open_plain(path) as plain:
+                os.unlink(path)
+                path, digest = spool(plain)
+            packed = ""
+        diff_id = []
+        made = new_directory("layers", lambda top: diff_id.append(
+            unpack(path, top, title)))
+        os.rename(path, blob_path(digest))
+    finally:
+        take_away_file(path)
+    top = publish(made, hex_of(diff_id[0]))
+    return {"mediaType": OCI_LAYER + (packed and f"+{packed}"), "digest": digest,
+            "size": os.path.getsize(blob_path(digest))}, diff_id[0], bytes_in(top)
+
+
+@command("import",
+         arg("-c", "--change", metavar="LINE", action="append", default=[],
+             help="a line of a Dockerfile, as 'CMD [\"sh\"]'"),
+         arg("-m", "--message", metavar="TEXT", default="", help="shown by history"),
+         PLATFORM,
+         arg("file", metavar="FILE|URL|-", help="a tarball of a root file system"),
+         arg("name", nargs="?", metavar="NAME[:TAG]", help="of the new image"))
+def import_command(options):
+    """Make an image of a tarball."""
+    need_root()
+    refs = [full_name(options.name)] if options.name else [""]
+    settings = {}
+    for text in options.change:
+        take_change(settings, text)
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    with adding():
+        with open_import(options.file) as stream:
+            layer, diff_id, size_ = keep_layer(stream, options.file)
+        comment = options.message or f"Imported from {options.file}"
+        keys = "os", "architecture", "variant"
+        config = to_json({
+            "created": now, **dict(zip(keys, platform_of(options.platform),
+                                       strict=False)), "config": settings,
+            "rootfs": {"type": "layers", "diff_ids": [diff_id]},
+            "history": [{"created": now, "comment": comment}]}).encode()
+        id = keep(config)
+        raw = oci_manifest({"mediaType": OCI_CONFIG, "digest": id, "size": len(config)},
+                           [layer])
+        entry = {"mediaType": OCI_MANIFEST, "digest": keep(raw), "size": len(raw),
+                 "annotations": {SIZES: str(size_)}}
+        with changed_index() as entries:
+            for ref in refs:
+                point(entries, ref, entry)
+    print(id)
+
+
+@command("tag", arg("source", metavar="IMAGE", help="its name or id"),
+         arg("name", metavar="NAME[:TAG]", help="the new one"))
+def tag_command(options):
+    """Give an image one more name."""
+    need_root()
+    ref = full_name(options.name)
+    if "@" in ref:
+        raise Fail("refusing to create a tag with a digest reference", "NAME:TAG", 1)
+    with changed_index() as entries:
+        point(entries, ref, find_image(options.source).entry)
+
+
+def containers():
+    """(id, annotations) of every container there is."""
+    for id in os.listdir(store("containers", "")):
+        try:
+            spec = from_json(read_file(f"{store('containers', '')}{id}/config.json"))
+            yield id, spec.get("annotations", {})
+        except (FileNotFoundError, NotADirectoryError):
+            continue  # not quite made, or just removed
+
+
+# Sweeping is the one way in which blobs and layers go: what is needed is marked, all
+# else removed.  So it does not matter where an earlier one was killed.
+
+
+def sweep(all_of_it=False):
+    """Remove blobs and layers that belong to no image and no container, with all_of_it
+    unfinished ones too; the bytes freed.  While anybody adds some, none."""
+    with held("images/blobs", fcntl.LOCK_EX | fcntl.LOCK_NB) as alone:
+        if alone is None:
+            return 0
+        keep_, freed = set(), 0
+        for image in map(Image, read_index()):
+            keep_.update(map(hex_of, [*image.blobs(), *image.diff_ids]))
+        for _, notes in containers():
+            keep_.update(map(os.path.basename, from_json(notes.get(OF_LAYERS, "[]"))))
+        for parent in ("images/blobs/sha256", "ingest", "layers"):
+            for name in os.listdir(store(parent, "")):
+                path = store(parent, name)
+                if name in keep_ or (parent == "ingest" and not all_of_it):
+                    continue
+                if os.path.isdir(path) and not name.startswith(".new-"):
+                    freed += bytes_in(path)
+                    new = store(parent, f".new-{os.getpid()}-{name}")
+                    os.rename(path, new)
+                    remove_tree(new)
+                elif os.path.isfile(path):
+                    freed += os.path.getsize(path)
+                    os.unlink(path)
+        return freed
+
+
+def check_removable(image, text, by_name, force):
+    """Refuse, in Docker's words, to remove an image that is in use."""
+    short = image.id[7:19]
+    users = [id for id, notes in containers() if notes.get(OF_IMAGE) == image.id]
+    running = [id for id in users if is_held(store("containers", id))]
+    if by_name and (len(image.tags()) > 1 or force or not users):
+        return users
+    if by_name:
+        raise Fail(f"conflict: unable to remove repository reference {text!r} (must "
+                   f"force) - container {users[0][:12]} is using its referenced image "
+                   f"{short}", "`system prune` removes containers that have ended", 1)
+    if running:
+        raise Fail(f"conflict: unable to delete {short} (cannot be forced) - image is "
+                   f"being used by running container {running[0][:12]}", "end it", 1)
+    if users and not force:
+        raise Fail(f"conflict: unable to delete {short} (must be forced) - image is "
+                   f"being used by stopped container {users[0][:12]}", "-f", 1)
+    if len({tag.rpartition(":")[0] for tag in image.tags()}) > 1 and not force:
+        raise Fail(f"conflict: unable to delete {short} (must be forced) - image is "
+                   "referenced in multiple repositories", "-f", 1)
+    return users
+
+
+def remove_image(text, force=False):
+    """Take one name from an image, or all if it is named by its id; with the last one
+    it goes itself unless a container uses it.  Prints what Docker prints.
+
+    The digest that a repository gave it is a name too, which goes with its last tag.
+    """
+    with changed_index() as entries:
+        image = find_image(text)
+        digits = text.removeprefix("sha256:")
+        by_name = not image.id[7:].startswith(digits) or full_name(text) in image.names
+        users = check_removable(image, text, by_name, force)
+        gone = [full_name(text)] if by_name else list(image.names)
+        left = [ref for ref in image.names if ref not in gone]
+        repositories = {split_name(ref)[:2] for ref in left if "@" not in ref}
+        gone += [ref for ref in left if "@" in ref and any(
+            split_name(name)[:2] == split_name(ref)[:2] for name in gone)
+            and split_name(ref)[:2] not in repositories]
+        for ref in gone:
+            untag(entries, ref)
+            print(f"Untagged: {short_name(ref)}")
+        if set(image.names) - set(gone) or users:
+            return
+        entries[:] = [entry for entry in entries if Image(entry).id != image.id]
+    print(f"Deleted: {image.id}")
+    kept = {diff_id for other in all_images() for diff_id in other.diff_ids}
+    for diff_id in reversed(image.diff_ids):
+        if diff_id not in kept:
+            print(f"Deleted: {diff_id}")
+    sweep()
+
+
+RMI_OPTIONS = (
+    arg("-f", "--force", action="store_true", help="also if it has more names, or is "
+        "used by containers that have ended"),
+    arg("images", nargs="+", metavar="IMAGE", help="names or ids"))
+
+
+@command("image rm", *RMI_OPTIONS)
+@command("rmi", *RMI_OPTIONS)
+def rmi_command(options):
+    """Remove images."""
+    need_root()
+    for_each(options.images, lambda text: remove_image(text, options.force))
+
+
+@command("image prune",
+         arg("-a", "--all", action="store_true", help="all that no container uses"),
+         arg("-f", "--force", action="store_true", help="do not ask"))
+def image_prune_command(options):
+    """Remove images that have no name, and what no image needs."""
+    need_root()
+    what = "all images without at least one container associated to them" if (
+        options.all) else "all dangling images"
+    if not options.force:
+        print(f"WARNING! This will remove {what}.\nAre you sure you want to continue? "
+              "[y/N] ", end="", flush=True)
+        if sys.stdin.readline().strip().lower() != "y":
+            return
+    used = {notes.get(OF_IMAGE) for _, notes in containers()}
+    for image in all_images():
+        if (options.all or not image.names) and image.id not in used:
+            remove_image(image.id, True)
+    print(f"Total reclaimed space: {decimal(sweep(True))}")
+
+
+@command("save", arg("-o", "--output", metavar="FILE", help="not to standard output"),
+         arg("images", nargs="+", metavar="IMAGE", help="names or ids"))
+def save_command(options):
+    """Write images to a tarball, for `load` here or `docker load` elsewhere."""
+    with adding():
+        chosen = {}
+        for text in options.images:
+            image = find_image(text)
+            names = chosen.setdefault(image.entry["digest"], (image, {}))[1]
+            if not image.id[7:].startswith(text.removeprefix("sha256:")):
+                names[full_name(text)] = True
+        with output(options.output) as file:
+            write_archive(list(chosen.values()), file)
+
+
+@command("load", arg("-i", "--input", metavar="FILE", help="not standard input"),
+         arg("-q", "--quiet", action="store_true", help="no progress"), PLATFORM)
+def load_command(options):
+    """Bring in the images of a tarball that `save` wrote, here or elsewhere."""
+    need_root()
+    if not options.input and os.isatty(0):
+        raise Fail("requested load from stdin, but stdin is empty", "-i FILE, or <", 1)
+    title, temporary = options.input or "standard input", []
+    with adding():
+        try:
+            path = options.input
+            if not path:
+                with open(0, "rb", closefd=False) as stdin:
+                    path = spool(stdin)[0]
+                    temporary.append(path)
+            with open(path, "rb") as file:
+                packed = compression(file.read(8))
+            if packed:
+                with open_plain(path) as plain:
+                    path = f"{store('ingest', '')}.new-{os.getpid()}-plain"
+                    os.rename(spool(plain)[0], path)
+                    temporary.append(path)
+            archive = Archive(path, title)
+            for raw, refs in archive.images(platform_of(options.platform)):
+                image = take_image(archive, raw, refs)
+                for ref in refs:
+                    print(f"Loaded image: {short_name(ref)}")
+                if not refs:
+                    print(f"Loaded image ID: {image.id}")
+        except OSError as error:
+            if not title == options.input == error.filename:
+                raise
+            raise Fail(f"open {title}: {error.strerror}", "see `ls`", 1) from None
+        finally:
+            for path in temporary:
+                take_away_file(path)
+
+
+# ── images as what containers are made of ──
+
+
+def image_layers(image):
+    """The directories of an image's layers, bottom first; unpacked again if missing.
+
+    One that comes twice is needed only where it lies highest, and overlay takes no
+    directory twice."""
+    found = {}
+    for diff_id, layer in zip(image.diff_ids, image.layers, strict=True):
+        found.pop(diff_id, None)
+        found[diff_id] = layer_at(diff_id, blob_path(layer["digest"]))
+    if not found:
+        raise Fail(f"image {image.id[7:19]} has no files", "there is nothing to run")
+    return list(found.values())
+
+
+def image_process(image):
+    """What an image says of its process, in the spec's form."""
+    lines = [line for line in image.settings.get("Env") or () if "=" in line]
+    if not any(line.startswith("PATH=") for line in lines):
+        lines.insert(0, f"PATH={DEFAULT_PATH}")
+    return {"env": lines, "cwd": image.settings.get("WorkingDir") or "/",
+            "user": {"username": image.settings.get("User") or ""}}
+
+
+def image_command(image, entrypoint, words):
+    """The program and its arguments: the image's Entrypoint, then what was asked for or
+    else its Cmd; --entrypoint replaces both."""
+    own = image.settings.get("Entrypoint") or []
+    default = image.settings.get("Cmd") or [] if entrypoint is None else []
+    found = (own if entrypoint is None else [entrypoint] * bool(entrypoint)) + (
+        words or default)
+    if not found:
+        raise Fail("No command specified", "the image names none: run IMAGE COMMAND")
+    return found
+
+
+def image_notes(image):
+    """The annotations of a container made of an image, as the OCI image specification
+    has them ("conversion.md"): what only `stop`, `ps` or its user needs to know."""
+    key, settings = "org.opencontainers.image", image.settings
+    notes = {f"{key}.os": image.config.get("os"),
+             f"{key}.architecture": image.config.get("architecture"),
+             f"{key}.author": image.config.get("author"),
+             f"{key}.created": image.config.get("created"),
+             f"{key}.stopSignal": settings.get("StopSignal"),
+             f"{key}.exposedPorts": ",".join(settings.get("ExposedPorts") or {})}
+    return {**{name: text for name, text in notes.items() if text},
+            **(settings.get("Labels") or {}), OF_IMAGE: image.id}
+
+# ══ 9. REGISTRY ═══════════════════════════════════════════════════════════════════
+#
+# A registry is a store as above behind HTTP, and an image goes there and back in a
+# handful of requests, each of which names a digest that the other side can check:
+#
+#       GET  /v2/NAME/manifests/TAG     the manifest, or a list of one for each platform
+#       GET  /v2/NAME/blobs/DIGEST      the config, the layers; Range: bytes=N- goes on
+#       HEAD /v2/NAME/blobs/DIGEST      is it there?  then nothing is sent
+#       POST /v2/NAME/blobs/uploads/    where to PUT it, or PATCH it in pieces; or, with
+#                                       ?mount=DIGEST&from=OTHER, there it is already
+#       PUT  /v2/NAME/manifests/TAG     last: now others can see it
+#
+# Who we are is asked for by an answer 401.  "Basic" takes name and password themselves,
+# "Bearer" a token that the server it names gives for them, or to anybody for what is
+# public.  They are sent to the host that asked and never along a redirect to another.
+#
+# The other side is not to be trusted: with what is larger than announced, with another
+# digest, with redirects without end.  And it fails: what may pass is tried again, after
+# longer and longer pauses, and of a blob only the rest.  It is https, verified with the
+# system's authorities and those in /etc/docker/certs.d/HOST; http only where Docker
+# takes that too, on this machine or for "insecure-registries" in its daemon.json.
+#
+# The OCI distribution specification; Docker's "Token Authentication Specification".
+
+DOCKER_ETC = "/etc/docker"
+HUB, HUB_KEY = "registry-1.docker.io", "https://index.docker.io/v1/"
+MANIFESTS = OCI_INDEX, DOCKER_INDEX, OCI_MANIFEST, DOCKER_MANIFEST
+ATTEMPTS, PAUSE, PATIENCE = 5, 0.5, 60  # how often, seconds before the second, to wait
+CHUNK = 64 << 20  # bytes: a larger blob is uploaded in pieces
+
+
+# ── who we are ──
+
+
+def docker_config():
+    """(path, content) of Docker's config.json, where logins are kept."""
+    top = os.environ.get("DOCKER_CONFIG") or os.path.expanduser("~/.docker")
+    path = os.path.realpath(f"{top}/config.json")
+    try:
+        with open(path, "rb") as file:
+            return path, parsed(file.read(), path, {
+                "auths": {}, "credHelpers": {}, "credsStore": str})
+    except FileNotFoundError:
+        return path, {}
+
+
+def ask_helper(name, verb, text):
+    """What a credential helper answers; None if it knows nothing."""
+    import subprocess
+
+    program = f"docker-credential-{name}"
+    try:
+        done = subprocess.run([program, verb], input=text, capture_output=True,
+                              text=True)
+    except OSError as error:
+        raise Fail(f"{program}: {error.strerror}",
+                   "config.json names it: install it, or take it out", 1) from None
+    if done.returncode and "credentials not found" not in done.stdout:
+        raise Fail(f"{program} {verb}: {(done.stdout or done.stderr).strip():.200}", "",
+                   1)
+    return None if done.returncode else done.stdout
+
+
+def helper_of(config, key):
+    """The credential helper for a registry, or ""."""
+    return (config.get("credHelpers") or {}).get(key) or config.get("credsStore") or ""
+
+
+def credentials(host):
+    """[name, password] for a registry, or None."""
+    import base64
+
+    key, (path, config) = HUB_KEY if host == "docker.io" else host, docker_config()
+    if helper := helper_of(config, key):
+        said = ask_helper(helper, "get", key)
+        said = parsed(said, f"docker-credential-{helper}", {
+            "Username": str, "Secret": str}) if said else {}
+        return [said["Username"], said["Secret"]] if said.get("Secret") else None
+    try:
+        auth = config["auths"][key]["auth"]
+        return base64.b64decode(auth).decode().split(":", 1)
+    except KeyError:
+        return None
+    except (ValueError, TypeError):
+        raise Fail(f"{path}: no name and password for {key}", "log in again", 1
+                   ) from None
+
+
+def keep_credentials(host, user):
+    """Keep [name, password] for a registry, or with None forget them; for our own user
+    alone (P3), and with a helper not in a file at all."""
+    import base64
+
+    key, (path, config) = HUB_KEY if host == "docker.io" else host, docker_config()
+    auths = {**(config.get("auths") or {})}
+    helper = helper_of(config, key)
+    known = auths.pop(key, None) is not None or bool(helper)
+    if helper and user:
+        ask_helper(helper, "store", to_json({
+            "ServerURL": key, "Username": user[0], "Secret": user[1]}))
+        auths[key] = {}
+    elif helper:
+        ask_helper(helper, "erase", key)
+    elif user:
+        auths[key] = {"auth": base64.b64encode(":".join(user).encode()).decode()}
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    save(path, {**config, "auths": auths})
+    return known
+
+
+# ── the protocol ──
+
+
+def is_loopback(host):
+    """Whether a registry is on this machine."""
+    name = host.rpartition(":")[0] or host
+    return name in ("localhost", "[::1]") or name.startswith("127.")
+
+
+def may_be_insecure(host):
+    """Whether http will do for a registry."""
+    try:
+        with open(f"{DOCKER_ETC}/daemon.json", "rb") as file:
+            config = parsed(file.read(), file.name, {"insecure-registries": [str]})
+    except FileNotFoundError:
+        config = {}
+    return is_loopback(host) or host in (config.get("insecure-registries") or ())
+
+
+def tls_context(host):
+    """How a registry proves who it is, and we to it: certs.d, as Docker has it."""
+    import glob
+    import ssl
+
+    context, top = ssl.create_default_context(), f"{DOCKER_ETC}/certs.d/{host}"
+    try:
+        for path in sorted(glob.glob(f"{glob.escape(top)}/*.crt")):
+            context.load_verify_locations(path)
+        for path in sorted(glob.glob(f"{glob.escape(top)}/*.cert")):
+            context.load_cert_chain(path, f"{path[:-5]}.key")
+    except OSError as error:  # ssl's errors are that too
+        raise Fail(f"{top}: {error}", "*.crt: authorities; *.cert and *.key: ours"
+                   ) from None
+    return context
+
+
+def http_opener(host):
+    """urllib's opener for a registry: http and https alone, a proxy if the environment
+    names one, and nothing that proves who we are along a redirect to another host."""
+    from urllib import request
+
+    class Redirects(request.HTTPRedirectHandler):
+        def redirect_request(self, req, fp, code, msg, headers, newurl):
+            new = super().redirect_request(req, fp, code, msg, headers, newurl)
+            if req.type == "https" and new and new.type != "https":
+                raise Fail(f"{host} redirects to {new.type}, which is not safe", "")
+            if new and (new.type, new.host) == (req.type, req.host):
+                for name, value in req.unredirected_hdrs.items():
+                    if name == "Authorization":
+                        new.add_unredirected_header(name, value)
+            return new
+
+    opener = request.OpenerDirector()
+    for handler in (request.ProxyHandler({} if is_loopback(host) else None), Redirects,
+                    request.HTTPHandler, request.UnknownHandler,
+                    request.HTTPSHandler(context=tls_context(host)),
+                    request.HTTPDefaultErrorHandler, request.HTTPErrorProcessor):
+        opener.add_handler(handler() if isinstance(handler, type) else handler)
+    return opener
+
+
+class Refused(Fail):
+    """What a registry does not do for us: HTTP's status."""
+
+    status = 0
+
+
+def refusal(error, host):
+    """urllib's HTTPError as a Refused, or Broken if it may pass."""
+    try:
+        said = parsed(error.read(1 << 16), "", {"errors": [{"code": str}]})["errors"][0]
+        text = f"{said['code'].lower().replace('_', ' ')}: {said.get('message')}"
+    except (Fail, KeyError, IndexError, OSError, TypeError):
+        text = f"{error.code} {error.reason}"
+    if error.code == 429 or error.code >= 500:
+        broken, after = Broken(text), error.headers.get("Retry-After", "")
+        broken.pause = min(int(after), PATIENCE) if after.isdecimal() else 0
+        return broken
+    refused = Refused(text, f"that is what {host} says", 1)
+    refused.status = error.code
+    return refused
+
+
+class Flow:
+    """The body of an answer, whose end may come too early."""
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def read(self, length):
+        """Some bytes; none at the end."""
+        import http.client
+
+        try:
+            return self.answer.read(length)
+        except (OSError, http.client.HTTPException) as error:
+            raise Broken(f"the connection has ended: {error!r:.90}") from None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.answer.close()
+
+
+class Registry:
+    """A source of images, and where they go: one repository of a registry.
+
+    The first request finds out whether it talks https, and an answer 401 who it wants
+    us to be.
+    """
+
+    def __init__(self, host, path):
+        self.host, self.path = host, path
+        self.address = HUB if host == "docker.io" else host
+        self.scheme, self.authorization = "", ""
+        self.user, self.opener = credentials(host), http_opener(host)
+
+    def patiently(self, do, *args):
+        """Do something, and what may pass again, after a pause that grows."""
+        for attempt in range(ATTEMPTS):
+            try:
+                return do(*args)
+            except Broken as error:
+                if attempt == ATTEMPTS - 1:
+                    raise Fail(f"{self.host}: {error}", f"the last of {ATTEMPTS} "
+                               "attempts; what has come is kept", 1) from None
+                time.sleep(max(PAUSE * 2 ** attempt, getattr(error, "pause", 0)))
+
+    def find_scheme(self):
+        """https; or where it may be http, what the other side talks.
+
+        A certificate that cannot be verified is no reason to go on without one.
+        """
+        import ssl
+        import urllib.error
+
+        self.scheme = "https"
+        if may_be_insecure(self.host):
+            try:
+                self.opener.open(f"https://{self.address}/v2/", None, PATIENCE).close()
+            except urllib.error.HTTPError:
+                pass
+            except OSError as error:
+                reason = getattr(error, "reason", error)
+                if not isinstance(reason, ssl.SSLCertVerificationError):
+                    self.scheme = "http"
+
+    def ask(self, method, path, body=lambda: None, **headers):
+        """One request, and if need be once more as somebody: its answer, to be closed.
+        A header's _ is a -; body() is what it sends."""
+        import urllib.error
+        import urllib.parse
+        import urllib.request
+
+        if not self.scheme:
+            self.find_scheme()
+        url = urllib.parse.urljoin(f"{self.scheme}://{self.address}/", path)
+        for known in (False, True):
+            asked = urllib.request.Request(url, body(), {
+                name.replace("_", "-"): value for name, value in headers.items()
+            }, method=method)
+            ours = asked.host == self.address  # later on it may name a proxy
+            if self.authorization and ours:
+                asked.add_unredirected_header("Authorization", self.authorization)
+            try:
+                return self.open_url(asked)
+            except urllib.error.HTTPError as error:
+                challenge = error.headers.get_all("WWW-Authenticate") or [""]
+                if error.code != 401 or known or not ours:
+                    raise refusal(error, self.host) from None
+                error.close()
+            self.authorize(challenge[0])
+
+    def open_url(self, asked):
+        """What the opener gives for a request; Broken where another try may help."""
+        import http.client
+        import socket
+        import ssl
+        import urllib.error
+
+        try:
+            return self.opener.open(asked, timeout=PATIENCE)
+        except urllib.error.HTTPError:
+            raise
+        except (OSError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", error)
+            if isinstance(reason, ssl.SSLCertVerificationError):
+                raise Fail(f"{self.host}: {reason.verify_message}", "its authority's "
+                           f"certificate goes into {DOCKER_ETC}/certs.d/{self.host}/",
+                           1) from None
+            if isinstance(reason, (ConnectionRefusedError, socket.gaierror)):
+                raise Fail(f"{self.host}: {reason.strerror}", "is the name right, and "
+                           "is there a network?", 1) from None
+            raise Broken(f"{reason or error!r}") from None
+
+    def authorize(self, challenge):
+        """Prove who we are, as an answer 401 asks us to."""
+        import base64
+        import re
+        import urllib.error
+        import urllib.parse
+        import urllib.request
+
+        kind, fields = challenge.partition(" ")[0].lower(), dict(
+            re.findall(r'(\w+)="([^"]*)"', challenge))
+        basic = self.user and "Basic " + base64.b64encode(
+            ":".join(self.user).encode()).decode()
+        if kind == "basic" and basic:
+            self.authorization = basic
+            return
+        realm = fields.get("realm", "")
+        if kind != "bearer" or not realm.startswith(
+                ("https://", f"{self.scheme}://")):
+            raise Refused("unauthorized: authentication required",
+                          f"minicontainer login {self.host}", 1)
+        query = urllib.parse.urlencode([
+            (key, fields[key]) for key in ("service", "scope") if key in fields])
+        asked = urllib.request.Request(realm + ("&" if "?" in realm else "?") + query)
+        if basic:
+            asked.add_unredirected_header("Authorization", basic)
+        try:
+            with self.open_url(asked) as answer:
+                said = parsed(answer.read(1 << 20), "token", {
+                    "token": str, "access_token": str})
+        except urllib.error.HTTPError as error:
+            raise refusal(error, self.host) from None
+        token = said.get("token") or said.get("access_token") or ""
+        self.authorization = f"Bearer {token}"
+
+    def manifest(self, version):
+        """The bytes that a tag or digest names, and their digest."""
+        import hashlib
+
+        with Flow(self.ask("GET", f"/v2/{self.path}/manifests/{version}",
+                           Accept=", ".join(MANIFESTS))) as flow:
+            raw = b""
+            while part := flow.read(1 << 16):
+                raw += part
+                if len(raw) > MANIFEST_LIMIT:
+                    raise Fail(f"{self.host}: the manifest has more than "
+                               f"{MANIFEST_LIMIT} bytes", "it is hostile", 1)
+            said = flow.answer.headers.get("Docker-Content-Digest")
+        digest = f"sha256:{hashlib.sha256(raw).hexdigest()}"
+        for wanted in (version, said):
+            if wanted and wanted.startswith("sha256:") and wanted != digest:
+                raise Fail(f"{self.host}: wrong digest: asked for {wanted}, what has "
+                           f"come is {digest}", "it is damaged or hostile", 1)
+        return raw, digest
+
+    def open(self, descriptor, at):
+        """A blob or manifest from byte `at`, or 0 if it does not do that; which."""
+        kind = "manifests" if descriptor.get("mediaType") in MANIFESTS else "blobs"
+        rest = {"Range": f"bytes={at}-"} if at else {}
+        answer = self.ask("GET", f"/v2/{self.path}/{kind}/{descriptor['digest']}",
+                          Accept=descriptor.get("mediaType") or "*/*", **rest)
+        begins = answer.headers.get("Content-Range", "").startswith(f"bytes {at}-")
+        return Flow(answer), at if answer.status == 206 and begins else 0
+
+    def has(self, digest):
+        """Whether it has a blob."""
+        try:
+            self.ask("HEAD", f"/v2/{self.path}/blobs/{digest}").close()
+            return True
+        except Refused as refused:
+            if refused.status != 404:
+                raise
+            return False
+
+    def upload(self, descriptor, other, tell):
+        """Send a blob in one piece or several, unless it can be taken from another
+        repository of the same registry.
+
+        Each answer says where the next request goes; that may be another host, which
+        is then told nothing of who we are.
+        """
+        digest, length = descriptor["digest"], descriptor["size"]
+        mount = f"?mount={digest}&from={other}" if other else ""
+        where = f"/v2/{self.path}/blobs/uploads/{mount}"
+        with self.ask("POST", where, lambda: b"") as answer:
+            where = answer.headers.get("Location", "")
+            if answer.status == 201:
+                tell(f"Mounted from {other}")
+                return
+        sent = 0
+
+        def piece():
+            part = Part(blob_path(digest), sent, min(CHUNK, length - sent))
+            part.tell = lambda left: tell("Pushing", min(sent + CHUNK, length) - left,
+                                          length)
+            return part
+
+        while length > CHUNK and sent < length:
+            end = min(sent + CHUNK, length)
+            with self.ask("PATCH", where, piece, Content_Length=str(end - sent),
+                          Content_Type="application/octet-stream",
+                          Content_Range=f"{sent}-{end - 1}") as answer:
+                where, sent = answer.headers.get("Location", where), end
+        where += f"{'&' if '?' in where else '?'}digest={digest}"
+        with self.ask("PUT", where, piece, Content_Length=str(length - sent),
+                      Content_Type="application/octet-stream"):
+            tell("Pushed")
+
+    def put(self, descriptor, other="", tell=lambda *_: None):
+        """Have the registry have a blob of the store."""
+        tell("Preparing")
+        if self.patiently(self.has, descriptor["digest"]):
+            tell("Layer already exists")
+        else:
+            self.patiently(self.upload, descriptor, other, tell)
+
+    def put_manifest(self, image, tag):
+        """Last, the manifest under a name."""
+        with open(blob_path(image.entry["digest"]), "rb") as file:
+            raw = file.read()
+        with self.ask("PUT", f"/v2/{self.path}/manifests/{tag}", lambda: raw,
+                      Content_Type=image.entry["mediaType"]) as answer:
+            digest = answer.headers.get("Docker-Content-Digest")
+        if digest not in (None, image.entry["digest"]):
+            raise Fail(f"{self.host} has another digest, {digest}", "push again", 1)
+
+
+# ── what a person sees of it ──
+
+
+class Progress:
+    """How several layers get on: on a terminal a line for each, with bytes and rate;
+    elsewhere a line for each thing that happens."""
+
+    def __init__(self, file):
+        self.file, self.rows, self.began = file, {}, {}
+        self.live = file.isatty()
+
+    def __call__(self, id, status, at=0, of=0):
+        if self.live:
+            now, (begun, first) = time.monotonic(), self.began.setdefault(
+                (id, status), (time.monotonic(), at))
+            bar = f"[{'=' * (50 * at // of) + '>':51.51}] " if of else ""
+            rate = (at - first) / max(now - begun, 0.1)
+            count = f"{decimal(at)}/{decimal(of)}  {decimal(rate)}/s" if of else ""
+            up = f"\033[{len(self.rows)}A" if self.rows else ""
+            self.rows[id] = f"{id}: {status} {bar}{count}"
+            lines = "".join(f"\033[2K{row}\n" for row in self.rows.values())
+            print(up + lines, end="", file=self.file, flush=True)
+        elif not of:
+            print(f"{id}: {status}", file=self.file, flush=True)
+
+
+def pull_image(ref, platform, out=None):
+    """Bring an image from its registry into the store, telling about it on `out`."""
+    host, path, version = split_name(ref)
+    registry, out = Registry(host, path), out or sys.stdout
+    try:
+        raw, digest = registry.patiently(registry.manifest, version)
+    except Refused as refused:
+        name = short_name(ref)
+        if refused.status == 404:
+            refused.message = f"manifest for {name} not found: {refused.message}"
+        else:
+            refused.message = (f"pull access denied for {name.rsplit(':', 1)[0]}, "
+                               "repository does not exist or may require 'minicontainer"
+                               f" login': {refused.message}")
+        raise
+    print(f"{short_name(ref) if '@' in ref else version}: Pulling from {path}",
+          file=out)
+    known = [(name_of(entry), entry["digest"]) for entry in read_index()]
+    with adding():
+        image = take_image(registry, pick(registry, raw, platform), dict.fromkeys(
+            (ref, f"{host}/{path}@{digest}")), Progress(out))
+    new = (ref, image.entry["digest"]) not in known
+    print(f"Digest: {digest}\nStatus: "
+          f"{'Downloaded newer image' if new else 'Image is up to date'} for "
+          f"{short_name(ref)}", file=out)
+
+
+def asked_name(text):
+    """The name in full that a person asks a registry for, said if it was completed."""
+    ref = full_name(text)
+    if "@" not in ref and not text.endswith(ref[ref.rindex(":"):]):
+        print("Using default tag: latest")
+    return ref
+
+
+@command("pull", arg("-q", "--quiet", action="store_true", help="only the name"),
+         PLATFORM, arg("name", metavar="NAME[:TAG|@DIGEST]", help="of the image"))
+def pull_command(options):
+    """Fetch an image from a registry."""
+    need_root()
+    ref = full_name(options.name) if options.quiet else asked_name(options.name)
+    with open(os.devnull if options.quiet else 1, "w", closefd=options.quiet) as out:
+        pull_image(ref, platform_of(options.platform), out)
+    print(ref)
+
+
+def push_image(image, ref):
+    """Send an image to the registry of one of its names."""
+    host, path, tag = split_name(ref)
+    registry, others = Registry(host, path), {}
+    for entry in read_index():  # where the registry has it from us, if not there
+        if "@" in name_of(entry) and split_name(name_of(entry))[0] == host:
+            for digest in Image(entry).blobs():
+                others[digest] = split_name(name_of(entry))[1]
+    registry.find_scheme()
+    layers = {layer["digest"]: layer for layer in image.layers}
+    in_parallel([(digest[7:19], lambda tell, layer=layer: registry.put(
+        layer, others.get(layer["digest"], ""), tell))
+        for digest, layer in layers.items()], Progress(sys.stdout))
+    registry.put(image.manifest["config"], others.get(image.id, ""))
+    digest = image.entry["digest"]
+    registry.patiently(registry.put_manifest, image, tag)
+    with changed_index() as entries:
+        point(entries, f"{host}/{path}@{digest}", image.entry)
+    print(f"{tag}: digest: {digest} size: {image.entry['size']}")
+
+
+@command("push", arg("-a", "--all-tags", action="store_true", help="every tag of it"),
+         arg("name", metavar="NAME[:TAG]", help="of the image"))
+def push_command(options):
+    """Send an image to a registry."""
+    need_root()
+    ref = full_name(options.name) if options.all_tags else asked_name(options.name)
+    host, path, tag = split_name(ref)
+    print(f"The push refers to repository [{host}/{path}]", flush=True)
+    with adding():
+        chosen = [name for name in map(name_of, read_index())
+                  if name == ref or (options.all_tags and name and "@" not in name
+                                     and split_name(name)[:2] == (host, path))]
+        if not chosen:
+            raise Fail("An image does not exist locally with the tag: "
+                       f"{short_name(f'{host}/{path}')}", "see `minicontainer images`",
+                       1)
+        for name in chosen:
+            push_image(find_image(name), name)
+
+
+def login_host(server):
+    """The host that names its images, of what `login` and `logout` are given."""
+    host = (server or "docker.io").partition("://")[2] or server or "docker.io"
+    host = host.partition("/")[0]
+    return "docker.io" if host in ("index.docker.io", HUB) else host
+
+
+@command("login", arg("-u", "--username", metavar="NAME", help="else it is asked for"),
+         arg("--password-stdin", action="store_true", help="read it from there"),
+         arg("server", nargs="?", metavar="SERVER", help="default: Docker Hub"))
+def login_command(options):
+    """Check a name and password with a registry, and keep them for pull and push."""
+    import getpass
+
+    if options.password_stdin:
+        password = sys.stdin.readline().rstrip("\r\n")
+    if options.password_stdin and not options.username or not (
+            options.password_stdin or os.isatty(0)):
+        raise Fail("a password from something that is no terminal needs -u NAME and "
+                   "--password-stdin", "echo $TOKEN | minicontainer login -u NAME "
+                   "--password-stdin SERVER; an option would show in `ps`", 1)
+    host = login_host(options.server)
+    name = options.username or input("Username: ")
+    if not options.password_stdin:
+        password = getpass.getpass("Password: ")
+    registry = Registry(host, "")
+    registry.user = [name, password]
+    try:
+        registry.patiently(registry.ask, "GET", "/v2/").close()
+    except Refused as refused:
+        raise Fail(f"login attempt to {registry.scheme}://{registry.address}/v2/ "
+                   f"failed with status: {refused.status or 401} {refused.message}",
+                   "is the password right?", 1) from None
+    keep_credentials(host, registry.user)
+    print("Login Succeeded")
+
+
+@command("logout", arg("server", nargs="?", metavar="SERVER", help="as for login"))
+def logout_command(options):
+    """Forget the name and password for a registry."""
+    host = login_host(options.server)
+    print(f"Removing login credentials for {host}" if keep_credentials(host, None)
+          else f"Not logged in to {host}")
 
 # ══ 11. THE SHIM ══════════════════════════════════════════════════════════════════
 #
@@ -5472,6 +7578,9 @@ CONTAINER_IDS = 0x70000000, 65536, 4093  # first id, ids each, ranges: below 2**
 RUN_OPTIONS = (
     arg("--rootfs", metavar="X", action="append", default=[],
         help="a directory or tarball to use; repeat it for layers, bottom first"),
+    arg("--pull", choices=["always", "missing", "never"], default="missing",
+        help="when to fetch the image"), PLATFORM,
+    arg("--entrypoint", metavar="PROGRAM", help="instead of the image's own"),
     arg("--rm", action="store_true", help="remove the container when it ends"),
     arg("--init", action="store_true", help="a small process 1 that reaps orphans"),
     arg("--stats-at-exit", action="store_true", help="print what it used"),
@@ -5482,24 +7591,6 @@ RUN_OPTIONS = (
     arg("--without", metavar="STEP,…", action="append", default=[],
         help="leave out walls: seccomp, userns, mask_paths …"),
 )
-
-
-def need_root():
-    """Refuse, in words, to begin what only root can finish."""
-    if os.geteuid() != 0:
-        python = "python3 " * sys.argv[0].endswith(".py")
-        raise Fail("only root can make containers", f"sudo {python}{sys.argv[0]} …")
-
-
-def lock(path, how):
-    """An open, locked descriptor of a directory, or None if it is somebody else's."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, how)
-        return fd
-    except BlockingIOError:
-        os.close(fd)
-        return None
 
 
 def take_ids(id):
@@ -5560,7 +7651,7 @@ def make_spec(options, id, args):
         "ociVersion": "1.2.0",
         "root": {"path": "rootfs", "readonly": options.read_only},
         "mounts": mounts_spec(options),
-        "process": {**process_spec(options, args), **privileges},
+        "process": {**process_spec(options, args, options.like), **privileges},
         "linux": {
             "namespaces": namespaces,
             "cgroupsPath": f"/minicontainer-{id}",
@@ -5581,8 +7672,9 @@ def make_spec(options, id, args):
                 raise Fail(f"invalid host or domain name: {name!r}",
                            "at most 64 characters, none of them a space")
         spec["process"]["env"].insert(1, f"HOSTNAME={spec['hostname']}")
+    spec["annotations"] = options.notes
     if options.memory and not options.memory_swap:
-        spec["annotations"] = {IMPLIED: "memory swap"}
+        spec["annotations"] = {**options.notes, IMPLIED: "memory swap"}
     return spec
 
 
@@ -5673,18 +7765,45 @@ def at_a_terminal():
         return False
 
 
+def image_to_run(options, text):
+    """The Image that `run` was asked for, pulled as --pull says."""
+    try:
+        if options.pull == "always":
+            raise NoImage("")
+        return find_image(text, 125)
+    except NoImage as missing:
+        if options.pull == "never":
+            raise
+        ref = full_name(text)
+        if missing.message:
+            print(f"Unable to find image '{short_name(ref)}' locally", file=sys.stderr)
+    try:
+        pull_image(ref, platform_of(options.platform), sys.stderr)
+    except Fail as fail:
+        fail.code = 125
+        raise
+    return find_image(text, 125)
+
+
 def choose(options):
     """(layers, arguments) of what `run` was asked to run."""
-    args = options.words or ["/bin/sh"] * bool(options.stop_after)
+    args, options.like = options.words or ["/bin/sh"] * bool(options.stop_after), None
     if not args:
-        raise Fail("COMMAND is missing", options.hint)
+        raise Fail("IMAGE or COMMAND is missing", options.hint)
     if options.rootfs:
-        return [layer_of(path) for path in options.rootfs], args
-    if not args[0].startswith("/"):
-        raise Fail(f"unable to find image {args[0]!r}: images do not exist yet",
-                   "a command of the default root file system begins with /, as in "
-                   "run /bin/sh; --rootfs uses another one")
-    return [default_rootfs()], args
+        layers = [layer_of(path) for path in options.rootfs]
+    elif args[0].startswith("/"):
+        layers = [default_rootfs()]
+    else:
+        image = image_to_run(options, args[0])
+        layers, options.like = image_layers(image), image_process(image)
+        args = image_command(image, options.entrypoint, args[1:])
+        if volumes := ", ".join(image.settings.get("Volumes") or {}):
+            say(f"volumes of the image ({volumes}) are kept with the container's other "
+                "changes, unless -v or --tmpfs puts something there")
+    options.notes = {OF_LAYERS: to_json(layers), **(image_notes(image) if
+                                                     options.like else {})}
+    return layers, args
 
 
 # What --without may leave out: a step that others do not build on, or a namespace.
@@ -5752,19 +7871,21 @@ def report_end(c, options, code, used):
 
 @command("run", *RUN_OPTIONS, *PROCESS_OPTIONS, *NAMESPACE_OPTIONS, *CGROUP_OPTIONS,
          *MOUNT_OPTIONS, *PRIVILEGE_OPTIONS,
-         arg("words", nargs="A*", metavar="COMMAND", help="program and arguments"))
+         arg("words", nargs="A*", metavar="IMAGE|COMMAND", help="an image and its "
+             "command; or a command, with its path, of the default root file system"))
 def run_command(options):
     """Run a command in a new container."""
     need_root()
     check_terminal(options)
-    layers, args = choose(options)
-    if not (options.tty or options.interactive) and at_a_terminal():
-        options.tty = options.interactive = True  # whoever sits at one wants -it
-    steps = choose_steps(options)
-    if options.tty and open_console not in steps[-1]:
-        options.tty = False
-        args += ["-i", "+m"] * (not options.words)  # --stop-after: a prompt even so
-    c = create(options, layers, args)
+    with adding():  # nothing is swept away that this container is about to use
+        layers, args = choose(options)
+        if not (options.tty or options.interactive) and at_a_terminal():
+            options.tty = options.interactive = True  # whoever sits at one wants -it
+        steps = choose_steps(options)
+        if options.tty and open_console not in steps[-1]:
+            options.tty = False
+            args += ["-i", "+m"] * (not options.words)  # --stop-after: a prompt even so
+        c = create(options, layers, args)
     try:
         try:
             start(c, *steps)
@@ -5833,6 +7954,34 @@ def exec_command(options):
         return attend(c, options.interactive)
     finally:
         c.close()
+
+
+@command("export", arg("-o", "--output", metavar="FILE", help="not to standard output"),
+         arg("container", metavar="CONTAINER", help="its id, or the beginning of it"))
+def export_command(options):
+    """Write all files of a container to a tarball.
+
+    It is what an overlay of its layers and changes shows, where nobody else sees it."""
+    need_root()
+    id, directory = find_container(options.container)
+    spec = from_json(read_file(f"{directory}/config.json"))
+    maps, top = spec["linux"].get("uidMappings"), f"{directory}/rootfs"
+    c = Container(id, spec, directory, from_json(spec["annotations"][OF_LAYERS]))
+    c.workshop = store("workshop", "")
+    with output(options.output) as file:
+        open_workshop(c)
+        try:
+            if not os.path.isdir(top):
+                top = "rootfs"
+                for number, layer in enumerate([*c.layers, f"{directory}/upper"]):
+                    attach(layer, str(number), 0, -1)
+                syscall("mkdirat", AT_FDCWD, top, 0o755)
+                lower = ":".join(map(str, range(len(c.layers), -1, -1)))
+                syscall("mount", "overlay", top, "overlay", MS_RDONLY,
+                        f"lowerdir={lower}", why="as it is seen inside, for us to read")
+            pack(top, file, maps[0]["hostID"] if maps else 0)
+        finally:
+            leave_workshop(c)
 
 
 @command("system prune")
@@ -5977,7 +8126,7 @@ class ByHand:
     # ── files ──
 
     def mkdirat(self, dirfd, path, mode):
-        first = not self.made and f"export id={os.path.basename(path)}\n"
+        first = not self.made and f"{FIRST_SHELL}\nexport id={os.path.basename(path)}\n"
         if dirfd == AT_FDCWD and path.startswith("/"):
             self.made.append(path)
         return f"{first or ''}mkdir -m {mode:o} {self.path(path, dirfd)}"
@@ -6168,21 +8317,19 @@ BY_HAND = []  # the script of this process, once it has begun
 @style("sh")
 def as_shell(name, args, at, took, result, why):
     """A request as the line of a shell script, if it has one."""
-    begin = ""
     if not BY_HAND:
         if name != "mkdirat":  # its directory is the first thing that is its own
             return ""
-        begin, narration.style = FIRST_SHELL + "\n", ""  # what it takes is not told
+        narration.style = ""  # what it takes is not told
         BY_HAND.append(ByHand())
         narration.style = "sh"
     hand, tell = BY_HAND[0], getattr(BY_HAND[0], name, None)
-    if tell is None or not (result.isdecimal() or name == "execve"):
-        return begin.rstrip()
+    if not tell or not (result.isdecimal() or name == "execve"):
+        return ""
     hand.result = int(result) if result.isdecimal() else 0
-    lines = tell(*args) or ""
+    lines, id = tell(*args) or "", os.path.basename(hand.made[0])
     why = f"  # {why}" * bool(lines and why and "\n" not in lines)
-    return begin + lines.replace(os.path.basename(hand.made[0]), "$id").replace(
-        "id=$id", f"id={os.path.basename(hand.made[0])}") + why
+    return lines.replace(id, "$id").replace("id=$id", f"id={id}") + why
 
 
 def why_each(tuple_name):
@@ -6329,6 +8476,8 @@ COMMON_OPTIONS = (
 
 class Options:
     """What the command line says: an attribute for each option and operand."""
+
+    like, notes = None, {}  # what the image of a `run` adds: process, annotations
 
 
 def usage():

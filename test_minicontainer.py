@@ -30,6 +30,7 @@ import re
 import select
 import shutil
 import signal
+import socket
 import stat
 import struct
 import subprocess
@@ -209,6 +210,7 @@ def forked(function, stdin=None):
                 os.dup2(os.open("/dev/null", os.O_RDONLY) if stdin is None else stdin, 0)
                 os.dup2(out.fileno(), 1)
                 os.dup2(err.fileno(), 2)
+                sys.stdin = os.fdopen(0, closefd=False)
                 sys.stdout = os.fdopen(1, "w", closefd=False)
                 sys.stderr = os.fdopen(2, "w", closefd=False)
                 code = exit_code_of(function)
@@ -454,7 +456,8 @@ def test_only_the_standard_library_is_imported():
              for alias in node.names}
     names |= {node.module for node in ast.walk(TREE)
               if isinstance(node, ast.ImportFrom)}
-    assert {n.partition(".")[0] for n in names} <= set(sys.stdlib_module_names)
+    assert {n.partition(".")[0] for n in names} <= {
+        *sys.stdlib_module_names, "compression"}  # the last from Python 3.14 on
 
 
 def test_help_is_there_for_every_command_and_every_option():
@@ -2566,7 +2569,9 @@ def test_nothing_is_imported_from_the_image(tmp_path):
               "LANG=de_DE.ISO-8859-1") == "é\n"
     for how in (["/nosuch"], ["nosuch"], ["-u", "nosuch", "/bin/true"],
                 ["-u", "\udcff", "/bin/true"], ["-w", "/nosuch", "/bin/true"]):
-        result = mini("run", *base, *how, env={"LC_ALL": "de_DE.ISO-8859-1"})
+        result = subprocess.run([PYTHON, PROGRAM, "run", *base, *how], text=True,
+                                capture_output=True,  # with all that is on sys.path there
+                                env={**os.environ, "LC_ALL": "de_DE.ISO-8859-1"})
         assert result.returncode in (125, 127) and "internal" not in result.stderr
         assert not os.listdir(f"{STORE}/containers")
 
@@ -2835,7 +2840,7 @@ def test_options_are_read_as_docker_reads_them():
 
 @root
 def test_an_image_name_is_not_mistaken_for_a_command():
-    assert "unable to find image 'alpine'" in refused("run", "alpine", "ls")
+    assert "No such image: alpine:latest" in refused("run", "--pull", "never", "alpine", "ls")
     assert "COMMAND" in refused("run") and "COMMAND" in refused("run", "--")
 
 
@@ -3715,6 +3720,1027 @@ def test_what_is_mounted_in_a_layer_is_not_copied(tmp_path):
                   tmp_path / "l", "--storage-driver", "vfs") == ""
     finally:
         subprocess.run(["umount", tmp_path / "l" / "mnt"], check=True)
+
+
+# ── images ──
+
+def forked_mini(*args, stdin=None, code=0):
+    """What a command prints that ends with `code`; both outputs if it is not 0."""
+    got, out, err = forked(main(*args), stdin)
+    assert got == code and "Traceback" not in err, (got, out, err)
+    return out if code == 0 else out + err
+
+
+@pytest.fixture
+def images():
+    """The store's images, none at first; all that is made is swept away again."""
+    yield f"{STORE}/images"
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(f"{STORE}/images/index.json")
+    m.sweep(True)
+    assert os.listdir(f"{STORE}/images/blobs/sha256") == []
+
+
+@pytest.fixture
+def rootfs_tar(tmp_path, busybox):
+    """A tarball of a root file system with a few programs and users."""
+    links = [(f"bin/{name}", {"type": tarfile.SYMTYPE, "linkname": "busybox"})
+             for name in ("sh", "cat", "echo", "id", "env", "pwd", "true", "ls")]
+    return make_tar(tmp_path / "rootfs.tar", ("bin/busybox", binary(busybox)), *links,
+                    ("etc/passwd", b"root:x:0:0::/root:/bin/sh\nweb:x:33:33::/srv:/bin/sh\n"),
+                    ("etc/group", b"web:x:33:\n"), ("srv/page", binary(b"hello\n", 0o644)))
+
+
+CHANGES = ('ENTRYPOINT ["/bin/echo", "I am"]', 'CMD ["the default"]', "ENV COLOUR=red",
+           "ENV PLACE a b", "USER web", "WORKDIR /srv", "VOLUME /data", "LABEL a.b='c d'", "EXPOSE 80 53/udp",
+           "STOPSIGNAL SIGINT")
+
+
+@pytest.fixture
+def image(images, rootfs_tar):
+    """The id of an image `thing:1` with a config that says something of everything."""
+    changes = [word for line in CHANGES for word in ("-c", line)]
+    return forked_mini("import", *changes, "-m", "made by a test", rootfs_tar,
+                       "thing:1").strip()
+
+
+def index():
+    """{name: digest of the manifest} in the store."""
+    return {e["annotations"].get(m.NAME): e["digest"] for e in m.read_index()}
+
+
+def peer(*args, **how):
+    """What another program prints, which must succeed; the test is skipped where it is
+    not installed."""
+    if not shutil.which(args[0]):
+        pytest.skip(f"compares with {args[0]}: apt-get install {args[0]}")
+    result = subprocess.run([*map(str, args)], capture_output=True, text=True,
+                            timeout=100, **how)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("text, ref", [
+    ("busybox", "docker.io/library/busybox:latest"),
+    ("a/b:c", "docker.io/a/b:c"), ("docker.io/busybox", "docker.io/library/busybox:latest"),
+    ("index.docker.io/a/b", "docker.io/a/b:latest"),
+    ("localhost/a", "localhost/a:latest"), ("localhost:5000/a:b", "localhost:5000/a:b"),
+    ("quay.io/x/y@sha256:" + "a" * 64, "quay.io/x/y@sha256:" + "a" * 64),
+    ("x:v1@sha256:" + "a" * 64, "docker.io/library/x@sha256:" + "a" * 64),
+    ("[::1]:5000/a", "[::1]:5000/a:latest")])
+def test_a_short_name_means_what_it_means_to_docker(text, ref):
+    assert m.full_name(text) == ref
+    assert m.full_name(m.short_name(ref)) == ref
+
+
+@pytest.mark.parametrize("text", [
+    "", ":", "a:", "A", "a/B", "a b", "a:b c", "a@sha256:1", "../a", "a/../b", "a//b", "-a",
+    "a_", "a" * 300, "f" * 64, "a@b", "a:" + "b" * 129, "http://a/b", "a\n"])
+def test_what_is_no_name_of_an_image_is_refused(text):
+    with pytest.raises(m.Fail, match="invalid reference format"):
+        m.full_name(text)
+
+
+def test_sizes_and_ages_are_written_as_docker_writes_them():
+    assert [m.decimal(n) for n in (0, 999, 1000, 1984227, 123456789, 10**13)] == [
+        "0B", "999B", "1kB", "1.98MB", "123MB", "10TB"]
+    now = time.time()
+    assert [m.ago(now - s) for s in (0, 1, 30, 61, 300, 3700, 7300, 90000, 200000, 86400 * 15,
+                                     86400 * 70, 86400 * 900)] == [
+        "Less than a second ago", "1 second ago", "30 seconds ago", "About a minute ago",
+        "5 minutes ago", "About an hour ago", "2 hours ago", "25 hours ago", "2 days ago",
+        "2 weeks ago", "2 months ago", "2 years ago"]
+    assert m.seconds_of("2026-11-23T19:14:18.097771136Z") == m.seconds_of(
+        "2026-11-23T21:14:18+02:00") == 1795461258
+    assert m.seconds_of("") == m.seconds_of("0001") == 0
+
+
+def test_a_template_prints_what_go_would():
+    value = {"A": {"B": ["x", 1, True]}, "Labels": {"k": "v"}, "None": None}
+    for template, text in (("{{.A.B}}", "[x 1 true]"), ("{{json .A}}", '{"B": ["x", 1, true]}'),
+                           ("{{index .A.B 0}}\\t{{len .A.B}}", "x\t3"), ("{{.Labels}}", "map[k:v]"),
+                           ('{{index .Labels "k"}}', "v"), ("{{ .None }}!", "<no value>!")):
+        assert m.from_template(template, value) == text
+    for template in ("{{.C}}", "{{range .A}}", "{{index .A.B 9}}", "{{index .A.B}"[:-1] + "x}}"):
+        with pytest.raises(m.Fail, match="template"):
+            m.from_template(template, value)
+
+
+@root
+def test_the_config_of_an_image_is_honoured_and_options_win(image):
+    assert run("thing:1") == "I am the default\n"
+    assert run("thing:1", "me") == "I am me\n"
+    assert run("--entrypoint", "/bin/id", "thing:1", "-u") == "33\n"
+    assert run("--entrypoint", "/bin/sh", "thing:1", "-c", "pwd; echo $COLOUR $PLACE; cat page"
+               ) == "/srv\nred a b\nhello\n"
+    assert run("-e", "COLOUR=blue", "-w", "/", "-u", "0", "--entrypoint", "sh", image[7:19],
+               "-c", "echo $COLOUR; pwd; id -u") == "blue\n/\n0\n"
+    assert "No command specified" in refused("run", "--entrypoint", "", "thing:1")
+    with running("--entrypoint", "/bin/sh", "thing:1", "-c", "echo up; cat #", ) as (_, id, _):
+        spec = json.load(open(f"{STORE}/containers/{id}/config.json"))
+    notes = spec["annotations"]
+    assert notes["a.b"] == "c d" and notes[m.OF_IMAGE] == image
+    assert notes["org.opencontainers.image.stopSignal"] == "SIGINT"
+    assert notes["org.opencontainers.image.exposedPorts"] == "80/tcp,53/udp"
+
+
+@root
+def test_an_image_is_listed_named_and_found_as_in_docker(image):
+    row = ["thing", "1", image[7:19]]
+    title, line = forked_mini("images").splitlines()
+    assert title.split("  ")[0] == "REPOSITORY" and line.split()[:3] == row
+    forked_mini("tag", "thing:1", "localhost:5000/other")
+    assert len(forked_mini("images").splitlines()) == 3
+    assert forked_mini("images", "-q") == image[7:19] + "\n"
+    assert forked_mini("images", "-q", "--no-trunc", "*/oth*") == image + "\n"
+    assert forked_mini("images", "--format", "{{.Repository}}:{{.Tag}}", "thing") == "thing:1\n"
+    assert forked_mini("image", "ls", "-q", "-f", "label=a.b=c d", "-f", "reference=th*:1")
+    assert forked_mini("images", "-q", "-f", "label=a.b=x") == ""
+    assert forked_mini("images", "-q", "-f", "dangling=true") == ""
+    assert json.loads(forked_mini("images", "--format", "json", "thing"))["ID"] == image[7:19]
+    for text in ("thing:1", image, image[7:], image[7:10], "docker.io/library/thing:1",
+                 "localhost:5000/other"):
+        assert json.loads(forked_mini("image", "inspect", text))[0]["Id"] == image
+    said = json.loads(forked_mini("image", "inspect", "thing:1"))[0]
+    assert said["RepoTags"] == ["thing:1", "localhost:5000/other:latest"]
+    assert said["Config"]["Cmd"] == ["the default"] and said["Os"] == "linux"
+    assert said["Config"]["Labels"] == {"a.b": "c d"} and said["Comment"] == "made by a test"
+    assert forked_mini("image", "inspect", "-f", "{{.Config.User}}", "thing:1") == "web\n"
+    history = forked_mini("history", "thing:1").splitlines()
+    assert history[1].split()[0] == image[7:19] and history[1].endswith("made by a test")
+    assert "No such image: nosuch:latest" in forked_mini("image", "inspect", "nosuch", code=1)
+    assert "No such image: thing:2" in forked_mini("run", "--pull=never", "thing:2", code=125)
+    assert "invalid filter" in forked_mini("images", "-f", "x=y", code=1)
+
+
+@root
+def test_an_image_is_removed_with_its_last_name_and_what_it_shares_stays(image, rootfs_tar):
+    forked_mini("import", rootfs_tar, "same:1")
+    layer = m.find_image("thing:1").diff_ids[0]
+    forked_mini("tag", "thing:1", "thing:2")
+    assert forked_mini("rmi", "thing:1") == "Untagged: thing:1\n"
+    said = forked_mini("rmi", "nosuch", "thing:2", code=1)
+    assert f"Untagged: thing:2\nDeleted: {image}\n" in said
+    assert "No such image: nosuch:latest" in said and os.path.isdir(m.store("layers", layer[7:]))
+    other = m.find_image("same:1").id
+    forked_mini("tag", "same:1", "another:1")
+    assert f"unable to delete {other[7:19]} (must be forced)" in forked_mini(
+        "image", "rm", other, code=1)
+    assert f"Deleted: {layer}" in forked_mini("image", "rm", "-f", other)
+    assert not os.path.isdir(m.store("layers", layer[7:]))
+    assert os.listdir(f"{STORE}/images/blobs/sha256") == []
+
+
+@root
+def test_an_image_that_a_container_uses_is_not_removed(image):
+    with running("--entrypoint", "/bin/sh", "thing:1", "-c", "echo up; cat #") as (_, id, _):
+        assert (f'unable to remove repository reference \'thing:1\' (must force) - container '
+                f"{id[:12]} is using its referenced image {image[7:19]}") in forked_mini(
+            "rmi", "thing:1", code=1)
+        assert f"cannot be forced) - image is being used by running container {id[:12]}" in (
+            forked_mini("rmi", "-f", image, code=1))
+        assert forked_mini("rmi", "-f", "thing:1") == "Untagged: thing:1\n"
+        assert "0B" in forked_mini("image", "prune", "-af")
+        assert forked_mini("images", "-q") == image[7:19] + "\n"
+    assert f"deleted: {image}" in forked_mini("image", "prune", "-f").lower()
+
+
+@root
+def test_a_name_that_moves_on_leaves_an_image_without_one(image, rootfs_tar):
+    forked_mini("import", rootfs_tar, "thing:1")
+    assert forked_mini("images", "-q", "-f", "dangling=true") == image[7:19] + "\n"
+    assert "<none>" in forked_mini("images")
+    said = forked_mini("image", "prune", "-f")
+    assert f"Deleted: {image}" in said and "Total reclaimed space:" in said
+    assert forked_mini("images", "--format", "{{.Repository}}") == "thing\n"
+
+
+@root
+def test_the_store_is_an_oci_layout_that_others_read(image, images, tmp_path):
+    said = json.loads(peer("skopeo", "inspect", "--config",
+                           f"oci:{images}:docker.io/library/thing:1"))
+    assert said["config"]["User"] == "web"
+    peer("umoci", "unpack", "--image", f"{images}:docker.io/library/thing:1", tmp_path / "u")
+    assert (tmp_path / "u/rootfs/srv/page").read_text() == "hello\n"
+
+
+@root
+def test_what_others_write_into_the_store_is_an_image_of_ours(image, images):
+    peer("skopeo", "copy", f"oci:{images}:docker.io/library/thing:1",
+         f"oci:{images}:docker.io/library/copy:2")
+    assert run("copy:2") == "I am the default\n"
+
+
+@root
+def test_every_compression_is_unpacked_and_the_diff_id_is_of_what_was_inside(images, rootfs_tar):
+    plain = "sha256:" + hashlib.sha256(rootfs_tar.read_bytes()).hexdigest()
+    for name in ("gzip", "xz", "bzip2", "zstd"):
+        peer(name, "-kf", rootfs_tar)
+        suffix = {"gzip": "gz", "bzip2": "bz2", "zstd": "zst"}.get(name, name)
+        with open(f"{rootfs_tar}.{suffix}") as stdin:
+            forked_mini("import", "-", f"{name}:1", stdin=stdin.fileno())
+        found = m.find_image(f"{name}:1")
+        assert found.diff_ids == [plain]
+        assert found.layers[0]["mediaType"].endswith(
+            {"gzip": "+gzip", "zstd": "+zstd"}.get(name, ".tar"))
+    assert sh("echo zstd", "--rootfs", f"{rootfs_tar}.zst") == "zstd\n"
+
+
+@root
+def test_an_image_that_would_fill_the_disk_is_refused_and_nothing_stays(images, rootfs_tar,
+                                                                        monkeypatch):
+    monkeypatch.setenv("MINICONTAINER_LAYER_BYTES", "20k")
+    peer("bzip2", "-kf", rootfs_tar)
+    before = tree(f"{STORE}/ingest"), index()
+    for name in (rootfs_tar, f"{rootfs_tar}.bz2"):
+        assert "more than 20KiB" in forked_mini("import", name, "bomb:1", code=125)
+    assert (tree(f"{STORE}/ingest"), index()) == before
+
+
+@root
+def test_where_nothing_can_read_zstd_a_line_says_so(images, rootfs_tar, monkeypatch):
+    if sys.version_info >= (3, 14):
+        pytest.skip("this Python reads zstd itself")
+    peer("zstd", "-k", rootfs_tar)
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert "zstd, which this Python cannot read" in forked_mini(
+        "import", f"{rootfs_tar}.zst", "z:1", code=125)
+    monkeypatch.undo()
+    with open(f"{rootfs_tar}.zst", "r+b") as file:
+        file.truncate(5000)
+    assert "damaged" in forked_mini("import", f"{rootfs_tar}.zst", "z:1", code=125)
+
+
+@root
+def test_what_is_saved_is_loaded_with_every_digest_and_by_others(image, images, rootfs_tar,
+                                                                tmp_path):
+    subprocess.run(["gzip", "-k", rootfs_tar], check=True)
+    forked_mini("import", f"{rootfs_tar}.gz", "second:2")
+    before, path = index(), tmp_path / "saved.tar"
+    forked_mini("save", "-o", path, "thing:1", "second:2", "thing:1")
+    assert [f for f in os.listdir(tmp_path) if ".new" in f] == []
+    out = forked_mini("rmi", "thing:1", "second:2")
+    assert forked_mini("load", "-i", path) == (
+        "Loaded image: thing:1\nLoaded image: second:2\n") and index() == before
+    with open(path) as stdin:
+        assert "Loaded image: thing:1" in forked_mini("load", stdin=stdin.fileno())
+    subprocess.run(["gzip", path], check=True)
+    forked_mini("rmi", "thing:1")
+    assert "Loaded image: thing:1" in forked_mini("load", "-i", f"{path}.gz")
+    assert run("thing:1") == "I am the default\n" and "Deleted" in out
+    by_id = subprocess.run(command("save", image), stdout=open(path, "wb"), check=True)
+    assert by_id.returncode == 0
+    forked_mini("rmi", "thing:1")
+    assert forked_mini("load", "-i", path) == f"Loaded image ID: {image}\n"
+
+
+@root
+def test_skopeo_reads_and_writes_both_forms_of_archive(image, images, tmp_path):
+    ours, want = tmp_path / "ours.tar", index()["docker.io/library/thing:1"]
+    forked_mini("save", "-o", ours, "thing:1")
+    digest = json.loads(peer("skopeo", "inspect", f"oci-archive:{ours}"))["Digest"]
+    assert digest == want
+    assert json.loads(peer("skopeo", "inspect", "--config", f"docker-archive:{ours}:thing:1")
+                      )["config"]["Cmd"] == ["the default"]
+    for form in ("docker-archive", "oci-archive"):
+        theirs = tmp_path / f"{form}.tar"
+        peer("skopeo", "copy", *["--preserve-digests"] * (form == "oci-archive"),
+             f"oci:{images}:docker.io/library/thing:1", f"{form}:{theirs}:docker.io/library/{form}:1")
+        assert forked_mini("load", "-i", theirs) == f"Loaded image: {form}:1\n"
+        assert run(f"{form}:1") == "I am the default\n"
+        found = m.find_image(f"{form}:1")
+        assert found.diff_ids == m.find_image("thing:1").diff_ids
+    assert found.entry["digest"] == want
+
+
+@root
+def test_podman_loads_what_is_saved(image, images, tmp_path, request):
+    forked_mini("save", "-o", tmp_path / "ours.tar", "thing:1")
+    top = tempfile.mkdtemp()  # podman takes no long name
+    request.addfinalizer(lambda: shutil.rmtree(top))
+    podman = ["podman", "--root", f"{top}/root", "--runroot", f"{top}/run",
+              "--storage-driver", "vfs"]
+    assert "thing:1" in peer(*podman, "load", "-q", "-i", tmp_path / "ours.tar")
+    shown = json.loads(peer(*podman, "image", "inspect", "thing:1"))[0]
+    assert "sha256:" + shown["Id"] == image and shown["Config"]["User"] == "web"
+    peer(*podman, "save", "-q", "-o", tmp_path / "theirs.tar", "thing:1")
+    forked_mini("rmi", "thing:1")
+    assert "Loaded image: thing:1" in forked_mini("load", "-i", tmp_path / "theirs.tar")
+    assert m.find_image("thing:1").id == image
+
+
+def docker_archive(path, layers, links=(), **config):
+    """An archive as Docker wrote it before it knew OCI: a directory for each layer, and
+    some of them a symlink to another one's."""
+    raw = json.dumps({"architecture": "amd64", "os": "linux", "config": config, "rootfs": {
+        "type": "layers", "diff_ids": ["sha256:" + hashlib.sha256(layer).hexdigest()
+                                       for layer in layers]}}).encode()
+    members = [(f"{n}/layer.tar", {"type": tarfile.SYMTYPE, "linkname":
+                                   f"../{dict(links)[n]}/layer.tar"} if n in dict(links)
+                else layer) for n, layer in enumerate(layers)]
+    return make_tar(path, *reversed(members), ("x.json", raw), ("manifest.json", json.dumps([{
+        "Config": "x.json", "RepoTags": ["old:1"], "Layers": [f"{n}/layer.tar" for n in range(
+            len(layers))]}]).encode()))
+
+
+@root
+def test_symlinked_layers_of_dockers_archives_are_followed(images, rootfs_tar, tmp_path):
+    first = rootfs_tar.read_bytes()
+    second = make_tar(tmp_path / "2.tar", ("srv/.wh.page", b""), ("srv/new", b"x")).read_bytes()
+    path = docker_archive(tmp_path / "old.tar", [first, second, first], [(2, 0)],
+                          Cmd=["/bin/ls", "/srv"])
+    assert forked_mini("load", "-i", path) == "Loaded image: old:1\n"
+    assert run("old:1") == "new\npage\n"
+
+
+@root
+@pytest.mark.parametrize("damage, words", [
+    (lambda t: t.write_bytes(b""), "not an archive"),
+    (lambda t: t.write_bytes(os.urandom(5000)), "not an archive"),
+    (lambda t: make_tar(t, ("a", b"x")), "neither index.json nor manifest.json"),
+    (lambda t: make_tar(t, ("manifest.json", b"[")), "not JSON"),
+    (lambda t: make_tar(t, ("manifest.json", b"[" * 100_000)), "not JSON"),
+    (lambda t: make_tar(t, ("manifest.json", b"{}")), "wanted: a list"),
+    (lambda t: make_tar(t, ("manifest.json", b'[{"Config": "x"}]')), "x is missing"),
+    (lambda t: make_tar(t, ("manifest.json", b'[{"Config": 1}]')), "wanted: text"),
+    (lambda t: make_tar(t, ("manifest.json", b'[{"Config": "../../etc/passwd"}]')), "missing"),
+    (lambda t: make_tar(t, ("a", {"type": tarfile.SYMTYPE, "linkname": "b"}),
+                        ("b", {"type": tarfile.SYMTYPE, "linkname": "a"}),
+                        ("manifest.json", b'[{"Config": "a"}]')), "a is missing"),
+    (lambda t: make_tar(t, ("index.json", b'{"manifests": [{"digest": "sha256:../../x", "size": 9}]}'
+                            )), "not a digest"),
+    (lambda t: make_tar(t, ("index.json", b'{"manifests": [{"size": -1}]}')), "is not possible"),
+    (lambda t: make_tar(t, ("index.json", b'{"manifests": [{"size": 99999999}]}')), "cannot be right"),
+    (lambda t: docker_archive(t, [b"no tar"]), "damaged"),
+])
+def test_a_damaged_or_hostile_archive_is_refused_in_one_line(images, tmp_path, damage, words):
+    path = tmp_path / "evil.tar"
+    damage(path)
+    said = [forked_mini("load", "-i", path, code=code) for code in (1, 125)
+            if forked(main("load", "-i", path))[0] == code]
+    assert len(said) == 1 and words in said[0], said
+    assert index() == {}
+
+
+@root
+def test_a_lie_about_what_is_inside_a_layer_is_found_out(images, rootfs_tar, tmp_path):
+    peer("gzip", "-k", rootfs_tar)
+    packed, other = (tmp_path / "rootfs.tar.gz").read_bytes(), b"something else"
+    path = docker_archive(tmp_path / "x.tar", [other])
+    with tarfile.open(path) as tar:
+        documents = {n: tar.extractfile(n).read() for n in ("x.json", "manifest.json")}
+    make_tar(path, ("0/layer.tar", packed), *documents.items())
+    assert "that the image's config promises" in forked_mini("load", "-i", path, code=125)
+    assert index() == {} and m.sweep(True) > 0
+
+
+@root
+def test_ten_commands_at_once_do_no_harm_to_the_store(image, rootfs_tar):
+    processes = [subprocess.Popen(command(*words), stdout=subprocess.DEVNULL) for n in range(3)
+                 for words in (["tag", "thing:1", f"t:{n}"], ["import", rootfs_tar, f"i:{n}"],
+                               ["image", "prune", "-f"])]
+    assert [p.wait(60) for p in processes] == [0] * 9
+    assert {f"docker.io/library/{a}:{n}" for a in "ti" for n in range(3)} < set(index())
+    for found in m.all_images():
+        assert all(os.path.exists(m.blob_path(digest)) for digest in found.blobs())
+
+
+@root
+def test_jobs_in_parallel_end_together_also_when_one_fails():
+    def sleeper(tell):
+        os.pause() if hasattr(os, "pause") else signal.pause()
+
+    def fails(tell):
+        raise m.Fail("the second fails")
+
+    with pytest.raises(m.Fail, match="the second fails"):
+        m.in_parallel([("a", sleeper), ("b", fails)], lambda *_: None)
+    shown = []
+    assert m.in_parallel([(str(n), lambda tell, n=n: [tell("did", n), n * n][1])
+                          for n in range(5)], lambda *what: shown.append(what)) == [0, 1, 4, 9, 16]
+    assert len(shown) == 5
+    with pytest.raises(m.Fail, match="was killed"):
+        m.in_parallel([("a", lambda tell: os.kill(os.getpid(), 9))], lambda *_: None)
+
+
+@root
+def test_a_layer_is_packed_as_it_was_unpacked(tmp_path):
+    members = [("d", {"type": tarfile.DIRTYPE, "mode": 0o1770, "uid": 5, "gid": 6, "mtime": 1.25}),
+               ("d/.wh..wh..opq", b""), ("d/.wh.gone", b""), ("d/none", {"type": tarfile.DIRTYPE}),
+               ("d/setuid", binary(b"x", 0o4755, uid=7, gid=8, mtime=1234567890.5)),
+               ("d/hard", {"type": tarfile.LNKTYPE, "linkname": "d/setuid"}),
+               ("d/soft", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd", "mode": 0o777}),
+               ("d/attr", binary(b"c", pax_headers={"SCHILY.xattr.user.colour": "red"})),
+               ("d/null", {"type": tarfile.CHRTYPE, "devmajor": 1, "devminor": 3}),
+               ("d/" + "long" * 60, b"long"), ("d/" + os.fsdecode(b"\xff\xfe"), b"odd")]
+
+    def look(path):
+        with tarfile.open(path) as tar:
+            found = {i.name: (i.type, i.mode, i.uid, i.gid, i.size, i.linkname, float(i.mtime),
+                              i.devmajor, i.devminor, i.pax_headers.get("SCHILY.xattr.user.colour"))
+                     for i in tar if i.name not in (".", "")}
+        hard = {n: what for n, what in found.items() if n in ("d/hard", "d/setuid")}
+        return {n: what for n, what in found.items() if n not in hard and "/.wh." not in n}, (
+            sorted(w[0] for w in hard.values())), {n for n in found if "/.wh." in n}
+
+    first = make_tar(tmp_path / "a.tar", *members)
+    (tmp_path / "a").mkdir()
+    m.unpack(first, str(tmp_path / "a"))
+    with open(tmp_path / "b.tar", "wb") as file:
+        m.pack(str(tmp_path / "a"), file)
+    assert look(tmp_path / "b.tar") == look(first)
+
+
+@root
+@pytest.mark.parametrize("driver", ["overlay", "vfs"])
+def test_a_container_is_exported_as_it_is_seen_inside(image, tmp_path, driver):
+    script = "cd /srv; rm page; echo new >n; chown 33:33 n; ln n m; mkdir d; echo up; cat #"
+    with running(
+            "-v", f"{tmp_path}:/vol", "--storage-driver", driver, "--entrypoint", "/bin/sh",
+            "-u", "0", "thing:1", "-c", script) as (_, id, _):
+        forked_mini("export", "-o", tmp_path / "x.tar", id[:12])
+    with tarfile.open(tmp_path / "x.tar") as tar:
+        found = {i.name: (i.uid, i.gid) for i in tar if not i.islnk()}
+        data = [tar.extractfile(i).read() for i in tar if i.isreg() and i.name in ("srv/n", "srv/m")]
+    assert {"srv/n", "srv/m"} & set(found) and "srv/page" not in found and data == [b"new\n"]
+    assert found["srv/d"] == (0, 0) and (33, 33) in found.values()
+    assert found["bin/busybox"] == (0, 0) and "vol/x.tar" not in found
+    imported = forked_mini("import", tmp_path / "x.tar", "again:1").strip()
+    assert run("again:1", "/bin/ls", "/srv") == "d\nm\nn\n" and imported
+    assert "no such container" in forked_mini("export", "nosuch", code=125)
+
+
+# ══ 9. REGISTRY ══
+
+def free_port():
+    """A port of 127.0.0.1 that nobody listens at."""
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def answers(port):
+    """Whether something listens at a port of 127.0.0.1."""
+    with contextlib.closing(socket.socket()) as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@contextlib.contextmanager
+def real_registry(top, http):
+    """Debian's docker-registry, with `http` more lines in its configuration: HOST:PORT."""
+    if not shutil.which("docker-registry"):
+        pytest.skip("talks to a real registry: apt-get install docker-registry")
+    port = free_port()
+    config = top / "registry.yml"
+    config.write_text(f"version: 0.1\nlog: {{level: error, accesslog: {{disabled: true}}}}\n"
+                      f"storage: {{filesystem: {{rootdirectory: {top}/registry}}}}\n{http}"
+                      .replace("PORT", str(port)) or "")
+    process = subprocess.Popen(["docker-registry", "serve", config], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    try:
+        until(lambda: answers(port) or process.poll() is not None)
+        assert process.poll() is None
+        yield f"127.0.0.1:{port}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+HASHED = "alice:$2y$04$Fxyf0MBRZB2KfuD6iaIPju/YChYDoZSRS2rJjPK6uK98YDBJhZyyS"  # secret
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory):
+    with real_registry(tmp_path_factory.mktemp("r"), "http: {addr: '127.0.0.1:PORT'}\n") as host:
+        yield host
+
+
+@pytest.fixture(scope="module")
+def locked_registry(tmp_path_factory):
+    """One that wants a name and a password, by https: (HOST:PORT, its certificate)."""
+    top = tmp_path_factory.mktemp("r")
+    (top / "htpasswd").write_text(HASHED + "\n")
+    peer("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256",
+         "-nodes", "-keyout", top / "key", "-out", top / "crt", "-days", "3650", "-subj",
+         "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1")
+    with real_registry(top, f"http: {{addr: '127.0.0.1:PORT', tls: {{certificate: {top}/crt, key: "
+                            f"{top}/key}}}}\nauth: {{htpasswd: {{realm: x, path: {top}/htpasswd}}}}\n"
+                       ) as host:
+        yield host, top / "crt"
+
+
+@pytest.fixture
+def docker_config(tmp_path, monkeypatch):
+    """An empty place for Docker's config.json."""
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path / "config"))
+    return tmp_path / "config/config.json"
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    """Attempts follow one another at once."""
+    monkeypatch.setattr(m, "PAUSE", 0)
+
+
+@root
+def test_what_is_pushed_is_pulled_with_the_same_digest(image, registry):
+    name, digest = f"{registry}/a/thing:1", index()["docker.io/library/thing:1"]
+    assert "An image does not exist locally with the tag" in forked_mini(
+        "push", f"{registry}/nosuch:1", code=1)
+    forked_mini("tag", "thing:1", name)
+    layer = m.find_image(name).layers[0]["digest"][7:19]
+    out = forked_mini("push", name).splitlines()
+    assert out[0] == f"The push refers to repository [{registry}/a/thing]"
+    assert f"{layer}: Pushed" in out and out[-1].startswith(f"1: digest: {digest} size: ")
+    assert f"{layer}: Layer already exists" in forked_mini("push", name)
+    forked_mini("tag", "thing:1", f"{registry}/b:2")
+    assert f"{layer}: Mounted from a/thing" in forked_mini("push", f"{registry}/b:2")
+    assert forked_mini("image", "inspect", "-f", "{{len .RepoDigests}}", name) == "2\n"
+    forked_mini("rmi", "-f", image)
+    out = forked_mini("pull", name).splitlines()
+    assert out == ["1: Pulling from a/thing", *(f"{layer}: {what}" for what in (
+        "Pulling fs layer", "Verifying Checksum", "Download complete", "Pull complete")),
+        f"Digest: {digest}", f"Status: Downloaded newer image for {name}", name]
+    assert "Status: Image is up to date for" in forked_mini("pull", name)
+    assert index()[name] == digest == index()[f"{registry}/a/thing@{digest}"]
+    assert forked_mini("pull", "-q", f"{registry}/b@{digest}") == f"{registry}/b@{digest}\n"
+    assert run(f"{registry}/b@{digest}") == "I am the default\n"
+    assert forked_mini("rmi", name).splitlines()[0] == f"Untagged: {name}"
+
+
+@root
+def test_run_pulls_an_image_that_is_missing_as_pull_says(image, registry):
+    name = f"{registry}/for-run:1"
+    forked_mini("tag", "thing:1", name)
+    forked_mini("push", name)
+    forked_mini("rmi", name)
+    assert "No such image" in refused("run", "--rm", "--pull", "never", name)
+    result = mini("run", "--rm", name)
+    assert result.stdout == "I am the default\n" and "volumes of the image (/data)" in result.stderr
+    assert result.stderr.startswith(f"Unable to find image '{name}' locally\n1: Pulling from for-run")
+    assert "Pulling" not in mini("run", "--rm", name).stderr
+    assert "Image is up to date" in mini("run", "--rm", "--pull=always", name).stderr
+    said = mini("run", "--rm", f"{registry}/nosuch:1")
+    assert said.returncode == 125 and f"manifest for {registry}/nosuch:1 not found: manifest unknown: manifest unknown" in said.stderr
+    assert "manifest unknown" in forked_mini("pull", f"{registry}/nosuch:1", code=1)
+
+
+@root
+def test_skopeo_and_we_exchange_images_by_a_registry(image, images, registry, tmp_path):
+    for form, how in (("theirs", ["--format", "v2s2"]), ("oci", [])):
+        peer("skopeo", "copy", "--dest-tls-verify=false", *how,
+             f"oci:{images}:docker.io/library/thing:1", f"docker://{registry}/{form}:1")
+        forked_mini("pull", f"{registry}/{form}:1")
+        assert run(f"{registry}/{form}:1") == "I am the default\n"
+    assert m.find_image(f"{registry}/theirs:1").entry["mediaType"] == m.DOCKER_MANIFEST
+    forked_mini("tag", f"{registry}/theirs:1", f"{registry}/back:1")
+    forked_mini("push", f"{registry}/back:1")
+    peer("skopeo", "copy", "--src-tls-verify=false", f"docker://{registry}/back:1",
+         f"oci:{tmp_path}/layout:x")
+    peer("umoci", "unpack", "--image", f"{tmp_path}/layout:x", tmp_path / "u")
+    assert (tmp_path / "u/rootfs/srv/page").read_text() == "hello\n"
+
+
+@root
+def test_a_large_blob_is_pushed_in_pieces(image, registry, monkeypatch):
+    monkeypatch.setattr(m, "CHUNK", 100_000)
+    name = f"{registry}/pieces:1"
+    forked_mini("tag", "thing:1", name)
+    assert "Pushed" in forked_mini("push", name)
+    forked_mini("rmi", "-f", image)
+    assert "Downloaded newer image" in forked_mini("pull", name)
+
+
+@root
+def test_login_is_kept_for_us_alone_and_used(image, locked_registry, docker_config, tmp_path,
+                                             monkeypatch):
+    host, certificate = locked_registry
+    name = f"{host}/private:1"
+    forked_mini("tag", "thing:1", name)
+    monkeypatch.setattr(m, "DOCKER_ETC", str(tmp_path / "etc"))
+    assert "certificate" in forked_mini("push", name, code=1)
+    os.makedirs(tmp_path / f"etc/certs.d/{host}")
+    shutil.copy(certificate, tmp_path / f"etc/certs.d/{host}/ca.crt")
+    assert f"minicontainer login {host}" in forked_mini("push", name, code=1)
+
+    def login(password, code=0):
+        with tempfile.TemporaryFile() as stdin:
+            stdin.write(password.encode() + b"\n")
+            stdin.seek(0)
+            return forked_mini("login", "-u", "alice", "--password-stdin", host,
+                               stdin=stdin.fileno(), code=code)
+
+    assert f"login attempt to https://{host}/v2/ failed with status: 401" in login("bad", 1)
+    assert not docker_config.exists()
+    assert login("secret") == "Login Succeeded\n"
+    assert stat.S_IMODE(docker_config.stat().st_mode) == 0o600
+    assert json.loads(docker_config.read_text()) == {"auths": {host: {"auth": "YWxpY2U6c2VjcmV0"}}}
+    assert "Pushed" in forked_mini("push", name)
+    forked_mini("rmi", name)
+    assert "Status" in forked_mini("pull", name)
+    assert "Removing login credentials" in forked_mini("logout", host)
+    assert "Not logged in" in forked_mini("logout", host)
+    assert "pull access denied" in forked_mini("pull", name, code=1)
+    with open(os.devnull) as stdin:
+        assert "--password-stdin" in forked_mini("login", host, stdin=stdin.fileno(), code=1)
+
+
+@root
+def test_a_credential_helper_is_asked_instead_of_the_file(docker_config, tmp_path, monkeypatch):
+    helper = tmp_path / "docker-credential-mine"
+    helper.write_text(f"""#!/bin/sh
+read line; echo "$1 $line" >> {tmp_path}/log
+case $1 in get) [ "$line" = some.host ] && echo '{{"Username": "u", "Secret": "p:w"}}' ||
+    {{ echo "credentials not found in native keychain"; exit 1; }} ;; esac
+""")
+    helper.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    docker_config.parent.mkdir()
+    docker_config.write_text('{"credHelpers": {"some.host": "mine"}, "credsStore": "mine", "more": 1}')
+    assert m.credentials("some.host") == ["u", "p:w"] and m.credentials("docker.io") is None
+    m.keep_credentials("some.host", ["u", "new"])
+    assert json.loads(docker_config.read_text())["auths"] == {"some.host": {}}
+    m.keep_credentials("some.host", None)
+    assert (tmp_path / "log").read_text().splitlines()[2:] == [
+        'store {"ServerURL": "some.host", "Username": "u", "Secret": "new"}', "erase some.host"]
+    assert json.loads(docker_config.read_text())["more"] == 1
+    helper.unlink()
+    with pytest.raises(m.Fail, match="docker-credential-mine"):
+        m.credentials("some.host")
+
+
+# ── a registry that lies and fails ──
+
+def digest_of(raw):
+    return "sha256:" + hashlib.sha256(raw).hexdigest()
+
+
+def described(raw, kind):
+    return {"mediaType": kind, "digest": digest_of(raw), "size": len(raw)}
+
+
+def an_image(*layers, config=None):
+    """(manifest as a dict, {digest: bytes} of its config and layers)."""
+    raw = json.dumps({"architecture": "amd64", "os": "linux", "config": config or {}, "rootfs": {
+        "type": "layers", "diff_ids": list(map(digest_of, layers))}}).encode()
+    return {"schemaVersion": 2, "mediaType": m.OCI_MANIFEST,
+            "config": described(raw, m.OCI_CONFIG),
+            "layers": [described(layer, m.OCI_LAYER) for layer in layers]
+            }, {digest_of(part): part for part in (raw, *layers)}
+
+
+@contextlib.contextmanager
+def fake_registry(answer):
+    """A registry in a process of its own whose answers are answer(request, its number) =
+    (status, headers, body); (HOST:PORT, function that lists what it was asked)."""
+    log, count = tempfile.NamedTemporaryFile("r+"), multiprocessing.Value("i")
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            with count.get_lock():
+                count.value += 1
+                number = count.value
+            with open(log.name, "a") as file:
+                file.write(json.dumps([self.command, self.path, dict(self.headers)]) + "\n")
+            status, headers, body = answer(self, number)
+            self.send_response(status)
+            for name, value in {"Content-Length": len(body), **headers}.items():
+                self.send_header(name, str(value))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        do_HEAD = do_POST = do_PUT = do_PATCH = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(100)
+        try:
+            server.serve_forever()
+        finally:
+            os._exit(0)
+    server.server_close()
+    try:
+        yield f"127.0.0.1:{server.server_port}", lambda: [
+            json.loads(line) for line in open(log.name)]
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        log.close()
+
+
+def serving(manifest, blobs, change=lambda request, number: None):
+    """The answers of an honest registry that has an image; change(…) comes first."""
+    raw = manifest if isinstance(manifest, bytes) else json.dumps(manifest).encode()
+
+    def answer(request, number):
+        if changed := change(request, number):
+            return changed
+        name = request.path.rpartition("/")[2]
+        found = blobs.get(name, raw if "/manifests/" in request.path else None)
+        if found is None:
+            return 404, {}, b'{"errors": [{"code": "BLOB_UNKNOWN", "message": "no such blob"}]}'
+        begin = request.headers.get("Range", "bytes=0-")[6:-1]
+        if begin != "0":
+            return 206, {"Content-Range": f"bytes {begin}-{len(found) - 1}/{len(found)}"}, found[
+                int(begin):]
+        return 200, {}, found
+    return answer
+
+
+def small_layer():
+    """A tarball of one file, as bytes."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        member = tarfile.TarInfo("hello")
+        member.size = 200_000
+        tar.addfile(member, io.BytesIO(os.urandom(200_000)))
+    return out.getvalue()
+
+
+def lies():
+    """{what is wrong: (how to make it so of a manifest, its blobs: the manifest, the blobs,
+    what else is answered; words of the message)}."""
+    def of_blobs(status, headers, body):
+        return lambda request, number: "/blobs/" in request.path and (status, headers, body)
+
+    def of_all(status, headers=None, body=b""):
+        return lambda request, number: (status, headers or {}, body)
+
+    def layer(**changes):
+        def make(manifest, blobs):
+            return {**manifest, "layers": [{**manifest["layers"][0], **changes}]}, blobs
+        return make
+
+    def config(**changes):
+        def make(manifest, blobs):
+            raw = json.dumps({**json.loads(blobs[manifest["config"]["digest"]]), **changes}).encode()
+            return {**manifest, "config": described(raw, m.OCI_CONFIG)}, {
+                **blobs, digest_of(raw): raw}
+        return make
+
+    def same(manifest, blobs):
+        return manifest, blobs
+
+    def raw(text):
+        return lambda manifest, blobs: (text, blobs)
+
+    def listed(*entries):
+        return lambda manifest, blobs: ({"schemaVersion": 2, "mediaType": m.OCI_INDEX,
+                                         "manifests": list(entries)}, blobs)
+    here = {"os": "linux", "architecture": m.platform_of()[1]}
+    itself = {"mediaType": m.OCI_INDEX, "digest": "sha256:" + "a" * 64, "size": 300, "platform": here}
+    return {
+        "a blob is another": (same, of_blobs(200, {}, b"y" * 300), "that were announced"),
+        "a layer has another digest": (
+            lambda man, blobs: (man, {**blobs, man["layers"][0]["digest"]: b"y" * man["layers"][0]["size"]}),
+            None, "wrong digest"),
+        "a layer is cut every time": (
+            lambda man, blobs: (man, {**blobs, man["layers"][0]["digest"]: b"y" * 99}), None,
+            "only 99 of"),
+        "a layer is longer than announced": (layer(size=1000), None, "longer than the 1000"),
+        "a layer is shorter than announced": (layer(size=10**7), None, "bytes have come"),
+        "a layer has a negative size": (layer(size=-1), None, "is not possible"),
+        "a size is no number": (layer(size="9"), None, "is not possible"),
+        "a digest leads elsewhere": (layer(digest="sha256:../../../../etc/passwd"), None, "not a digest"),
+        "a digest is of another kind": (layer(digest="md5:" + "a" * 32), None, "not a digest"),
+        "a layer is foreign": (layer(mediaType="application/vnd.docker.image.rootfs.foreign.diff.tar.gzip"),
+                               None, "foreign layer"),
+        "a layer is no layer": (layer(mediaType="text/plain"), None, "unknown kind"),
+        "layers and diff_ids differ": (config(rootfs={"diff_ids": []}), None, "but 0 diff_ids"),
+        "a diff_id is no digest": (config(rootfs={"diff_ids": ["../x"]}), None, "not a digest"),
+        "a diff_id lies": (config(rootfs={"diff_ids": ["sha256:" + "0" * 64]}), None, "promises"),
+        "a config is a list": (config(config=[]), None, "wanted: an object"),
+        "an Env is no list": (config(config={"Env": "A=1"}), None, "wanted: a list"),
+        "the manifest is no JSON": (raw(b"<html>"), None, "not JSON"),
+        "the manifest is deep": (raw(b'{"a":' * 50_000), None, "not JSON"),
+        "the manifest is a list": (raw(b"[]"), None, "wanted: an object"),
+        "the manifest has nothing": (raw(b"{}"), None, "no config"),
+        "the manifest is of schema 1": (raw(b'{"schemaVersion": 1}'), None, "schema 1"),
+        "the manifest is huge": (raw(b" " * (5 << 20)), None, "more than"),
+        "the config is huge": (lambda man, blobs: ({**man, "config": {**man["config"], "size": 1 << 30}},
+                                                   blobs), None, "cannot be right"),
+        "the list has nothing for us": (listed({**itself, "platform": {"os": "plan9"}}), None,
+                                        "no matching manifest for linux/"),
+        "the list lists itself": (listed(itself), None, ("wrong digest", "that were announced", "have come")),
+        "the digest in the header is another": (
+            same, lambda request, number: "/manifests/" in request.path and (
+                200, {"Docker-Content-Digest": "sha256:" + "0" * 64}, b"{}"), "wrong digest"),
+        "it redirects in a circle": (same, of_all(302, {"Location": "/v2/x/manifests/1"}), "302"),
+        "it redirects to a file": (same, of_all(302, {"Location": "file:///etc/passwd"}), "302"),
+        "it wants a password for ever": (same, of_all(401, {"WWW-Authenticate": 'Basic realm="x"'}),
+                                         "login"),
+        "its token is never enough": (
+            same, lambda request, number: (200, {}, b'{"token": "t"}') if "token" in request.path else (
+                401, {"WWW-Authenticate": f'Bearer realm="http://{request.headers["Host"]}/token"'}, b""),
+            "pull access denied"),
+        "its token is no JSON": (
+            same, lambda request, number: (200, {}, b"x") if "token" in request.path else (
+                401, {"WWW-Authenticate": f'Bearer realm="http://{request.headers["Host"]}/token"'}, b""),
+            "token: not JSON"),
+        "it always fails": (same, of_all(500), "the last of 5 attempts"),
+        "it is always busy": (same, of_all(429), "the last of 5 attempts"),
+        "it talks nonsense": (same, of_all(999), ("999", "attempts")),
+    }
+
+
+@root
+@pytest.mark.parametrize("what", lies())
+def test_a_registry_that_lies_is_caught_and_leaves_nothing(images, what):
+    make, change, words = lies()[what]
+    manifest, blobs = make(*an_image(small_layer()))
+    with fake_registry(serving(manifest, blobs, change or (lambda *_: None))) as (host, _):
+        results = forked(main("pull", f"{host}/x:1"))
+    code, out, err = results
+    assert code in (1, 125) and "Traceback" not in err and "internal error" not in err, err
+    assert any(w in err for w in ([words] if isinstance(words, str) else words)), err
+    assert index() == {} and "Status" not in out
+
+
+@root
+def test_a_cut_connection_is_resumed_where_it_ended(images):
+    manifest, blobs = an_image(small_layer())
+    layer = manifest["layers"][0]
+
+    def cut(request, number):
+        if request.path.endswith(layer["digest"]) and "Range" not in request.headers:
+            return 200, {"Content-Length": layer["size"]}, blobs[layer["digest"]][:70_000]
+
+    with fake_registry(serving(manifest, blobs, cut)) as (host, asked):
+        assert "Downloaded newer image" in forked_mini("pull", f"{host}/x:1")
+        ranges = [headers.get("Range") for _, path, headers in asked()
+                  if path.endswith(layer["digest"])]
+    assert ranges == [None, "bytes=70000-"]
+
+
+@root
+def test_a_pull_that_was_given_up_goes_on_later_and_whatever_has_come_was_not_seen(images):
+    manifest, blobs = an_image(small_layer())
+    digest = manifest["layers"][0]["digest"]
+    first = {**blobs, digest: blobs[digest][:50_000]}
+    with fake_registry(serving(manifest, first)) as (host, _):
+        forked_mini("pull", f"{host}/x:1", code=1)
+    assert index() == {} and os.path.getsize(m.store("ingest", digest[7:])) == 50_000
+    with fake_registry(serving(manifest, blobs)) as (host, asked):
+        forked_mini("pull", f"{host}/x:1")
+        assert [h.get("Range") for _, path, h in asked() if path.endswith(digest)] == ["bytes=50000-"]
+
+
+@root
+def test_a_server_without_ranges_is_asked_for_all_of_it(images):
+    manifest, blobs = an_image(small_layer())
+    digest = manifest["layers"][0]["digest"]
+
+    def whole(request, number):
+        if request.path.endswith(digest):
+            first = "Range" not in request.headers
+            return 200, {"Content-Length": len(blobs[digest])}, blobs[digest][:70_000 if first else None]
+
+    with fake_registry(serving(manifest, blobs, whole)) as (host, _):
+        assert "Downloaded newer image" in forked_mini("pull", f"{host}/x:1")
+
+
+@root
+def test_what_may_pass_is_tried_again(images):
+    manifest, blobs = an_image(small_layer())
+
+    def fail(request, number):
+        return {2: (503, {}, b""), 3: (429, {"Retry-After": "0"}, b""), 4: (500, {}, b"{")}.get(number)
+
+    with fake_registry(serving(manifest, blobs, fail)) as (host, _):
+        assert "Downloaded newer image" in forked_mini("pull", f"{host}/x:1")
+
+
+@root
+def test_of_a_list_the_platform_is_chosen(images):
+    parts = {}
+    entries = []
+    for arch in ("amd64", "arm64", "s390x"):
+        manifest, blobs = an_image(small_layer(), config={"User": arch})
+        raw = json.dumps(manifest).encode()
+        entries.append({**described(raw, m.OCI_MANIFEST), "platform": {
+            "os": "linux", "architecture": arch}})
+        parts.update({**blobs, digest_of(raw): raw})
+    top = {"schemaVersion": 2, "mediaType": m.DOCKER_INDEX, "manifests": entries}
+    with fake_registry(serving(top, parts)) as (host, _):
+        forked_mini("pull", f"{host}/x:1")
+        assert m.find_image(f"{host}/x:1").settings["User"] == m.platform_of()[1]
+        assert f"{host}/x@{digest_of(json.dumps(top).encode())}" in index()
+        forked_mini("pull", "--platform", "linux/s390x", f"{host}/x:1")
+        assert m.find_image(f"{host}/x:1").settings["User"] == "s390x"
+        assert "no matching manifest for linux/mips" in forked_mini(
+            "pull", "--platform", "mips", f"{host}/x:1", code=1)
+        assert "invalid platform" in forked_mini("pull", "--platform", "a/b/c/d", f"{host}/x", code=125)
+
+
+@root
+def test_who_we_are_is_told_to_the_host_that_asked_and_not_along_a_redirect(
+        images, docker_config, monkeypatch):
+    manifest, blobs = an_image(small_layer())
+    with fake_registry(serving(manifest, blobs)) as (other, asked_other):
+        def redirect(request, number):
+            if request.path.startswith("/token"):
+                return 200, {}, b'{"access_token": "the-token"}'
+            if request.headers.get("Authorization") != "Bearer the-token":
+                return 401, {"WWW-Authenticate": f'Bearer realm="http://{request.headers["Host"]}/token",'
+                             'service="s",scope="repository:x:pull,push"'}, b""
+            if "/blobs/" in request.path:
+                return 307, {"Location": f"http://{other}{request.path}"}, b""
+
+        with fake_registry(serving(manifest, blobs, redirect)) as (host, asked):
+            docker_config.parent.mkdir()
+            docker_config.write_text(json.dumps({"auths": {host: {"auth": "YWxpY2U6c2VjcmV0"}}}))
+            forked_mini("pull", f"{host}/x:1")
+            tokens = [(path, headers["Authorization"]) for _, path, headers in asked()
+                      if path.startswith("/token")]
+        assert tokens[0] == ("/token?service=s&scope=repository%3Ax%3Apull%2Cpush",
+                             "Basic YWxpY2U6c2VjcmV0")
+        assert len(asked_other()) == 2
+        assert not any("Authorization" in headers for _, _, headers in asked_other())
+
+
+@root
+def test_http_is_only_for_this_machine_or_by_configuration(tmp_path, monkeypatch):
+    monkeypatch.setattr(m, "DOCKER_ETC", str(tmp_path))
+    assert all(map(m.may_be_insecure, ("localhost", "localhost:5000", "127.0.0.1:5000", "[::1]:5000")))
+    assert not any(map(m.may_be_insecure, ("docker.io", "a.b:5000", "x", "localhost.x")))
+    (tmp_path / "daemon.json").write_text('{"insecure-registries": ["a.b:5000"]}')
+    assert m.may_be_insecure("a.b:5000") and not m.may_be_insecure("a.b")
+
+
+@root
+def test_a_proxy_of_the_environment_is_used_but_not_for_this_machine(images, tmp_path, monkeypatch):
+    manifest, blobs = an_image(small_layer())
+    monkeypatch.setattr(m, "DOCKER_ETC", str(tmp_path))
+    (tmp_path / "daemon.json").write_text('{"insecure-registries": ["far.example"]}')
+    with fake_registry(serving(manifest, blobs)) as (proxy, asked):
+        for name in ("http_proxy", "https_proxy"):
+            monkeypatch.setenv(name, f"http://{proxy}")
+        monkeypatch.delenv("no_proxy", raising=False)
+        assert "Downloaded newer image" in forked_mini("pull", "far.example/x:1")
+        assert any(path.startswith("http://far.example/v2/x/") for _, path, _ in asked())
+        before = len(asked())
+        assert "Connection refused" in forked_mini("pull", f"127.0.0.1:{free_port()}/x", code=1)
+        assert len(asked()) == before
+
+
+@root
+def test_a_pull_killed_at_any_moment_leaves_nothing_visible_and_can_be_repeated(images):
+    manifest, blobs = an_image(small_layer(), small_layer(), small_layer())
+
+    def slow(request, number):
+        if "/blobs/" in request.path:
+            select.select((), (), (), 0.05)
+
+    with fake_registry(serving(manifest, blobs, slow)) as (host, asked):
+        for awaited in (2, 4, 6):
+            before = len(asked())
+            process = subprocess.Popen(command("pull", f"{host}/x:1"), stdout=subprocess.DEVNULL)
+            until(lambda: len(asked()) >= before + awaited or process.poll() is not None)
+            process.kill()
+            process.wait()
+            assert index() == {} or awaited == 6
+        until(lambda: not our_processes())
+        assert "Digest" in forked_mini("pull", f"{host}/x:1")
+    mini("system", "prune")
+    assert m.find_image(f"{host}/x:1").tags() == [f"{host}/x:1"]
+
+
+@root
+def test_a_terminal_shows_bars_with_bytes_and_rate(images):
+    manifest, blobs = an_image(small_layer())
+
+    def slow(request, number):
+        if request.path.endswith(manifest["layers"][0]["digest"]):
+            select.select((), (), (), 0.15)
+
+    with fake_registry(serving(manifest, blobs, slow)) as (host, _):
+        terminal = Terminal("pull", f"{host}/x:1")
+        assert terminal.expect(r"Downloading \[=+>?[ =>]*\] +[0-9.]+kB/205kB +[0-9.]+.?B/s")
+        assert terminal.end() == 0 and "Pull complete" in terminal.seen
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_manifest_or_config_makes_a_traceback(seed):
+    source = random.Random(seed)
+    manifest, blobs = an_image(b"x")
+    start = [json.dumps(manifest).encode(), blobs[manifest["config"]["digest"]]]
+    for _ in range(300):
+        text = bytearray(source.choice(start))
+        for _ in range(source.randrange(1, 6)):
+            at = source.randrange(len(text))
+            text[at:at + source.randrange(3)] = source.choice(
+                [b"", b"null", b"-1", b"[]", b"{}", b'"', b"\xff", b"1e999", b"[[", b"0"])
+        with contextlib.suppress(m.Fail):
+            document = m.parsed(bytes(text), "x", m.MANIFEST_FORM)
+            m.pick(None, bytes(text), ["linux", "amd64"])
+            m.check_layers(document, ["sha256:" + "0" * 64])
+        with contextlib.suppress(m.Fail):
+            m.parsed(bytes(text), "x", m.CONFIG_FORM)
 
 
 # ══ 11. THE SHIM ══
