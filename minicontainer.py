@@ -4089,6 +4089,12 @@ def forget(directory):
 
 
 # ── hooks ──
+#
+# Programs of the caller's, each run with the container's state on its standard input:
+# prestart and createRuntime on the host once the namespaces are there, createContainer
+# in them before the pivot, startContainer after it, poststart and poststop on the host
+# again.  One that fails or takes too long undoes the container, but for the last two,
+# which come too late for that.
 
 
 def run_hook(hook, state, what):
@@ -4150,6 +4156,10 @@ def run_create_hooks(c):
 
 
 # ── steps, where they differ ──
+#
+# A caller's container outlives the process that created it, and has standard streams
+# that the caller made.  So in place of dying with its parent it waits for whoever
+# starts it, and in place of getting pipes of ours it becomes the owner of the caller's.
 
 
 def open_fifos(c):
@@ -4435,6 +4445,9 @@ def exec_command_oci(options):
 
 
 # ── the other turns ──
+#
+# They find the container by its record, which has the pid of its first process and when
+# that began: if a later process has got the number since, the container has stopped.
 
 
 def signal_number(text):
@@ -8126,12 +8139,14 @@ class ByHand:
     # ── files ──
 
     def mkdirat(self, dirfd, path, mode):
+        """The first directory that it makes is the container's, and named like it."""
         first = not self.made and f"{FIRST_SHELL}\nexport id={os.path.basename(path)}\n"
         if dirfd == AT_FDCWD and path.startswith("/"):
             self.made.append(path)
         return f"{first or ''}mkdir -m {mode:o} {self.path(path, dirfd)}"
 
     def mknodat(self, dirfd, path, mode, dev):
+        """A node, or an empty file to mount on."""
         at = self.path(path, dirfd)
         if stat.S_ISREG(mode):
             return f"touch {at}"
@@ -8139,15 +8154,19 @@ class ByHand:
                 f"{os.major(dev)} {os.minor(dev)}")
 
     def symlinkat(self, target, dirfd, path):
+        """A link in the new /dev."""
         return f"ln -s {target} {self.path(path, dirfd)}"
 
     def fchownat(self, dirfd, path, owner, group, flags):
+        """An owner, by number: the host has no name for it."""
         return f"chown {owner}:{group} {self.path(path)}"
 
     def fchmodat(self, dirfd, path, mode):
+        """A mode, whatever the umask is."""
         return f"chmod {mode:o} {self.path(path)}"
 
     def write(self, path, text):
+        """An order to the kernel, or one of the files for /etc."""
         top, _, file = str(path).rpartition("/")
         of_process = top.removeprefix("/proc/").isdecimal()
         if file.endswith(".new") or not (of_process or not self.ended and (
@@ -8163,9 +8182,11 @@ class ByHand:
     # ── mounts ──
 
     def open_tree(self, dirfd, path, flags):
+        """Noted: a shell cannot hold a mount that is nowhere yet."""
         self.trees[self.result] = path, False
 
     def mount_setattr(self, fd, path, flags, attr, size):
+        """mount(8) remounts; ids it maps only while it mounts."""
         words = ",".join(word for word, bit in OPTION_WORDS.items()
                          if attr.attr_set & bit & 15)
         if attr.attr_set & MOUNT_ATTR_IDMAP:
@@ -8181,6 +8202,7 @@ class ByHand:
             return f"{mount} -o remount,bind,{words} {self.path(fd)}"
 
     def move_mount(self, tree, path, to_dirfd, to_path, flags):
+        """The mount that was noted, now made where it belongs."""
         source, mapped = self.trees[tree]
         if to_dirfd != AT_FDCWD:
             return f"mount --rbind volume-{tree} {self.path(to_dirfd)}"
@@ -8189,6 +8211,7 @@ class ByHand:
         return f"mount --bind {self.quote(source)} {to_path}"
 
     def mount(self, source, target, type, flags, data):
+        """mount(8) has a word for each flag; propagation is a call of its own."""
         for word, bits in PROPAGATIONS.items():
             if flags == bits:
                 return f"mount --make-{word} {self.path(target)}"
@@ -8202,32 +8225,38 @@ class ByHand:
         return f"mount {options}{kind} {self.path(target)}"
 
     def fchdir(self, fd):
+        """Before the pivot a step on the way, after it the program's directory."""
         if self.pivoted:
             self.cwd = os.readlink(f"/proc/self/fd/{fd}")
         elif narration.who == "init":
             return f"cd {self.path(fd)}"
 
     def chdir(self, path):
+        """After the pivot the shell stays in the old root: its programs are there."""
         return "" if self.pivoted else f"cd {path}"
 
     def pivot_root(self, new_root, put_old):
+        """From here on a program of the host's is to be found under "."."""
         self.pivoted = True
         return ("pivot_root . .\n"
                 "cd -P /..  # the old root lies on top of the new one\n"
                 f'host="{self.loader}"')
 
     def umount2(self, target, flags):
+        """By the name "." and no other: / is the new root already."""
         return f"{self.host['umount']} --no-canonicalize --lazy ."
 
     # ── processes ──
 
     def openat(self, dirfd, path, flags, mode):
+        """Noted: the shell that will become the container joins the groups."""
         if path.endswith("/tasks"):
             self.groups.append(path)
         elif path in self.made:
             self.groups.append(f"{path}/cgroup.procs")
 
     def unshare(self, flags):
+        """The parent's begins the second shell, init's the third."""
         if narration.who == "parent":
             return SECOND_SHELL
         kinds = [UNSHARE_WORDS.get(kind, kind) for kind, row in NAMESPACES.items()
@@ -8237,9 +8266,11 @@ class ByHand:
                 + f"unshare --{' --'.join(kinds)} --fork --kill-child {THIRD_SHELL}")
 
     def clone3(self, args, size):
+        """As clone, which has its flags elsewhere."""
         return self.clone(args.flags)
 
     def clone(self, flags, *_):
+        """Nothing is born yet: groups, volumes, and a holder of the ids."""
         self.born = flags
         lines = [f"echo $$ > {self.quote(group)}" for group in self.groups]
         for fd, (source, _) in self.trees.items():
@@ -8252,45 +8283,57 @@ class ByHand:
         return "\n".join(lines)
 
     def setns(self, fd, flags):
-        self.ended = True  # the parent goes home: what it does now is for us alone
+        """The parent goes home: what it does now is for us alone."""
+        self.ended = True
 
     def sethostname(self, name, length):
+        """hostname(1) does just that."""
         return f"hostname {self.quote(name)}"
 
     def setdomainname(self, name, length):
+        """And domainname(1) this."""
         return f"domainname {self.quote(name)}"
 
     def ioctl(self, fd, request, argument):
+        """Of all that is done so, only the loopback interface is a shell's affair."""
         return "ip link set lo up" if request == SIOCSIFFLAGS else ""
 
     # ── privileges ──
 
     def setgroups(self, count, groups):
+        """Noted for capsh."""
         self.ids = *self.ids[:2], groups[:count]
 
     def setresgid(self, gid, *_):
+        """Noted for capsh."""
         self.ids = self.ids[0], gid, self.ids[2]
 
     def setresuid(self, uid, *_):
+        """Noted for capsh."""
         self.ids = uid, *self.ids[1:]
 
     def umask(self, mode):
+        """A word of the shell's own."""
         return f"umask {mode:04o}"
 
     def prctl(self, option, value, *_):
+        """Noted for capsh: what leaves the bounding set, and the promise."""
         if option == PR_CAPBSET_DROP:
             self.dropped.append(CAPABILITIES[value].lower())
         elif option == PR_SET_NO_NEW_PRIVS:
             self.more = ["--no-new-privs"]
 
     def prlimit64(self, pid, resource, new, old):
+        """Of this shell, which its program inherits."""
         low, high = (value if value < 1 << 63 else "unlimited" for value in new)
         return f"{self.host['prlimit']} --pid $$ --{RLIMITS[resource]}={low}:{high}"
 
     def seccomp(self, operation, flags, program):
+        """No program takes a filter from a shell: the one wall that is missing."""
         return f"# a filter of {program.len} instructions, that no shell can install"
 
     def execve(self, path, argv, envp):
+        """The last line of the third shell, and the ends of all three."""
         if not os.path.lexists(path) or self.ended:
             return ""
         self.ended = True  # whatever comes of it
