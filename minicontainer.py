@@ -6888,6 +6888,9 @@ def keep_credentials(host, user):
 
 
 # ── the protocol ──
+#
+# urllib speaks HTTP for us, with just the handlers named below: what it would follow
+# or send by itself (ftp and file, names and passwords along a redirect) is not there.
 
 
 def is_loopback(host):
