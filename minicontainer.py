@@ -4424,8 +4424,6 @@ def at_a_terminal():
 def choose(options):
     """(layers, arguments) of what `run` was asked to run."""
     args = options.words or ["/bin/sh"] * bool(options.stop_after)
-    if not args:
-        raise Fail("COMMAND is missing", options.hint)
     if options.rootfs:
         return [layer_of(path) for path in options.rootfs], args
     if not args[0].startswith("/"):
@@ -4503,6 +4501,8 @@ def report_end(c, options, code, used):
          arg("words", nargs="A*", metavar="COMMAND", help="program and arguments"))
 def run_command(options):
     """Run a command in a new container."""
+    if not options.words and not options.stop_after:
+        raise Fail("COMMAND is missing", options.hint)
     need_root()
     check_terminal(options)
     layers, args = choose(options)
