@@ -142,8 +142,11 @@ def say(message):
     """One line from us to the person, on standard error, and each only once."""
     if message not in SAID:
         SAID.add(message)
-        text = f"minicontainer: {message}".replace("\n", f"\n{narration.aside}")
-        print(narration.aside + text, file=sys.stderr, flush=True)
+        lines = f"minicontainer: {message}".splitlines()
+        if narration.style == "json":
+            lines = [f'{{"say": {quote_ascii(message)}}}']
+        print("\n".join(narration.aside + line for line in lines), file=sys.stderr,
+              flush=True)
 
 
 # PyDLL, unlike CDLL, keeps Python's global lock during the call.  Nothing else may
@@ -322,6 +325,24 @@ class Asked:
         return spell(self.name, self.args)
 
 
+class about:
+    """A context whose errors also say what the request was about, in words.
+
+    The door knows what was asked of the kernel; for what the person had asked it takes
+    one who has read the options.
+    """
+
+    def __init__(self, words):
+        self.words = words
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, _):
+        if isinstance(error, OSError):
+            error.about = f"{self.words}: "
+
+
 def request(name, args, ask, why):
     """ask(), narrated: the one function that all doors lead through (P1)."""
     if not narration.style:
@@ -452,6 +473,7 @@ def human(number):
 # init tells news and may ask for what only the parent can do, which is declared beside
 # the step that asks; the parent answers with a line.
 
+NOT_YET = "no program yet"  # init's name behind a seccomp filter, until execve
 ANSWERS = {}  # what init may ask for: the parent's function that does it
 
 
@@ -549,6 +571,23 @@ class Container:
         if not runs:
             raise Fail("the container's first process died before it became your "
                        "program", "was it killed, or out of memory? see `dmesg`")
+        if self.ended_unheard():
+            raise Fail("the program was not executed, and the seccomp profile lets "
+                       "nobody say why",
+                       "it has to allow at least execve, write and exit_group", 126)
+
+    def ended_unheard(self):
+        """Whether init has given up behind a seccomp filter that let it not say so.
+
+        subtle: execve closes the pipe a moment before it changes the name.
+        """
+        if not self.pid or self.wants_reaper or not self.spec["linux"].get("seccomp"):
+            return False
+        while self.status is None and (
+                read_file(f"/proc/{self.pid}/comm") == f"{NOT_YET}\n"):
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.status = status if pid else None
+        return self.status == 125 << 8
 
     def wait(self):
         """Reap the process; its exit code, with 128 + n for signal n."""
@@ -2099,7 +2138,8 @@ def attach_source(c, mount):
     is_directory = stat.S_ISDIR(os.fstat(tree).st_mode)
     place = inside(c, path, "dir" if is_directory else "file")
     if is_directory != stat.S_ISDIR(os.fstat(place.fd).st_mode):
-        raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), f"mount on {path}")
+        raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR),
+                      Asked("move_mount", (mount["source"], path)))
     syscall("move_mount", tree, "", place.fd, "",
             MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH,
             why=f"the volume appears at {path}")
@@ -2192,30 +2232,36 @@ def fill_tmpfs(c, path, below, flags):
         os.close(fd)
 
 
+def mount_one(c, mount):
+    """Make one of the spec's mounts."""
+    flags, data = 0, []
+    for word in mount["options"]:
+        if word in OPTION_WORDS:
+            flags |= OPTION_WORDS[word]
+        elif word in CLEARING_WORDS:
+            flags &= ~CLEARING_WORDS[word]
+        elif not any(word in known for known in (NEUTRAL_WORDS, PROPAGATIONS,
+                                                 DEEP_WORDS)):
+            data.append(word)
+    if mount["type"] == "bind":
+        attach_source(c, mount)
+    elif mount["type"] == "cgroup":
+        mount_cgroup(c, mount["destination"], flags)
+    else:
+        place = inside(c, mount["destination"], "dir")
+        syscall("mount", mount["source"], place, mount["type"], flags & ~MS_RDONLY
+                if "tmpcopyup" in mount["options"] else flags, ",".join(data),
+                why=f"the container's own {mount['destination']}")
+        if "tmpcopyup" in mount["options"]:
+            fill_tmpfs(c, mount["destination"], place, flags)
+        place.close()
+
+
 def mount_all(c):
     """Step: everything in the spec's mounts, in its order."""
     for mount in c.spec["mounts"]:
-        flags, data = 0, []
-        for word in mount["options"]:
-            if word in OPTION_WORDS:
-                flags |= OPTION_WORDS[word]
-            elif word in CLEARING_WORDS:
-                flags &= ~CLEARING_WORDS[word]
-            elif not any(word in known for known in (NEUTRAL_WORDS, PROPAGATIONS,
-                                                     DEEP_WORDS)):
-                data.append(word)
-        if mount["type"] == "bind":
-            attach_source(c, mount)
-        elif mount["type"] == "cgroup":
-            mount_cgroup(c, mount["destination"], flags)
-        else:
-            place = inside(c, mount["destination"], "dir")
-            syscall("mount", mount["source"], place, mount["type"], flags & ~MS_RDONLY
-                    if "tmpcopyup" in mount["options"] else flags, ",".join(data),
-                    why=f"the container's own {mount['destination']}")
-            if "tmpcopyup" in mount["options"]:
-                fill_tmpfs(c, mount["destination"], place, flags)
-            place.close()
+        with about(f"the mount on {mount['destination']}"):
+            mount_one(c, mount)
 
 
 def existing(c, paths):
@@ -2248,10 +2294,11 @@ def make_devices(c):
     nodes += [(f"devices/{number}", device["path"])
               for number, device in enumerate(c.spec["linux"].get("devices", ()))]
     for source, path in nodes:
-        place = inside(c, path, "file")
-        syscall("mount", source, place, None, MS_BIND, None,
-                why="made outside: a user namespace may not make any")
-        place.close()
+        with about(f"the device {path}"):
+            place = inside(c, path, "file")
+            syscall("mount", source, place, None, MS_BIND, None,
+                    why="made outside: a user namespace may not make any")
+            place.close()
     if "/dev" in c.sources:
         return
     keep_nodes(c, [f"/dev/{name}" for name in DEVICES])
@@ -2386,6 +2433,7 @@ def seal_root(c):
 # keyctl(2).
 
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_KEEPCAPS, PR_CAPBSET_DROP = 1, 4, 8, 24
+PR_SET_NAME = 15
 PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 38, 47, 4
 PR_CAP_AMBIENT_RAISE = 2
 KEYCTL_JOIN_SESSION_KEYRING = 1
@@ -2949,7 +2997,8 @@ def disassemble(program, machine):
         elif code == BPF_RETURN:
             what = "number"  # so it is where the next branch of the tree begins
             text = f"return {actions[k & 0xFFFF0000].removeprefix('SCMP_ACT_')} "
-            text += errno.errorcode.get(k & 0xFFFF, "")
+            if k >> 16 == 5:  # to others it is no error's number
+                text += errno.errorcode.get(k & 0xFFFF, "")
         else:
             value = machine if what == "arch" else hex(k)
             value = f"{k}{names.get(k, '')}" if what == "number" else value
@@ -3268,16 +3317,9 @@ def die_with_parent(c):
     c.tell_parent()
 
 
-def close_descriptors(c):
-    """Step: the program gets 0, 1 and 2, and nothing else of ours.
-
-    subtle: execve closes too, but looks the program up before: one that is named
-    /proc/self/fd/5/../../bin/sh, or asks for it with #!, would be the host's, if 5 were
-    a directory of the host.  What stays open until then leads nowhere.
-    """
-    low = 3 + c.preserved
-    for kept in sorted({c.news[1], c.orders[0], *c.fifos, narration.fd, c.proc,
-                        0x7FFFFFFF}):
+def close_all_but(low, *wanted):
+    """Close every descriptor from `low` on that is not wanted."""
+    for kept in sorted({*wanted, 0x7FFFFFFF}):
         if kept > low:
             try:
                 syscall("close_range", low, kept - 1, 0, why="all but what we need")
@@ -3286,6 +3328,17 @@ def close_descriptors(c):
                     raise
                 os.closerange(low, min(kept, 1 << 20))  # Linux before 5.9
         low = max(low, kept + 1)
+
+
+def close_descriptors(c):
+    """Step: the program gets 0, 1 and 2, and nothing else of ours.
+
+    subtle: execve closes too, but looks the program up before: one that is named
+    /proc/self/fd/5/../../bin/sh, or asks for it with #!, would be the host's, if 5 were
+    a directory of the host.  What stays open until then leads nowhere.
+    """
+    close_all_but(3 + c.preserved, c.news[1], c.orders[0], *c.fifos, narration.fd,
+                  c.proc)
 
 
 def install_seccomp(c):
@@ -3300,6 +3353,8 @@ def install_seccomp(c):
     if narration.style in ("bpf", "json"):
         filter_.listing = disassemble(program, machine)
     flags = sum(1 << FILTER_FLAGS.index(flag) for flag in profile.get("flags", ()))
+    syscall("prctl", PR_SET_NAME, NOT_YET, 0, 0, 0,
+            why="until execve: a filter may keep us from saying what went wrong")
     try:
         syscall("seccomp", SECCOMP_SET_MODE_FILTER, flags, filter_,
                 why="which calls may be made, for good, by it and its children")
@@ -3316,14 +3371,18 @@ def become_reaper(c):
     when the program ends.  The program is a child, and goes on with the next step."""
     if not c.wants_reaper:
         return
+    behind, walls = os.pipe()
     program = os.fork()
     if program == 0:
+        os.close(walls)
+        os.read(behind, 1)  # its end: now process 1 is behind the walls, and we may go
+        os.close(behind)
         return
     c.spec["process"]["noNewPrivileges"] = True  # it executes nothing, so it may lose
     for step in (no_new_privileges, set_capabilities, install_seccomp):  # all at once
         step(c)
     narration.style = ""  # its descriptor goes with the others
-    syscall("close_range", 3, 0x7FFFFFFF, 0, why="nothing of the host's stays open")
+    close_all_but(3)
     every = signal.valid_signals()
     signal.pthread_sigmask(signal.SIG_BLOCK, every)
     while True:
@@ -3459,6 +3518,8 @@ def execute(c):
     for path in program_paths(c.spec["process"]):
         try:
             syscall("execve", path, args, env, why="the container's program")
+            raise Fail(f"exec {path}: the seccomp profile answers 0, and does nothing",
+                       "have it allow execve, or refuse it with an error", 126)
         except OSError as error:
             missing = error.errno in (errno.ENOENT, errno.ENOTDIR)
             if not missing or os.path.lexists(path):
@@ -3495,11 +3556,15 @@ def exec_refused(error):
     if error.errno == errno.ENOEXEC:
         return Fail(f"exec {path}: exec format error", "neither a program for this "
                     "machine nor a script that begins with #!", 126)
-    return Fail(f"exec {path}: {error.strerror}", "", 126)
+    hint = "" if error.errno != errno.EPERM else (
+        "does the profile of --security-opt seccomp=… allow execve?")
+    return Fail(f"exec {path}: {error.strerror}", hint, 126)
 
 
 def refused_to_root(error):
-    """EPERM although we are root: the power that is missing, or the switch."""
+    """EPERM: that we are not root; or although we are, the power or the switch."""
+    if os.geteuid() and narration.who == "parent":
+        return "it takes root: sudo"
     status = dict(line.split(":\t", 1)
                   for line in read_file("/proc/self/status").splitlines())
     missing = [name for number, name in enumerate(CAPABILITIES)
@@ -3557,8 +3622,11 @@ ADVICE = (
     ("pivot_root", (errno.EINVAL,), shared_mounts),
     ("clone3 clone unshare", (errno.ENOSPC, errno.EUSERS),
      "the sysctls user.max_*_namespaces allow no more here; or --userns host"),
-    ("", (errno.ENOTDIR,), "what the image has there is in the way: a directory goes "
-     "on a directory, a file on a file"),
+    ("mount move_mount openat2 mkdirat mknodat",
+     (errno.ENOTDIR, errno.ENOENT, errno.ELOOP, errno.EEXIST),
+     "what is there already is in the way: a directory goes on a directory, a file on "
+     "a file, and a link of the image may lead to where nothing can be made"),
+    ("mount", (errno.EINVAL,), "are the options of this mount right? see mount(8)"),
     ("mount", (errno.ENODEV,), "the kernel lacks this file system: is there a module?"),
     ("", (errno.EPERM, errno.EACCES), refused_to_root),
     ("", (errno.EBUSY,), holders),
@@ -3588,7 +3656,8 @@ def diagnose(error, step=""):
             if found:
                 hint = found
                 break
-    return Fail(f"{error.filename or step or 'error'}: {error.strerror or error}", hint)
+    return Fail(f"{getattr(error, 'about', '')}{error.filename or step or 'error'}: "
+                f"{error.strerror or error}", hint)
 
 # ══ 6. THE CONTAINER ══════════════════════════════════════════════════════════════
 #
@@ -7804,8 +7873,6 @@ def image_to_run(options, text):
 def choose(options):
     """(layers, arguments) of what `run` was asked to run."""
     args, options.like = options.words or ["/bin/sh"] * bool(options.stop_after), None
-    if not args:
-        raise Fail("IMAGE or COMMAND is missing", options.hint)
     if options.rootfs:
         layers = [layer_of(path) for path in options.rootfs]
     elif args[0].startswith("/"):
@@ -7835,7 +7902,8 @@ SHELL = take_stdio, die_with_parent, reset_signals, execute  # what one takes at
 def leave_out_walls(options):
     """The steps that --without names, by their whole name or its last word; the
     namespaces that it names are made the host's."""
-    steps, names = set(), [name for text in options.without for name in text.split(",")]
+    steps, names = set(), [name for text in options.without
+                           for name in text.split(",") if name]
     for name in names:
         found = [step for step in WALLS
                  if name in (step.__name__, step.__name__.rpartition("_")[2])]
@@ -7861,8 +7929,8 @@ def choose_steps(options):
         taken = [*before, *birth[:go], *outside, *birth[go:]]
         names = [step.__name__ for step in taken]
         if options.stop_after not in names:
-            raise Fail(f"--stop-after {options.stop_after}: no such step",
-                       "see `minicontainer steps`")
+            raise Fail(f"--stop-after {options.stop_after}: no such step, or left out "
+                       "by --without", "see `minicontainer steps`")
         stop = names.index(options.stop_after) + 1
         say(f"stopped after {options.stop_after}; next is "
             + (names[stop:] or ["nothing"])[0])
@@ -7891,11 +7959,14 @@ def report_end(c, options, code, used):
              "command; or a command, with its path, of the default root file system"))
 def run_command(options):
     """Run a command in a new container."""
+    if not options.words and not options.stop_after:
+        raise Fail("IMAGE or COMMAND is missing", options.hint)
     need_root()
     check_terminal(options)
     with adding():  # nothing is swept away that this container is about to use
         layers, args = choose(options)
-        if not (options.tty or options.interactive) and at_a_terminal():
+        if not (options.tty or options.interactive or narration.style == "sh") and (
+                at_a_terminal()):
             options.tty = options.interactive = True  # whoever sits at one wants -it
         steps = choose_steps(options)
         if options.tty and open_console not in steps[-1]:
@@ -8061,10 +8132,15 @@ FIRST_SHELL = """\
 # What `minicontainer run` asked of the kernel, by hand.  Save it; as root: sh FILE
 set -eu
 code=0
+made=  # to be removed at the end, whatever the end is
+trap 'last=$?
+    for at in $made; do rmdir "$at" 2>/dev/null || rm -r "$at"; done
+    exit $((code ? code : last))' EXIT
 exec 5<&0  # where the container's input is, as each shell below reads its own text"""
 SECOND_SHELL = """\
 unshare --mount --propagation slave sh -eu <<'END OF WORKSHOP' || code=$?
 code=0
+trap 'exit $((code ? code : $?))' EXIT
 in_new_namespace() {
     until [ "$(readlink "/proc/$1/ns/user")" != "$(readlink /proc/self/ns/user)" ]; do
         sleep 0.01
@@ -8117,17 +8193,27 @@ class ByHand:
     def __init__(self):
         import shlex
 
-        self.quote = shlex.quote
+        self.shlex = shlex
+        if self.quote(STORE) != STORE:
+            raise Fail(f"--explain=sh: {STORE!r} cannot stand in a script as it is",
+                       "a MINICONTAINER_ROOT without spaces and the like")
         self.result = 0  # of the call that is told
-        self.made = []  # directories of the host
+        self.made = []  # directories of the host, below STORE, and control groups
         self.groups = []  # its control groups: their lists of processes
-        self.trees = {}  # descriptor of a mount that is nowhere yet: (source, mapped)
+        self.trees = {}  # descriptor of a mount that is nowhere yet: what it shows
         self.born, self.base = 0, 0  # init's namespaces, and its root's id
         self.pivoted = self.ended = False
         self.dropped, self.more, self.cwd = [], [], "/"  # for capsh
         self.ids = 0, 0, []
         self.host, self.loader = host_programs(
             ("umount", "mount", "prlimit", "env", "capsh"))
+
+    def quote(self, text):
+        """A word as a shell reads it; none may look like the end of a here-document."""
+        if "\nEND OF" in f"\n{text}":
+            raise Fail("--explain=sh: a line that begins with END OF is how the script "
+                       "ends its parts", "run it without that line")
+        return self.shlex.quote(text)
 
     def path(self, value, dirfd=AT_FDCWD):
         """What a string, a Place or a descriptor stands for, as seen from here."""
@@ -8144,9 +8230,12 @@ class ByHand:
     def mkdirat(self, dirfd, path, mode):
         """The first directory that it makes is the container's, and named like it."""
         first = not self.made and f"{FIRST_SHELL}\nexport id={os.path.basename(path)}\n"
+        line = f"{first or ''}mkdir -m {mode:o} {self.path(path, dirfd)}"
         if dirfd == AT_FDCWD and path.startswith("/"):
+            if os.path.dirname(path) not in self.made:
+                line += f"; made=\"{path} $made\""
             self.made.append(path)
-        return f"{first or ''}mkdir -m {mode:o} {self.path(path, dirfd)}"
+        return line
 
     def mknodat(self, dirfd, path, mode, dev):
         """A node, or an empty file to mount on."""
@@ -8186,17 +8275,17 @@ class ByHand:
 
     def open_tree(self, dirfd, path, flags):
         """Noted: a shell cannot hold a mount that is nowhere yet."""
-        self.trees[self.result] = path, False
+        self.trees[self.result] = path, "r" * bool(flags & AT_RECURSIVE) + "bind", False
 
     def mount_setattr(self, fd, path, flags, attr, size):
         """mount(8) remounts; ids it maps only while it mounts."""
         words = ",".join(word for word, bit in OPTION_WORDS.items()
                          if attr.attr_set & bit & 15)
         if attr.attr_set & MOUNT_ATTR_IDMAP:
-            source, _ = self.trees[fd]
-            self.trees[fd] = source, True
+            source, how, _ = self.trees[fd]
+            self.trees[fd] = source, how, True
             if not attr.propagation:  # a volume: it has been put down already
-                return ("mount --rbind -o X-mount.idmap=/proc/$users/ns/user "
+                return (f"mount --{how} -o X-mount.idmap=/proc/$users/ns/user "
                         f"{self.quote(source)} volume-{fd}")
         elif words == "ro" and flags & AT_RECURSIVE:
             return f"read_only {self.path(fd)}"
@@ -8206,12 +8295,12 @@ class ByHand:
 
     def move_mount(self, tree, path, to_dirfd, to_path, flags):
         """The mount that was noted, now made where it belongs."""
-        source, mapped = self.trees[tree]
+        source, how, mapped = self.trees[tree]
         if to_dirfd != AT_FDCWD:
             return f"mount --rbind volume-{tree} {self.path(to_dirfd)}"
         if mapped:
             return f"layer {self.quote(source)} {to_path} {self.base}"
-        return f"mount --bind {self.quote(source)} {to_path}"
+        return f"mount --{how} {self.quote(source)} {to_path}"
 
     def mount(self, source, target, type, flags, data):
         """mount(8) has a word for each flag; propagation is a call of its own."""
@@ -8276,12 +8365,13 @@ class ByHand:
         """Nothing is born yet: groups, volumes, and a holder of the ids."""
         self.born = flags
         lines = [f"echo $$ > {self.quote(group)}" for group in self.groups]
-        for fd, (source, _) in self.trees.items():
+        for fd, (source, how, _) in self.trees.items():
             lines += [f"{'mkdir' if os.path.isdir(source) else 'touch'} volume-{fd}",
-                      f"mount --rbind {self.quote(source)} volume-{fd}"]
+                      f"mount --{how} {self.quote(source)} volume-{fd}"]
         if flags & CLONE_NEWUSER:
             lines += ["unshare --user sleep 1000000 &", "users=$!",
-                      "trap 'kill $users; wait $users 2>/dev/null || :' EXIT",
+                      "trap 'last=$?; kill $users; wait $users 2>/dev/null || :",
+                      "    exit $((code ? code : last))' EXIT",
                       "in_new_namespace $users"]
         return "\n".join(lines)
 
@@ -8352,9 +8442,7 @@ class ByHand:
                  f"    {self.host['capsh']} \\",
                  f"    {' '.join(map(self.quote, words))} <&5 5<&-",
                  "END OF INIT", "exit $code", "END OF WORKSHOP"]
-        lines += [f"{'rmdir' if top.startswith(CGROUP_ROOT) else 'rm -r'} {top}"
-                  for top in self.made if os.path.dirname(top) not in self.made]
-        return "\n".join([*lines, "exit $code"])
+        return "\n".join(lines)
 
 
 BY_HAND = []  # the script of this process, once it has begun
@@ -8376,6 +8464,25 @@ def as_shell(name, args, at, took, result, why):
     lines, id = tell(*args) or "", os.path.basename(hand.made[0])
     why = f"  # {why}" * bool(lines and why and "\n" not in lines)
     return lines.replace(id, "$id").replace("id=$id", f"id={id}") + why
+
+
+def end_script(code):
+    """Print what a script that was not told to its end shall end with."""
+    print(f"exit {code}", file=sys.stderr)
+
+
+def check_script(words, options):
+    """Refuse, in words, to tell as a script what no script does."""
+    if words != "run":
+        raise Fail("--explain=sh prints the script of a `run`, and of nothing else",
+                   "--explain tells about any command")
+    for option, given in (("--tty", options.tty), ("--init", options.init),
+                          ("--storage-driver vfs", options.storage_driver == "vfs"),
+                          ("--without pivot", "pivot" in ",".join(options.without)),
+                          ("--stop-after", options.stop_after)):
+        if given:
+            raise Fail(f"--explain=sh with {option}: no script does that",
+                       "leave it out; the script has the terminal that it is given")
 
 
 def why_each(tuple_name):
@@ -8430,6 +8537,8 @@ def installed(prefix):
     directories that were made for them, and the launchers."""
     import importlib.util
 
+    if not prefix or any(ord(character) < 32 for character in prefix):
+        raise Fail(f"invalid --prefix: {prefix!r}", "a directory, as /usr/local", 1)
     top = os.path.abspath(prefix)
     file = f"{top}/lib/minicontainer/minicontainer.py"
     return [file, importlib.util.cache_from_source(file), f"{file[:-3]}.directories",
@@ -8439,8 +8548,7 @@ def installed(prefix):
 def check_ours(paths):
     """Refuse to replace or remove a file that `install` has not written."""
     for path in filter(os.path.lexists, paths):
-        with open(path, "rb") as file:
-            begin = file.read(500)
+        begin = open_program(path)[:500] if os.path.exists(path) else b""
         if not any(mark in begin for mark in (b"# minicontainer install:",
                                               b'"""minicontainer: the container')):
             raise Fail(f"{path} was not made by `minicontainer install`",
@@ -8489,6 +8597,9 @@ def install_command(options):
     except PermissionError as error:
         raise Fail(f"{error.filename}: {error.strerror}",
                    "sudo, or --prefix with a directory of your own", 1) from None
+    except (FileExistsError, NotADirectoryError) as error:
+        raise Fail(f"{error.filename}: {error.strerror}: something is in the way of "
+                   "what is to be installed", "another --prefix", 1) from None
     finally:
         take_away([f"{path}.new" for path in paths], made)
 
@@ -8643,7 +8754,7 @@ def dispatch(argv):
         argv = ["oci", *oci_words(argv[1:])]
     style = os.environ.get("MINICONTAINER_EXPLAIN", "").lower()
     style = style if style in STYLES else "text" if style else ""
-    while argv and argv[0].startswith("--explain"):
+    while argv and argv[0].partition("=")[0] == "--explain":
         style = argv.pop(0).partition("=")[2] or "text"
     if not argv or argv[0] in ("help", "--help", "-h"):
         print(usage())
@@ -8660,9 +8771,8 @@ def dispatch(argv):
     if style not in ("", *STYLES):
         raise Fail(f"invalid argument {style!r} for --explain",
                    "one of: " + ", ".join(STYLES))
-    if style == "sh" and words != "run":
-        raise Fail("--explain=sh prints the script of a `run`, and of nothing else",
-                   "--explain tells about any command")
+    if style == "sh":
+        check_script(words, options)
     if style:
         start_narration(style)
     return function(options) or 0
@@ -8685,8 +8795,12 @@ def main(argv=None):
         os.close(fd)
         return dispatch(list(sys.argv[1:] if argv is None else argv))
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and not error.filename:
+            return 128 + signal.SIGPIPE  # nobody reads what we print: `| head`
         fail = diagnose(error)
         say(f"{fail.message}" + (f"\n  hint: {fail.hint}" if fail.hint else ""))
+        if narration.style == "sh":
+            end_script(fail.code)
         return fail.code
     except SystemExit as stopped:  # stop()
         say("interrupted: what had been begun was undone\n  hint: just run it again")
@@ -8700,7 +8814,7 @@ def console():
         if sys.stdout:
             sys.stdout.flush()
     except OSError:  # nobody reads it
-        code = code or 125
+        code = code or 128 + signal.SIGPIPE
     os._exit(code)  # taking the interpreter down in order would cost 10 ms
 
 

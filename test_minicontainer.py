@@ -600,6 +600,14 @@ def test_explain_can_be_asked_for_by_a_variable_and_as_json():
 
 
 @root
+def test_every_line_of_json_is_an_object_also_what_is_said():
+    code, _, err = forked(main("run", "--explain=json", "--rm", "--without", "seccomp",
+                               "/nosuch"))
+    said = [row["say"] for row in map(json.loads, err.splitlines()) if "say" in row]
+    assert code == 127 and said[0].startswith("without seccomp") and "hint:" in said[1]
+
+
+@root
 def test_explain_is_in_colour_on_a_terminal_unless_no_color_is_set():
     for variable, coloured in (("X", True), ("NO_COLOR", False)):
         os.environ[variable] = "1"
@@ -2445,6 +2453,22 @@ def probe(tmp_path_factory):
 
 
 @root
+def test_a_profile_under_which_no_program_starts_is_named(tmp_path):
+    allow = {"defaultAction": "SCMP_ACT_ALLOW"}
+    for profile, code, said in (
+            ({"defaultAction": "SCMP_ACT_ERRNO", "syscalls": [
+                {"names": ["read", "exit_group"], "action": "SCMP_ACT_ALLOW"}]},
+             126, "lets nobody say why"),
+            ({**allow, "syscalls": [{"names": ["execve"], "action": "SCMP_ACT_ERRNO",
+                                     "errnoRet": 0}]}, 126, "answers 0"),
+            ({**allow, "syscalls": [{"names": ["execve"], "action": "SCMP_ACT_ERRNO"}]},
+             126, "seccomp=… allow execve")):
+        (tmp_path / "profile").write_text(json.dumps(profile))
+        assert said in refused("run", "--rm", "--security-opt",
+                               f"seccomp={tmp_path}/profile", "/bin/true", code=code)
+
+
+@root
 def test_single_probes_are_answered_as_they_should_be(probe):
     n = m.call_numbers(MACHINE)
     probes = {f"{n['clone3']},0,0": ENOSYS, f"{n['keyctl']},0": EPERM, "467": ENOSYS,
@@ -3731,6 +3755,11 @@ def forked_mini(*args, stdin=None, code=0):
     return out if code == 0 else out + err
 
 
+# From here on to the end of chapter 9 nothing is asked of a kernel that the chapters
+# before do not ask; it is left out where an emulated machine would take too long for it.
+BEFORE_IMAGES = set(globals())
+
+
 @pytest.fixture
 def images():
     """The store's images, none at first; all that is made is swept away again."""
@@ -4743,6 +4772,11 @@ def test_no_manifest_or_config_makes_a_traceback(seed):
             m.parsed(bytes(text), "x", m.CONFIG_FORM)
 
 
+for name in set(globals()) - BEFORE_IMAGES:
+    if name.startswith("test_"):
+        pytest.mark.images(globals()[name])
+
+
 # ══ 11. THE SHIM ══
 
 @root
@@ -5086,6 +5120,31 @@ def test_a_shell_script_does_by_hand_what_run_does(tmp_path, options):
     assert by_hand.stdout == run_.stdout and run_.stdout.endswith("typed\n")
 
 
+@root
+def test_a_script_removes_what_it_made_also_when_the_program_cannot_run(tmp_path):
+    before = our_cgroups()
+    told = mini("run", "--rm", "--explain=sh", "/nosuch")
+    assert told.returncode == 127 and told.stderr.endswith("\nexit 127\n")
+    (tmp_path / "script").write_text(told.stderr)
+    by_hand = subprocess.run(["sh", tmp_path / "script"], capture_output=True)
+    assert by_hand.returncode == 127 and our_cgroups() == before
+    assert tree(f"{STORE}/containers") == []
+
+
+@root
+def test_what_no_script_does_is_refused(tmp_path):
+    for options in (["-t"], ["--init"], ["--storage-driver", "vfs"],
+                    ["--without", "pivot"], ["--stop-after", "pivot"]):
+        assert "no script does that" in refused("run", "--explain=sh", *options, "/bin/sh")
+    evil = "x\nEND OF INIT\nEND OF WORKSHOP\ntouch /evil\n"
+    for args in (["-e", f"A={evil}", "/bin/true"], ["/bin/echo", evil]):
+        result = mini("run", "--rm", "--explain=sh", *args)
+        assert result.returncode == 125 and "END OF" in result.stderr.splitlines()[-3]
+    spaces = mini("run", "--explain=sh", "/bin/true",
+                  env={"MINICONTAINER_ROOT": str(tmp_path / "a b")})
+    assert spaces.returncode == 125 and "cannot stand in a script" in spaces.stderr
+
+
 def test_a_script_is_printed_for_run_alone():
     code, _, err = forked(main("ns", "--explain=sh"))
     assert code == 125 and "--explain=sh prints the script of a `run`" in err
@@ -5136,14 +5195,15 @@ def test_a_launcher_never_compiles_whoever_starts_it(tmp_path):
     launcher = installed(tmp_path)
     file = tmp_path / "lib/minicontainer/minicontainer.py"
     (bytecode,) = (tmp_path / "lib/minicontainer/__pycache__").iterdir()
-    before = bytecode.stat()
+    before = bytecode.stat().st_mtime_ns, bytecode.stat().st_ino
     file.write_text("raise SystemExit('this was compiled')")
     (tmp_path / "lib").chmod(0o555)
     for name in ("PYTHONDONTWRITEBYTECODE", "PYTHONPATH", "PYTHONOPTIMIZE"):
         shown = subprocess.run([launcher, "--help"], capture_output=True, text=True,
                                env={**os.environ, name: "2"})
         assert (shown.stdout, shown.stderr) == (m.usage() + "\n", "")
-    assert bytecode.stat() == before and tree(bytecode.parent) == [str(bytecode)]
+    assert (bytecode.stat().st_mtime_ns, bytecode.stat().st_ino) == before
+    assert tree(bytecode.parent) == [str(bytecode)]
     for path in (launcher, bytecode, bytecode.parent, file.parent):
         assert os.stat(path).st_mode & 0o444 == 0o444
 
