@@ -4292,7 +4292,7 @@ def oci_steps(steps, last):
 
 def close_others(preserved):
     """Keep of what the caller had open only 0, 1, 2 and what is to be passed on."""
-    os.closerange(3 + preserved, 1 << 16)
+    close_all_but(3 + preserved, narration.fd)
 
 
 def check_console(process, options):
