@@ -678,6 +678,7 @@ NAMESPACES = {  # the name in a spec: (flag, file in /proc/PID/ns, what it holds
     "time": (CLONE_NEWTIME, "time", "uptime clocks"),
 }
 LATER = CLONE_NEWNS | CLONE_NEWCGROUP  # what init unshares itself, see the trap
+CLOCKS = "monotonic", "boottime"  # that a time namespace can shift
 
 NAMESPACE_OPTIONS = (
     arg("--userns", choices=["host"], help="host: root inside is root outside"),
@@ -756,7 +757,8 @@ def birth_flags(spec):
     has to be in somebody's user namespace first, to own it."""
     if CLONE_NEWUSER in joined(spec):
         return 0
-    return new_namespaces(spec) & ~LATER
+    later = LATER | (CLONE_NEWTIME if spec["linux"].get("timeOffsets") else 0)
+    return new_namespaces(spec) & ~later
 
 
 class clone_args(ctypes.Structure):
@@ -808,20 +810,40 @@ def clone3(flags, cgroup_fd=-1, why=""):
     return pid, pidfd.value
 
 
-def map_ids(c):
-    """Outside: give a new user namespace its ids, before anything is done in it.
+def write_maps(pid, uids, gids):
+    """Give the new user namespace of a process its ids; a descriptor of it.
 
     The kernel takes each file once, and maps that are not the writer's own only from
     a writer with CAP_SETUID over the parent namespace: the host's root.
     """
-    if not new_namespaces(c.spec) & CLONE_NEWUSER:
-        return
-    for file, key in (("uid_map", "uidMappings"), ("gid_map", "gidMappings")):
-        lines = [f"{m['containerID']} {m['hostID']} {m['size']}"
-                 for m in c.spec["linux"][key]]
-        write_file(f"/proc/{c.pid}/{file}", "\n".join(lines),
+    for file, rows in (("uid_map", uids), ("gid_map", gids)):
+        lines = [f"{m['containerID']} {m['hostID']} {m['size']}" for m in rows]
+        write_file(f"/proc/{pid}/{file}", "\n".join(lines),
                    why="root inside is this id outside, who owns nothing there")
-    c.users = open_fd(f"/proc/{c.pid}/ns/user", os.O_RDONLY, "for id-mapped mounts")
+    return open_fd(f"/proc/{pid}/ns/user", os.O_RDONLY, "for id-mapped mounts")
+
+
+def map_ids(c):
+    """Outside: give a new user namespace its ids, before anything is done in it."""
+    if new_namespaces(c.spec) & CLONE_NEWUSER:
+        linux = c.spec["linux"]
+        c.users = write_maps(c.pid, linux["uidMappings"], linux["gidMappings"])
+
+
+def user_namespace(uids, gids):
+    """A descriptor of a user namespace with these maps, and nobody in it."""
+    stays, goes = os.pipe()
+    pid, pidfd = clone3(CLONE_NEWUSER, why="somebody has to be in it, for a moment")
+    if pid == 0:
+        os.close(goes)
+        os.read(stays, 1)
+        os._exit(0)
+    try:
+        return write_maps(pid, uids, gids)
+    finally:
+        for fd in (stays, goes, pidfd):
+            os.close(fd)
+        os.waitpid(pid, 0)
 
 
 def visit_namespaces(c):
@@ -859,6 +881,29 @@ def join_users(c):
         syscall("setns", c.users, CLONE_NEWUSER, why="somebody's user namespace")
         syscall("unshare", new_namespaces(c.spec) & ~LATER, why="owned by that one")
         be_born_again(c)
+
+
+@answers("clocks")
+def set_offsets(c):
+    """Outside: by how much the clocks of init's next time namespace are off."""
+    lines = [f"{clock} {offset.get('secs') or 0} {offset.get('nanosecs') or 0}"
+             for clock, offset in c.spec["linux"]["timeOffsets"].items()]
+    write_file(f"/proc/{c.pid}/timens_offsets", "\n".join(lines),
+               why="taken only while nobody is in it")
+
+
+def shift_clocks(c):
+    """Step: a time namespace whose clocks are off by what the spec says.
+
+    The kernel makes such a namespace for the children of the one who asks, so that
+    its clocks can be set before it has anybody in it; then we go there ourselves.
+    """
+    if c.spec["linux"].get("timeOffsets"):
+        syscall("unshare", CLONE_NEWTIME, why="for our children; we are still outside")
+        c.ask_parent("clocks")
+        fd = open_fd("/proc/self/ns/time_for_children", os.O_RDONLY)
+        syscall("setns", fd, CLONE_NEWTIME, why="now its clocks are ours")
+        os.close(fd)
 
 
 def join_namespaces(c):
@@ -1001,20 +1046,23 @@ IMPLIED = "minicontainer.implied"  # annotation: the limits that nobody asked fo
 
 V1_CONTROLLERS = ("memory", "cpu", "cpuacct", "cpuset", "blkio", "pids", "freezer",
                   "devices")
+SELDOM = {"hugepageLimits": ("hugetlb",), "network": ("net_cls", "net_prio")}
 
 
-def cgroup_trees():
-    """{controller: mount point} of version 1, or {} where there is only version 2."""
+def cgroup_trees(resources=()):
+    """{controller: mount point} of version 1, or {} where there is only version 2; the
+    seldom used ones only if the spec's resources need them."""
     if os.path.exists(f"{CGROUP_ROOT}/cgroup.controllers"):
         return {}
-    trees = {}
+    trees, wanted = {}, set(V1_CONTROLLERS).union(
+        *(names for key, names in SELDOM.items() if key in resources))
     mounts = read_file("/proc/self/mountinfo", why="where the v1 trees are")
     for line in mounts.splitlines():
         left, _, right = line.partition(" - ")
         kind, _, super_options = right.split(" ", 2)
         if kind == "cgroup":
             for controller in super_options.split(","):
-                if controller in V1_CONTROLLERS:
+                if controller in wanted:
                     trees[controller] = left.split()[4]
     return trees
 
@@ -1142,6 +1190,17 @@ def rules(key, word=""):
                          for d in spec["blockIO"][key]]
 
 
+def weights(spec):
+    """The weight of each block device that has one of its own."""
+    return [f"{d['major']}:{d['minor']} {d['weight']}"
+            for d in spec["blockIO"]["weightDevice"]]
+
+
+def interface_priorities(spec):
+    """The priority of what is sent, for each interface."""
+    return [f"{p['name']} {p['priority']}" for p in spec["network"]["priorities"]]
+
+
 # What the spec says, and the file of which controller says so to the kernel: in
 # version 2, then in version 1.  A value is the spec's own, or a function of the spec;
 # of several files the first that is there is taken.  Order matters once: in version 1
@@ -1154,6 +1213,9 @@ LIMITS = (
      {"memory.memsw.limit_in_bytes": None}),
     ("memory reservation", "memory", {"memory.low": at_most("memory", "reservation")},
      {"memory.soft_limit_in_bytes": None}),
+    ("memory swappiness", "memory", {}, {"memory.swappiness": None}),
+    ("memory kernelTCP", "memory", {}, {"memory.kmem.tcp.limit_in_bytes": None}),
+    ("memory disableOOMKiller", "memory", {}, {"memory.oom_control": lambda spec: "1"}),
     ("cpu shares", "cpu", {"cpu.weight": cpu_weight}, {"cpu.shares": None}),
     ("cpu period", "cpu", {"cpu.max": bandwidth}, {"cpu.cfs_period_us": None}),
     ("cpu quota", "cpu", {"cpu.max": bandwidth}, {"cpu.cfs_quota_us": None}),
@@ -1161,14 +1223,31 @@ LIMITS = (
     ("cpu mems", "cpuset", {"cpuset.mems": None}, {"cpuset.mems": None}),
     ("cpu burst", "cpu", {"cpu.max.burst": None}, {"cpu.cfs_burst_us": None}),
     ("cpu idle", "cpu", {"cpu.idle": None}, {"cpu.idle": None}),
+    ("cpu realtimePeriod", "cpu", {}, {"cpu.rt_period_us": None}),
+    ("cpu realtimeRuntime", "cpu", {}, {"cpu.rt_runtime_us": None}),
     ("pids limit", "pids", {"pids.max": at_most("pids", "limit")},
      {"pids.max": at_most("pids", "limit")}),
     ("blockIO weight", "blkio", {"io.bfq.weight": None, "io.weight": io_weight},
      {"blkio.bfq.weight": None, "blkio.weight": None}),
+    ("blockIO weightDevice", "blkio", {"io.bfq.weight": weights},
+     {"blkio.bfq.weight_device": weights, "blkio.weight_device": weights}),
+    ("network classID", "net_cls", {}, {"net_cls.classid": None}),
+    ("network priorities", "net_prio", {},
+     {"net_prio.ifpriomap": interface_priorities}),
     *((f"blockIO {key}", "blkio", {"io.max": rules(key, f"{way[0]}{unit}=")},
        {f"blkio.throttle.{way}_{unit}_device": rules(key)})
       for way, unit, key in THROTTLES),
 )
+
+
+def named_limits(resources):
+    """Rows like those above, for what the spec itself names: sizes of huge pages, and
+    files of version 2."""
+    for page in resources.get("hugepageLimits", ()):
+        yield (f"hugepageLimits {page}", "hugetlb", {f"hugetlb.{page}.max": None},
+               {f"hugetlb.{page}.limit_in_bytes": None})
+    for file in resources.get("unified", ()):
+        yield f"unified {file}", file.partition(".")[0], {file: None}, {}
 
 
 def io_sum(text, word):
@@ -1332,7 +1411,7 @@ class Cgroup:
 
     def set_limits(self, resources, implied=()):
         """Set all limits that the spec's resources name, and which devices work."""
-        for row in LIMITS:
+        for row in (*LIMITS, *named_limits(resources)):
             section, key = row[0].split()
             if key in resources.get(section, {}):
                 self.limit(row, resources, implied)
@@ -1352,7 +1431,7 @@ class Cgroup:
         that it cannot is missed when a limit asks for it."""
         have = read_file(f"{directory}/cgroup.controllers").split()
         on = read_file(f"{directory}/cgroup.subtree_control").split()
-        for name in ("memory", "cpu", "cpuset", "io", "pids"):
+        for name in ("memory", "cpu", "cpuset", "io", "pids", "hugetlb"):
             if name in have and name not in on:
                 try:
                     write_file(f"{directory}/cgroup.subtree_control", f"+{name}",
@@ -1390,8 +1469,9 @@ class Cgroup:
             if what in implied:
                 say(f"this host cannot limit {what}: limited without it")
                 return
+            files = " or ".join(forms) or f"such setting in version {1 + (not v1)}"
             raise Fail(f"this host cannot set {section}.{key}: its {controller} "
-                       f"controller has no {' or '.join(forms)}",
+                       f"controller has no {files}",
                        "leave the option out, or enable the controller in the kernel")
         lines = forms[file](resources) if forms[file] else value
         for line in lines if isinstance(lines, list) else [lines]:
@@ -1534,15 +1614,21 @@ def show_stats(used):
         yield f"{kind} pressure: {line}"
 
 
+def cgroup_of(spec):
+    """The control group that a spec names."""
+    linux = spec["linux"]
+    return Cgroup(linux["cgroupsPath"], cgroup_trees(linux.get("resources") or ()))
+
+
 def make_cgroup(c):
     """Outside: the container's control group, limits and all, still empty."""
-    cgroup = Cgroup(c.spec["linux"]["cgroupsPath"])
+    cgroup = cgroup_of(c.spec)
     if not cgroup.path or cgroup.pids():  # at the end we kill all that is in it
         raise Fail(f"the control group /{cgroup.path} has processes already",
                    "each container needs one of its own")
     c.cgroup = cgroup
     implied = c.spec.get("annotations", {}).get(IMPLIED, "").split(",")
-    c.cgroup.create(c.spec["linux"].get("resources", {}), implied)
+    cgroup.create(c.spec["linux"].get("resources", {}), implied)
     c.cgroup.open_doors()
 
 
@@ -1603,6 +1689,7 @@ def remove_cgroup(c):
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
 MS_SYNCHRONOUS, MS_REMOUNT, MS_NOATIME, MS_NODIRATIME = 16, 32, 1024, 2048
+MS_MOVE = 8192
 MS_BIND, MS_REC, MS_UNBINDABLE, MS_PRIVATE = 1 << 12, 1 << 14, 1 << 17, 1 << 18
 MS_SLAVE, MS_SHARED, MS_RELATIME, MS_STRICTATIME = 1 << 19, 1 << 20, 1 << 21, 1 << 24
 MS_MANDLOCK, MS_DIRSYNC, MS_NOSYMFOLLOW, MS_SILENT = 64, 128, 256, 1 << 15
@@ -1627,6 +1714,7 @@ calls(
     mknodat=(259, 33, "dirfd path mode dev"),
     pidfd_getfd=(438, 438, "pidfd fd flags"),
     symlinkat=(266, 36, "target dirfd path"),
+    chroot=(161, 51, "path"),
     chdir=(80, 49, "path"),
     fchdir=(81, 50, "fd"),
     fchownat=(260, 54, "dirfd path owner group AT_"),
@@ -1659,8 +1747,8 @@ ATTRIBUTES = {  # of one mount, as mount_setattr(2) has them: (to set, to clear)
     "nodiratime": (0x80, 0), "diratime": (0, 0x80),
     "nosymfollow": (0x200000, 0), "symfollow": (0, 0x200000)}
 DEEP_WORDS = {f"r{word}": meaning for word, meaning in ATTRIBUTES.items()}
-NEUTRAL_WORDS = ("idmap", "defaults", "nocopy", "z", "Z", "consistent", "cached",
-                 "delegated", "tmpcopyup")
+NEUTRAL_WORDS = ("idmap", "ridmap", "defaults", "nocopy", "z", "Z", "consistent",
+                 "cached", "delegated", "tmpcopyup")
 TMPFS_WORDS = ("size", "mode", "uid", "gid", "nr_inodes", "nr_blocks", "huge")
 PROPAGATIONS = {
     "private": MS_PRIVATE, "rprivate": MS_REC | MS_PRIVATE,
@@ -1740,7 +1828,7 @@ def bind_mount(option, source, target, words):
                        "ro, rw, rprivate, rslave, rshared, nosuid, noexec …")
     return {"destination": "/" + os.path.normpath(target).lstrip("/"), "type": "bind",
             "source": os.path.abspath(source), "options": [
-                "rbind", "rnodev", "idmap",  # no device works but those we bind
+                "rbind", "rnodev", "ridmap",  # no device works but those we bind
                 *(f"r{word}" if word in ATTRIBUTES else word for word in words
                   if word not in ("dev", "rdev"))]}
 
@@ -2001,9 +2089,15 @@ def prepare_sources(c):
         if mount["type"] == "bind":
             if "shared" in mount["options"] or "rshared" in mount["options"]:
                 check_shared(mount)
-            if "idmap" in mount["options"] and c.users >= 0:
+            deep = AT_RECURSIVE if "ridmap" in mount["options"] else 0
+            if mount.get("uidMappings"):
+                users = user_namespace(mount["uidMappings"], mount["gidMappings"])
+                set_attributes(c.sources[mount["destination"]], 0, 0, users,
+                               mount["source"], deep)
+                os.close(users)
+            elif {"idmap", "ridmap"} & {*mount["options"]} and c.users >= 0:
                 set_attributes(c.sources[mount["destination"]], 0, 0, c.users,
-                               mount["source"])
+                               mount["source"], deep)
 
 
 def shifted_id(id, base):
@@ -2058,7 +2152,7 @@ def attach(path, name, attributes, users, deep=0):
     syscall("move_mount", tree, "", AT_FDCWD, name, MOVE_MOUNT_F_EMPTY_PATH,
             why="attached in the workshop")
     if attributes:  # only what is attached can be remounted by an older kernel
-        set_attributes(tree, attributes, MS_PRIVATE, what=path)
+        set_attributes(tree, attributes, MS_SLAVE, what=path)
     os.close(tree)
 
 
@@ -2094,7 +2188,9 @@ def own_the_mounts(c):
     flags = new_namespaces(c.spec) & LATER
     syscall("unshare", flags, why="mounts of our own; our cgroup becomes the root of "
             "the tree")
-    syscall("mount", None, "/", None, MS_REC | MS_PRIVATE, None,
+    wish = (c.spec["linux"].get("rootfsPropagation") or "private").lstrip("r")
+    how = MS_PRIVATE if wish == "private" else MS_SLAVE  # that it is, in the workshop
+    syscall("mount", None, "/", None, MS_REC | how, None,
             why="nothing from here on reaches the host, or comes from there")
 
 
@@ -2415,6 +2511,26 @@ def pivot(c):
     c.root_fd = open_fd("/", O_PATH | O_DIRECTORY, "the container's root")
 
 
+def move_root(c):
+    """Step: in place of pivot, where / is the kernel's first ramdisk, which cannot be
+    unmounted.  subtle: the host's tree stays mounted below the new root, out of reach
+    only for who may not mount."""
+    syscall("fchdir", c.root_fd)
+    syscall("mount", ".", "/", None, MS_MOVE, None, why="the rootfs lies on top of /")
+    syscall("chroot", ".", why="and is our / from here on")
+    syscall("chdir", "/")
+    os.close(c.root_fd)
+    c.root_fd = open_fd("/", O_PATH | O_DIRECTORY, "paths inside start here")
+
+
+def share_root(c):
+    """Step: how the mounts inside relate to copies of them, made inside."""
+    wish = c.spec["linux"].get("rootfsPropagation")
+    if wish:
+        syscall("mount", None, "/", None, PROPAGATIONS[wish], None,
+                why=f"rootfsPropagation: {wish}")
+
+
 def seal_root(c):
     """Step: --read-only, now that every place to mount on has been made."""
     if c.spec["root"].get("readonly"):
@@ -2466,6 +2582,9 @@ calls(
     setsid=(112, 157, ""),
     keyctl=(250, 219, "KEYCTL_ arg2"),
     prlimit64=(302, 261, "pid resource new old"),
+    ioprio_set=(251, 30, "which who priority"),
+    sched_setattr=(314, 274, "pid attr flags"),
+    personality=(135, 92, "persona"),
     seccomp=(317, 277, "SECCOMP_ flags program"),
     close_range=(436, 436, "first last flags"),
     execve=(59, 221, "path argv envp"),
@@ -2484,6 +2603,13 @@ DOCKER_CAPABILITIES = ["CAP_" + name for name in """
 RLIMITS = ("cpu", "fsize", "data", "stack", "core", "rss", "nproc", "nofile",
            "memlock", "as", "locks", "sigpending", "msgqueue", "nice", "rtprio",
            "rttime")  # by their numbers, from 0
+IOPRIO_CLASSES = tuple(f"IOPRIO_CLASS_{name}" for name in ("NONE", "RT", "BE", "IDLE"))
+SCHED_POLICIES = tuple(f"SCHED_{name}" for name in (
+    "OTHER", "FIFO", "RR", "BATCH", "ISO", "IDLE", "DEADLINE"))
+SCHED_FLAGS = tuple(f"SCHED_FLAG_{name}" for name in (
+    "RESET_ON_FORK", "RECLAIM", "DL_OVERRUN", "KEEP_POLICY", "KEEP_PARAMS",
+    "UTIL_CLAMP_MIN", "UTIL_CLAMP_MAX"))  # by their bits, from 1
+PERSONAS = {"LINUX": 0, "LINUX32": 8}  # PER_…, <linux/personality.h>
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 PROCESS_OPTIONS = (
@@ -2805,14 +2931,16 @@ MACHINES = {  # AUDIT_ARCH_…, and Docker's name
 ACTIONS = {  # what a filter returns, <linux/seccomp.h>
     "SCMP_ACT_KILL": 0, "SCMP_ACT_KILL_THREAD": 0, "SCMP_ACT_KILL_PROCESS": 0x80000000,
     "SCMP_ACT_TRAP": 0x30000, "SCMP_ACT_ERRNO": 0x50000, "SCMP_ACT_TRACE": 0x7FF00000,
-    "SCMP_ACT_LOG": 0x7FFC0000, "SCMP_ACT_ALLOW": 0x7FFF0000}
+    "SCMP_ACT_LOG": 0x7FFC0000, "SCMP_ACT_ALLOW": 0x7FFF0000,
+    "SCMP_ACT_NOTIFY": 0x7FC00000}
 OPERATORS = {  # what to compare for, and whether it should not be so
     "SCMP_CMP_EQ": (BPF_EQ, False), "SCMP_CMP_NE": (BPF_EQ, True),
     "SCMP_CMP_GT": (BPF_GT, False), "SCMP_CMP_LE": (BPF_GT, True),
     "SCMP_CMP_GE": (BPF_GE, False), "SCMP_CMP_LT": (BPF_GE, True),
     "SCMP_CMP_MASKED_EQ": (BPF_EQ, False)}
 FILTER_FLAGS = tuple(f"SECCOMP_FILTER_FLAG_{name}" for name in (
-    "TSYNC", "LOG", "SPEC_ALLOW"))  # by their bits, from 1
+    "TSYNC", "LOG", "SPEC_ALLOW", "NEW_LISTENER", "TSYNC_ESRCH",
+    "WAIT_KILLABLE_RECV"))  # by their bits, from 1
 WHEN = {"arches": [str], "caps": [str], "minKernel": str}
 PROFILE_FORM = {  # a type, a range, words of which it is one, a list, an object
     "defaultAction": tuple(ACTIONS), "defaultErrnoRet": range(4096),
@@ -3022,6 +3150,23 @@ def disassemble(program, machine):
     return lines
 
 
+def check_profile(profile, place):
+    """Refuse a profile that cannot become a filter, before anything is begun."""
+    judged = [rule["names"] for rule in profile["syscalls"]
+              if rule["action"] == "SCMP_ACT_NOTIFY"]
+    if profile["defaultAction"] == "SCMP_ACT_NOTIFY" or any(
+            "write" in names for names in judged):
+        raise Fail(f"{place}: SCMP_ACT_NOTIFY cannot be the defaultAction, nor that of "
+                   "write", "nobody could be told where the program asks")
+    if judged and not profile.get("listenerPath"):
+        raise Fail(f"{place}: SCMP_ACT_NOTIFY without a listenerPath",
+                   "nobody would answer")
+    try:
+        seccomp_program(profile, os.uname().machine)
+    except Fail as fail:
+        raise Fail(f"{place}: {fail.message}", fail.hint) from None
+
+
 def seccomp_spec(options, capabilities):
     """The part of the spec's `linux` that --security-opt seccomp=… means."""
     usual = "unconfined" if options.privileged else "builtin"
@@ -3040,7 +3185,7 @@ def seccomp_spec(options, capabilities):
                    "profiles or the OCI's; or `unconfined`, `builtin`") from None
     check_form(profile, PROFILE_FORM, f"{word}: profile")
     profile = oci_profile(profile, capabilities, machine, release)
-    seccomp_program(profile, machine)  # what it refuses is refused before we begin
+    check_profile(profile, word)
     return {"seccomp": profile}
 
 
@@ -3272,6 +3417,25 @@ def ask_for_rlimits(c):
         c.ask_parent("rlimits")
 
 
+def set_priorities(c):
+    """Step: when it gets the processor and the disk, and as what kind of machine uname
+    shows itself, if the spec says so."""
+    process, persona = c.spec["process"], c.spec["linux"].get("personality")
+    if disk := process.get("ioPriority"):
+        number = IOPRIO_CLASSES.index(disk["class"]) << 13 | (disk.get("priority") or 0)
+        syscall("ioprio_set", 1, 0, number, why=f"{disk['class']} for this process")
+    if turn := process.get("scheduler"):
+        flags = sum(1 << SCHED_FLAGS.index(flag) for flag in turn.get("flags") or ())
+        numbers = [turn.get(key) or 0 for key in (
+            "nice", "priority", "runtime", "deadline", "period")]
+        attr = struct.pack("=IIQiIQQQ", 48, SCHED_POLICIES.index(turn["policy"]), flags,
+                           *numbers)  # struct sched_attr, sched_setattr(2)
+        syscall("sched_setattr", 0, ctypes.create_string_buffer(attr), 0,
+                why=turn["policy"])
+    if persona:
+        syscall("personality", PERSONAS[persona["domain"]], why=persona["domain"])
+
+
 def become_user(c):
     """Step: the user it runs as, who also owns the terminal.
 
@@ -3368,14 +3532,19 @@ def install_seccomp(c):
     if narration.style in ("bpf", "json"):
         filter_.listing = disassemble(program, machine)
     flags = sum(1 << FILTER_FLAGS.index(flag) for flag in profile.get("flags", ()))
+    asks = "SCMP_ACT_NOTIFY" in {rule["action"] for rule in profile["syscalls"]}
+    flags |= 8 * asks  # NEW_LISTENER: where somebody waits for what it asks
     syscall("prctl", PR_SET_NAME, NOT_YET, 0, 0, 0,
             why="until execve: a filter may keep us from saying what went wrong")
     try:
-        syscall("seccomp", SECCOMP_SET_MODE_FILTER, flags, filter_,
-                why="which calls may be made, for good, by it and its children")
+        fd = syscall("seccomp", SECCOMP_SET_MODE_FILTER, flags, filter_,
+                     why="which calls may be made, for good, by it and its children")
     except OSError as error:
         raise Fail(f"the kernel takes no seccomp filter: {error.strerror}",
                    "--security-opt seccomp=unconfined does without") from None
+    if asks:
+        c.ask_parent("listener", fd=fd)
+        os.close(fd)
 
 
 # ── the program ──
@@ -3708,7 +3877,7 @@ BIRTH = (               # init, from "go" until it is your program
     hide_memory,        # before anything of the container runs that could look
     wait_for_go,        # the ids and the rootfs are there after it
     join_cgroup, join_users,  # before it uses what is counted, or owned
-    become_root,        # of the user namespace: all that follows needs its powers
+    become_root, shift_clocks,  # of the user namespace: what follows needs its powers
     new_session, new_keyring,  # before there is a terminal to belong to it
     own_the_mounts,     # before the first mount: nothing may leak to the host
     hold_rootfs,        # pivot needs it to be a mount point of ours
@@ -3725,7 +3894,7 @@ BIRTH = (               # init, from "go" until it is your program
         find_user,      # names mean what the image says: its files are / now
         enter_cwd,      # while we may still enter every directory
         drop_bounding,  # needs CAP_SETPCAP, so before the user changes
-        ask_for_rlimits,  # as late as may be: they bind us too
+        set_priorities, ask_for_rlimits,  # as late as may be: they bind us too
         become_user,    # groups, then user
         set_capabilities,  # what is left of them after that
         no_new_privileges,  # nothing is to be gained any more
@@ -3858,6 +4027,7 @@ START_OPTIONS = (
     arg("--preserve-fds", metavar="N", default="0",
         help="pass on N descriptors from 3 on"),
     arg("--no-new-keyring", action="store_true", help="keep the caller's keyring"),
+    arg("--no-pivot", action="store_true", help="move the root, where / is a ramdisk"),
 )
 ID = arg("id", metavar="ID", help="the container's name")
 
@@ -3885,7 +4055,8 @@ def oci(word, *declared):
                 if options.systemd_cgroup:
                     raise Fail("--systemd-cgroup is not offered",
                                "have the caller use cgroupfs")
-                if os.geteuid() or options.rootless == "true":
+                if word not in ("spec", "features") and (
+                        os.geteuid() or options.rootless == "true"):
                     raise Fail("permission denied: rootless containers are not offered",
                                "only root can make containers here")
                 if options.debug and not narration.style:
@@ -3895,7 +4066,9 @@ def oci(word, *declared):
                 log_error(options, diagnose(error))
                 return 1
         run.__doc__ = function.__doc__
-        command(f"oci {word}", *declared, *OCI_GLOBALS)(run)
+        names = [names for names, _ in declared]
+        usual = [option for option in OCI_GLOBALS if option[0] not in names]
+        command(f"oci {word}", *declared, *usual)(run)
         return function
     return declare
 
@@ -3933,22 +4106,33 @@ PROCESS_FORM = {
     "capabilities": dict.fromkeys(CAPABILITY_SETS, [CAPABILITIES]),
     "rlimits": [{"type": RLIMIT_TYPES, "soft": range(1 << 64), "hard": range(1 << 64)}],
     "noNewPrivileges": bool, "oomScoreAdj": range(-1000, 1001),
+    "ioPriority": {"class": IOPRIO_CLASSES, "priority": range(8)},
+    "scheduler": {"policy": SCHED_POLICIES, "flags": [SCHED_FLAGS],
+                  "nice": range(-20, 20), "priority": range(100),
+                  **dict.fromkeys(("runtime", "deadline", "period"), range(1 << 64))},
     "apparmorProfile": str, "selinuxLabel": str}
 RATES = [{"major": IDS, "minor": IDS, "rate": range(1 << 64)}]
 SIGNED = range(-1, 1 << 63)
 RESOURCES_FORM = {
-    "memory": {"limit": SIGNED, "swap": SIGNED, "reservation": SIGNED},
+    "memory": {"limit": SIGNED, "swap": SIGNED, "reservation": SIGNED,
+               "kernelTCP": SIGNED, "swappiness": range(101), "disableOOMKiller": bool},
     "cpu": {"shares": range(1 << 64), "quota": range(-(1 << 63), 1 << 63),
             "period": range(1 << 64), "burst": range(1 << 64), "idle": range(2),
+            "realtimeRuntime": range(-1, 1 << 63), "realtimePeriod": range(1 << 64),
             "cpus": str, "mems": str},
+    "hugepageLimits": [{"pageSize": str, "limit": range(1 << 64)}],
+    "network": {"classID": IDS, "priorities": [{"name": str, "priority": IDS}]},
+    "unified": dict,
     "pids": {"limit": range(-(1 << 63), 1 << 63)},
-    "blockIO": {"weight": range(1001), **{key: RATES for *_, key in THROTTLES}},
+    "blockIO": {"weight": range(1001), **{key: RATES for *_, key in THROTTLES},
+                "weightDevice": [{"major": IDS, "minor": IDS, "weight": range(1001)}]},
     "devices": [{"allow": bool, "type": ("a", "b", "c", None, ""), "access": str,
                  "major": SIGNED, "minor": SIGNED}]}
 SPEC_FORM = {
     "ociVersion": str, "process": PROCESS_FORM, "root": {"path": str, "readonly": bool},
     "hostname": str, "domainname": str, "annotations": dict,
-    "mounts": [{"destination": str, "type": str, "source": str, "options": TEXTS}],
+    "mounts": [{"destination": str, "type": str, "source": str, "options": TEXTS,
+                "uidMappings": MAPPINGS, "gidMappings": MAPPINGS}],
     "hooks": dict.fromkeys(HOOKS, [{"path": str, "args": TEXTS, "env": TEXTS,
                                     "timeout": range(1, 1 << 31)}]),
     "linux": {
@@ -3957,19 +4141,18 @@ SPEC_FORM = {
         "devices": [{"path": str, "type": ("b", "c", "u"), "major": IDS, "minor": IDS,
                      "fileMode": IDS, "uid": IDS, "gid": IDS}],
         "resources": RESOURCES_FORM, "sysctl": dict, "maskedPaths": TEXTS,
-        "readonlyPaths": TEXTS, "rootfsPropagation": ("private", "rprivate", "slave",
-                                                      "rslave", None, ""),
-        "seccomp": {**PROFILE_FORM, "architectures": TEXTS}}}
+        "readonlyPaths": TEXTS, "rootfsPropagation": (*PROPAGATIONS, None, ""),
+        "timeOffsets": dict.fromkeys(CLOCKS, {"secs": range(-(1 << 63), 1 << 63),
+                                              "nanosecs": range(10 ** 9)}),
+        "personality": {"domain": tuple(PERSONAS), "flags": [()]},
+        "seccomp": {**PROFILE_FORM, "architectures": TEXTS, "listenerPath": str,
+                    "listenerMetadata": str}}}
 # What would change the container, and is not done; the rest of what we do not know is
 # to be ignored, says the specification.
-REFUSED = """process.ioPriority process.scheduler process.execCPUAffinity vm
-    linux.timeOffsets linux.personality linux.intelRdt linux.mountLabel
-    linux.memoryPolicy linux.netDevices linux.seccomp.listenerPath
-    linux.resources.hugepageLimits linux.resources.network linux.resources.rdma
-    linux.resources.unified linux.resources.memory.swappiness
-    linux.resources.memory.disableOOMKiller linux.resources.memory.kernelTCP
-    linux.resources.cpu.realtimeRuntime linux.resources.cpu.realtimePeriod
-    linux.resources.blockIO.leafWeight linux.resources.blockIO.weightDevice""".split()
+REFUSED = """process.execCPUAffinity vm linux.intelRdt linux.mountLabel
+    linux.memoryPolicy linux.netDevices linux.resources.rdma
+    linux.resources.memory.checkBeforeUpdate
+    linux.resources.blockIO.leafWeight""".split()
 # The devices that work in every container, whatever resources.devices says: making
 # any node, terminals, and those of DEVICES.
 USUAL_DEVICES = [{"allow": True, "type": kind, "major": major, "minor": minor,
@@ -4046,18 +4229,26 @@ def complete_mounts(mounts):
             for at, word in enumerate(words):
                 if not any(word in table for table in known):
                     refuse(f"{place}.options[{at}]", word, "an option of a bind mount")
-        if mount.get("uidMappings") or mount.get("gidMappings"):
-            raise Fail(f"{place}.uidMappings is not offered", "the option idmap takes "
-                       "those of the container")
+        if bool(mount.get("uidMappings")) != bool(mount.get("gidMappings")):
+            refuse(f"{place}.gidMappings", mount.get("gidMappings"),
+                   "one with uidMappings, and none without")
+        if mount.get("uidMappings") and mount.get("type") != "bind":
+            refuse(f"{place}.uidMappings", mount["uidMappings"], "a bind mount")
         mount["source"] = mount.get("source") or mount.get("type") or "none"
         mount["type"] = mount.get("type") or "none"
 
 
 def complete_resources(resources):
     """Resources without what is not set: to the OCI, 0 and null are that."""
+    pages = {item.get("pageSize"): item.get("limit")
+             for item in resources.get("hugepageLimits") or ()}
+    for file in (*(resources.get("unified") or ()), *pages):
+        if not file or "/" in file:
+            refuse("config.linux.resources", file, "the name of a file or a page size")
     return {name: {key: value for key, value in section.items() if value}
             if isinstance(section, dict) else section
-            for name, section in resources.items() if section}
+            for name, section in {**resources, "hugepageLimits": pages}.items()
+            if section}
 
 
 def complete_linux(spec, id):
@@ -4073,6 +4264,9 @@ def complete_linux(spec, id):
     for key in ("hostname", "domainname"):
         if spec.get(key) and "uts" not in kinds:
             refuse(f"config.{key}", spec[key], "none, without a uts namespace")
+    if linux.get("timeOffsets") and not new_namespaces(spec) & CLONE_NEWTIME:
+        refuse("config.linux.timeOffsets", linux["timeOffsets"],
+               "none, without a new time namespace")
     for name in linux.get("sysctl") or ():
         kind = "network" if name.startswith("net.") else "ipc"
         if not name.replace("/", ".").startswith(SYSCTLS) or kind not in kinds:
@@ -4093,7 +4287,7 @@ def complete_linux(spec, id):
         linux["resources"]["devices"] = [{"allow": False}, *rules_, *USUAL_DEVICES]
     if seccomp := linux.get("seccomp"):
         seccomp["syscalls"] = seccomp.get("syscalls") or []
-        seccomp_program(seccomp, os.uname().machine)  # refuses what cannot be
+        check_profile(seccomp, "config.linux.seccomp")
 
 
 def read_spec(bundle, id):
@@ -4150,7 +4344,7 @@ def status_of(record):
         return "stopped"
     if os.path.exists(f"{record['where']}/exec.fifo"):
         return "created"
-    frozen = Cgroup(record["spec"]["linux"]["cgroupsPath"]).is_frozen()
+    frozen = cgroup_of(record["spec"]).is_frozen()
     return "paused" if frozen else "running"
 
 
@@ -4282,7 +4476,7 @@ def oci_steps(steps, last):
     program die with us."""
     instead = {
         die_with_parent: (find_program, last),  # `create` tells if there is none
-        pivot: (run_create_hooks, pivot),
+        pivot: (run_create_hooks, pivot, share_root),
         become_user: (own_stdio, become_user)}
     return [new for step in steps for new in instead.get(step, (step,))]
 
@@ -4302,26 +4496,46 @@ def check_console(process, options):
                    "set process.terminal and --console-socket, or neither")
 
 
-def send_console(c, path):
-    """Send our end of the terminal to whoever listens at a socket."""
+def send_descriptor(path, fd, message, what):
+    """Send a descriptor and a message to whoever listens at a socket."""
     import _socket
 
-    fd = c.outer["console"]
-    os.set_blocking(fd, True)
-    size_ = c.spec["process"].get("consoleSize")
-    if size_:
-        TIOCSWINSZ = 0x5414
-        fcntl.ioctl(fd, TIOCSWINSZ, struct.pack("4H", size_["height"], size_["width"],
-                                                0, 0))
     try:
         socket = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
         socket.connect(path)
-        socket.sendmsg([b"/dev/ptmx"], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS,
-                                         struct.pack("i", fd))])
+        socket.sendmsg([message], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS,
+                                    struct.pack("i", fd))])
         socket.close()
     except OSError as error:
-        raise Fail(f"--console-socket {path}: {error.strerror}",
+        raise Fail(f"{what} {path}: {error.strerror}",
                    "somebody has to listen there") from None
+
+
+def send_console(c, path):
+    """Send our end of the terminal to whoever listens at a socket."""
+    fd = c.outer["console"]
+    os.set_blocking(fd, True)
+    if size_ := c.spec["process"].get("consoleSize"):
+        TIOCSWINSZ = 0x5414
+        fcntl.ioctl(fd, TIOCSWINSZ, struct.pack("4H", size_["height"], size_["width"],
+                                                0, 0))
+    send_descriptor(path, fd, b"/dev/ptmx", "--console-socket")
+
+
+@answers("listener")
+def pass_listener(c, fd):
+    """Outside: send what asks about system calls to the one who is to judge them."""
+    profile = c.spec["linux"]["seccomp"]
+    fd = syscall("pidfd_getfd", c.pidfd, fd, 0, why="where the kernel will ask")
+    lines = read_file(f"/proc/self/fdinfo/{c.pidfd}").splitlines()
+    pid = next(int(line[4:]) for line in lines if line.startswith("Pid:"))
+    record = {"id": c.id, "pid": pid, "bundle": c.directory, "spec": c.spec}
+    message = {"ociVersion": OCI_VERSION, "fds": ["seccompFd"], "pid": pid,
+               "metadata": profile.get("listenerMetadata", ""),
+               "state": oci_state(record, "creating" if c.is_new else "running")}
+    send_descriptor(profile["listenerPath"], fd, to_json(message).encode(),
+                    "linux.seccomp.listenerPath")
+    os.close(fd)
 
 
 def write_pid_file(path, pid):
@@ -4362,6 +4576,8 @@ def create_container(options):
         birth = oci_steps(BIRTH, await_start)
         if options.no_new_keyring:
             birth.remove(new_keyring)
+        if options.no_pivot:
+            birth[birth.index(pivot)] = move_root
         start(c, before, OUTSIDE, birth)
         record.update(pid=c.pid, began=process_facts(c.pid)[1])
         save(f"{directory}/state.json", record)
@@ -4383,6 +4599,7 @@ def start_container(record):
     if status_of(record) != "created":
         raise Fail(f"cannot start a container that is {status_of(record)}",
                    "create makes one that can be started")
+    c.pidfd = syscall("pidfd_open", record["pid"], 0, why="perhaps not our child")
     news = open_fd(f"{where}/news.fifo", os.O_RDONLY | os.O_NONBLOCK, "what init says")
     os.set_blocking(news, True)
     c.news = news, -1
@@ -4415,7 +4632,7 @@ def stay_with(c):
 
 def delete_container(record):
     """Remove all that is left of a container that has ended, or is to end now."""
-    cgroup = Cgroup(record["spec"]["linux"]["cgroupsPath"])
+    cgroup = cgroup_of(record["spec"])
     if status_of(record) != "stopped":
         os.kill(record["pid"], signal.SIGKILL)
     if record["pid"]:  # or it was never more than a record
@@ -4502,7 +4719,9 @@ def exec_process(options, spec):
          help="one more capability"),
      arg("--no-new-privs", action="store_true", help="it can gain no privileges"),
      arg("--apparmor", metavar="PROFILE", default="", help="hold it to this profile"),
-     arg("--ignore-paused", action="store_true", help="also in a paused container"), ID,
+     arg("--ignore-paused", action="store_true", help="also in a paused container"),
+     arg("--cgroup", metavar="PATH", default="", help="a group below the container's"),
+     ID,
      arg("words", nargs="A*", metavar="COMMAND", help="program and arguments"))
 def exec_command_oci(options):
     """Run one more process in a container."""
@@ -4518,7 +4737,12 @@ def exec_command_oci(options):
     c = Container(options.id, {**spec, "process": process}, record["bundle"])
     c.is_new, c.preserved = False, preserved
     c.target = syscall("pidfd_open", record["pid"], 0, why="its process 1")
-    c.cgroup = Cgroup(spec["linux"]["cgroupsPath"])
+    c.cgroup = cgroup_of(spec)
+    if options.cgroup:
+        c.cgroup.path += os.path.normpath(f"/{options.cgroup}")
+        if not c.cgroup.exists():
+            raise Fail(f"--cgroup {options.cgroup}: the container has no such group",
+                       "make it first, below its own")
     enter(c, (open_cgroup,), oci_steps(JOIN, tell_runs))
     try:
         hand_over(c, options)
@@ -4550,7 +4774,7 @@ def signal_number(text):
 def kill_command_oci(options):
     """Send a signal to a container's first process, or to all."""
     record, number = read_record(options), signal_number(options.signal or "TERM")
-    status, cgroup = status_of(record), Cgroup(record["spec"]["linux"]["cgroupsPath"])
+    status, cgroup = status_of(record), cgroup_of(record["spec"])
     pids = cgroup.pids() if options.all else [record["pid"]]
     if status == "stopped" and not options.all:
         raise Fail("container not running", "it has ended")
@@ -4619,7 +4843,7 @@ def list_command_oci(options):
                help="table, as `ps -ef`, or the pids as json"), ID)
 def ps_command_oci(options):
     """Show the processes of a container."""
-    pids = Cgroup(read_record(options)["spec"]["linux"]["cgroupsPath"]).pids()
+    pids = cgroup_of(read_record(options)["spec"]).pids()
     if options.format == "json":
         print(to_json(pids))
         return
@@ -4635,7 +4859,7 @@ def freeze_container(options, frozen, wanted):
     record = read_record(options)
     if status_of(record) != wanted:
         raise Fail(f"container not {wanted}", f"it is {status_of(record)}")
-    Cgroup(record["spec"]["linux"]["cgroupsPath"]).freeze(frozen)
+    cgroup_of(record["spec"]).freeze(frozen)
 
 
 @oci("pause", ID)
@@ -4676,7 +4900,7 @@ def update_command_oci(options):
             resources.setdefault(section, {})[key] = (
                 text if lists else size(text) if sizes else whole(name, text, -1))
     resources = complete_resources(resources)
-    cgroup = Cgroup(record["spec"]["linux"]["cgroupsPath"])
+    cgroup = cgroup_of(record["spec"])
     if status_of(record) == "stopped":
         raise Fail("container not running", "it has ended")
     if cgroup.trees and "swap" in resources.get("memory", {}):  # more than it was?
@@ -4693,12 +4917,17 @@ def update_command_oci(options):
 def events_command_oci(options):
     """Print what a container has used, as JSON, again and again."""
     record = read_record(options)
-    cgroup, poll = Cgroup(record["spec"]["linux"]["cgroupsPath"]), select.poll()
+    cgroup, poll = cgroup_of(record["spec"]), select.poll()
     interval = whole("--interval", options.interval.removesuffix("s"), 1, 1 << 20)
+    killed = None
     while status_of(record) != "stopped":
         used = cgroup.measure()
+        if killed is not None and used["oom_kills"] > killed:
+            print(to_json({"type": "oom", "id": record["id"]}))
+        killed = used["oom_kills"]
         print(to_json({"type": "stats", "id": record["id"], "data": {
-            "cpu": {"usage": {"total": 1000 * (used["cpu_usec"] or 0)}},
+            "cpu": {"usage": {"total": 1000 * (used["cpu_usec"] or 0)}, "throttling": {
+                "throttledTime": 1000 * (used["cpu_throttled_usec"] or 0)}},
             "memory": {"usage": {"usage": used["memory"], "max": used["memory_peak"],
                                  "limit": used["memory_limit"]}},
             "pids": {"current": used["pids"], "limit": used["pids_limit"]}}}),
@@ -4744,15 +4973,34 @@ def example_spec():
             "maskedPaths": MASKED_PATHS, "readonlyPaths": READONLY_PATHS}}
 
 
-@oci("spec", START_OPTIONS[0])
+def for_a_user(spec):
+    """The example as somebody needs it who is not root: what the kernel lets nobody
+    else do is left out, or shown as it is on the host."""
+    linux, own = spec["linux"], {"containerID": 0, "size": 1}
+    linux["namespaces"] = [*(n for n in linux["namespaces"] if n["type"] != "network"),
+                           {"type": "user"}]
+    linux["uidMappings"] = [{**own, "hostID": os.geteuid()}]
+    linux["gidMappings"] = [{**own, "hostID": os.getegid()}]
+    del linux["resources"]
+    for mount in spec["mounts"]:
+        mount["options"] = [word for word in mount["options"] if word != "gid=5"]
+        if mount["destination"] == "/sys":
+            mount.update(type="none", source="/sys", options=[
+                "rbind", "nosuid", "noexec", "nodev", "ro"])
+    return spec
+
+
+@oci("spec", START_OPTIONS[0], arg("--rootless", metavar="BOOL", optional="true",
+                                   default="", help="one for who is not root"))
 def spec_command_oci(options):
     """Write a config.json to begin with."""
     import json
 
-    path = os.path.join(options.bundle, "config.json")
+    path, spec = os.path.join(options.bundle, "config.json"), example_spec()
     if os.path.exists(path):
         raise Fail(f"{path} exists", "remove it first")
-    write_file(path, json.dumps(example_spec(), indent=2) + "\n", create=0o644)
+    spec = for_a_user(spec) if options.rootless == "true" else spec
+    write_file(path, json.dumps(spec, indent=2) + "\n", create=0o644)
 
 
 @oci("features")
@@ -4769,6 +5017,7 @@ def features_command_oci(options):
                         "operators": list(OPERATORS), "archs": [
                             f"SCMP_ARCH_{os.uname().machine.upper()}"]},
             "apparmor": {"enabled": True}, "selinux": {"enabled": True},
+            "mountExtensions": {"idmap": {"enabled": True}},
             "intelRdt": {"enabled": False}}}))
 
 # ══ 8. IMAGES ═════════════════════════════════════════════════════════════════════
@@ -8050,7 +8299,7 @@ def exec_command(options):
             bool(namespace_flags(spec) & CLONE_NEWUSER)))
     c = Container(id, {**spec, "process": process}, directory)
     c.is_new, c.target = False, target
-    c.cgroup = Cgroup(spec["linux"]["cgroupsPath"])
+    c.cgroup = cgroup_of(spec)
     enter(c)
     try:
         return attend(c, options.interactive)

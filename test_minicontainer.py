@@ -1979,6 +1979,7 @@ def answer(rule, action="action", number="errnoRet"):
     found = 1 if found is None else found
     return {"KILL": 0, "KILL_THREAD": 0, "KILL_PROCESS": 0x80000000, "TRAP": 0x30000,
             "ERRNO": 0x50000 | found, "TRACE": 0x7FF00000 | found, "LOG": 0x7FFC0000,
+            "NOTIFY": 0x7FC00000,
             "ALLOW": ALLOW}[kind]
 
 
@@ -2247,7 +2248,7 @@ def test_a_filter_is_disassembled_to_lines_that_name_calls_and_answers():
     ("{}", "profile.defaultAction: None is not possible"),
     ({"defaultAction": "SCMP_ACT_NO"}, "profile.defaultAction: 'SCMP_ACT_NO'"),
     ({"syscalls": [{"names": ["read"], "action": "SCMP_ACT_NOTIFY"}]},
-     "profile.syscalls[0].action: 'SCMP_ACT_NOTIFY'"),
+     "SCMP_ACT_NOTIFY without a listenerPath"),
     ({"syscalls": [{"names": ["read"], "action": "SCMP_ACT_ALLOW", "args": [
         {"index": 0, "value": 1, "op": "SCMP_CMP_IS"}]}]},
      "profile.syscalls[0].args[0].op: 'SCMP_CMP_IS'"),
@@ -3058,7 +3059,7 @@ def oci_created(script="sleep 1000", **changes):
     ({"linux__sysctl": {"kernel.panic": "1"}}, "config.linux.sysctl"),
     ({"linux__resources": {"pids": {"limit": "9"}}}, "config.linux.resources.pids"),
     ({"linux__seccomp": {"defaultAction": "SCMP_ACT_NOTIFY"}},
-     "config.linux.seccomp.defaultAction"),
+     "config.linux.seccomp: SCMP_ACT_NOTIFY cannot be the defaultAction"),
     ({"mounts": [{"destination": "/x", "type": "bind", "source": "/etc",
                   "options": ["odd"]}]}, "config.mounts[0].options[0]"),
     ({"mounts": [{"destination": "/x", "type": "bind", "source": "/none"}]},
@@ -3192,6 +3193,137 @@ def test_a_user_namespace_and_namespaces_by_path_are_those_asked_for():
             *by_path, {"type": "pid"}, {"type": "mount"}])
         joined = oci("run", "-b", BUNDLE, "c2")
         assert (joined.stdout, joined.stderr) == (f"{mine}\n1\n", "")
+
+
+@root
+def test_it_gets_the_processor_the_disk_and_the_machine_that_its_config_says():
+    out = oci_run("uname -m; chrt -p $$ || grep policy /proc/self/sched; ionice -p $$",
+                  process__scheduler={"policy": "SCHED_BATCH", "nice": 5},
+                  process__ioPriority={"class": "IOPRIO_CLASS_BE", "priority": 6},
+                  linux__personality={"domain": "LINUX32"})
+    assert out.split("\n")[0] in ("i686", "armv8l")
+    assert "BATCH" in out or re.search(r"policy *: *3", out)
+    assert "best-effort: prio 6" in out
+
+
+@root
+@pytest.mark.skipif(not os.path.exists("/proc/self/ns/time"), reason="no time namespaces")
+@pytest.mark.parametrize("with_users", [False, True])
+def test_the_clocks_of_a_time_namespace_are_off_by_what_its_config_says(with_users):
+    maps = [{"containerID": 0, "hostID": 0x70000000, "size": 1000}]
+    kinds = [*m.example_spec()["linux"]["namespaces"], {"type": "time"}]
+    more = {"linux__uidMappings": maps, "linux__gidMappings": maps} if with_users else {}
+    out = oci_run("cat /proc/uptime", **more, linux__timeOffsets={
+        "monotonic": {"secs": 10 ** 6}, "boottime": {"secs": 10 ** 6, "nanosecs": 5}},
+        linux__namespaces=[*kinds, *[{"type": "user"}] * with_users])
+    with open("/proc/uptime") as file:
+        assert 0 <= float(out.split()[0]) - float(file.read().split()[0]) - 10 ** 6 < 60 or (
+            float(out.split()[0]) > 10 ** 6)
+
+
+@root
+def test_a_mount_may_have_a_map_of_ids_of_its_own(tmp_path):
+    (tmp_path / "f").touch()
+    tmp_path.chmod(0o755)
+    maps = [{"containerID": 0, "hostID": 1000, "size": 10}]
+    base = m.example_spec()["mounts"]
+    out = oci_run("stat -c %u:%g /v/f", mounts=[*base, {
+        "destination": "/v", "type": "bind", "source": str(tmp_path),
+        "options": ["rbind", "ridmap"], "uidMappings": maps, "gidMappings": maps}])
+    assert out == "1000:1000\n"
+
+
+@root
+@pytest.mark.parametrize("wish, seen", [
+    ("", "private"), ("rslave", "slave-or-private"), ("rshared", "shared"),
+    ("unbindable", "unbindable")])
+def test_the_root_propagates_as_its_config_says(wish, seen):
+    out = oci_run("grep ' / / ' /proc/self/mountinfo || grep ' / ' /proc/self/mountinfo",
+                  linux__rootfsPropagation=wish)
+    root_line = [line for line in out.splitlines() if line.split()[4] == "/"][-1]
+    tags = root_line.partition(" - ")[0].split()[6:]
+    kinds = {tag.partition(":")[0] for tag in tags}
+    assert ("shared" in kinds) == (seen == "shared"), root_line
+    assert ("unbindable" in kinds) == (seen == "unbindable"), root_line
+    assert "master" not in kinds or seen == "slave-or-private", root_line
+
+
+@root
+def test_a_program_outside_judges_the_calls_that_a_profile_leaves_to_it(tmp_path):
+    import socket
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(str(tmp_path / "judge"))
+    server.listen()
+    profile = {"defaultAction": "SCMP_ACT_ALLOW", "listenerPath": str(tmp_path / "judge"),
+               "listenerMetadata": "hello", "syscalls": [
+                   {"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_NOTIFY"}]}
+    with oci_created("mkdir /proc/x; echo $?", linux__seccomp=profile):
+        assert oci("start", "c1").returncode == 0
+        connection = server.accept()[0]
+        message, [listener], _, _ = socket.recv_fds(connection, 1 << 16, 1)
+        told = json.loads(message)
+        assert told["fds"] == ["seccompFd"] and told["metadata"] == "hello"
+        assert told["state"]["id"] == "c1" and told["pid"] == told["state"]["pid"]
+        asked = bytearray(80)  # struct seccomp_notif
+        fcntl.ioctl(listener, 0xC0502100, asked)  # SECCOMP_IOCTL_NOTIF_RECV
+        answer = struct.pack("=QqiI", struct.unpack_from("=Q", asked)[0], 0, -33, 0)
+        fcntl.ioctl(listener, 0xC0182101, answer)  # SECCOMP_IOCTL_NOTIF_SEND: EDOM
+        assert "1" in until(lambda: open(f"{STORE}/out").read().partition("\n")[2]
+                            or open(f"{STORE}/out").read())
+        os.close(listener)
+
+
+@root
+def test_limits_that_the_spec_itself_names_are_set_or_refused_by_name():
+    if m.cgroup_trees():
+        bundle(linux__resources={"unified": {"memory.high": "100000000"}})
+        assert "this host cannot set unified.memory.high" in oci(
+            "run", "-b", BUNDLE, "c1").stderr
+        bundle(linux__resources={"memory": {"swappiness": 7}})
+        with oci_created(linux__resources={"memory": {"swappiness": 7}}) as state:
+            path = m.cgroup_of({"linux": {"cgroupsPath": "/minicontainer-c1"}})
+            assert path.read("memory.swappiness", "memory") == "7\n" and state
+    else:
+        with oci_created(linux__resources={"unified": {"memory.high": "99999744"}}):
+            group = m.cgroup_of({"linux": {"cgroupsPath": "/minicontainer-c1"}})
+            assert group.read("memory.high") == "99999744\n"
+        bundle(linux__resources={"memory": {"swappiness": 7}})
+        assert "this host cannot set memory.swappiness" in oci(
+            "run", "-b", BUNDLE, "c1").stderr
+    bundle(linux__resources={"unified": {"../memory.high": "1"}})
+    assert "config.linux.resources" in oci("run", "-b", BUNDLE, "c1").stderr
+
+
+@root
+def test_where_nothing_can_be_pivoted_the_root_is_moved():
+    bundle("ls /; readlink -f /proc/1/root; echo $$")
+    ran = oci("run", "--no-pivot", "-b", BUNDLE, "c1")
+    assert ran.returncode == 0, ran.stderr
+    assert "bin" in ran.stdout and ran.stdout.endswith("\n1\n")
+
+
+@root
+def test_exec_may_go_to_a_group_below_that_of_the_container():
+    with oci_created():
+        oci("start", "c1")
+        group = m.cgroup_of({"linux": {"cgroupsPath": "/minicontainer-c1/sub"}})
+        assert "has no such group" in oci("exec", "--cgroup", "sub", "c1", "true").stderr
+        group.create({})
+        try:
+            ran = oci("exec", "--cgroup", "/sub", "c1", "/bin/cat", "/proc/self/cgroup")
+            assert ran.returncode == 0 and ":/sub\n" in ran.stdout, ran
+        finally:
+            group.remove()
+
+
+def test_spec_is_for_everybody_and_has_a_form_for_who_is_not_root(tmp_path):
+    for words, kinds in (((), False), (("--rootless",), True)):
+        done = subprocess.run([PYTHON, m.__file__, "oci", "spec", "-b", tmp_path, *words],
+                              capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        spec = json.loads((tmp_path / "config.json").read_text())
+        assert ({"type": "user"} in spec["linux"]["namespaces"]) == kinds
+        (tmp_path / "config.json").unlink()
 
 
 @root
