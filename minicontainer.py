@@ -29,14 +29,16 @@ Contents (`grep -n '^# ══' minicontainer.py` finds each):
      4. FILE SYSTEMS         what it can open
      5. PRIVILEGES           what it can do
      6. THE CONTAINER        all of it, in order, on one screen
-     8. IMAGES               layers from tarballs; a root file system from nothing
+     7. THE OCI RUNTIME      what runc does: for podman, containerd and their like
+     8. IMAGES               what is packed, named and kept; layers from tarballs
+     9. REGISTRY             how images come and go
     11. THE SHIM             its terminal, its log, its signals, its end
     12. THE ENGINE           containers by name: run, ps, logs, stop, exec …
     15. THE CLASSROOM        a container in parts, and by hand
     16. COMMAND LINE         main
 
 A chapter uses only what stands above it: cut the file after any of them, and what
-is left still works.  (7, 9, 10, 13 and 14 are not written yet; see README.md.)
+is left still works.  (10, 13 and 14 are not written yet; see README.md.)
 
 Vocabulary:
     rootfs   the directory that a container sees as /
@@ -134,20 +136,18 @@ class narration:
     began = time.monotonic_ns()
 
 
-SAID = set()  # what the person has been told
+SAID = set(os.environ.pop("MINICONTAINER_SAID", "").split("\n"))  # to the person
 
 
 def say(message):
     """One line from us to the person, on standard error, and each only once."""
     if message not in SAID:
         SAID.add(message)
-        text = f"minicontainer: {message}".replace("\n", f"\n{narration.aside}")
-        print(narration.aside + text, file=sys.stderr, flush=True)
-
-
-def complain(fail):
-    """What a Fail has to say, to the person."""
-    say(f"{fail.message}" + (f"\n  hint: {fail.hint}" if fail.hint else ""))
+        lines = f"minicontainer: {message}".splitlines()
+        if narration.style == "json":
+            lines = [f'{{"say": {quote_ascii(message)}}}']
+        print("\n".join(narration.aside + line for line in lines), file=sys.stderr,
+              flush=True)
 
 
 # PyDLL, unlike CDLL, keeps Python's global lock during the call.  Nothing else may
@@ -340,6 +340,24 @@ class Asked:
         return spell(self.name, self.args)
 
 
+class about:
+    """A context whose errors also say what the request was about, in words.
+
+    The door knows what was asked of the kernel; for what the person had asked it takes
+    one who has read the options.
+    """
+
+    def __init__(self, words):
+        self.words = words
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, _):
+        if isinstance(error, OSError):
+            error.about = f"{self.words}: "
+
+
 def request(name, args, ask, why):
     """ask(), narrated: the one function that all doors lead through (P1)."""
     if not narration.style:
@@ -410,6 +428,28 @@ def read_file(path, why=""):
     return request("read", (path,), ask, why)
 
 
+def sync(path):
+    """Return when the disk has a file, or the names in a directory."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def save(path, document, lasting=False):
+    """Replace a JSON file, so that a reader sees the old one or the new one (P3); what
+    is `lasting` survives a power cut."""
+    text = to_json(document)
+    if write_file(f"{path}.new", text, create=0o600) < len(text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+    if lasting:
+        sync(f"{path}.new")
+    os.rename(f"{path}.new", path)
+    if lasting:
+        sync(os.path.dirname(path))
+
+
 def start_narration(words):
     """Begin to narrate in the style `words`, on a copy of standard error that no
     container can inherit or replace."""
@@ -464,6 +504,7 @@ def human(number):
 # init tells news and may ask for what only the parent can do, which is declared beside
 # the step that asks; the parent answers with a line.
 
+NOT_YET = "no program yet"  # init's name behind a seccomp filter, until execve
 ANSWERS = {}  # what init may ask for: the parent's function that does it
 
 
@@ -486,6 +527,9 @@ class Container:
         self.workshop = ""  # an empty directory of the host, to mount the workshop on
         self.throw_away = False  # nothing it writes is kept: --rm
         self.wants_reaper = False  # --init: process 1 only reaps and forwards
+        self.record = ""  # chapter 7: the directory of its record
+        self.fifos = []  # and two FIFOs there, between create and start
+        self.preserved = 0  # descriptors from 3 on that the program gets, too
         self.is_new = True  # False for what `exec` runs in a running one
         self.target = None  # then: the pidfd of the running one's process 1
         self.cgroup = None  # its Cgroup
@@ -495,7 +539,7 @@ class Container:
         self.sources = {}  # path inside: descriptor of the mount that goes there
         self.proc = -1  # the host's /proc, where a security label is written
         self.lock = -1  # keeps `system prune` away while we live
-        self.home = None  # where the parent was before it opened the workshop
+        self.home = []  # where the parent was before: (namespace, flag), (".", 0)
         self.root_fd = -1  # in init: the container's root, for openat2
         self.inner = []  # init's ends of the pipes that become its 0, 1 and 2
         self.outer = {}  # the parent's: "stdin", "stdout", "stderr", or "console"
@@ -558,6 +602,23 @@ class Container:
         if not runs:
             raise Fail("the container's first process died before it became your "
                        "program", "was it killed, or out of memory? see `dmesg`")
+        if self.ended_unheard():
+            raise Fail("the program was not executed, and the seccomp profile lets "
+                       "nobody say why",
+                       "it has to allow at least execve, write and exit_group", 126)
+
+    def ended_unheard(self):
+        """Whether init has given up behind a seccomp filter that let it not say so.
+
+        subtle: execve closes the pipe a moment before it changes the name.
+        """
+        if not self.pid or self.wants_reaper or not self.spec["linux"].get("seccomp"):
+            return False
+        while self.status is None and (
+                read_file(f"/proc/{self.pid}/comm") == f"{NOT_YET}\n"):
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.status = status if pid else None
+        return self.status == 125 << 8
 
     def wait(self):
         """Reap the process; its exit code, with 128 + n for signal n."""
@@ -569,9 +630,10 @@ class Container:
     def close(self):
         """Give back every descriptor."""
         held = [self.pidfd, self.users, self.proc, *self.sources.values(),
-                *self.inner, *self.outer.values(), *self.news, *self.orders]
+                *self.inner, *self.outer.values(), *self.news, *self.orders,
+                *self.fifos]
         self.pidfd = self.users = self.proc = -1
-        self.sources, self.outer, self.inner = {}, {}, []
+        self.sources, self.outer, self.inner, self.fifos = {}, {}, [], []
         self.news, self.orders = (-1, -1), (-1, -1)
         for fd in held:
             if fd >= 0:
@@ -633,6 +695,7 @@ NAMESPACES = {  # the name in a spec: (flag, file in /proc/PID/ns, what it holds
     "time": (CLONE_NEWTIME, "time", "uptime clocks"),
 }
 LATER = CLONE_NEWNS | CLONE_NEWCGROUP  # what init unshares itself, see the trap
+CLOCKS = "monotonic", "boottime"  # that a time namespace can shift
 
 NAMESPACE_OPTIONS = (
     arg("--userns", choices=["host"], help="host: root inside is root outside"),
@@ -687,11 +750,32 @@ def sysctl_spec(options, namespaces):
 
 
 def namespace_flags(spec):
-    """The CLONE_NEW… flags of the new namespaces that the spec asks for."""
+    """The CLONE_NEW… flags of the namespaces that the container does not share with
+    the host."""
     flags = 0
     for namespace in spec["linux"]["namespaces"]:
         flags |= NAMESPACES[namespace["type"]][0]
     return flags
+
+
+def joined(spec):
+    """{flag: path} of those that are there already, as the file at a path."""
+    return {NAMESPACES[namespace["type"]][0]: namespace["path"]
+            for namespace in spec["linux"]["namespaces"] if namespace.get("path")}
+
+
+def new_namespaces(spec):
+    """The flags of those that are made for it."""
+    return namespace_flags(spec) & ~sum(joined(spec))
+
+
+def birth_flags(spec):
+    """What init is cloned with: not what it unshares later, which is everything if it
+    has to be in somebody's user namespace first, to own it."""
+    if CLONE_NEWUSER in joined(spec):
+        return 0
+    later = LATER | (CLONE_NEWTIME if spec["linux"].get("timeOffsets") else 0)
+    return new_namespaces(spec) & ~later
 
 
 class clone_args(ctypes.Structure):
@@ -743,35 +827,107 @@ def clone3(flags, cgroup_fd=-1, why=""):
     return pid, pidfd.value
 
 
-def map_ids(c):
-    """Outside: give a new user namespace its ids, before anything is done in it.
+def write_maps(pid, uids, gids):
+    """Give the new user namespace of a process its ids; a descriptor of it.
 
     The kernel takes each file once, and maps that are not the writer's own only from
     a writer with CAP_SETUID over the parent namespace: the host's root.
     """
-    if not namespace_flags(c.spec) & CLONE_NEWUSER:
-        return
-    for file, key in (("uid_map", "uidMappings"), ("gid_map", "gidMappings")):
-        lines = [f"{m['containerID']} {m['hostID']} {m['size']}"
-                 for m in c.spec["linux"][key]]
-        write_file(f"/proc/{c.pid}/{file}", "\n".join(lines),
+    for file, rows in (("uid_map", uids), ("gid_map", gids)):
+        lines = [f"{m['containerID']} {m['hostID']} {m['size']}" for m in rows]
+        write_file(f"/proc/{pid}/{file}", "\n".join(lines),
                    why="root inside is this id outside, who owns nothing there")
-    c.users = open_fd(f"/proc/{c.pid}/ns/user", os.O_RDONLY, "for id-mapped mounts")
+    return open_fd(f"/proc/{pid}/ns/user", os.O_RDONLY, "for id-mapped mounts")
 
 
-def join_namespaces(c):
-    """Step of `exec`: into all of a running container's namespaces, at once.
+def map_ids(c):
+    """Outside: give a new user namespace its ids, before anything is done in it."""
+    if new_namespaces(c.spec) & CLONE_NEWUSER:
+        linux = c.spec["linux"]
+        c.users = write_maps(c.pid, linux["uidMappings"], linux["gidMappings"])
 
-    To be in a pid namespace takes being born there, hence the second fork; with
-    CLONE_PARENT the newborn is the waiting parent's child, and we are done.
-    """
-    flags = namespace_flags(c.spec) | CLONE_NEWNS
-    syscall("setns", c.target, flags, why="all namespaces of its process 1")
+
+def user_namespace(uids, gids):
+    """A descriptor of a user namespace with these maps, and nobody in it."""
+    stays, goes = os.pipe()
+    pid, pidfd = clone3(CLONE_NEWUSER, why="somebody has to be in it, for a moment")
+    if pid == 0:
+        os.close(goes)
+        os.read(stays, 1)
+        os._exit(0)
+    try:
+        return write_maps(pid, uids, gids)
+    finally:
+        for fd in (stays, goes, pidfd):
+            os.close(fd)
+        os.waitpid(pid, 0)
+
+
+def visit_namespaces(c):
+    """Outside: into the namespaces that the spec names by path, for init to be born
+    in; the way back is kept for leave_workshop."""
+    for flag, path in joined(c.spec).items():
+        try:
+            fd = open_fd(path, os.O_RDONLY, "a namespace that is there already")
+            if flag == CLONE_NEWUSER:  # one that only init goes to, see join_users
+                c.users = fd
+                continue
+            name = next(file for bit, file, _ in NAMESPACES.values() if bit == flag)
+            c.home.append((open_fd(f"/proc/self/ns/{name}", os.O_RDONLY), flag))
+            syscall("setns", fd, flag, why=f"init is to be in {path}")
+            os.close(fd)
+        except OSError as error:
+            raise Fail(f"linux.namespaces: {path}: {error.strerror}",
+                       "is it such a namespace, as in /proc/PID/ns?") from None
+
+
+def be_born_again(c):
+    """To be in a pid namespace takes being born there, hence a second fork; with
+    CLONE_PARENT the newborn is the waiting parent's child, and we are done."""
     pid, _ = clone3(CLONE_PARENT, why="born in the container's pid namespace")
     if pid:
         c.tell_parent(ask="follow", pid=pid)
         os._exit(0)
     c.await_parent()
+
+
+def join_users(c):
+    """Step: into a user namespace that is there already; all that is new shall be
+    owned by it, and is therefore made now."""
+    if CLONE_NEWUSER in joined(c.spec):
+        syscall("setns", c.users, CLONE_NEWUSER, why="somebody's user namespace")
+        syscall("unshare", new_namespaces(c.spec) & ~LATER, why="owned by that one")
+        be_born_again(c)
+
+
+@answers("clocks")
+def set_offsets(c):
+    """Outside: by how much the clocks of init's next time namespace are off."""
+    lines = [f"{clock} {offset.get('secs') or 0} {offset.get('nanosecs') or 0}"
+             for clock, offset in c.spec["linux"]["timeOffsets"].items()]
+    write_file(f"/proc/{c.pid}/timens_offsets", "\n".join(lines),
+               why="taken only while nobody is in it")
+
+
+def shift_clocks(c):
+    """Step: a time namespace whose clocks are off by what the spec says.
+
+    The kernel makes such a namespace for the children of the one who asks, so that
+    its clocks can be set before it has anybody in it; then we go there ourselves.
+    """
+    if c.spec["linux"].get("timeOffsets"):
+        syscall("unshare", CLONE_NEWTIME, why="for our children; we are still outside")
+        c.ask_parent("clocks")
+        fd = open_fd("/proc/self/ns/time_for_children", os.O_RDONLY)
+        syscall("setns", fd, CLONE_NEWTIME, why="now its clocks are ours")
+        os.close(fd)
+
+
+def join_namespaces(c):
+    """Step of `exec`: into all of a running container's namespaces, at once."""
+    flags = namespace_flags(c.spec) | CLONE_NEWNS
+    syscall("setns", c.target, flags, why="all namespaces of its process 1")
+    be_born_again(c)
     c.root_fd = open_fd("/", O_PATH | O_DIRECTORY, "the container's root")
 
 
@@ -801,7 +957,7 @@ def set_names(c):
 def loopback_up(c):
     """Step: bring up the loopback interface, down in every new network namespace."""
     AF_INET, SOCK_DGRAM, IFF_UP = 2, 0x80002, 1  # CLOEXEC'd
-    if not namespace_flags(c.spec) & CLONE_NEWNET:
+    if not new_namespaces(c.spec) & CLONE_NEWNET:
         return
     fd = syscall("socket", AF_INET, SOCK_DGRAM, 0, why="any socket will do for ioctl")
     ifreq = ctypes.create_string_buffer(struct.pack("16sh", b"lo", IFF_UP), 40)
@@ -894,30 +1050,36 @@ def ns_command(options):
 # group of ours stands between, so there is nothing to share or leave behind.  What
 # stays is that the root of a version 2 tree passes its controllers down.
 #
-# Not here: control of devices.  Ours do not need it, because every file system of
-# a container is mounted nodev (chapter 4), so that a device node in it is inert, and
-# what --device gives for reading only cannot be opened for more.
+# Control of devices is for those who come with a spec of their own (chapter 7).  Ours
+# do not need it, because every file system of a container is mounted nodev (chapter
+# 4), so that a device node in it is inert, and what --device gives for reading only
+# cannot be opened for more.  Version 1 has a file for it; in version 2 the group gets
+# a small eBPF program, which the kernel asks at each open and mknod.
 #
 # Man pages: cgroups(7); the kernel's Documentation/admin-guide/cgroup-v2.rst.
 
 CGROUP_ROOT = "/sys/fs/cgroup"
 IMPLIED = "minicontainer.implied"  # annotation: the limits that nobody asked for
 
-V1_CONTROLLERS = ("memory", "cpu", "cpuacct", "cpuset", "blkio", "pids", "freezer")
+V1_CONTROLLERS = ("memory", "cpu", "cpuacct", "cpuset", "blkio", "pids", "freezer",
+                  "devices")
+SELDOM = {"hugepageLimits": ("hugetlb",), "network": ("net_cls", "net_prio")}
 
 
-def cgroup_trees():
-    """{controller: mount point} of version 1, or {} where there is only version 2."""
+def cgroup_trees(resources=()):
+    """{controller: mount point} of version 1, or {} where there is only version 2; the
+    seldom used ones only if the spec's resources need them."""
     if os.path.exists(f"{CGROUP_ROOT}/cgroup.controllers"):
         return {}
-    trees = {}
+    trees, wanted = {}, set(V1_CONTROLLERS).union(
+        *(names for key, names in SELDOM.items() if key in resources))
     mounts = read_file("/proc/self/mountinfo", why="where the v1 trees are")
     for line in mounts.splitlines():
         left, _, right = line.partition(" - ")
         kind, _, super_options = right.split(" ", 2)
         if kind == "cgroup":
             for controller in super_options.split(","):
-                if controller in V1_CONTROLLERS:
+                if controller in wanted:
                     trees[controller] = left.split()[4]
     return trees
 
@@ -1030,7 +1192,13 @@ def io_weight(spec):
 
 def bandwidth(spec):
     """Quota and period in microseconds, as cpu.max takes them."""
-    return f"{spec['cpu'].get('quota', 'max')} {spec['cpu'].get('period', 100_000)}"
+    quota = spec["cpu"].get("quota", -1)
+    return f"{quota if quota > 0 else 'max'} {spec['cpu'].get('period', 100_000)}"
+
+
+def at_most(section, key):
+    """A function of the spec: its number, or "max" where that is below 0."""
+    return lambda spec: "max" if spec[section][key] < 0 else spec[section][key]
 
 
 def rules(key, word=""):
@@ -1039,29 +1207,64 @@ def rules(key, word=""):
                          for d in spec["blockIO"][key]]
 
 
+def weights(spec):
+    """The weight of each block device that has one of its own."""
+    return [f"{d['major']}:{d['minor']} {d['weight']}"
+            for d in spec["blockIO"]["weightDevice"]]
+
+
+def interface_priorities(spec):
+    """The priority of what is sent, for each interface."""
+    return [f"{p['name']} {p['priority']}" for p in spec["network"]["priorities"]]
+
+
 # What the spec says, and the file of which controller says so to the kernel: in
 # version 2, then in version 1.  A value is the spec's own, or a function of the spec;
 # of several files the first that is there is taken.  Order matters once: in version 1
 # memory+swap may not be below memory, so memory is first.
 LIMITS = (
     # in the spec           controller   files of v2, files of v1: {name: value}
-    ("memory limit", "memory", {"memory.max": None}, {"memory.limit_in_bytes": None}),
+    ("memory limit", "memory", {"memory.max": at_most("memory", "limit")},
+     {"memory.limit_in_bytes": None}),
     ("memory swap", "memory", {"memory.swap.max": swap_only},
      {"memory.memsw.limit_in_bytes": None}),
-    ("memory reservation", "memory", {"memory.low": None},
+    ("memory reservation", "memory", {"memory.low": at_most("memory", "reservation")},
      {"memory.soft_limit_in_bytes": None}),
+    ("memory swappiness", "memory", {}, {"memory.swappiness": None}),
+    ("memory kernelTCP", "memory", {}, {"memory.kmem.tcp.limit_in_bytes": None}),
+    ("memory disableOOMKiller", "memory", {}, {"memory.oom_control": lambda spec: "1"}),
     ("cpu shares", "cpu", {"cpu.weight": cpu_weight}, {"cpu.shares": None}),
     ("cpu period", "cpu", {"cpu.max": bandwidth}, {"cpu.cfs_period_us": None}),
     ("cpu quota", "cpu", {"cpu.max": bandwidth}, {"cpu.cfs_quota_us": None}),
     ("cpu cpus", "cpuset", {"cpuset.cpus": None}, {"cpuset.cpus": None}),
     ("cpu mems", "cpuset", {"cpuset.mems": None}, {"cpuset.mems": None}),
-    ("pids limit", "pids", {"pids.max": None}, {"pids.max": None}),
+    ("cpu burst", "cpu", {"cpu.max.burst": None}, {"cpu.cfs_burst_us": None}),
+    ("cpu idle", "cpu", {"cpu.idle": None}, {"cpu.idle": None}),
+    ("cpu realtimePeriod", "cpu", {}, {"cpu.rt_period_us": None}),
+    ("cpu realtimeRuntime", "cpu", {}, {"cpu.rt_runtime_us": None}),
+    ("pids limit", "pids", {"pids.max": at_most("pids", "limit")},
+     {"pids.max": at_most("pids", "limit")}),
     ("blockIO weight", "blkio", {"io.bfq.weight": None, "io.weight": io_weight},
      {"blkio.bfq.weight": None, "blkio.weight": None}),
+    ("blockIO weightDevice", "blkio", {"io.bfq.weight": weights},
+     {"blkio.bfq.weight_device": weights, "blkio.weight_device": weights}),
+    ("network classID", "net_cls", {}, {"net_cls.classid": None}),
+    ("network priorities", "net_prio", {},
+     {"net_prio.ifpriomap": interface_priorities}),
     *((f"blockIO {key}", "blkio", {"io.max": rules(key, f"{way[0]}{unit}=")},
        {f"blkio.throttle.{way}_{unit}_device": rules(key)})
       for way, unit, key in THROTTLES),
 )
+
+
+def named_limits(resources):
+    """Rows like those above, for what the spec itself names: sizes of huge pages, and
+    files of version 2."""
+    for page in resources.get("hugepageLimits", ()):
+        yield (f"hugepageLimits {page}", "hugetlb", {f"hugetlb.{page}.max": None},
+               {f"hugetlb.{page}.limit_in_bytes": None})
+    for file in resources.get("unified", ()):
+        yield f"unified {file}", file.partition(".")[0], {file: None}, {}
 
 
 def io_sum(text, word):
@@ -1092,6 +1295,75 @@ def wait_for(condition, seconds=10):
             raise Fail("the kernel has not finished after 10 seconds",
                        "is a process stuck? see `ps -eo pid,stat,wchan`")
         time.sleep(0.0005)
+
+
+DEVICE_KINDS = {"a": None, "b": 1, "c": 2}  # BPF_DEVCG_DEV_…, bpf(2)
+ACCESSES = {"m": 1, "r": 2, "w": 4}  # BPF_DEVCG_ACC_…
+
+
+def device_rule(rule):
+    """(allow, kind, (major, minor), access) of a rule of resources.devices; a number
+    that is None or -1 stands for all."""
+    numbers = [rule.get(key) for key in ("major", "minor")]
+    return (rule.get("allow", False), rule.get("type") or "a",
+            tuple(None if n in (None, -1) else n for n in numbers),
+            rule.get("access") or "rwm")
+
+
+def bpf_jump(condition, register, value, distance):
+    """One eBPF instruction: skip `distance` if a register is ("=") or is not ("!") the
+    value."""
+    code = {"=": 0x15, "!": 0x55}[condition]
+    return struct.pack("=BBhi", code, register, distance, value)
+
+
+def device_filter(rules_):
+    """An eBPF program that answers 1 if the last rule that fits a device allows it.
+
+    It is given, in r1, a word with kind and access, the major and the minor number.
+    """
+    def move(code, registers, value=0, offset=0):
+        return struct.pack("=BBhi", code, registers, offset, value)
+
+    program = [move(0x61, 0x12, 0, 0), move(0xBF, 0x23), move(0x57, 2, 0xFFFF),
+               move(0x77, 3, 16),  # r2: kind, r3: access
+               move(0x61, 0x14, 0, 4), move(0x61, 0x15, 0, 8)]  # r4: major, r5: minor
+    for allow, kind, numbers, access in map(device_rule, reversed(rules_)):
+        block = [move(0xB7, 0, int(allow)), move(0x95, 0)]  # r0 = the answer; exit
+        for register, number in ((5, numbers[1]), (4, numbers[0]),
+                                 (2, DEVICE_KINDS[kind])):
+            if number is not None:
+                block.insert(0, bpf_jump("!", register, number, len(block)))
+        bits = sum(ACCESSES[letter] for letter in set(access))
+        if bits != 7:  # to allow takes that nothing else is asked, to deny any of it
+            tested = 7 & ~bits if allow else bits
+            block = [move(0xBF, 0x31), move(0x57, 1, tested),
+                     bpf_jump("!" if allow else "=", 1, 0, len(block)), *block]
+        program += block
+        if len(block) == 2:  # it fits all: the kernel takes nothing unreachable
+            return b"".join(program)
+    return b"".join([*program, move(0xB7, 0, 0), move(0x95, 0)])
+
+
+def attach_device_filter(directory, rules_):
+    """Load the filter for a group of version 2, in place of the one it may have."""
+    BPF_PROG_LOAD, BPF_PROG_ATTACH, PROG_TYPE, ATTACH_TYPE = 5, 8, 15, 6
+    program, licence = device_filter(rules_), ctypes.create_string_buffer(b"MIT")
+    buffer = ctypes.create_string_buffer(program)
+    load = ctypes.create_string_buffer(struct.pack(
+        "=IIQQ", PROG_TYPE, len(program) // 8, ctypes.addressof(buffer),
+        ctypes.addressof(licence)), 128)
+    try:
+        fd = syscall("bpf", BPF_PROG_LOAD, load, 128, why="which devices work in it")
+        group = open_fd(directory, os.O_RDONLY)
+        attach_ = ctypes.create_string_buffer(
+            struct.pack("=IIII", group, fd, ATTACH_TYPE, 0), 128)
+        syscall("bpf", BPF_PROG_ATTACH, attach_, 128, why="and in all groups below")
+    except OSError as error:
+        raise Fail(f"the kernel takes no filter of devices: {error.strerror}",
+                   "resources.devices needs CONFIG_CGROUP_BPF and CAP_BPF") from None
+    os.close(fd)
+    os.close(group)
 
 
 class Cgroup:
@@ -1143,33 +1415,65 @@ class Cgroup:
 
         What is only `implied` by another limit is not asked of a host without it.
         """
-        if not self.trees:
-            self.enable_controllers()
         for directory in self.directories():
-            syscall("mkdirat", AT_FDCWD, directory, 0o755, why="a new control group")
-        if "cpuset" in self.trees:  # a v1 cpuset refuses processes while it is empty
-            for file in ("cpuset.cpus", "cpuset.mems"):
-                parent = os.path.dirname(self.directory("cpuset"))
-                write_file(f"{self.directory('cpuset')}/{file}",
-                           read_file(f"{parent}/{file}"),
-                           why="a v1 cpuset starts empty")
-        for row in LIMITS:
+            depth = self.path.count("/") + 1
+            for above in reversed(range(depth)):
+                path = directory.rsplit("/", above)[0] if above else directory
+                if not self.trees:
+                    self.enable_controllers(os.path.dirname(path))
+                if not os.path.isdir(path):
+                    syscall("mkdirat", AT_FDCWD, path, 0o755, why="a new control group")
+                    self.fill_cpuset(path)
+        self.set_limits(resources, implied)
+
+    def set_limits(self, resources, implied=()):
+        """Set all limits that the spec's resources name, and which devices work."""
+        for row in (*LIMITS, *named_limits(resources)):
             section, key = row[0].split()
             if key in resources.get(section, {}):
                 self.limit(row, resources, implied)
+        if resources.get("devices"):
+            self.limit_devices(resources["devices"])
 
-    def enable_controllers(self):
-        """Have the root of the version 2 tree pass its controllers down, for good; one
+    def fill_cpuset(self, path):
+        """A version 1 cpuset starts empty, and refuses processes while it is."""
+        if path.startswith(f"{self.trees.get('cpuset')}/"):
+            for file in ("cpuset.cpus", "cpuset.mems"):
+                write_file(f"{path}/{file}",
+                           read_file(f"{os.path.dirname(path)}/{file}"),
+                           why="a v1 cpuset starts empty")
+
+    def enable_controllers(self, directory):
+        """Have a group of the version 2 tree pass its controllers down, for good; one
         that it cannot is missed when a limit asks for it."""
-        have = read_file(f"{CGROUP_ROOT}/cgroup.controllers").split()
-        on = read_file(f"{CGROUP_ROOT}/cgroup.subtree_control").split()
-        for name in ("memory", "cpu", "cpuset", "io", "pids"):
+        have = read_file(f"{directory}/cgroup.controllers").split()
+        on = read_file(f"{directory}/cgroup.subtree_control").split()
+        for name in ("memory", "cpu", "cpuset", "io", "pids", "hugetlb"):
             if name in have and name not in on:
                 try:
-                    write_file(f"{CGROUP_ROOT}/cgroup.subtree_control", f"+{name}",
-                               why="let groups below the root use this controller")
-                except (PermissionError, FileNotFoundError):
-                    say(f"the {name} controller cannot be enabled in {CGROUP_ROOT}")
+                    write_file(f"{directory}/cgroup.subtree_control", f"+{name}",
+                               why="let the groups below use this controller")
+                except OSError as error:
+                    if error.errno not in (errno.EPERM, errno.EACCES, errno.ENOENT,
+                                           errno.EBUSY):
+                        raise
+                    say(f"the {name} controller cannot be enabled in {directory}")
+
+    def limit_devices(self, rules_):
+        """Which devices work in the group: the last rule that fits one counts."""
+        if not self.trees:
+            attach_device_filter(self.directory(), rules_)
+            return
+        if "devices" not in self.trees:
+            raise Fail("this host has no devices controller for resources.devices",
+                       "mount it, or use cgroup version 2")
+        for rule in rules_:
+            allow, kind, numbers, access = device_rule(rule)
+            text = f"{kind} {numbers[0]}:{numbers[1]} {access}".replace("None", "*")
+            file = "allow" if allow else "deny"
+            write_file(f"{self.directory('devices')}/devices.{file}",
+                       "a" if (kind, access) == ("a", "rwm") else text,
+                       why="which devices work, whatever nodes there are")
 
     def limit(self, row, resources, implied):
         """Write one limit; a Fail that names the controller where there is none."""
@@ -1182,8 +1486,9 @@ class Cgroup:
             if what in implied:
                 say(f"this host cannot limit {what}: limited without it")
                 return
+            files = " or ".join(forms) or f"such setting in version {1 + (not v1)}"
             raise Fail(f"this host cannot set {section}.{key}: its {controller} "
-                       f"controller has no {' or '.join(forms)}",
+                       f"controller has no {files}",
                        "leave the option out, or enable the controller in the kernel")
         lines = forms[file](resources) if forms[file] else value
         for line in lines if isinstance(lines, list) else [lines]:
@@ -1225,6 +1530,12 @@ class Cgroup:
             write_file(f"{self.directory()}/cgroup.freeze", str(int(frozen)),
                        why="freeze or thaw everything in the group")
             wait_for(lambda: self.table("cgroup.events")["frozen"] == int(frozen))
+
+    def is_frozen(self):
+        """Whether everything in the group has been stopped where it stands."""
+        if self.trees:
+            return self.read("freezer.state", "freezer") not in ("", "THAWED\n")
+        return self.read("cgroup.freeze") == "1\n"
 
     def kill(self):
         """Kill everything in the group at once, frozen or not; returns when it is
@@ -1299,7 +1610,7 @@ class Cgroup:
         }
 
 
-calls(mkdirat=(258, 34, "dirfd path mode"))
+calls(mkdirat=(258, 34, "dirfd path mode"), bpf=(321, 280, "command attr size"))
 
 
 def show_stats(used):
@@ -1320,11 +1631,26 @@ def show_stats(used):
         yield f"{kind} pressure: {line}"
 
 
+def cgroup_of(spec):
+    """The control group that a spec names."""
+    linux = spec["linux"]
+    return Cgroup(linux["cgroupsPath"], cgroup_trees(linux.get("resources") or ()))
+
+
 def make_cgroup(c):
     """Outside: the container's control group, limits and all, still empty."""
-    c.cgroup = Cgroup(c.spec["linux"]["cgroupsPath"])
+    cgroup = cgroup_of(c.spec)
+    if not cgroup.path or cgroup.pids():  # at the end we kill all that is in it
+        raise Fail(f"the control group /{cgroup.path} has processes already",
+                   "each container needs one of its own")
+    c.cgroup = cgroup
     implied = c.spec.get("annotations", {}).get(IMPLIED, "").split(",")
-    c.cgroup.create(c.spec["linux"].get("resources", {}), implied)
+    cgroup.create(c.spec["linux"].get("resources", {}), implied)
+    c.cgroup.open_doors()
+
+
+def open_cgroup(c):
+    """Outside: what takes one more process into a group that is there."""
     c.cgroup.open_doors()
 
 
@@ -1380,8 +1706,11 @@ def remove_cgroup(c):
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
 MS_SYNCHRONOUS, MS_REMOUNT, MS_NOATIME, MS_NODIRATIME = 16, 32, 1024, 2048
+MS_MOVE = 8192
 MS_BIND, MS_REC, MS_UNBINDABLE, MS_PRIVATE = 1 << 12, 1 << 14, 1 << 17, 1 << 18
 MS_SLAVE, MS_SHARED, MS_RELATIME, MS_STRICTATIME = 1 << 19, 1 << 20, 1 << 21, 1 << 24
+MS_MANDLOCK, MS_DIRSYNC, MS_NOSYMFOLLOW, MS_SILENT = 64, 128, 256, 1 << 15
+MS_POSIXACL, MS_I_VERSION, MS_LAZYTIME = 1 << 16, 1 << 23, 1 << 25
 MNT_DETACH = 2
 OPEN_TREE_CLONE, OPEN_TREE_CLOEXEC = 1, os.O_CLOEXEC
 MOVE_MOUNT_F_EMPTY_PATH, MOVE_MOUNT_T_EMPTY_PATH = 4, 0x40
@@ -1402,22 +1731,41 @@ calls(
     mknodat=(259, 33, "dirfd path mode dev"),
     pidfd_getfd=(438, 438, "pidfd fd flags"),
     symlinkat=(266, 36, "target dirfd path"),
+    chroot=(161, 51, "path"),
     chdir=(80, 49, "path"),
     fchdir=(81, 50, "fd"),
     fchownat=(260, 54, "dirfd path owner group AT_"),
     fchmodat=(268, 53, "dirfd path mode"),
 )
 
-OPTION_WORDS = {
+OPTION_WORDS = {  # as mount(2) has them
     "ro": MS_RDONLY, "nosuid": MS_NOSUID, "nodev": MS_NODEV, "noexec": MS_NOEXEC,
     "sync": MS_SYNCHRONOUS, "noatime": MS_NOATIME, "nodiratime": MS_NODIRATIME,
-    "relatime": MS_RELATIME, "strictatime": MS_STRICTATIME,
+    "relatime": MS_RELATIME, "strictatime": MS_STRICTATIME, "dirsync": MS_DIRSYNC,
+    "nosymfollow": MS_NOSYMFOLLOW, "lazytime": MS_LAZYTIME, "silent": MS_SILENT,
+    "iversion": MS_I_VERSION, "mand": MS_MANDLOCK, "acl": MS_POSIXACL,
+    "remount": MS_REMOUNT,
     "bind": MS_BIND, "rbind": MS_BIND | MS_REC,
 }
 CLEARING_WORDS = {"rw": MS_RDONLY, "suid": MS_NOSUID, "exec": MS_NOEXEC,
-                  "async": MS_SYNCHRONOUS, "atime": MS_NOATIME}
-NEUTRAL_WORDS = ("idmap", "defaults", "nocopy", "z", "Z", "consistent", "cached",
-                 "delegated", "dev")  # "dev": no device works but those we bind
+                  "dev": MS_NODEV, "async": MS_SYNCHRONOUS, "atime": MS_NOATIME,
+                  "diratime": MS_NODIRATIME, "norelatime": MS_RELATIME,
+                  "nostrictatime": MS_STRICTATIME, "symfollow": MS_NOSYMFOLLOW,
+                  "nolazytime": MS_LAZYTIME, "loud": MS_SILENT,
+                  "noiversion": MS_I_VERSION, "nomand": MS_MANDLOCK,
+                  "noacl": MS_POSIXACL}
+ATTRIBUTES = {  # of one mount, as mount_setattr(2) has them: (to set, to clear)
+    "ro": (MOUNT_ATTR_RDONLY, 0), "rw": (0, MOUNT_ATTR_RDONLY),
+    "nosuid": (MOUNT_ATTR_NOSUID, 0), "suid": (0, MOUNT_ATTR_NOSUID),
+    "nodev": (MOUNT_ATTR_NODEV, 0), "dev": (0, MOUNT_ATTR_NODEV),
+    "noexec": (MOUNT_ATTR_NOEXEC, 0), "exec": (0, MOUNT_ATTR_NOEXEC),
+    "relatime": (0, 0x70), "norelatime": (0, 0), "atime": (0, 0x70),
+    "noatime": (0x10, 0x70), "strictatime": (0x20, 0x70), "nostrictatime": (0, 0x70),
+    "nodiratime": (0x80, 0), "diratime": (0, 0x80),
+    "nosymfollow": (0x200000, 0), "symfollow": (0, 0x200000)}
+DEEP_WORDS = {f"r{word}": meaning for word, meaning in ATTRIBUTES.items()}
+NEUTRAL_WORDS = ("idmap", "ridmap", "defaults", "nocopy", "z", "Z", "consistent",
+                 "cached", "delegated", "tmpcopyup")
 TMPFS_WORDS = ("size", "mode", "uid", "gid", "nr_inodes", "nr_blocks", "huge")
 PROPAGATIONS = {
     "private": MS_PRIVATE, "rprivate": MS_REC | MS_PRIVATE,
@@ -1496,8 +1844,10 @@ def bind_mount(option, source, target, words):
             raise Fail(f"{option}: unknown option {word!r}",
                        "ro, rw, rprivate, rslave, rshared, nosuid, noexec …")
     return {"destination": "/" + os.path.normpath(target).lstrip("/"), "type": "bind",
-            "source": os.path.abspath(source),
-            "options": ["rbind", "nodev", "idmap", *words]}
+            "source": os.path.abspath(source), "options": [
+                "rbind", "rnodev", "ridmap",  # no device works but those we bind
+                *(f"r{word}" if word in ATTRIBUTES else word for word in words
+                  if word not in ("dev", "rdev"))]}
 
 
 def volume_mount(text):
@@ -1653,8 +2003,9 @@ def mounts_spec(options):
             raise Fail(f"Duplicate mount point: {place}", "mount one thing there")
     mounts = [m for m in mounts if m["destination"] not in places] + asked
     for mount in mounts if options.privileged else ():
-        if mount["type"] in ("bind", "tmpfs") and "nodev" in mount["options"]:
-            mount["options"].remove("nodev")  # as in Docker's: a new node there works
+        if mount["type"] in ("bind", "tmpfs"):  # as in Docker's: a new node there works
+            mount["options"] = [word for word in mount["options"]
+                                if word not in ("nodev", "rnodev")]
     return sorted(mounts, key=lambda m: m["destination"].count("/"))  # outer first
 
 
@@ -1680,8 +2031,8 @@ def take_sources(c):
 
 def open_workshop(c):
     """Outside: a mount namespace to build in, with an empty tmpfs as directory."""
-    c.home = (open_fd("/proc/self/ns/mnt", os.O_RDONLY, "to find home again"),
-              open_fd(".", O_PATH))
+    c.home += [(open_fd("/proc/self/ns/mnt", os.O_RDONLY, "to find home again"),
+                CLONE_NEWNS), (open_fd(".", O_PATH), 0)]
     syscall("unshare", CLONE_NEWNS, why="a copy of the host's mounts to build in")
     syscall("mount", None, "/", None, MS_REC | MS_SLAVE, None,
             why="nothing mounted from here on shows on the host")
@@ -1692,13 +2043,13 @@ def open_workshop(c):
 
 def leave_workshop(c):
     """Outside: the parent goes back to where it came from."""
-    if c.home:
-        namespace, directory = c.home
-        syscall("setns", namespace, CLONE_NEWNS, why="the parent goes home")
-        syscall("fchdir", directory)
-        c.home = None
-        os.close(namespace)
-        os.close(directory)
+    while c.home:
+        fd, flag = c.home[0]
+        if flag:
+            syscall("setns", fd, flag, why="the parent goes home")
+        else:
+            syscall("fchdir", fd)
+        os.close(c.home.pop(0)[0])
 
 
 def remount(tree, attributes, propagation):
@@ -1714,11 +2065,12 @@ def remount(tree, attributes, propagation):
 
 
 def set_attributes(tree, attributes, propagation=0, users=-1, what="",
-                   deep=AT_RECURSIVE):
+                   deep=AT_RECURSIVE, cleared=0):
     """Change the mount at a descriptor and those below it; `users` is a user namespace
     through whose map it is to be seen."""
     attr = mount_attr(attr_set=attributes | (MOUNT_ATTR_IDMAP if users >= 0 else 0),
-                      propagation=propagation, userns_fd=max(users, 0))
+                      attr_clr=cleared, propagation=propagation,
+                      userns_fd=max(users, 0))
     try:
         syscall("mount_setattr", tree, "", AT_EMPTY_PATH | deep, attr,
                 ctypes.sizeof(attr), why=f"how {what} is seen from inside")
@@ -1754,14 +2106,28 @@ def prepare_sources(c):
         if mount["type"] == "bind":
             if "shared" in mount["options"] or "rshared" in mount["options"]:
                 check_shared(mount)
-            if "idmap" in mount["options"] and c.users >= 0:
+            deep = AT_RECURSIVE if "ridmap" in mount["options"] else 0
+            if mount.get("uidMappings"):
+                users = user_namespace(mount["uidMappings"], mount["gidMappings"])
+                set_attributes(c.sources[mount["destination"]], 0, 0, users,
+                               mount["source"], deep)
+                os.close(users)
+            elif {"idmap", "ridmap"} & {*mount["options"]} and c.users >= 0:
                 set_attributes(c.sources[mount["destination"]], 0, 0, c.users,
-                               mount["source"])
+                               mount["source"], deep)
 
 
 def shifted_id(id, base):
     """Where an owner's id lies in the range from `base` on; beyond it, nobody's."""
     return base + min(id, 65534) if base else id
+
+
+def host_id(id, mappings):
+    """What an id of the container is on the host; one that it has not, nobody's."""
+    for m in mappings or ({"containerID": 0, "hostID": 0, "size": 1 << 32},):
+        if m["containerID"] <= id < m["containerID"] + m["size"]:
+            return m["hostID"] + id - m["containerID"]
+    return 65534 if id == 65534 else host_id(65534, mappings)
 
 
 def make_nodes(c):
@@ -1771,19 +2137,20 @@ def make_nodes(c):
     whom it has no rights.  Where it shall not read, or not write, that is just what
     is needed: a node of the host's root, who alone could change its mode.
     """
-    devices, ids = c.spec["linux"].get("devices"), c.spec["linux"].get("uidMappings")
+    devices, linux = c.spec["linux"].get("devices"), c.spec["linux"]
     if not devices:
         return
-    base = ids[0]["hostID"] if ids else 0
     syscall("mkdirat", AT_FDCWD, "devices", 0o755)
     syscall("mount", "devices", "devices", "tmpfs", MS_NOSUID | MS_NOEXEC, "mode=755",
             why="the one place for nodes that work, out of the container's reach")
     for number, device in enumerate(devices):
         path, mode = f"devices/{number}", device["fileMode"]
-        owner, group = (shifted_id(device[key], base) for key in ("uid", "gid"))
+        owner, group = (host_id(device[f"{key}id"], linux.get(f"{key}idMappings"))
+                        for key in "ug")
         bits = 4 * ("r" in device["access"]) + 2 * ("w" in device["access"])
         if bits != 6:
-            owner, group, mode = 0, base, bits << 3 | mode & bits
+            group = host_id(0, linux.get("gidMappings"))
+            owner, mode = 0, bits << 3 | mode & bits
         syscall("mknodat", AT_FDCWD, path,
                 stat.S_IFBLK if device["type"] == "b" else stat.S_IFCHR,
                 os.makedev(device["major"], device["minor"]), why=device["path"])
@@ -1791,18 +2158,18 @@ def make_nodes(c):
         syscall("fchmodat", AT_FDCWD, path, mode, why="whatever our umask is")
 
 
-def attach(path, name, attributes, users):
+def attach(path, name, attributes, users, deep=0):
     """Outside: a directory of the host as `name` in the workshop, seen through the map
-    of `users` unless that is -1."""
+    of `users` unless that is -1; `deep` with what is mounted below it."""
     syscall("mkdirat", AT_FDCWD, name, 0o755)
-    tree = syscall("open_tree", AT_FDCWD, path, OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC,
-                   why="not yet anywhere")
+    tree = syscall("open_tree", AT_FDCWD, path, OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC
+                   | deep, why="not yet anywhere")
     if users >= 0:  # only what is not attached yet can be id-mapped
         set_attributes(tree, 0, MS_PRIVATE, users, path)
     syscall("move_mount", tree, "", AT_FDCWD, name, MOVE_MOUNT_F_EMPTY_PATH,
             why="attached in the workshop")
     if attributes:  # only what is attached can be remounted by an older kernel
-        set_attributes(tree, attributes, MS_PRIVATE, what=path)
+        set_attributes(tree, attributes, MS_SLAVE, what=path)
     os.close(tree)
 
 
@@ -1812,8 +2179,9 @@ def build_rootfs(c):
     Names are short because mount(2) takes one page of options: with `0`, `1`, … for
     layers, hundreds of them fit, and no path needs its commas and colons escaped.
     """
-    if not c.layers:  # --storage-driver vfs: there is a copy, with the owners it needs
-        attach(f"{c.directory}/rootfs", "rootfs", MOUNT_ATTR_NODEV, -1)
+    if not c.layers:  # one directory with the owners it needs: vfs, or a bundle's
+        attach(os.path.join(c.directory, c.spec["root"]["path"]), "rootfs",
+               MOUNT_ATTR_NODEV, -1, AT_RECURSIVE)
         return
     for number, layer in enumerate(c.layers):
         attach(layer, str(number), 0, c.users)
@@ -1834,10 +2202,12 @@ def build_rootfs(c):
 
 def own_the_mounts(c):
     """Step: a copy of the workshop that only this container sees or changes."""
-    flags = namespace_flags(c.spec) & LATER
+    flags = new_namespaces(c.spec) & LATER
     syscall("unshare", flags, why="mounts of our own; our cgroup becomes the root of "
             "the tree")
-    syscall("mount", None, "/", None, MS_REC | MS_PRIVATE, None,
+    wish = (c.spec["linux"].get("rootfsPropagation") or "private").lstrip("r")
+    how = MS_PRIVATE if wish == "private" else MS_SLAVE  # that it is, in the workshop
+    syscall("mount", None, "/", None, MS_REC | how, None,
             why="nothing from here on reaches the host, or comes from there")
 
 
@@ -1852,7 +2222,12 @@ def open_inside(c, path, flags=os.O_PATH):
     """A descriptor of a path of the container, resolved as if / were its root (P4)."""
     how = open_how(flags=flags | os.O_CLOEXEC,
                    resolve=RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS)
-    return syscall("openat2", c.root_fd, path, how, ctypes.sizeof(how))
+    for left in reversed(range(128)):
+        try:
+            return syscall("openat2", c.root_fd, path, how, ctypes.sizeof(how))
+        except BlockingIOError:  # a rename, anywhere, while there was a ".." on the way
+            if not left:
+                raise
 
 
 def inside(c, path, make="", links=0):
@@ -1887,15 +2262,17 @@ def inside(c, path, make="", links=0):
 def attach_source(c, mount):
     """Put a source that the parent took at its place, read-only, private … as asked."""
     path = mount["destination"]
-    tree, attributes, propagation = c.sources[path], 0, 0
-    place = inside(c, path, "dir" if stat.S_ISDIR(os.fstat(tree).st_mode) else "file")
+    tree, propagation = c.sources[path], 0
+    is_directory = stat.S_ISDIR(os.fstat(tree).st_mode)
+    place = inside(c, path, "dir" if is_directory else "file")
+    if is_directory != stat.S_ISDIR(os.fstat(place.fd).st_mode):
+        raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR),
+                      Asked("move_mount", (mount["source"], path)))
     syscall("move_mount", tree, "", place.fd, "",
             MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH,
             why=f"the volume appears at {path}")
     place.close()
     for word in mount["options"]:
-        attributes |= OPTION_WORDS.get(word, 0) & 15  # as MOUNT_ATTR_ are
-        attributes &= ~CLEARING_WORDS.get(word, 0)
         propagation |= PROPAGATIONS.get(word, 0) & ~MS_REC
     if propagation & MS_SHARED:
         propagation = 0  # it is shared, or it had been refused
@@ -1903,27 +2280,39 @@ def attach_source(c, mount):
         # trap: where / is shared, a copy of /proc is the host's peer, and what we hide
         # in ours would be hidden on the host; hence private unless asked for
         propagation = propagation or MS_PRIVATE
-    set_attributes(tree, attributes, propagation, what=path)
+    set_attributes(tree, 0, propagation, what=path)
+    for table, deep in ((ATTRIBUTES, 0), (DEEP_WORDS, AT_RECURSIVE)):
+        attributes, cleared = 0, 0
+        for word in mount["options"]:
+            more, less = table.get(word, (0, 0))
+            attributes, cleared = attributes & ~less | more, cleared & ~more | less
+        if attributes or cleared:
+            set_attributes(tree, attributes, what=path, deep=deep, cleared=cleared)
 
 
 def mount_cgroup(c, path, flags):
-    """The container's own cgroup as the root of the tree, in the host's layout."""
-    place = inside(c, path, "dir")
-    if not namespace_flags(c.spec) & CLONE_NEWCGROUP:
-        syscall("mount", CGROUP_ROOT, place, None, MS_BIND | MS_REC, None,
-                why="--cgroupns host: the host's whole tree")
-    elif not c.cgroup.trees:
+    """The container's own cgroup as the root of the tree, in the host's layout; in the
+    host's cgroup namespace the host's tree, or in version 1 its own part of each."""
+    place, own = inside(c, path, "dir"), namespace_flags(c.spec) & CLONE_NEWCGROUP
+    if c.cgroup.trees:
+        syscall("mount", "cgroup", place, "tmpfs", flags & ~MS_RDONLY, "mode=755",
+                why="v1: a directory for each tree")
+    elif own:
         syscall("mount", "cgroup", place, "cgroup2", flags & ~MS_RDONLY, None,
                 why="its own cgroup looks like the root")
     else:
-        syscall("mount", "cgroup", place, "tmpfs", flags & ~MS_RDONLY, "mode=755",
-                why="v1: a directory for each tree")
-        for point in sorted(set(c.cgroup.trees.values())):
-            names = [n for n, at in c.cgroup.trees.items() if at == point]
-            tree = inside(c, f"{path}/{os.path.basename(point)}", "dir")
+        syscall("mount", CGROUP_ROOT, place, None, MS_BIND | MS_REC, None,
+                why="the host's whole tree")
+    for point in sorted({*c.cgroup.trees.values()}):
+        names = [n for n, at in c.cgroup.trees.items() if at == point]
+        tree = inside(c, f"{path}/{os.path.basename(point)}", "dir")
+        if own:
             syscall("mount", "cgroup", tree, "cgroup", flags & ~MS_RDONLY,
                     ",".join(names), why="its own cgroup looks like the root")
-            tree.close()
+        else:
+            syscall("mount", c.cgroup.directory(names[0]), tree, None, MS_BIND, None,
+                    why="its own cgroup, of all there is")
+        tree.close()
     place.close()
     if flags & MS_RDONLY:
         place = inside(c, path)
@@ -1931,26 +2320,76 @@ def mount_cgroup(c, path, flags):
         place.close()
 
 
+def copy_up(source, target):
+    """Copy what is in an open directory into another, owners, modes and links too."""
+    for name in os.listdir(source):
+        status = os.stat(name, dir_fd=source, follow_symlinks=False)
+        if stat.S_ISDIR(status.st_mode):
+            os.mkdir(name, dir_fd=target)
+        elif stat.S_ISLNK(status.st_mode):
+            os.symlink(os.readlink(name, dir_fd=source), name, dir_fd=target)
+        elif stat.S_ISREG(status.st_mode):
+            os.close(os.open(name, os.O_CREAT | os.O_EXCL, 0o600, dir_fd=target))
+        else:
+            continue
+        os.chown(name, status.st_uid, status.st_gid, dir_fd=target,
+                 follow_symlinks=False)
+        if stat.S_ISLNK(status.st_mode):
+            continue
+        os.chmod(name, stat.S_IMODE(status.st_mode), dir_fd=target)
+        if stat.S_ISDIR(status.st_mode):
+            pair = [os.open(name, O_DIRECTORY, dir_fd=top) for top in (source, target)]
+            copy_up(*pair)
+        else:
+            pair = [os.open(name, how | os.O_NOFOLLOW, dir_fd=top)
+                    for top, how in ((source, os.O_RDONLY), (target, O_WRONLY))]
+            while os.sendfile(pair[1], pair[0], None, 1 << 30):
+                pass
+        for fd in pair:
+            os.close(fd)
+
+
+def fill_tmpfs(c, path, below, flags):
+    """Let a new tmpfs begin with what was at its place: the directory `below`."""
+    fds = [os.open(f"/proc/self/fd/{below.fd}", O_DIRECTORY),
+           open_inside(c, path, O_DIRECTORY)]
+    copy_up(*fds)
+    if flags & MS_RDONLY:
+        set_attributes(fds[1], MOUNT_ATTR_RDONLY, what=path)
+    for fd in fds:
+        os.close(fd)
+
+
+def mount_one(c, mount):
+    """Make one of the spec's mounts."""
+    flags, data = 0, []
+    for word in mount["options"]:
+        if word in OPTION_WORDS:
+            flags |= OPTION_WORDS[word]
+        elif word in CLEARING_WORDS:
+            flags &= ~CLEARING_WORDS[word]
+        elif not any(word in known for known in (NEUTRAL_WORDS, PROPAGATIONS,
+                                                 DEEP_WORDS)):
+            data.append(word)
+    if mount["type"] == "bind":
+        attach_source(c, mount)
+    elif mount["type"] == "cgroup":
+        mount_cgroup(c, mount["destination"], flags)
+    else:
+        place = inside(c, mount["destination"], "dir")
+        syscall("mount", mount["source"], place, mount["type"], flags & ~MS_RDONLY
+                if "tmpcopyup" in mount["options"] else flags, ",".join(data),
+                why=f"the container's own {mount['destination']}")
+        if "tmpcopyup" in mount["options"]:
+            fill_tmpfs(c, mount["destination"], place, flags)
+        place.close()
+
+
 def mount_all(c):
     """Step: everything in the spec's mounts, in its order."""
     for mount in c.spec["mounts"]:
-        flags, data = 0, []
-        for word in mount["options"]:
-            if word in OPTION_WORDS:
-                flags |= OPTION_WORDS[word]
-            elif word in CLEARING_WORDS:
-                flags &= ~CLEARING_WORDS[word]
-            elif word not in NEUTRAL_WORDS and word not in PROPAGATIONS:
-                data.append(word)
-        if mount["type"] == "bind":
-            attach_source(c, mount)
-        elif mount["type"] == "cgroup":
-            mount_cgroup(c, mount["destination"], flags)
-        else:
-            place = inside(c, mount["destination"], "dir")
-            syscall("mount", mount["source"], place, mount["type"], flags,
-                    ",".join(data), why=f"the container's own {mount['destination']}")
-            place.close()
+        with about(f"the mount on {mount['destination']}"):
+            mount_one(c, mount)
 
 
 def existing(c, paths):
@@ -1983,10 +2422,11 @@ def make_devices(c):
     nodes += [(f"devices/{number}", device["path"])
               for number, device in enumerate(c.spec["linux"].get("devices", ()))]
     for source, path in nodes:
-        place = inside(c, path, "file")
-        syscall("mount", source, place, None, MS_BIND, None,
-                why="made outside: a user namespace may not make any")
-        place.close()
+        with about(f"the device {path}"):
+            place = inside(c, path, "file")
+            syscall("mount", source, place, None, MS_BIND, None,
+                    why="made outside: a user namespace may not make any")
+            place.close()
     if "/dev" in c.sources:
         return
     keep_nodes(c, [f"/dev/{name}" for name in DEVICES])
@@ -1994,7 +2434,10 @@ def make_devices(c):
     for target, name in (("/proc/self/fd", "fd"), ("/proc/self/fd/0", "stdin"),
                          ("/proc/self/fd/1", "stdout"), ("/proc/self/fd/2", "stderr"),
                          ("pts/ptmx", "ptmx")):
-        syscall("symlinkat", target, dev.fd, name)
+        try:
+            syscall("symlinkat", target, dev.fd, name)
+        except FileExistsError:  # where /dev is the image's own directory
+            pass
     dev.close()
 
 
@@ -2085,6 +2528,26 @@ def pivot(c):
     c.root_fd = open_fd("/", O_PATH | O_DIRECTORY, "the container's root")
 
 
+def move_root(c):
+    """Step: in place of pivot, where / is the kernel's first ramdisk, which cannot be
+    unmounted.  subtle: the host's tree stays mounted below the new root, out of reach
+    only for who may not mount."""
+    syscall("fchdir", c.root_fd)
+    syscall("mount", ".", "/", None, MS_MOVE, None, why="the rootfs lies on top of /")
+    syscall("chroot", ".", why="and is our / from here on")
+    syscall("chdir", "/")
+    os.close(c.root_fd)
+    c.root_fd = open_fd("/", O_PATH | O_DIRECTORY, "paths inside start here")
+
+
+def share_root(c):
+    """Step: how the mounts inside relate to copies of them, made inside."""
+    wish = c.spec["linux"].get("rootfsPropagation")
+    if wish:
+        syscall("mount", None, "/", None, PROPAGATIONS[wish], None,
+                why=f"rootfsPropagation: {wish}")
+
+
 def seal_root(c):
     """Step: --read-only, now that every place to mount on has been made."""
     if c.spec["root"].get("readonly"):
@@ -2118,9 +2581,10 @@ def seal_root(c):
 # keyctl(2).
 
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_KEEPCAPS, PR_CAPBSET_DROP = 1, 4, 8, 24
+PR_SET_NAME = 15
 PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 38, 47, 4
+PR_CAP_AMBIENT_RAISE = 2
 KEYCTL_JOIN_SESSION_KEYRING = 1
-CLOSE_RANGE_CLOEXEC = 4
 SECCOMP_SET_MODE_FILTER = 1
 
 calls(
@@ -2135,8 +2599,11 @@ calls(
     setsid=(112, 157, ""),
     keyctl=(250, 219, "KEYCTL_ arg2"),
     prlimit64=(302, 261, "pid resource new old"),
+    ioprio_set=(251, 30, "which who priority"),
+    sched_setattr=(314, 274, "pid attr flags"),
+    personality=(135, 92, "persona"),
     seccomp=(317, 277, "SECCOMP_ flags program"),
-    close_range=(436, 436, "first last CLOSE_RANGE_"),
+    close_range=(436, 436, "first last flags"),
     execve=(59, 221, "path argv envp"),
 )
 
@@ -2153,6 +2620,13 @@ DOCKER_CAPABILITIES = ["CAP_" + name for name in """
 RLIMITS = ("cpu", "fsize", "data", "stack", "core", "rss", "nproc", "nofile",
            "memlock", "as", "locks", "sigpending", "msgqueue", "nice", "rtprio",
            "rttime")  # by their numbers, from 0
+IOPRIO_CLASSES = tuple(f"IOPRIO_CLASS_{name}" for name in ("NONE", "RT", "BE", "IDLE"))
+SCHED_POLICIES = tuple(f"SCHED_{name}" for name in (
+    "OTHER", "FIFO", "RR", "BATCH", "ISO", "IDLE", "DEADLINE"))
+SCHED_FLAGS = tuple(f"SCHED_FLAG_{name}" for name in (
+    "RESET_ON_FORK", "RECLAIM", "DL_OVERRUN", "KEEP_POLICY", "KEEP_PARAMS",
+    "UTIL_CLAMP_MIN", "UTIL_CLAMP_MAX"))  # by their bits, from 1
+PERSONAS = {"LINUX": 0, "LINUX32": 8}  # PER_…, <linux/personality.h>
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 PROCESS_OPTIONS = (
@@ -2474,14 +2948,16 @@ MACHINES = {  # AUDIT_ARCH_…, and Docker's name
 ACTIONS = {  # what a filter returns, <linux/seccomp.h>
     "SCMP_ACT_KILL": 0, "SCMP_ACT_KILL_THREAD": 0, "SCMP_ACT_KILL_PROCESS": 0x80000000,
     "SCMP_ACT_TRAP": 0x30000, "SCMP_ACT_ERRNO": 0x50000, "SCMP_ACT_TRACE": 0x7FF00000,
-    "SCMP_ACT_LOG": 0x7FFC0000, "SCMP_ACT_ALLOW": 0x7FFF0000}
+    "SCMP_ACT_LOG": 0x7FFC0000, "SCMP_ACT_ALLOW": 0x7FFF0000,
+    "SCMP_ACT_NOTIFY": 0x7FC00000}
 OPERATORS = {  # what to compare for, and whether it should not be so
     "SCMP_CMP_EQ": (BPF_EQ, False), "SCMP_CMP_NE": (BPF_EQ, True),
     "SCMP_CMP_GT": (BPF_GT, False), "SCMP_CMP_LE": (BPF_GT, True),
     "SCMP_CMP_GE": (BPF_GE, False), "SCMP_CMP_LT": (BPF_GE, True),
     "SCMP_CMP_MASKED_EQ": (BPF_EQ, False)}
 FILTER_FLAGS = tuple(f"SECCOMP_FILTER_FLAG_{name}" for name in (
-    "TSYNC", "LOG", "SPEC_ALLOW"))  # by their bits, from 1
+    "TSYNC", "LOG", "SPEC_ALLOW", "NEW_LISTENER", "TSYNC_ESRCH",
+    "WAIT_KILLABLE_RECV"))  # by their bits, from 1
 WHEN = {"arches": [str], "caps": [str], "minKernel": str}
 PROFILE_FORM = {  # a type, a range, words of which it is one, a list, an object
     "defaultAction": tuple(ACTIONS), "defaultErrnoRet": range(4096),
@@ -2519,12 +2995,15 @@ def builtin_profile(machine):
 
 def check_form(value, form, place):
     """Refuse what is not of a form like PROFILE_FORM, naming its place."""
+    names = {str: "text", bool: "true or false", dict: "an object"}
     if isinstance(form, type):
-        good, wanted = isinstance(value, form), "text"
+        good, wanted = isinstance(value, form), names[form]
     elif isinstance(form, range):
-        good, wanted = type(value) is int and value in form, f"0 to {form.stop - 1}"
+        good = type(value) is int and value in form
+        wanted = f"{form.start} to {form.stop - 1}"
     elif isinstance(form, tuple):
-        good, wanted = value in form, f"one of {', '.join(form)}"
+        good = isinstance(value, (str, type(None))) and value in form
+        wanted = f"one of {', '.join(filter(None, form))}"
     else:
         good = isinstance(value, type(form))
         wanted = "an object" if isinstance(form, dict) else "a list"
@@ -2678,13 +3157,31 @@ def disassemble(program, machine):
         elif code == BPF_RETURN:
             what = "number"  # so it is where the next branch of the tree begins
             text = f"return {actions[k & 0xFFFF0000].removeprefix('SCMP_ACT_')} "
-            text += errno.errorcode.get(k & 0xFFFF, "")
+            if k >> 16 == 5:  # to others it is no error's number
+                text += errno.errorcode.get(k & 0xFFFF, "")
         else:
             value = machine if what == "arch" else hex(k)
             value = f"{k}{names.get(k, '')}" if what == "number" else value
             text = f"if {what} {signs[code]} {value} goto L{at + yes}, else L{at + no}"
         lines.append(f"{f'L{at - 1}:':6}{text}".rstrip())
     return lines
+
+
+def check_profile(profile, place):
+    """Refuse a profile that cannot become a filter, before anything is begun."""
+    judged = [rule["names"] for rule in profile["syscalls"]
+              if rule["action"] == "SCMP_ACT_NOTIFY"]
+    if profile["defaultAction"] == "SCMP_ACT_NOTIFY" or any(
+            "write" in names for names in judged):
+        raise Fail(f"{place}: SCMP_ACT_NOTIFY cannot be the defaultAction, nor that of "
+                   "write", "nobody could be told where the program asks")
+    if judged and not profile.get("listenerPath"):
+        raise Fail(f"{place}: SCMP_ACT_NOTIFY without a listenerPath",
+                   "nobody would answer")
+    try:
+        seccomp_program(profile, os.uname().machine)
+    except Fail as fail:
+        raise Fail(f"{place}: {fail.message}", fail.hint) from None
 
 
 def seccomp_spec(options, capabilities):
@@ -2705,7 +3202,7 @@ def seccomp_spec(options, capabilities):
                    "profiles or the OCI's; or `unconfined`, `builtin`") from None
     check_form(profile, PROFILE_FORM, f"{word}: profile")
     profile = oci_profile(profile, capabilities, machine, release)
-    seccomp_program(profile, machine)  # what it refuses is refused before we begin
+    check_profile(profile, word)
     return {"seccomp": profile}
 
 
@@ -2716,6 +3213,41 @@ class sock_fprog(ctypes.Structure):
 
     def __str__(self):
         return f"{{.len = {self.len}}}"
+
+
+# ── the interpreter ──
+
+
+def seal_interpreter(spec):
+    """Where root inside is root outside, start anew in an interpreter that he cannot
+    write to; returns in that one, or where there is no need.
+
+    An image whose program begins with #!/proc/self/exe, or who may look at us through
+    /proc/1/exe, holds the file that we run: the host's own python3.  On a mount that
+    is read-only and attached nowhere, nobody inside can change it, its mode or owner.
+    subtle: a fork runs the same file, so it takes an execve; only those pay for it
+    who have no user namespace, in which its owner is nobody.
+    """
+    sealed = os.statvfs("/proc/self/exe").f_flag & os.ST_RDONLY
+    if sealed or namespace_flags(spec) & CLONE_NEWUSER:
+        return
+    directory, name = os.path.split(os.readlink("/proc/self/exe"))
+    attr = mount_attr(attr_set=MOUNT_ATTR_RDONLY)
+    try:
+        tree = syscall("open_tree", AT_FDCWD, directory, OPEN_TREE_CLONE
+                       | OPEN_TREE_CLOEXEC | AT_RECURSIVE, why="attached nowhere")
+        syscall("mount_setattr", tree, "", AT_EMPTY_PATH | AT_RECURSIVE, attr,
+                ctypes.sizeof(attr), why="root inside is root outside, but not here")
+    except OSError as error:  # before Linux 5.12
+        if error.errno != errno.ENOSYS:
+            raise
+        say("this kernel cannot seal this machine's Python: root inside can write to "
+            "it, through /proc/self/exe")
+        return
+    os.environ["MINICONTAINER_SAID"] = "\n".join(SAID)
+    syscall("execve", f"/proc/self/fd/{tree}/{name}", sys.orig_argv,
+            ctypes.c_void_p.in_dll(LIBC, "environ"),
+            why="start anew, in an interpreter that nobody can write to")
 
 
 # ── steps ──
@@ -2742,10 +3274,11 @@ def wait_for_go(c):
     What it alone should hold is closed before: its lock must be free when it is dead,
     and its ends of the pipes, or we would never see that it is.
     """
-    for fd in (c.lock, c.news[0], c.orders[1], *c.outer.values(), *(c.home or ())):
+    for fd in (c.lock, c.news[0], c.orders[1], *c.outer.values(),
+               *(fd for fd, _ in c.home)):
         if fd >= 0:
             os.close(fd)
-    c.lock, c.outer, c.home = -1, {}, None
+    c.lock, c.outer, c.home = -1, {}, []
     c.news, c.orders = (-1, c.news[1]), (c.orders[0], -1)
     c.await_parent()
 
@@ -2765,8 +3298,12 @@ def become_root(c):
 
 
 def new_session(c):
-    """Step: a session, and a session keyring, of its own."""
+    """Step: a session of its own."""
     syscall("setsid", why="no terminal of the host is ours: no TIOCSTI, no Ctrl-C")
+
+
+def new_keyring(c):
+    """Step: a session keyring of its own."""
     try:
         syscall("keyctl", KEYCTL_JOIN_SESSION_KEYRING, f"_ses.{c.id}",
                 why="root's keys stay outside")
@@ -2897,6 +3434,25 @@ def ask_for_rlimits(c):
         c.ask_parent("rlimits")
 
 
+def set_priorities(c):
+    """Step: when it gets the processor and the disk, and as what kind of machine uname
+    shows itself, if the spec says so."""
+    process, persona = c.spec["process"], c.spec["linux"].get("personality")
+    if disk := process.get("ioPriority"):
+        number = IOPRIO_CLASSES.index(disk["class"]) << 13 | (disk.get("priority") or 0)
+        syscall("ioprio_set", 1, 0, number, why=f"{disk['class']} for this process")
+    if turn := process.get("scheduler"):
+        flags = sum(1 << SCHED_FLAGS.index(flag) for flag in turn.get("flags") or ())
+        numbers = [turn.get(key) or 0 for key in (
+            "nice", "priority", "runtime", "deadline", "period")]
+        attr = struct.pack("=IIQiIQQQ", 48, SCHED_POLICIES.index(turn["policy"]), flags,
+                           *numbers)  # struct sched_attr, sched_setattr(2)
+        syscall("sched_setattr", 0, ctypes.create_string_buffer(attr), 0,
+                why=turn["policy"])
+    if persona:
+        syscall("personality", PERSONAS[persona["domain"]], why=persona["domain"])
+
+
 def become_user(c):
     """Step: the user it runs as, who also owns the terminal.
 
@@ -2910,13 +3466,16 @@ def become_user(c):
 
 
 def set_capabilities(c):
-    """Step: the other four sets; only root has any of them to keep.
+    """Step: the other four sets; only root, or who inherits some, has any to keep.
 
     And, until execve, CAP_SYS_ADMIN: install_seccomp needs it unless nothing can be
     gained any more.  Execve makes new sets of the bounding and the inheritable one, so
     that it takes it away without a call that a filter could refuse."""
     process, last = c.spec["process"], []
-    sets = process["capabilities"] if process["user"]["uid"] == 0 else {}
+    sets = process["capabilities"]
+    inherited = sets.get("inheritable", [])
+    if process["user"]["uid"] and not inherited:
+        sets = {}
     if c.spec["linux"].get("seccomp") and not process.get("noNewPrivileges"):
         last = ["CAP_SYS_ADMIN"]
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3, this process
@@ -2931,6 +3490,9 @@ def set_capabilities(c):
     syscall("prctl", PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0,
             why="no program inherits any")
     syscall("capset", header, data, why="just these, from here on")
+    for name in {*inherited} & {*sets["ambient"]} if inherited else ():
+        syscall("prctl", PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE,
+                CAPABILITIES.index(name), 0, 0, why=f"it, and heirs, keep {name}")
 
 
 def no_new_privileges(c):
@@ -2951,18 +3513,28 @@ def die_with_parent(c):
     c.tell_parent()
 
 
+def close_all_but(low, *wanted):
+    """Close every descriptor from `low` on that is not wanted."""
+    for kept in sorted({*wanted, 0x7FFFFFFF}):
+        if kept > low:
+            try:
+                syscall("close_range", low, kept - 1, 0, why="all but what we need")
+            except OSError as error:
+                if error.errno != errno.ENOSYS:
+                    raise
+                os.closerange(low, min(kept, 1 << 20))  # Linux before 5.9
+        low = max(low, kept + 1)
+
+
 def close_descriptors(c):
-    """Step: the program gets 0, 1 and 2, and nothing else of ours."""
-    try:
-        syscall("close_range", 3, 0x7FFFFFFF, CLOSE_RANGE_CLOEXEC,
-                why="all others are closed by execve")
-    except OSError as error:  # Linux before 5.11 knows no such flag, or no such call
-        if error.errno not in (errno.EINVAL, errno.ENOSYS):
-            raise
-        low = 3
-        for fd in sorted({c.news[1], c.orders[0], narration.fd, 1 << 20}):
-            os.closerange(low, fd)  # those three were opened to be closed by execve
-            low = max(low, fd + 1)
+    """Step: the program gets 0, 1 and 2, and nothing else of ours.
+
+    subtle: execve closes too, but looks the program up before: one that is named
+    /proc/self/fd/5/../../bin/sh, or asks for it with #!, would be the host's, if 5 were
+    a directory of the host.  What stays open until then leads nowhere.
+    """
+    close_all_but(3 + c.preserved, c.news[1], c.orders[0], *c.fifos, narration.fd,
+                  c.proc)
 
 
 def install_seccomp(c):
@@ -2977,12 +3549,19 @@ def install_seccomp(c):
     if narration.style in ("bpf", "json"):
         filter_.listing = disassemble(program, machine)
     flags = sum(1 << FILTER_FLAGS.index(flag) for flag in profile.get("flags", ()))
+    asks = "SCMP_ACT_NOTIFY" in {rule["action"] for rule in profile["syscalls"]}
+    flags |= 8 * asks  # NEW_LISTENER: where somebody waits for what it asks
+    syscall("prctl", PR_SET_NAME, NOT_YET, 0, 0, 0,
+            why="until execve: a filter may keep us from saying what went wrong")
     try:
-        syscall("seccomp", SECCOMP_SET_MODE_FILTER, flags, filter_,
-                why="which calls may be made, for good, by it and its children")
+        fd = syscall("seccomp", SECCOMP_SET_MODE_FILTER, flags, filter_,
+                     why="which calls may be made, for good, by it and its children")
     except OSError as error:
         raise Fail(f"the kernel takes no seccomp filter: {error.strerror}",
                    "--security-opt seccomp=unconfined does without") from None
+    if asks:
+        c.ask_parent("listener", fd=fd)
+        os.close(fd)
 
 
 # ── the program ──
@@ -2993,14 +3572,18 @@ def become_reaper(c):
     when the program ends.  The program is a child, and goes on with the next step."""
     if not c.wants_reaper:
         return
+    behind, walls = os.pipe()
     program = os.fork()
     if program == 0:
+        os.close(walls)
+        os.read(behind, 1)  # its end: now process 1 is behind the walls, and we may go
+        os.close(behind)
         return
     c.spec["process"]["noNewPrivileges"] = True  # it executes nothing, so it may lose
     for step in (no_new_privileges, set_capabilities, install_seccomp):  # all at once
         step(c)
     narration.style = ""  # its descriptor goes with the others
-    syscall("close_range", 3, 0x7FFFFFFF, 0, why="nothing of the host's stays open")
+    close_all_but(3)
     every = signal.valid_signals()
     signal.pthread_sigmask(signal.SIG_BLOCK, every)
     while True:
@@ -3044,6 +3627,8 @@ def label_program(c):
             raise Fail(f"{module} does not know {label!r}: {error.strerror}",
                        f"is it loaded, and {module} in /sys/kernel/security/lsm?"
                        ) from None
+    if c.proc >= 0:
+        os.close(c.proc)  # it leads to the host; see close_descriptors
 
 
 # Execve resets handlers but keeps what is ignored: by Python, a shell or nohup.
@@ -3107,28 +3692,42 @@ def reset_signals(c):
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
+def program_paths(process):
+    """Where a process's program may be."""
+    name = process["args"][0]
+    return [name] if "/" in name else [
+        f"{directory or '.'}/{name}" for line in process["env"]
+        if line.startswith("PATH=") for directory in line[5:].split(":")]
+
+
+def find_program(c):
+    """Step: refuse a program that is nowhere."""
+    name = c.spec["process"]["args"][0]
+    if any(map(os.path.lexists, program_paths(c.spec["process"]))):
+        return
+    if "/" in name:
+        raise Fail(f"exec {name}: no such file or directory",
+                   "the program must be in the image; is the path right?", 127)
+    raise Fail(f"exec {name!r}: executable file not found in $PATH",
+               "name it with its path, or set PATH with -e", 127)
+
+
 def execute(c):
     """Step: the last, this process becomes the program."""
-    process = c.spec["process"]
-    name, args, env = process["args"][0], process["args"], process["env"]
-    paths = [name] if "/" in name else [
-        f"{directory or '.'}/{name}" for line in env if line.startswith("PATH=")
-        for directory in line[5:].split(":")]
+    args, env = c.spec["process"]["args"], c.spec["process"]["env"]
     refused = None
-    for path in paths:
+    for path in program_paths(c.spec["process"]):
         try:
             syscall("execve", path, args, env, why="the container's program")
+            raise Fail(f"exec {path}: the seccomp profile answers 0, and does nothing",
+                       "have it allow execve, or refuse it with an error", 126)
         except OSError as error:
             missing = error.errno in (errno.ENOENT, errno.ENOTDIR)
             if not missing or os.path.lexists(path):
                 refused = refused or error
     if refused:
         raise refused
-    if "/" in name:
-        raise Fail(f"exec {name}: no such file or directory",
-                   "the program must be in the image; is the path right?", 127)
-    raise Fail(f"exec {name!r}: executable file not found in $PATH",
-               "name it with its path, or set PATH with -e", 127)
+    find_program(c)
 
 
 # ── what an error means ──
@@ -3158,11 +3757,15 @@ def exec_refused(error):
     if error.errno == errno.ENOEXEC:
         return Fail(f"exec {path}: exec format error", "neither a program for this "
                     "machine nor a script that begins with #!", 126)
-    return Fail(f"exec {path}: {error.strerror}", "", 126)
+    hint = "" if error.errno != errno.EPERM else (
+        "does the profile of --security-opt seccomp=… allow execve?")
+    return Fail(f"exec {path}: {error.strerror}", hint, 126)
 
 
 def refused_to_root(error):
-    """EPERM although we are root: the power that is missing, or the switch."""
+    """EPERM: that we are not root; or although we are, the power or the switch."""
+    if os.geteuid() and narration.who == "parent":
+        return "it takes root: sudo"
     status = dict(line.split(":\t", 1)
                   for line in read_file("/proc/self/status").splitlines())
     missing = [name for number, name in enumerate(CAPABILITIES)
@@ -3220,6 +3823,11 @@ ADVICE = (
     ("pivot_root", (errno.EINVAL,), shared_mounts),
     ("clone3 clone unshare", (errno.ENOSPC, errno.EUSERS),
      "the sysctls user.max_*_namespaces allow no more here; or --userns host"),
+    ("mount move_mount openat2 mkdirat mknodat",
+     (errno.ENOTDIR, errno.ENOENT, errno.ELOOP, errno.EEXIST),
+     "what is there already is in the way: a directory goes on a directory, a file on "
+     "a file, and a link of the image may lead to where nothing can be made"),
+    ("mount", (errno.EINVAL,), "are the options of this mount right? see mount(8)"),
     ("mount", (errno.ENODEV,), "the kernel lacks this file system: is there a module?"),
     ("", (errno.EPERM, errno.EACCES), refused_to_root),
     ("", (errno.EBUSY,), holders),
@@ -3249,7 +3857,8 @@ def diagnose(error, step=""):
             if found:
                 hint = found
                 break
-    return Fail(f"{error.filename or step or 'error'}: {error.strerror or error}", hint)
+    return Fail(f"{getattr(error, 'about', '')}{error.filename or step or 'error'}: "
+                f"{error.strerror or error}", hint)
 
 # ══ 6. THE CONTAINER ══════════════════════════════════════════════════════════════
 #
@@ -3271,7 +3880,7 @@ def diagnose(error, step=""):
 BEFORE = (              # the parent, before there is another process
     make_cgroup,        # first: init may be born in it
     open_stdio,         # its ends are inherited
-    take_sources,       # while our mounts are still the host's
+    take_sources, visit_namespaces,  # while our mounts are still the host's
     open_workshop,      # and now they are not
 )
 OUTSIDE = (             # the parent, while init waits
@@ -3284,9 +3893,9 @@ BIRTH = (               # init, from "go" until it is your program
     no_more_imports,    # from here on Python's library path may lie inside the image
     hide_memory,        # before anything of the container runs that could look
     wait_for_go,        # the ids and the rootfs are there after it
-    join_cgroup,        # before it uses what should be counted
-    become_root,        # of the user namespace: all that follows needs its powers
-    new_session,        # before there is a terminal to belong to it
+    join_cgroup, join_users,  # before it uses what is counted, or owned
+    become_root, shift_clocks,  # of the user namespace: what follows needs its powers
+    new_session, new_keyring,  # before there is a terminal to belong to it
     own_the_mounts,     # before the first mount: nothing may leak to the host
     hold_rootfs,        # pivot needs it to be a mount point of ours
     mount_all,          # /proc, /sys, /dev, volumes: in the spec's order
@@ -3302,11 +3911,11 @@ BIRTH = (               # init, from "go" until it is your program
         find_user,      # names mean what the image says: its files are / now
         enter_cwd,      # while we may still enter every directory
         drop_bounding,  # needs CAP_SETPCAP, so before the user changes
-        ask_for_rlimits,  # as late as may be: they bind us too
+        set_priorities, ask_for_rlimits,  # as late as may be: they bind us too
         become_user,    # groups, then user
         set_capabilities,  # what is left of them after that
         no_new_privileges,  # nothing is to be gained any more
-        close_descriptors,  # all of ours will end with this program
+        close_descriptors,  # before a program is looked up that could name them
         die_with_parent,  # forgotten whenever a user changes, so after that
         become_reaper,  # with --init: process 1 stays behind, its child goes on
         label_program,  # counts for this process alone, so after the last fork
@@ -3315,7 +3924,7 @@ BIRTH = (               # init, from "go" until it is your program
     )),
 )
 JOIN = (no_more_imports, hide_memory, wait_for_go, join_cgroup, join_namespaces,
-        become_root, new_session, open_console, take_stdio, *TAIL)
+        become_root, new_session, new_keyring, open_console, take_stdio, *TAIL)
 
 
 def init(c, steps):
@@ -3352,7 +3961,7 @@ def start(c, before=BEFORE, outside=OUTSIDE, birth=BIRTH):
         c.open_pipes()
         for step in before:
             step(c)
-        flags = namespace_flags(c.spec) & ~LATER
+        flags = birth_flags(c.spec)
         c.pid, c.pidfd = clone3(flags, c.cgroup.birth_fd, why="the container's init")
         if c.pid == 0:
             narration.who = "init"
@@ -3367,44 +3976,1102 @@ def start(c, before=BEFORE, outside=OUTSIDE, birth=BIRTH):
         raise
 
 
-def enter(c, running):
-    """Run c's process in the namespaces of c.target and in the cgroup `running`;
+def enter(c, before=(open_stdio, open_cgroup), steps=JOIN):
+    """Run c's process in the namespaces of c.target and in the group c.cgroup;
     returns when it runs.  After an error it is gone."""
     try:
         c.open_pipes()
-        open_stdio(c)
-        c.cgroup = running
-        c.cgroup.open_doors()
+        for step in before:
+            step(c)
         c.pid, c.pidfd = clone3(0, c.cgroup.birth_fd, why="a process to go in")
         if c.pid == 0:
             narration.who = "exec"
-            init(c, JOIN)
+            init(c, steps)
         c.answer("go")
         c.listen()
     except BaseException:
         kill_and_wait(c)
         raise
 
+# ══ 7. THE OCI RUNTIME ════════════════════════════════════════════════════════════
+#
+# podman, buildah, containerd and dockerd do not make containers.  They prepare a
+# directory, the bundle, with a root file system and a config.json that says what is
+# wanted, and call a runtime for each turn in a container's life:
+#
+#       create ID    the whole of BIRTH but its end: init waits          created
+#       start ID     it becomes the program                              running
+#       kill ID 15   a signal for it                                     stopped
+#       delete ID    its control group and its record are removed
+#
+# Called as `minirunc`, this file is such a runtime.  That config.json is the very spec
+# that chapter 6 takes; so what is left to do here is to check it, to fill in what it
+# leaves out, to choose the steps, and to keep a record:
+#
+#       /run/minirunc/ID/state.json    pid, bundle, and the spec as it was then
+#                        exec.fifo     init waits for a word from it; gone when started
+#                        news.fifo     what init has to say from then on
+#                        workshop/     always empty, here; see chapter 4
+#
+# Create and start are two processes, and the one that created is gone by the time of
+# the other.  So where init would execute, it changes its two pipes for two FIFOs;
+# whoever opens their other ends is its parent from then on, as far as news and orders
+# go.  The caller of create is its parent when it dies, who has to reap it.
+#
+# The program gets the 0, 1 and 2 that create was given.  A config.json may give less
+# protection than ours do: without a user namespace root inside is root outside, whom
+# the devices of the control group and the capabilities keep in.
+#
+# Specification: github.com/opencontainers/runtime-spec, version 1.2.
+
+OCI_VERSION = "1.2.0"
+OCI_GLOBALS = (
+    arg("--root", metavar="DIR", default="/run/minirunc", help="where the records are"),
+    arg("--log", metavar="FILE", help="a file for errors, beside standard error"),
+    arg("--log-format", choices=["text", "json"], default="text",
+        help="the form of its lines"),
+    arg("--debug", action="store_true", help="narrate on standard error, as --explain"),
+    arg("--systemd-cgroup", action="store_true", help="refused: groups are made "
+        "directly"),
+    arg("--rootless", metavar="BOOL", default="auto", help="true is refused: this "
+        "takes root"),
+)
+START_OPTIONS = (
+    arg("-b", "--bundle", metavar="DIR", default=".", help="with config.json and root"),
+    arg("--pid-file", metavar="FILE", default="", help="to write its pid to"),
+    arg("--console-socket", metavar="PATH", default="",
+        help="a socket that is sent the terminal"),
+    arg("--preserve-fds", metavar="N", default="0",
+        help="pass on N descriptors from 3 on"),
+    arg("--no-new-keyring", action="store_true", help="keep the caller's keyring"),
+    arg("--no-pivot", action="store_true", help="move the root, where / is a ramdisk"),
+)
+ID = arg("id", metavar="ID", help="the container's name")
+
+# ── errors, as callers want to hear them ──
+
+
+def log_error(options, fail):
+    """One line on standard error, which some callers read; and in the log, others."""
+    message = fail.message + (f" ({fail.hint})" if fail.hint else "")
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    line = f'time="{now}" level=error msg={quote(message)}'
+    if options.log_format == "json":
+        line = to_json({"level": "error", "msg": message, "time": now})
+    print(f"minirunc: {message}", file=sys.stderr, flush=True)
+    if options.log:
+        with open(options.log, "a", encoding="utf-8", errors="surrogateescape") as log:
+            log.write(line + "\n")
+
+
+def oci(word, *declared):
+    """Declare a command of the runtime; its errors are told by log_error."""
+    def declare(function):
+        def run(options):
+            try:
+                if options.systemd_cgroup:
+                    raise Fail("--systemd-cgroup is not offered",
+                               "have the caller use cgroupfs")
+                if word not in ("spec", "features") and (
+                        os.geteuid() or options.rootless == "true"):
+                    raise Fail("permission denied: rootless containers are not offered",
+                               "only root can make containers here")
+                if options.debug and not narration.style:
+                    start_narration("text")
+                return function(options) or 0
+            except Exception as error:
+                log_error(options, diagnose(error))
+                return 1
+        run.__doc__ = function.__doc__
+        names = [names for names, _ in declared]
+        usual = [option for option in OCI_GLOBALS if option[0] not in names]
+        command(f"oci {word}", *declared, *usual)(run)
+        return function
+    return declare
+
+
+@command("oci", arg("-v", "--version", action="store_true", help="show it"),
+         *OCI_GLOBALS)
+def oci_command(options):
+    """What runc does: create, start, kill, delete …; the same as `minirunc`."""
+    print(f"minirunc version 0.1.0\nspec: {OCI_VERSION}" if options.version
+          else "minirunc: see `minicontainer --help` for the commands of `oci`")
+
+
+def oci_words(words):
+    """`oci --root DIR create ID` in our order: a command, and what belongs to it."""
+    flags = {name: how for names, how in OCI_GLOBALS for name in names}
+    at = 0
+    while at < len(words) and words[at].startswith("-"):
+        takes_next = words[at] in flags and "action" not in flags[words[at]]
+        at += 2 if takes_next else 1
+    return [*words[at:at + 1], *words[:at], *words[at + 1:]]
+
+
+# ── config.json ──
+
+TEXTS, IDS = [str], range(1 << 32)
+MAPPINGS = [{"containerID": IDS, "hostID": IDS, "size": range(1, 1 << 32)}]
+HOOKS = "prestart", "createRuntime", "createContainer", "startContainer", "poststart", \
+    "poststop"
+RLIMIT_TYPES = tuple(f"RLIMIT_{name.upper()}" for name in RLIMITS)
+CAPABILITY_SETS = "bounding", "effective", "permitted", "inheritable", "ambient"
+PROCESS_FORM = {
+    "terminal": bool, "args": TEXTS, "env": TEXTS, "cwd": str,
+    "consoleSize": {"height": range(1 << 16), "width": range(1 << 16)},
+    "user": {"uid": IDS, "gid": IDS, "umask": range(0o1000), "additionalGids": [IDS]},
+    "capabilities": dict.fromkeys(CAPABILITY_SETS, [CAPABILITIES]),
+    "rlimits": [{"type": RLIMIT_TYPES, "soft": range(1 << 64), "hard": range(1 << 64)}],
+    "noNewPrivileges": bool, "oomScoreAdj": range(-1000, 1001),
+    "ioPriority": {"class": IOPRIO_CLASSES, "priority": range(8)},
+    "scheduler": {"policy": SCHED_POLICIES, "flags": [SCHED_FLAGS],
+                  "nice": range(-20, 20), "priority": range(100),
+                  **dict.fromkeys(("runtime", "deadline", "period"), range(1 << 64))},
+    "apparmorProfile": str, "selinuxLabel": str}
+RATES = [{"major": IDS, "minor": IDS, "rate": range(1 << 64)}]
+SIGNED = range(-1, 1 << 63)
+RESOURCES_FORM = {
+    "memory": {"limit": SIGNED, "swap": SIGNED, "reservation": SIGNED,
+               "kernelTCP": SIGNED, "swappiness": range(101), "disableOOMKiller": bool},
+    "cpu": {"shares": range(1 << 64), "quota": range(-(1 << 63), 1 << 63),
+            "period": range(1 << 64), "burst": range(1 << 64), "idle": range(2),
+            "realtimeRuntime": range(-1, 1 << 63), "realtimePeriod": range(1 << 64),
+            "cpus": str, "mems": str},
+    "hugepageLimits": [{"pageSize": str, "limit": range(1 << 64)}],
+    "network": {"classID": IDS, "priorities": [{"name": str, "priority": IDS}]},
+    "unified": dict,
+    "pids": {"limit": range(-(1 << 63), 1 << 63)},
+    "blockIO": {"weight": range(1001), **{key: RATES for *_, key in THROTTLES},
+                "weightDevice": [{"major": IDS, "minor": IDS, "weight": range(1001)}]},
+    "devices": [{"allow": bool, "type": ("a", "b", "c", None, ""), "access": str,
+                 "major": SIGNED, "minor": SIGNED}]}
+SPEC_FORM = {
+    "ociVersion": str, "process": PROCESS_FORM, "root": {"path": str, "readonly": bool},
+    "hostname": str, "domainname": str, "annotations": dict,
+    "mounts": [{"destination": str, "type": str, "source": str, "options": TEXTS,
+                "uidMappings": MAPPINGS, "gidMappings": MAPPINGS}],
+    "hooks": dict.fromkeys(HOOKS, [{"path": str, "args": TEXTS, "env": TEXTS,
+                                    "timeout": range(1, 1 << 31)}]),
+    "linux": {
+        "namespaces": [{"type": tuple(NAMESPACES), "path": str}],
+        "uidMappings": MAPPINGS, "gidMappings": MAPPINGS, "cgroupsPath": str,
+        "devices": [{"path": str, "type": ("b", "c", "u"), "major": IDS, "minor": IDS,
+                     "fileMode": IDS, "uid": IDS, "gid": IDS}],
+        "resources": RESOURCES_FORM, "sysctl": dict, "maskedPaths": TEXTS,
+        "readonlyPaths": TEXTS, "rootfsPropagation": (*PROPAGATIONS, None, ""),
+        "timeOffsets": dict.fromkeys(CLOCKS, {"secs": range(-(1 << 63), 1 << 63),
+                                              "nanosecs": range(10 ** 9)}),
+        "personality": {"domain": tuple(PERSONAS), "flags": [()]},
+        "seccomp": {**PROFILE_FORM, "architectures": TEXTS, "listenerPath": str,
+                    "listenerMetadata": str}}}
+# What would change the container, and is not done; the rest of what we do not know is
+# to be ignored, says the specification.
+REFUSED = """process.execCPUAffinity vm linux.intelRdt linux.mountLabel
+    linux.memoryPolicy linux.netDevices linux.resources.rdma
+    linux.resources.memory.checkBeforeUpdate
+    linux.resources.blockIO.leafWeight""".split()
+# The devices that work in every container, whatever resources.devices says: making
+# any node, terminals, and those of DEVICES.
+USUAL_DEVICES = [{"allow": True, "type": kind, "major": major, "minor": minor,
+                  "access": access} for kind, major, minor, access in (
+    ("c", None, None, "m"), ("b", None, None, "m"), ("c", 1, 3, "rwm"),
+    ("c", 1, 5, "rwm"), ("c", 1, 7, "rwm"), ("c", 1, 8, "rwm"), ("c", 1, 9, "rwm"),
+    ("c", 5, 0, "rwm"), ("c", 5, 1, "rwm"), ("c", 5, 2, "rwm"),
+    ("c", 136, None, "rwm"))]
+
+
+def refuse(place, value, wanted):
+    """A Fail that names a place in config.json, and what may be there."""
+    raise Fail(f"{place}: {value!r:.80} is not possible", f"wanted: {wanted}")
+
+
+def read_json(path, form, place):
+    """A document of a form like SPEC_FORM; a Fail that names the path in it."""
+    try:
+        document = from_json(sys.stdin.read() if path == "-" else read_file(path))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or f"not JSON: {error}"
+        raise Fail(f"{path}: {reason[:1].lower()}{reason[1:]}",
+                   "JSON as the OCI specifies it") from None
+    check_form(document, form, place)
+    return document
+
+
+def check_refused(spec):
+    """Refuse what asks for something that is not done."""
+    for path in REFUSED:
+        value = spec
+        for key in path.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        if value:
+            raise Fail(f"config.{path} is not offered", "leave it out")
+
+
+def complete_process(process, place):
+    """A process with all that our steps look for."""
+    user, sets = process.setdefault("user", {}), process.get("capabilities") or {}
+    user.pop("username", None)  # for Windows
+    user.setdefault("uid", 0)
+    user.setdefault("gid", 0)
+    process["capabilities"] = {name: sets.get(name) or [] for name in CAPABILITY_SETS}
+    process["env"] = process.get("env") or []
+    for number, limit in enumerate(process.get("rlimits") or ()):
+        if limit["soft"] > limit["hard"]:
+            refuse(f"{place}.rlimits[{number}].soft", limit["soft"], "at most its hard")
+    for key in ("rlimits", "oomScoreAdj", "apparmorProfile", "selinuxLabel"):
+        if process.get(key) in (None, "", []):
+            process.pop(key, None)
+    if not process.get("args"):
+        refuse(f"{place}.args", process.get("args"), "a program, and its arguments")
+    if not str(process.get("cwd")).startswith("/"):
+        refuse(f"{place}.cwd", process.get("cwd"), "an absolute path")
+
+
+def complete_mounts(mounts):
+    """Mounts in the form that our steps know: "bind" for every bind mount."""
+    known = [OPTION_WORDS, CLEARING_WORDS, PROPAGATIONS, NEUTRAL_WORDS, ATTRIBUTES,
+             DEEP_WORDS]
+    for number, mount in enumerate(mounts):
+        place = f"config.mounts[{number}]"
+        mount["options"] = words = mount.get("options") or []
+        target = os.path.normpath(f"/{mount.get('destination', '')}")
+        mount["destination"] = f"/{target.lstrip('/')}"
+        if mount["destination"] == "/":
+            refuse(f"{place}.destination", mount["destination"], "a path below /")
+        if {"bind", "rbind"} & {*words} or mount.get("type") == "bind":
+            mount["type"] = "bind"
+            if not os.path.exists(mount.get("source", "")):
+                raise Fail(f"{place}.source: {mount.get('source')!r}: no such file or "
+                           "directory", "a path of the host")
+            for at, word in enumerate(words):
+                if not any(word in table for table in known):
+                    refuse(f"{place}.options[{at}]", word, "an option of a bind mount")
+        if bool(mount.get("uidMappings")) != bool(mount.get("gidMappings")):
+            refuse(f"{place}.gidMappings", mount.get("gidMappings"),
+                   "one with uidMappings, and none without")
+        if mount.get("uidMappings") and mount.get("type") != "bind":
+            refuse(f"{place}.uidMappings", mount["uidMappings"], "a bind mount")
+        mount["source"] = mount.get("source") or mount.get("type") or "none"
+        mount["type"] = mount.get("type") or "none"
+
+
+def complete_resources(resources):
+    """Resources without what is not set: to the OCI, 0 and null are that."""
+    pages = {item.get("pageSize"): item.get("limit")
+             for item in resources.get("hugepageLimits") or ()}
+    for file in (*(resources.get("unified") or ()), *pages):
+        if not file or "/" in file:
+            refuse("config.linux.resources", file, "the name of a file or a page size")
+    return {name: {key: value for key, value in section.items() if value}
+            if isinstance(section, dict) else section
+            for name, section in {**resources, "hugepageLimits": pages}.items()
+            if section}
+
+
+def complete_linux(spec, id):
+    """The spec's `linux` with all that our steps look for."""
+    linux = spec["linux"] = spec.get("linux") or {}
+    linux["namespaces"] = linux.get("namespaces") or []
+    kinds = [namespace["type"] for namespace in linux["namespaces"]]
+    if not new_namespaces(spec) & CLONE_NEWNS or len({*kinds}) < len(kinds):
+        refuse("config.linux.namespaces", kinds,
+               "each once, and among them a new mount namespace")
+    if new_namespaces(spec) & CLONE_NEWUSER and not linux.get("uidMappings"):
+        refuse("config.linux.uidMappings", None, "the ids of the new user namespace")
+    for key in ("hostname", "domainname"):
+        if spec.get(key) and "uts" not in kinds:
+            refuse(f"config.{key}", spec[key], "none, without a uts namespace")
+    if linux.get("timeOffsets") and not new_namespaces(spec) & CLONE_NEWTIME:
+        refuse("config.linux.timeOffsets", linux["timeOffsets"],
+               "none, without a new time namespace")
+    for name in linux.get("sysctl") or ():
+        kind = "network" if name.startswith("net.") else "ipc"
+        if not name.replace("/", ".").startswith(SYSCTLS) or kind not in kinds:
+            refuse("config.linux.sysctl", name, f"a setting of its {kind} namespace")
+    path = linux.get("cgroupsPath") or f"/minicontainer-{id}"
+    if ":" in path:
+        refuse("config.linux.cgroupsPath", path, "a path; this form is systemd's")
+    linux["cgroupsPath"] = os.path.normpath(f"/{path}")
+    for key in ("sysctl", "devices", "maskedPaths", "readonlyPaths"):
+        linux[key] = linux.get(key) or ({} if key == "sysctl" else [])
+    for device in linux["devices"]:
+        device["fileMode"] = (device.get("fileMode") or 0o666) & 0o7777
+        device.update(uid=device.get("uid") or 0, gid=device.get("gid") or 0,
+                      access="rwm", type=device["type"].replace("u", "c"))
+    linux["resources"] = complete_resources(linux.get("resources") or {})
+    if not namespace_flags(spec) & CLONE_NEWUSER:  # or whoever may make nodes has disks
+        rules_ = linux["resources"].get("devices") or []
+        linux["resources"]["devices"] = [{"allow": False}, *rules_, *USUAL_DEVICES]
+    if seccomp := linux.get("seccomp"):
+        seccomp["syscalls"] = seccomp.get("syscalls") or []
+        check_profile(seccomp, "config.linux.seccomp")
+
+
+def read_spec(bundle, id):
+    """The config.json of a bundle, checked and completed."""
+    spec = read_json(f"{bundle}/config.json", SPEC_FORM, "config")
+    check_refused(spec)
+    if not spec.get("process") or not (spec.get("root") or {}).get("path"):
+        refuse("config", sorted(spec), "an object with a process and a root.path")
+    complete_process(spec["process"], "config.process")
+    spec["mounts"] = spec.get("mounts") or []
+    complete_mounts(spec["mounts"])
+    complete_linux(spec, id)
+    if not os.path.isdir(os.path.join(bundle, spec["root"]["path"])):
+        raise Fail(f"config.root.path: {spec['root']['path']!r}: no such file or "
+                   "directory", "a directory, from the bundle or absolute")
+    return spec
+
+
+# ── the record ──
+
+
+def record_directory(options):
+    """Where the container's record is, or would be."""
+    id = options.id
+    if not id or id.strip(".") == "" or not all(
+            c.isalnum() and c.isascii() or c in "_+-." for c in id):
+        raise Fail(f"invalid container id: {id!r}", "letters, digits, _ + - and .")
+    return os.path.join(os.path.abspath(options.root), id)
+
+
+def read_record(options):
+    """The record of a container."""
+    directory = record_directory(options)
+    try:
+        return {**from_json(read_file(f"{directory}/state.json")), "where": directory}
+    except FileNotFoundError:
+        raise Fail(f"container {options.id!r} does not exist", "see `list`") from None
+
+
+def process_facts(pid):
+    """(state, start time) of a process, which tell it from a later one of its number;
+    ("X", 0) if there is none."""
+    try:
+        words = read_file(f"/proc/{pid}/stat").rpartition(") ")[2].split()
+        return words[0], int(words[19])
+    except (FileNotFoundError, ProcessLookupError):
+        return "X", 0
+
+
+def status_of(record):
+    """created, running, paused or stopped."""
+    state, began = process_facts(record["pid"])
+    if not record["pid"] or state in "ZX" or began != record["began"]:
+        return "stopped"
+    if os.path.exists(f"{record['where']}/exec.fifo"):
+        return "created"
+    frozen = cgroup_of(record["spec"]).is_frozen()
+    return "paused" if frozen else "running"
+
+
+def oci_state(record, status):
+    """A container's state, as the specification has it for hooks and `state`."""
+    found = {"ociVersion": OCI_VERSION, "id": record["id"], "status": status,
+             "pid": record["pid"] if status != "stopped" else 0,
+             "bundle": record["bundle"]}
+    if notes := record["spec"].get("annotations"):
+        found["annotations"] = notes
+    return found
+
+
+def forget(directory):
+    """Remove a record."""
+    for name in os.listdir(directory):
+        path = f"{directory}/{name}"
+        (os.rmdir if os.path.isdir(path) else os.unlink)(path)
+    os.rmdir(directory)
+
+
+# ── hooks ──
+#
+# Programs of the caller's, each run with the container's state on its standard input:
+# prestart and createRuntime on the host once the namespaces are there, createContainer
+# in them before the pivot, startContainer after it, poststart and poststop on the host
+# again.  One that fails or takes too long undoes the container, but for the last two,
+# which come too late for that.
+
+
+def run_hook(hook, state, what):
+    """Run a program of the caller's with the state on its standard input; a Fail
+    unless it ends well, and in time."""
+    ours, its = os.pipe()[::-1]
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.dup2(its, 0)
+            os.dup2(2, 1)  # 1 is the container's
+            os.setsid()  # to be killed with what it has begun
+            os.closerange(3, 1 << 16)
+            reset_signals(None)
+            env = dict(line.partition("=")[::2] for line in hook.get("env") or ())
+            os.execve(hook["path"], hook.get("args") or [hook["path"]], env)
+        finally:
+            os._exit(127)
+    os.close(its)
+    try:
+        os.write(ours, to_json(state).encode())
+    except BrokenPipeError:  # it does not care
+        pass
+    os.close(ours)
+    poll, pidfd = select.poll(), syscall("pidfd_open", pid, 0, why=f"a {what} hook")
+    poll.register(pidfd, select.POLLIN)
+    in_time = poll.poll(hook["timeout"] * 1000 if hook.get("timeout") else None)
+    os.close(pidfd)
+    if not in_time:
+        os.killpg(pid, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if code or not in_time:
+        how = f"ended with {code}" if in_time else "took too long"
+        raise Fail(f"the {what} hook {hook['path']} {how}", "see what it printed")
+
+
+def run_hooks(c, *kinds, status, pid):
+    """Run the container's hooks of these kinds, in order."""
+    hooks = c.spec.get("hooks") or {}
+    state = oci_state({"id": c.id, "pid": pid, "bundle": c.directory, "spec": c.spec},
+                      status)
+    for kind in kinds:
+        for hook in hooks.get(kind) or ():
+            run_hook(hook, state, kind)
+
+
+@answers("hooks")
+def run_host_hooks(c):
+    """Outside: the hooks of a container that has its namespaces, on the host."""
+    run_hooks(c, "prestart", "createRuntime", status="creating", pid=c.pid)
+
+
+def run_create_hooks(c):
+    """Step: hooks that see all mounts, those of the host and of the container."""
+    if c.spec.get("hooks"):
+        c.ask_parent("hooks")
+        pid = int(os.readlink("/proc/self"))  # the host's number: its /proc is there
+        run_hooks(c, "createContainer", status="creating", pid=pid)
+
+
+# ── steps, where they differ ──
+#
+# A caller's container outlives the process that created it, and has standard streams
+# that the caller made.  So in place of dying with its parent it waits for whoever
+# starts it, and in place of getting pipes of ours it becomes the owner of the caller's.
+
+
+def open_fifos(c):
+    """Outside: what init will wait at; open for both, no end waits for the other."""
+    for name in ("exec.fifo", "news.fifo"):
+        os.mkfifo(f"{c.record}/{name}", 0o600)
+        c.fifos.append(open_fd(f"{c.record}/{name}", O_RDWR, "until it is started"))
+
+
+def own_stdio(c):
+    """Step: whoever it runs as may open its /dev/stdout, if that is a pipe."""
+    user = c.spec["process"]["user"]
+    for number in (0, 1, 2) if user["uid"] else ():
+        if stat.S_ISFIFO(os.fstat(number).st_mode):
+            syscall("fchown", number, user["uid"], 0xFFFFFFFF, why="it is its own")
+
+
+def await_start(c):
+    """Step: tell the parent that all is ready, and wait for the one who starts it."""
+    c.tell_parent()
+    os.close(c.news[1])
+    os.close(c.orders[0])
+    c.orders, c.news = (c.fifos[0], -1), (-1, c.fifos[1])
+    c.await_parent()
+    run_hooks(c, "startContainer", status="created", pid=os.getpid())
+    c.tell_parent()
+
+
+def tell_runs(c):
+    """Step: in place of die_with_parent, for what outlives the one who started it."""
+    c.tell_parent()
+
+
+def oci_steps(steps, last):
+    """BIRTH or JOIN as a caller of ours needs it; `last` is in place of what makes a
+    program die with us."""
+    instead = {
+        die_with_parent: (find_program, last),  # `create` tells if there is none
+        pivot: (run_create_hooks, pivot, share_root),
+        become_user: (own_stdio, become_user)}
+    return [new for step in steps for new in instead.get(step, (step,))]
+
+
+# ── create, start, run, exec ──
+
+
+def close_others(preserved):
+    """Keep of what the caller had open only 0, 1, 2 and what is to be passed on."""
+    close_all_but(3 + preserved, narration.fd)
+
+
+def check_console(process, options):
+    """Refuse a terminal that nobody would have, and a socket for no terminal."""
+    if bool(process.get("terminal")) != bool(options.console_socket):
+        raise Fail("a terminal goes with --console-socket, and one with the other",
+                   "set process.terminal and --console-socket, or neither")
+
+
+def send_descriptor(path, fd, message, what):
+    """Send a descriptor and a message to whoever listens at a socket."""
+    import _socket
+
+    try:
+        socket = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+        socket.connect(path)
+        socket.sendmsg([message], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS,
+                                    struct.pack("i", fd))])
+        socket.close()
+    except OSError as error:
+        raise Fail(f"{what} {path}: {error.strerror}",
+                   "somebody has to listen there") from None
+
+
+def send_console(c, path):
+    """Send our end of the terminal to whoever listens at a socket."""
+    fd = c.outer["console"]
+    os.set_blocking(fd, True)
+    if size_ := c.spec["process"].get("consoleSize"):
+        TIOCSWINSZ = 0x5414
+        fcntl.ioctl(fd, TIOCSWINSZ, struct.pack("4H", size_["height"], size_["width"],
+                                                0, 0))
+    send_descriptor(path, fd, b"/dev/ptmx", "--console-socket")
+
+
+@answers("listener")
+def pass_listener(c, fd):
+    """Outside: send what asks about system calls to the one who is to judge them."""
+    profile = c.spec["linux"]["seccomp"]
+    fd = syscall("pidfd_getfd", c.pidfd, fd, 0, why="where the kernel will ask")
+    lines = read_file(f"/proc/self/fdinfo/{c.pidfd}").splitlines()
+    pid = next(int(line[4:]) for line in lines if line.startswith("Pid:"))
+    record = {"id": c.id, "pid": pid, "bundle": c.directory, "spec": c.spec}
+    message = {"ociVersion": OCI_VERSION, "fds": ["seccompFd"], "pid": pid,
+               "metadata": profile.get("listenerMetadata", ""),
+               "state": oci_state(record, "creating" if c.is_new else "running")}
+    send_descriptor(profile["listenerPath"], fd, to_json(message).encode(),
+                    "linux.seccomp.listenerPath")
+    os.close(fd)
+
+
+def write_pid_file(path, pid):
+    """Write a pid where the caller reads it, whole or not at all (P3)."""
+    if path:
+        write_file(f"{path}.new", str(pid), create=0o644)
+        os.rename(f"{path}.new", path)
+
+
+def hand_over(c, options):
+    """Give the caller what was asked for: the terminal, then the pid."""
+    if options.console_socket:
+        send_console(c, options.console_socket)
+    write_pid_file(options.pid_file, c.pid)
+
+
+def create_container(options):
+    """Make a container whose init waits to be started; its record, and it."""
+    directory, bundle = record_directory(options), os.path.realpath(options.bundle)
+    spec = read_spec(bundle, options.id)
+    check_console(spec["process"], options)
+    seal_interpreter(spec)
+    preserved = whole("--preserve-fds", options.preserve_fds, 0, 1 << 10)
+    close_others(preserved)
+    os.makedirs(options.root, 0o700, exist_ok=True)
+    try:
+        os.mkdir(directory, 0o700)
+    except FileExistsError:
+        raise Fail(f"container with id exists: {options.id}", "see `list`") from None
+    record = {"id": options.id, "pid": 0, "began": 0, "bundle": bundle, "spec": spec,
+              "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    c = Container(options.id, spec, bundle)
+    c.record, c.workshop, c.preserved = directory, f"{directory}/workshop", preserved
+    try:
+        os.mkdir(c.workshop)
+        save(f"{directory}/state.json", record)
+        before = [open_fifos, *(step for step in BEFORE if step != open_stdio)]
+        birth = oci_steps(BIRTH, await_start)
+        if options.no_new_keyring:
+            birth.remove(new_keyring)
+        if options.no_pivot:
+            birth[birth.index(pivot)] = move_root
+        start(c, before, OUTSIDE, birth)
+        record.update(pid=c.pid, began=process_facts(c.pid)[1])
+        save(f"{directory}/state.json", record)
+        hand_over(c, options)
+    except BaseException:
+        end(c)
+        forget(directory)
+        raise
+    for fd in c.fifos:
+        os.close(fd)
+    c.fifos = []
+    return {**record, "where": directory}, c
+
+
+def start_container(record):
+    """Have init become the program; returns when it runs."""
+    c = Container(record["id"], record["spec"], record["bundle"])
+    where = record["where"]
+    if status_of(record) != "created":
+        raise Fail(f"cannot start a container that is {status_of(record)}",
+                   "create makes one that can be started")
+    c.pidfd = syscall("pidfd_open", record["pid"], 0, why="perhaps not our child")
+    news = open_fd(f"{where}/news.fifo", os.O_RDONLY | os.O_NONBLOCK, "what init says")
+    os.set_blocking(news, True)
+    c.news = news, -1
+    c.orders = -1, open_fd(f"{where}/exec.fifo", O_WRONLY, "init waits for a word")
+    try:
+        c.answer("go")
+        c.listen()
+        os.unlink(f"{where}/exec.fifo")
+        run_hooks(c, "poststart", status="running", pid=record["pid"])
+    except BaseException:
+        os.kill(record["pid"], signal.SIGKILL)
+        raise
+    finally:
+        c.close()
+
+
+def stay_with(c):
+    """Pass signals on to a process until it ends; its exit code."""
+    every = signal.valid_signals()
+    signal.pthread_sigmask(signal.SIG_BLOCK, every)
+    while True:  # it may have ended before, and nobody tells twice
+        pid, status = os.waitpid(c.pid, os.WNOHANG)
+        if pid:
+            c.status = status
+            return c.wait()
+        told = signal.sigwaitinfo(every)
+        if told.si_signo not in (signal.SIGCHLD, signal.SIGURG):
+            os.kill(c.pid, told.si_signo)
+
+
+def delete_container(record):
+    """Remove all that is left of a container that has ended, or is to end now."""
+    cgroup = cgroup_of(record["spec"])
+    if status_of(record) != "stopped":
+        os.kill(record["pid"], signal.SIGKILL)
+    if record["pid"]:  # or it was never more than a record
+        cgroup.remove()
+    wait_for(lambda: status_of(record) == "stopped")
+    forget(record["where"])
+    c = Container(record["id"], record["spec"], record["bundle"])
+    for hook in (c.spec.get("hooks") or {}).get("poststop") or ():
+        try:
+            run_hook(hook, oci_state(record, "stopped"), "poststop")
+        except Fail as fail:  # it is over all the same
+            say(fail.message)
+
+
+@oci("create", *START_OPTIONS, ID)
+def create_command_oci(options):
+    """Make a container that waits to be started."""
+    create_container(options)
+
+
+@oci("start", ID)
+def start_command_oci(options):
+    """Start the program of a container that was created."""
+    start_container(read_record(options))
+
+
+@oci("run", *START_OPTIONS, arg("-d", "--detach", action="store_true",
+                                help="return when it runs"),
+     arg("--keep", action="store_true", help="do not delete it when it has ended"), ID)
+def run_command_oci(options):
+    """Create a container, start it, and stay with it until it ends."""
+    record, c = create_container(options)
+    try:
+        start_container(record)
+        code = 0 if options.detach else stay_with(c)
+    except BaseException:
+        delete_container(record)
+        raise
+    if not (options.detach or options.keep):
+        delete_container(record)
+    return code
+
+
+def exec_process(options, spec):
+    """The process that `exec` is to run: from a file, or the container's with what the
+    options say."""
+    if options.process:
+        process = read_json(options.process, PROCESS_FORM, "process")
+    else:
+        process = from_json(to_json(spec["process"]))
+        process.update(args=options.words, terminal=options.tty,
+                       cwd=options.cwd or process["cwd"])
+        process["env"] += options.env
+        user, _, group = options.user.partition(":")
+        if user:
+            process["user"] = {"uid": whole("--user", user, 0, 1 << 32),
+                               "gid": whole("--user", group or "0", 0, 1 << 32)}
+        more = [whole("--additional-gids", gid, 0, 1 << 32)
+                for gid in options.additional_gids]
+        process["user"]["additionalGids"] = [
+            *(process["user"].get("additionalGids") or ()), *more]
+        for name in capability_names("--cap", options.cap):
+            for key in CAPABILITY_SETS[:3]:
+                process["capabilities"][key].append(name)
+        if options.no_new_privs:
+            process["noNewPrivileges"] = True
+        if options.apparmor:
+            process["apparmorProfile"] = options.apparmor
+    complete_process(process, "process")
+    return process
+
+
+@oci("exec", *START_OPTIONS[1:4], arg("-p", "--process", metavar="FILE", default="",
+                                      help="a process as in config.json"),
+     arg("-d", "--detach", action="store_true", help="return when it runs"),
+     arg("-t", "--tty", action="store_true", help="give it a terminal"),
+     arg("--cwd", metavar="DIR", default="", help="directory to start in"),
+     arg("-e", "--env", metavar="NAME=VALUE", action="append", default=[],
+         help="set a variable"),
+     arg("-u", "--user", metavar="UID[:GID]", default="", help="whom it runs as"),
+     arg("-g", "--additional-gids", metavar="GID", action="append", default=[],
+         help="one more group"),
+     arg("-c", "--cap", metavar="NAME", action="append", default=[],
+         help="one more capability"),
+     arg("--no-new-privs", action="store_true", help="it can gain no privileges"),
+     arg("--apparmor", metavar="PROFILE", default="", help="hold it to this profile"),
+     arg("--ignore-paused", action="store_true", help="also in a paused container"),
+     arg("--cgroup", metavar="PATH", default="", help="a group below the container's"),
+     ID,
+     arg("words", nargs="A*", metavar="COMMAND", help="program and arguments"))
+def exec_command_oci(options):
+    """Run one more process in a container."""
+    record = read_record(options)
+    status, spec = status_of(record), record["spec"]
+    if status == "stopped" or (status == "paused" and not options.ignore_paused):
+        raise Fail(f"cannot exec in a {status} container", "container not running")
+    process = exec_process(options, spec)
+    check_console(process, options)
+    seal_interpreter(spec)
+    preserved = whole("--preserve-fds", options.preserve_fds, 0, 1 << 10)
+    close_others(preserved)
+    c = Container(options.id, {**spec, "process": process}, record["bundle"])
+    c.is_new, c.preserved = False, preserved
+    c.target = syscall("pidfd_open", record["pid"], 0, why="its process 1")
+    c.cgroup = cgroup_of(spec)
+    if options.cgroup:
+        c.cgroup.path += os.path.normpath(f"/{options.cgroup}")
+        if not c.cgroup.exists():
+            raise Fail(f"--cgroup {options.cgroup}: the container has no such group",
+                       "make it first, below its own")
+    enter(c, (open_cgroup,), oci_steps(JOIN, tell_runs))
+    try:
+        hand_over(c, options)
+    except BaseException:
+        kill_and_wait(c)
+        raise
+    return 0 if options.detach else stay_with(c)
+
+
+# ── the other turns ──
+#
+# They find the container by its record, which has the pid of its first process and when
+# that began: if a later process has got the number since, the container has stopped.
+
+
+def signal_number(text):
+    """The signal that a number or a name means; 0 asks whether there is a process."""
+    name = text.upper()
+    number = getattr(signal, f"SIG{name.removeprefix('SIG')}", None)
+    if number is None and name.isdecimal() and int(name) <= 64:
+        number = int(name)
+    if number is None:
+        raise Fail(f"unknown signal {text!r}", "a name or a number, see `kill -l`")
+    return number
+
+
+@oci("kill", arg("-a", "--all", action="store_true", help="all of its processes"), ID,
+     arg("signal", nargs="?", metavar="SIGNAL", help="TERM, if none is named"))
+def kill_command_oci(options):
+    """Send a signal to a container's first process, or to all."""
+    record, number = read_record(options), signal_number(options.signal or "TERM")
+    status, cgroup = status_of(record), cgroup_of(record["spec"])
+    pids = cgroup.pids() if options.all else [record["pid"]]
+    if status == "stopped" and not options.all:
+        raise Fail("container not running", "it has ended")
+    for pid in pids:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            if not options.all:
+                raise Fail("process already finished", "it has just ended") from None
+    if number == signal.SIGKILL and status == "paused":
+        cgroup.freeze(False)
+
+
+@oci("delete", arg("-f", "--force", action="store_true",
+                   help="kill it if it runs; and no error if there is none"), ID)
+def delete_command_oci(options):
+    """Remove a container that has ended."""
+    if options.force and not os.path.exists(
+            f"{record_directory(options)}/state.json"):
+        if os.path.isdir(record_directory(options)):
+            forget(record_directory(options))
+        return
+    record = read_record(options)
+    if status_of(record) not in ("stopped", "created") and not options.force:
+        raise Fail(f"cannot delete container {options.id} that is not stopped: "
+                   f"{status_of(record)}", "kill it before, or --force")
+    delete_container(record)
+
+
+@oci("state", ID)
+def state_command_oci(options):
+    """Print a container's state as JSON."""
+    record = read_record(options)
+    rootfs = os.path.join(record["bundle"], record["spec"]["root"]["path"])
+    print(to_json({**oci_state(record, status_of(record)), "rootfs": rootfs,
+                   "created": record["created"], "owner": "root"}))
+
+
+@oci("list", arg("-f", "--format", choices=["table", "json"], default="table",
+                 help="table or json"),
+     arg("-q", "--quiet", action="store_true", help="only the ids"))
+def list_command_oci(options):
+    """Show all containers of this --root."""
+    rows = []
+    there = os.listdir(options.root) if os.path.isdir(options.root) else ()
+    for id in sorted(there):
+        options.id = id
+        try:
+            record = read_record(options)
+        except Fail:  # it is just being made, or deleted
+            continue
+        rows.append({**oci_state(record, status_of(record)),
+                     "created": record["created"], "owner": "root"})
+    if options.quiet:
+        print("".join(f"{row['id']}\n" for row in rows), end="")
+    elif options.format == "json":
+        print(to_json(rows))
+    else:
+        form = "{id:24} {pid!s:8} {status:10} {bundle:40} {created:22} {owner}".format
+        titles = ("id", "pid", "status", "bundle", "created", "owner")
+        for row in ({title: title.upper() for title in titles}, *rows):
+            print(form(**row))
+
+
+@oci("ps", arg("-f", "--format", choices=["table", "json"], default="table",
+               help="table, as `ps -ef`, or the pids as json"), ID)
+def ps_command_oci(options):
+    """Show the processes of a container."""
+    pids = cgroup_of(read_record(options)["spec"]).pids()
+    if options.format == "json":
+        print(to_json(pids))
+        return
+    import subprocess
+
+    title, *rows = subprocess.run(["ps", "-ef"], capture_output=True, text=True,
+                                  check=True).stdout.splitlines()
+    print("\n".join([title, *(row for row in rows if int(row.split()[1]) in pids)]))
+
+
+def freeze_container(options, frozen, wanted):
+    """Freeze or thaw a container that is in the status `wanted`."""
+    record = read_record(options)
+    if status_of(record) != wanted:
+        raise Fail(f"container not {wanted}", f"it is {status_of(record)}")
+    cgroup_of(record["spec"]).freeze(frozen)
+
+
+@oci("pause", ID)
+def pause_command_oci(options):
+    """Stop all processes of a container where they stand."""
+    freeze_container(options, True, "running")
+
+
+@oci("resume", ID)
+def resume_command_oci(options):
+    """Let a paused container go on."""
+    freeze_container(options, False, "paused")
+
+
+LIMIT_OPTIONS = {  # of `update`: where in the resources each is
+    "--memory": "memory limit", "--memory-swap": "memory swap",
+    "--memory-reservation": "memory reservation", "--cpu-period": "cpu period",
+    "--cpu-quota": "cpu quota", "--cpu-share": "cpu shares", "--cpu-burst": "cpu burst",
+    "--cpu-idle": "cpu idle", "--cpuset-cpus": "cpu cpus", "--cpuset-mems": "cpu mems",
+    "--pids-limit": "pids limit", "--blkio-weight": "blockIO weight"}
+
+
+@oci("update", arg("-r", "--resources", metavar="FILE", default="",
+                   help="resources as in config.json; - is standard input"),
+     *(arg(name, metavar="N", help=f"set the limit {where}")
+       for name, where in LIMIT_OPTIONS.items()), ID)
+def update_command_oci(options):
+    """Change a container's limits."""
+    record, resources = read_record(options), {}
+    if options.resources:
+        resources = read_json(options.resources, RESOURCES_FORM, "resources")
+        check_refused({"linux": {"resources": resources}})
+    for name, where in LIMIT_OPTIONS.items():
+        text = getattr(options, name[2:].replace("-", "_"))
+        if text is not None:
+            section, key = where.split()
+            sizes, lists = section == "memory" and text != "-1", key in ("cpus", "mems")
+            resources.setdefault(section, {})[key] = (
+                text if lists else size(text) if sizes else whole(name, text, -1))
+    resources = complete_resources(resources)
+    cgroup = cgroup_of(record["spec"])
+    if status_of(record) == "stopped":
+        raise Fail("container not running", "it has ended")
+    if cgroup.trees and "swap" in resources.get("memory", {}):  # more than it was?
+        swap = {"memory": {"swap": resources["memory"]["swap"]}}
+        try:
+            cgroup.set_limits(swap)
+        except Fail:  # less: then memory goes first
+            pass
+    cgroup.set_limits(resources)
+
+
+@oci("events", arg("--stats", action="store_true", help="once, and no more"),
+     arg("--interval", metavar="SECONDS", default="5", help="time between two"), ID)
+def events_command_oci(options):
+    """Print what a container has used, as JSON, again and again."""
+    record = read_record(options)
+    cgroup, poll = cgroup_of(record["spec"]), select.poll()
+    interval = whole("--interval", options.interval.removesuffix("s"), 1, 1 << 20)
+    killed = None
+    while status_of(record) != "stopped":
+        used = cgroup.measure()
+        if killed is not None and used["oom_kills"] > killed:
+            print(to_json({"type": "oom", "id": record["id"]}))
+        killed = used["oom_kills"]
+        print(to_json({"type": "stats", "id": record["id"], "data": {
+            "cpu": {"usage": {"total": 1000 * (used["cpu_usec"] or 0)}, "throttling": {
+                "throttledTime": 1000 * (used["cpu_throttled_usec"] or 0)}},
+            "memory": {"usage": {"usage": used["memory"], "max": used["memory_peak"],
+                                 "limit": used["memory_limit"]}},
+            "pids": {"current": used["pids"], "limit": used["pids_limit"]}}}),
+            flush=True)
+        if options.stats:
+            return
+        pidfd = syscall("pidfd_open", record["pid"], 0, why="to hear of its end")
+        poll.register(pidfd, select.POLLIN)
+        poll.poll(interval * 1000)
+        poll.unregister(pidfd)
+        os.close(pidfd)
+    if options.stats:
+        raise Fail("container not running", "it has ended")
+
+
+def example_spec():
+    """A config.json to begin with."""
+    quiet = ["nosuid", "noexec", "nodev"]
+    kept = ["CAP_AUDIT_WRITE", "CAP_KILL", "CAP_NET_BIND_SERVICE"]
+    return {
+        "ociVersion": "1.0.2",
+        "process": {
+            "terminal": False, "user": {"uid": 0, "gid": 0}, "args": ["sh"],
+            "env": [f"PATH={DEFAULT_PATH}", "TERM=xterm"], "cwd": "/",
+            "capabilities": capability_sets(kept), "noNewPrivileges": True},
+        "root": {"path": "rootfs", "readonly": True},
+        "hostname": "minirunc",
+        "mounts": [{"destination": path, "type": kind, "source": source,
+                    "options": words} for path, kind, source, words in (
+            ("/proc", "proc", "proc", quiet),
+            ("/dev", "tmpfs", "tmpfs", ["nosuid", "strictatime", "mode=755",
+                                        "size=65536k"]),
+            ("/dev/pts", "devpts", "devpts", ["nosuid", "noexec", "newinstance",
+                                              "ptmxmode=0666", "mode=0620", "gid=5"]),
+            ("/dev/shm", "tmpfs", "shm", [*quiet, "mode=1777", "size=65536k"]),
+            ("/dev/mqueue", "mqueue", "mqueue", quiet),
+            ("/sys", "sysfs", "sysfs", [*quiet, "ro"]),
+            ("/sys/fs/cgroup", "cgroup", "cgroup", [*quiet, "relatime", "ro"]))],
+        "linux": {
+            "resources": {"devices": [{"allow": False, "access": "rwm"}]},
+            "namespaces": [{"type": kind} for kind in ("pid", "network", "ipc", "uts",
+                                                       "mount", "cgroup")],
+            "maskedPaths": MASKED_PATHS, "readonlyPaths": READONLY_PATHS}}
+
+
+def for_a_user(spec):
+    """The example as somebody needs it who is not root: what the kernel lets nobody
+    else do is left out, or shown as it is on the host."""
+    linux, own = spec["linux"], {"containerID": 0, "size": 1}
+    linux["namespaces"] = [*(n for n in linux["namespaces"] if n["type"] != "network"),
+                           {"type": "user"}]
+    linux["uidMappings"] = [{**own, "hostID": os.geteuid()}]
+    linux["gidMappings"] = [{**own, "hostID": os.getegid()}]
+    del linux["resources"]
+    for mount in spec["mounts"]:
+        mount["options"] = [word for word in mount["options"] if word != "gid=5"]
+        if mount["destination"] == "/sys":
+            mount.update(type="none", source="/sys", options=[
+                "rbind", "nosuid", "noexec", "nodev", "ro"])
+    return spec
+
+
+@oci("spec", START_OPTIONS[0], arg("--rootless", metavar="BOOL", optional="true",
+                                   default="", help="one for who is not root"))
+def spec_command_oci(options):
+    """Write a config.json to begin with."""
+    import json
+
+    path, spec = os.path.join(options.bundle, "config.json"), example_spec()
+    if os.path.exists(path):
+        raise Fail(f"{path} exists", "remove it first")
+    spec = for_a_user(spec) if options.rootless == "true" else spec
+    write_file(path, json.dumps(spec, indent=2) + "\n", create=0o644)
+
+
+@oci("features")
+def features_command_oci(options):
+    """Print what this runtime can do, as JSON."""
+    words = [OPTION_WORDS, CLEARING_WORDS, PROPAGATIONS, DEEP_WORDS]
+    print(to_json({
+        "ociVersionMin": "1.0.0", "ociVersionMax": OCI_VERSION, "hooks": HOOKS,
+        "mountOptions": sorted({word for table in words for word in table}),
+        "linux": {
+            "namespaces": list(NAMESPACES), "capabilities": CAPABILITIES,
+            "cgroup": {"v1": True, "v2": True, "systemd": False, "systemdUser": False},
+            "seccomp": {"enabled": True, "actions": list(ACTIONS),
+                        "operators": list(OPERATORS), "archs": [
+                            f"SCMP_ARCH_{os.uname().machine.upper()}"]},
+            "apparmor": {"enabled": True}, "selinux": {"enabled": True},
+            "mountExtensions": {"idmap": {"enabled": True}},
+            "intelRdt": {"enabled": False}}}))
+
 # ══ 8. IMAGES ═════════════════════════════════════════════════════════════════════
 #
-# A layer is a tarball on its way, and a directory at rest.  It is unpacked once, under
-# the digest of the tarball, and every container that uses it sees that directory
-# through an id-mapped mount: owners, modes and setuid bits on disk are the image's own.
+# An image is files whose names are the digests of what is in them: a manifest names
+# its config (what to run, as whom, with which variables) and its layers, so that
+# whoever trusts the manifest's digest can check all the rest, and what two images
+# share is there once.  Only index.json gives a manifest a name that people use:
 #
-# A tarball is hostile until shown otherwise: names with "..", a symlink and then a
-# file written through it, a hard link to outside.  So Python's tarfile only reads the
-# headers and the data for us; what it names is made here, below a descriptor of the
-# layer, with openat2 and RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS.
+#       images/index.json   docker.io/library/alpine:3.20 ──▶ sha256:3f2a…
+#       images/blobs/sha256/3f2a…  manifest ──▶ config, layers (tarballs, compressed)
+#       layers/8d3a…               each layer unpacked, by its diff_id: plain digest
+#       ingest/…                   blobs that are still on their way
 #
-# A layer can also take away.  An entry `.wh.NAME` says that NAME of the layers below
-# is gone, `.wh..wh..opq` that its directory hides all of them; overlay says the same
-# with a character device 0,0 and with an attribute, so that is what they become.
+# That is an OCI image layout; skopeo, umoci and podman read it as it stands.  Files
+# come in by rename once they are verified, and index.json last: a pull that is killed
+# has left nothing to be seen, and goes on where it ended.  Who adds holds a shared
+# lock of blobs/, so that nobody sweeps away what no name leads to yet.
+#
+# A layer is a tarball on its way, and a directory at rest: every container that uses
+# it sees that directory through an id-mapped mount, with the image's own owners and
+# modes.  A tarball is hostile until shown otherwise: names with "..", a symlink and
+# then a file written through it, a hard link to outside.  So Python's tarfile only
+# reads the headers and the data for us; what it names is made here, below a
+# descriptor of the layer, with openat2 and RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS.
+# And as few kilobytes can mean a petabyte of zeros, of entries or of headers, each of
+# the three is bounded.
+# And a layer can take away: an entry `.wh.NAME` says that NAME of the layers below is
+# gone, `.wh..wh..opq` that its directory hides all of them; overlay says it with a
+# device 0,0 and with an attribute.
 #
 # The default root file system needs no tarball and no network: it is made of what the
-# host has, a static busybox or else its shell and common tools with the libraries that
-# their headers ask for.  We read those headers ourselves: ldd would run the program.
+# host has, a static busybox or else its shell and common tools with the libraries
+# that their headers ask for.  We read those headers ourselves: ldd would run the
+# program.
 #
-# Man pages: tar(5), elf(5), ld.so(8); the OCI image specification, "layer.md".
+# Man pages: tar(5), elf(5), ld.so(8); the OCI image specification.
 
 calls(
     unlinkat=(263, 35, "dirfd path flags"),
@@ -3429,6 +5096,40 @@ def store(*names):
         os.makedirs(parent, mode=0o700, exist_ok=True)
         PARENTS.add(parent)
     return path
+
+
+def need_root():
+    """Refuse, in words, to begin what only root can finish."""
+    if os.geteuid() != 0:
+        python = "python3 " * sys.argv[0].endswith(".py")
+        raise Fail("only root can make containers", f"sudo {python}{sys.argv[0]} …")
+
+
+def lock(path, how, kind=O_DIRECTORY):
+    """An open, locked descriptor of a directory, or None if it is somebody else's."""
+    fd = os.open(path, os.O_RDONLY | O_CLOEXEC | kind)
+    try:
+        fcntl.flock(fd, how)
+        return fd
+    except BlockingIOError:
+        os.close(fd)
+        return None
+
+
+def is_held(path):
+    """Whether somebody has a directory locked."""
+    fd = lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if fd is not None:
+        os.close(fd)
+    return fd is None
+
+
+def take_away_file(path):
+    """Remove a file that may have been moved to its place already."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
 
 
 def remove_tree(path):
@@ -3646,42 +5347,205 @@ def unpack_named(path, tar, member, top, times):
 def set_times(top, times):
     """Set the times of directories; last, since making files in them changes them."""
     for directory, when in reversed(times):
-        handle = open_beneath(top, directory)
+        try:
+            handle = open_beneath(top, directory)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                raise
+            continue  # a later entry has replaced it
         os.utime(handle, ns=when)
         os.close(handle)
 
 
-def unpack(path, top):
-    """Unpack a tarball (plain, gz, xz or bz2) as a layer into the directory `top`."""
+LAYER_ENTRIES = 1_000_000  # more take $MINICONTAINER_LAYER_ENTRIES
+HEADER_BYTES = 1 << 20  # of one entry: tarfile takes them into memory whole
+
+
+PACKERS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\0": "xz",
+           b"BZh": "bzip2"}  # the first bytes of what each has packed
+
+
+def compression(begin):
+    """What has compressed a file that begins so, or ""."""
+    return next((name for mark, name in PACKERS.items() if begin.startswith(mark)), "")
+
+
+class ZstdProgram:
+    """A file that the program zstd decompresses, for Pythons before 3.14."""
+
+    def __init__(self, path):
+        import subprocess
+
+        with open(path, "rb") as file:
+            try:
+                self.process = subprocess.Popen(
+                    ["zstd", "-dcq"], stdin=file, stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL)
+            except FileNotFoundError:
+                raise Fail(f"{path} is compressed with zstd, which this Python cannot "
+                           "read", "apt-get install zstd, or Python 3.14") from None
+
+    def read(self, length):
+        """As of a file; EOFError if it was damaged."""
+        data = self.process.stdout.read(length)
+        if not data and self.process.wait():
+            raise EOFError("zstd cannot decompress it")
+        return data
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self):
+        """End the program."""
+        self.process.stdout.close()
+        self.process.kill()
+        self.process.wait()
+
+
+def open_plain(path):
+    """A file to read, whatever it is compressed with."""
+    import bz2
+    import gzip
+    import lzma
+
+    with open(path, "rb") as file:
+        head = file.read(512)
+    packed = "" if head[257:262] == b"ustar" else compression(head)
+    if packed == "zstd":
+        try:
+            from compression import zstd
+        except ImportError:
+            return ZstdProgram(path)
+        return zstd.open(path)
+    return {"gzip": gzip.open, "xz": lzma.open, "bzip2": bz2.open, "": open}[packed](
+        path, "rb")
+
+
+class Plain:
+    """A tarball as it was before it was compressed, read once from front to end, and
+    the digest of that: a layer's diff_id.  It gives no more bytes than `left` says."""
+
+    def __init__(self, path, title):
+        import hashlib
+
+        self.file, self.hash, self.title = open_plain(path), hashlib.sha256(), title
+        self.at, self.last, self.again, self.left = 0, b"", b"", HEADER_BYTES
+
+    def read(self, length):
+        """As of a file, if it is within what is left."""
+        self.left -= length
+        if self.left < 0:
+            raise Fail(f"{self.title}: not a tarball, or a damaged one: more than "
+                       f"{human(HEADER_BYTES)} of headers for one entry",
+                       "it is damaged or hostile: do not use it")
+        return self.take(length)
+
+    def take(self, length):
+        """The next bytes, whatever they are."""
+        data, self.again = self.again[:length], self.again[length:]
+        if len(data) < length:
+            fresh = self.file.read(length - len(data))
+            self.hash.update(fresh)
+            data = data + fresh if data else fresh
+        self.at += len(data)
+        self.last = data or self.last
+        return data
+
+    def tell(self):
+        """Where the next byte to be read stands."""
+        return self.at
+
+    def seek(self, at):
+        """On to byte `at`, or a little back within what was read last."""
+        if at < self.at:
+            self.again = self.last[at - self.at:] + self.again
+            self.at = at
+        while self.at < at and self.take(min(at - self.at, 1 << 20)):
+            pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+
+def layer_bytes():
+    """How many bytes may be unpacked: what is free, as it has to fit, or as was set."""
+    room = os.statvfs(STORE)
+    return size(os.environ.get("MINICONTAINER_LAYER_BYTES")
+                or f"{room.f_bavail * room.f_frsize}")
+
+
+def members(tar):
+    """The entries of a tarball, one after the other, while they stay within bounds."""
+    path, most = tar.fileobj.title, layer_bytes()
+    entries = whole("$MINICONTAINER_LAYER_ENTRIES", os.environ.get(
+        "MINICONTAINER_LAYER_ENTRIES") or f"{LAYER_ENTRIES}", 1)
+    total = count = 0
+    while member := tar.next():
+        tar.members.clear()  # it would keep every one
+        total, count = total + member.size, count + 1
+        for over, what in ((total > most, f"unpacks to more than {human(most)}"),
+                           (count > entries, f"has more than {entries} entries"),
+                           (len(tar.pax_headers) > 100, "has 100 global headers")):
+            if over:
+                raise Fail(f"{path}: the tarball {what}",
+                           "the bounds are MINICONTAINER_LAYER_BYTES (what is free on "
+                           "the disk) and MINICONTAINER_LAYER_ENTRIES (a million)")
+        tar.fileobj.left = member.size + HEADER_BYTES
+        yield member
+        tar.fileobj.left = HEADER_BYTES
+
+
+def unpack(path, top, title=None):
+    """Unpack a tarball as a layer into the directory `top`; the digest of its plain
+    form.  Errors call it by its title."""
     import lzma
     import tarfile
     import zlib
 
     fd = os.open(top, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    times = []
+    times, title = [], title or path
     try:
-        with tarfile.open(path, "r:*", errorlevel=2) as tar:
-            for member in tar:
-                unpack_named(path, tar, member, fd, times)
+        with Plain(path, title) as plain, tarfile.TarFile(
+                fileobj=plain, errorlevel=2) as tar:
+            for member in members(tar):
+                unpack_named(title, tar, member, fd, times)
             tar.fileobj.seek(tar.offset)  # at a bad header tarfile just stops
             if tar.fileobj.read(512) != bytes(512):
                 raise tarfile.ReadError("it does not end as a tarball does")
+            tar.fileobj.left = 1 << 30
             while tar.fileobj.read(1 << 20):
                 pass  # gzip and xz have their checksum at the very end
         set_times(fd, times)
+        return f"sha256:{plain.hash.hexdigest()}"
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, ValueError,
             IndexError, RecursionError) as error:
         reason = (str(error).splitlines() or [repr(error)])[0].rstrip(":")
-        raise Fail(f"{path}: not a tarball, or a damaged one: {reason}",
-                   "a .tar, plain or compressed with gzip, xz or bzip2; "
+        raise Fail(f"{title}: not a tarball, or a damaged one: {reason}",
+                   "a .tar, plain or compressed with gzip, zstd, xz or bzip2; "
                    "fetch it again?") from None
     except OSError as error:
         if error.filename:
             raise
-        raise Fail(f"{path}: not a tarball, or a damaged one: {error}",
+        raise Fail(f"{title}: not a tarball, or a damaged one: {error}",
                    "fetch it again?") from None
     finally:
         os.close(fd)
+
+
+def sha256(file):
+    """The digest of all that can be read from a file."""
+    import hashlib
+
+    found = hashlib.sha256()
+    while part := file.read(1 << 20):
+        found.update(part)
+    return f"sha256:{found.hexdigest()}"
 
 
 def layer_of(path):
@@ -3693,17 +5557,12 @@ def layer_of(path):
                    "a directory or a tarball; ./rootfs-fetch.sh gets a real one")
     if not os.path.isfile(path):
         raise Fail(f"--rootfs {path}: neither a directory nor a tarball", "")
-    import hashlib
-
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    target = store("layers", digest.hexdigest())
+        digest = sha256(file)
+    target = store("layers", digest[7:])
     if os.path.isdir(target):
         return target
-    return publish(new_directory("layers", lambda top: unpack(path, top)),
-                   digest.hexdigest())
+    return publish(new_directory("layers", lambda top: unpack(path, top)), digest[7:])
 
 
 # ── layers as a copy ──
@@ -3765,6 +5624,33 @@ def copy_layers(layers, top, base):
                 unpack_named(layer, tar, entry, fd, times)
         set_times(fd, times)
     os.close(fd)
+
+
+def pack(top, file, base=0):
+    """Write a directory as the tarball of a layer, the reverse of unpack(): what says
+    to overlay that something is gone is a `.wh.` entry again.  Owners from `base` on
+    are a container's, and are counted from there."""
+    import tarfile
+
+    with tarfile.open(fileobj=file, mode="w|", format=tarfile.PAX_FORMAT) as out:
+        for tar, entry in layer_entries(top, 0):
+            notes, attribute = entry.pax_headers, "SCHILY.xattr.trusted.overlay."
+            opaque = notes.get(f"{attribute}opaque")
+            entry.pax_headers = {key: value for key, value in notes.items()
+                                 if not key.startswith(attribute)}
+            entry.uid, entry.gid = (id - base * (id >= base)
+                                    for id in (entry.uid, entry.gid))
+            entry.uname = entry.gname = ""  # they would be the host's
+            if entry.ischr() and entry.devmajor == entry.devminor == 0:
+                top_, _, name = entry.name.rpartition("/")
+                entry = tarfile.TarInfo(os.path.join(top_, f".wh.{name}"))
+            if entry.isreg() and entry.size:
+                with tar.extractfile(entry) as data:
+                    out.addfile(entry, data)
+            else:
+                out.addfile(entry)
+            if opaque:
+                out.addfile(tarfile.TarInfo(f"{entry.name}/.wh..wh..opq"))
 
 
 # ── a root file system from nothing ──
@@ -3903,6 +5789,1944 @@ def default_rootfs():
         say(f"no root file system yet: made one from this host's own programs in "
             f"{STORE}/rootfs/host; ./rootfs-fetch.sh gets a real one (Alpine)")
     return os.path.realpath(default)
+
+
+# ── the store of images ──
+
+MANIFEST_LIMIT = 4 << 20  # bytes of a manifest or config; registries take no more
+OCI_INDEX = "application/vnd.oci.image.index.v1+json"
+OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
+OCI_CONFIG = "application/vnd.oci.image.config.v1+json"
+OCI_LAYER = "application/vnd.oci.image.layer.v1.tar"
+DOCKER_INDEX = "application/vnd.docker.distribution.manifest.list.v2+json"
+DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
+DOCKER_LAYER = "application/vnd.docker.image.rootfs.diff.tar"
+NAME, ALSO_NAME = "org.opencontainers.image.ref.name", "io.containerd.image.name"
+SIZES = "minicontainer.sizes"  # annotation of ours: bytes of each layer, unpacked
+OF_IMAGE, OF_LAYERS = "minicontainer.image", "minicontainer.layers"  # a container's
+
+DESCRIPTOR_FORM = {"mediaType": str, "digest": str, "size": range(1 << 50),
+                   "platform": {"os": str, "architecture": str, "variant": str}}
+MANIFEST_FORM = {"mediaType": str, "config": DESCRIPTOR_FORM,
+                 "layers": [DESCRIPTOR_FORM], "manifests": [DESCRIPTOR_FORM]}
+CONFIG_FORM = {
+    "created": str, "author": str, "architecture": str, "os": str, "variant": str,
+    "rootfs": {"diff_ids": [str]},
+    "config": {"User": str, "WorkingDir": str, "StopSignal": str, "Env": [str],
+               "Entrypoint": [str], "Cmd": [str], "Labels": {}, "Volumes": {},
+               "ExposedPorts": {}},
+    "history": [{"created": str, "created_by": str, "comment": str}]}
+
+
+def full_name(text):
+    """What Docker's short name of an image means: busybox is
+    docker.io/library/busybox:latest; or a Fail in Docker's words."""
+    import re
+
+    name, at, digest = text.partition("@")
+    host, slash, path = name.partition("/")
+    if not slash or not (host == "localhost" or set(".:") & set(host)
+                         or host != host.lower()):
+        host, path = "docker.io", name
+    path, colon, tag = path.partition(":")
+    if path != path.lower():
+        raise Fail(f"invalid reference format: repository name ({path}) must be "
+                   "lowercase", "as in alpine:3.20")
+    if host in ("docker.io", "index.docker.io"):
+        host, path = "docker.io", path if "/" in path else f"library/{path}"
+    part = r"[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*"
+    where = r"(\[[0-9a-fA-F:]+\]|[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?)(:[0-9]{1,5})?"
+    if not (re.fullmatch(where, host)
+            and re.fullmatch(f"{part}(/{part})*", path) and len(name) < 256
+            and re.fullmatch(r"\w[\w.-]{0,127}" if colon else "", tag, re.ASCII)
+            and re.fullmatch("sha256:[0-9a-f]{64}" if at else "", digest)
+            and not re.fullmatch("[0-9a-f]{64}", text)):
+        raise Fail(f"invalid reference format: {text!r}",
+                   "[HOST[:PORT]/]NAME[:TAG] or NAME@sha256:…, as in alpine:3.20")
+    return f"{host}/{path}@{digest}" if at else f"{host}/{path}:{tag or 'latest'}"
+
+
+def short_name(ref):
+    """A name in full as Docker shows it."""
+    return ref.removeprefix("docker.io/").removeprefix("library/")
+
+
+def split_name(ref):
+    """(host, path, tag or digest) of a name in full."""
+    host, _, rest = ref.partition("/")
+    return host, *rest.rsplit("@" if "@" in rest else ":", 1)
+
+
+def hex_of(digest):
+    """The hex digits of a digest, which are a file's name: so nothing else will do."""
+    digits = digest.removeprefix("sha256:")
+    if len(digits) != 64 or digits == digest or set(digits) - set("0123456789abcdef"):
+        raise Fail(f"not a digest that can be verified: {digest!r:.90}",
+                   "sha256: and 64 hex digits are")
+    return digits
+
+
+def blob_path(digest):
+    """Where the store has what has this digest."""
+    return store("images", "blobs", "sha256", hex_of(digest))
+
+
+def parsed(raw, what, form):
+    """The JSON document in some bytes, of a form like PROFILE_FORM."""
+    try:
+        document = from_json(raw)
+    except (ValueError, RecursionError) as error:
+        raise Fail(f"{what}: not JSON: {str(error):.80}", "it is damaged") from None
+    check_form(document, form, what)
+    return document
+
+
+class held:
+    """A context in which a directory of the store is locked; its descriptor, or None
+    if that would have taken waiting and LOCK_NB says not to."""
+
+    def __init__(self, directory, how):
+        self.directory, self.how = store(directory, ""), how
+
+    def __enter__(self):
+        self.fd = lock(self.directory, self.how)
+        return self.fd
+
+    def __exit__(self, *_):
+        if self.fd is not None:
+            os.close(self.fd)
+
+
+def adding():
+    """A context in which nothing is swept out of the store that no image has yet."""
+    return held("images/blobs", fcntl.LOCK_SH)
+
+
+def read_index():
+    """The entries of index.json: a descriptor of a manifest, and mostly a name."""
+    try:
+        return from_json(read_file(store("images", "index.json")))["manifests"]
+    except FileNotFoundError:
+        return []
+
+
+class changed_index(held):
+    """A context that gives those entries to be changed, by nobody else meanwhile."""
+
+    def __init__(self):
+        super().__init__("images", fcntl.LOCK_EX)
+
+    def __enter__(self):
+        super().__enter__()
+        self.entries = read_index()
+        return self.entries
+
+    def __exit__(self, failed, *_):
+        try:
+            if not failed:
+                save(store("images", "oci-layout"), {"imageLayoutVersion": "1.0.0"})
+                save(store("images", "index.json"), {
+                    "schemaVersion": 2, "mediaType": OCI_INDEX,
+                    "manifests": self.entries})
+                os.fsync(self.fd)
+        finally:
+            super().__exit__()
+
+
+def name_of(entry):
+    """The name in full that an entry of the index gives its image, or ""."""
+    return entry.get("annotations", {}).get(NAME, "")
+
+
+def with_name(entry, ref):
+    """An entry like this, with that name or none."""
+    notes = {SIZES: entry.get("annotations", {}).get(SIZES, "")}
+    names = {NAME: ref, ALSO_NAME: ref} if ref else {}
+    return {**entry, "annotations": {**notes, **names}}
+
+
+def untag(entries, ref):
+    """Take a name away; an image without any keeps an entry, to be seen and pruned."""
+    for entry in [entry for entry in entries if name_of(entry) == ref]:
+        entries.remove(entry)
+        if all(other["digest"] != entry["digest"] for other in entries):
+            entries.append(with_name(entry, ""))
+
+
+def point(entries, ref, entry):
+    """Have a name mean an image, whatever it meant before."""
+    untag(entries, ref)
+    entries[:] = [other for other in entries
+                  if name_of(other) or other["digest"] != entry["digest"]]
+    if ref or all(other["digest"] != entry["digest"] for other in entries):
+        entries.append(with_name(entry, ref))
+
+
+def seconds_of(text):
+    """The Unix time of an RFC 3339 date; 0 for none."""
+    import calendar
+
+    try:
+        moment = calendar.timegm(time.strptime(text[:19], "%Y-%m-%dT%H:%M:%S"))
+        zone = text[19:].lstrip(".0123456789")
+        sign = {"+": -1, "-": 1}.get(zone[:1], 0)
+        return moment + sign * (int(zone[1:3] or 0) * 3600 + int(zone[4:6] or 0) * 60)
+    except (ValueError, OverflowError):
+        return 0
+
+
+class Image:
+    """An image of the store: what its manifest and its config say, and its names."""
+
+    def __init__(self, entry):
+        self.entry = entry
+        self.manifest = from_json(read_file(blob_path(entry["digest"])))
+        self.id = self.manifest["config"]["digest"]
+        self.config = from_json(read_file(blob_path(self.id)))
+        self.names = []
+        self.settings = self.config.get("config") or {}
+        self.diff_ids = (self.config.get("rootfs") or {}).get("diff_ids") or []
+        self.layers = self.manifest.get("layers") or []
+        sizes = entry.get("annotations", {}).get(SIZES, "").split()
+        self.sizes = list(map(int, sizes)) or [d["size"] for d in self.layers]
+        self.created = seconds_of(self.config.get("created") or "")
+
+    def tags(self):
+        """Its names as Docker shows them, without those that are digests."""
+        return [short_name(ref) for ref in self.names if "@" not in ref]
+
+    def digests(self):
+        """Those that are: where it was pulled from or pushed to."""
+        return [short_name(ref) for ref in self.names if "@" in ref]
+
+    def blobs(self):
+        """The digests of all that it consists of."""
+        return [self.entry["digest"], self.id, *(d["digest"] for d in self.layers)]
+
+
+def all_images():
+    """Every image in the store, the newest first, each with all its names.
+
+    Two manifests with one config, packed in two ways, are one image to a person."""
+    found = {}
+    for entry in read_index():
+        image = Image(entry)
+        image = found.setdefault(image.id, image)
+        image.names += [name_of(entry)] * bool(name_of(entry))
+    return sorted(found.values(), key=lambda image: -image.created)
+
+
+class NoImage(Fail):
+    """An image that is not in the store."""
+
+
+def find_image(text, code=1):
+    """The Image that a name, or an id or its beginning, means."""
+    images, digits = all_images(), text.removeprefix("sha256:")
+    by_id = [image for image in images if image.id[7:].startswith(digits)]
+    if len(digits) == 64 and by_id:
+        return by_id[0]
+    try:
+        ref = full_name(text)
+    except Fail:
+        if text != f"sha256:{digits}" and not by_id:
+            raise
+        ref = short_name(text)
+    for entry in read_index():
+        if name_of(entry) == ref:
+            image = Image(entry)  # of two manifests of an image, the one so named
+            image.names = next(i.names for i in images if i.id == image.id)
+            return image
+    if len(by_id) > 1:
+        raise Fail(f"image reference is ambiguous: {text!r} is the beginning of "
+                   f"{len(by_id)} ids", "a few digits more; see `minicontainer images`",
+                   code)
+    if not by_id or not digits:
+        raise NoImage(f"No such image: {short_name(ref)}",
+                      "see `minicontainer images`; `pull` gets one", code)
+    return by_id[0]
+
+
+# ── an image on its way in ──
+#
+# It comes from a registry, an archive or a tarball, and all that differs is who opens
+# a blob: source.open(descriptor, at) is a stream that begins at byte `at`, or earlier.
+# What has come of a blob is kept in ingest/DIGEST until it is all there and its digest
+# is right; so an attempt after an error goes on where the last one ended.
+
+
+class Broken(Exception):
+    """A stream that ended too early: worth another attempt."""
+
+
+def copy_rest(source, descriptor, file, tell):
+    """Append what is missing of a blob to a file that has its beginning.
+
+    Never more than was announced: who lies about a size must not fill the disk.
+    """
+    at = file.seek(0, os.SEEK_END)
+    if at == descriptor["size"]:
+        return
+    stream, at = source.open(descriptor, at if at < descriptor["size"] else 0)
+    file.truncate(at)
+    with stream:
+        while part := stream.read(1 << 18):
+            at += len(part)
+            if at > descriptor["size"]:
+                raise Fail(f"{descriptor['digest']}: longer than the "
+                           f"{descriptor['size']} bytes that were announced",
+                           "the source is damaged or hostile")
+            file.write(part)
+            tell("Downloading", at, descriptor["size"])
+    if at < descriptor["size"]:
+        raise Broken(f"only {at} of {descriptor['size']} bytes have come")
+
+
+def fetch(source, descriptor, tell=lambda *_: None):
+    """Bring a blob into the store, verified; its path."""
+    digest, part = descriptor["digest"], store("ingest", hex_of(descriptor["digest"]))
+    while not os.path.exists(blob_path(digest)):
+        with open(part, "a+b") as file:
+            # Another command may be fetching it: then wait, and find it done, or go on
+            # from where that one ended; unless the file is by then another one.
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not os.path.exists(part) or not os.path.samestat(
+                    os.fstat(file.fileno()), os.stat(part)):
+                continue
+            source.patiently(copy_rest, source, descriptor, file, tell)
+            tell("Verifying Checksum")
+            file.seek(0)
+            if (found := sha256(file)) != digest:
+                os.unlink(part)
+                raise Fail(f"{digest}: wrong digest, what has come is {found}",
+                           "the source is damaged or hostile")
+            file.flush()
+            os.fsync(file.fileno())
+            os.rename(part, blob_path(digest))
+    return blob_path(digest)
+
+
+def keep(raw):
+    """Put some bytes into the store as a blob; their digest."""
+    import hashlib
+
+    digest = f"sha256:{hashlib.sha256(raw).hexdigest()}"
+    new = store("ingest", f".new-{os.getpid()}-{hex_of(digest)}")
+    with open(new, "wb") as file:
+        file.write(raw)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(new, blob_path(digest))
+    return digest
+
+
+def fetch_small(source, descriptor, what):
+    """The bytes of a manifest or config, verified."""
+    if not 0 < descriptor.get("size", 0) <= MANIFEST_LIMIT:
+        raise Fail(f"{what}: {descriptor.get('size')} bytes cannot be right",
+                   f"1 to {MANIFEST_LIMIT} can")
+    with open(fetch(source, descriptor), "rb") as file:
+        return file.read()
+
+
+def platform_of(text=None):
+    """[os, architecture, variant if asked for] of Docker's --platform, or our own."""
+    ours = ["linux", MACHINES[os.uname().machine][1]]
+    parts = text.split("/") if text else ours
+    if len(parts) > 3 or not all(parts):
+        raise Fail(f"invalid platform: {text!r}", "linux/arm64 or linux/arm/v7")
+    return parts if len(parts) > 1 else ["linux", *parts]
+
+
+def pick(source, raw, platform, depth=0):
+    """The manifest for a platform: this document, or one that is in its list.
+
+    A list in a list is taken, as some builders write it; deeper ones are not.
+    """
+    document = parsed(raw, "manifest", MANIFEST_FORM)
+    if document.get("schemaVersion") == 1:
+        raise Fail("a manifest of schema 1, which is no longer in use", "push it anew")
+    if not document.get("manifests"):
+        return raw
+    for entry in document["manifests"]:
+        have = entry.get("platform") or {}
+        have = [have.get(key) for key in ("os", "architecture", "variant")]
+        if have[:len(platform)] == platform and depth < 2:
+            return pick(source, fetch_small(source, entry, "manifest"), platform,
+                        depth + 1)
+    raise Fail(f"no matching manifest for {'/'.join(platform)} in the manifest list "
+               "entries", "--platform names another; it may be listed as another", 1)
+
+
+def check_layers(manifest, diff_ids):
+    """Refuse layers that are none, and numbers that do not agree."""
+    layers = manifest.get("layers") or []
+    for layer in layers:
+        kind = layer.get("mediaType", "")
+        if "foreign" in kind or "nondistributable" in kind:
+            raise Fail(f"a foreign layer ({kind}): it is not where its image is",
+                       "its maker's terms keep it elsewhere: use another image", 1)
+        if not kind.startswith((OCI_LAYER, DOCKER_LAYER)):
+            raise Fail(f"a layer of an unknown kind: {kind!r:.90}",
+                       "is it the image of a container, or of something else?", 1)
+        hex_of(layer.get("digest", ""))
+        layer.setdefault("size", -1)
+    if len(layers) != len(diff_ids):
+        raise Fail(f"{len(layers)} layers, but {len(diff_ids)} diff_ids",
+                   "the image is damaged", 1)
+    return layers
+
+
+def layer_at(diff_id, blob):
+    """The directory of a layer, unpacked from its blob unless it is there: verified."""
+    target = store("layers", hex_of(diff_id))
+
+    def make(top):
+        found = unpack(blob, top)
+        if found != diff_id:
+            raise Fail(f"{blob}: unpacked it is {found}, not the {diff_id} that the "
+                       "image's config promises", "the image is damaged or hostile")
+
+    if not os.path.isdir(target):
+        publish(new_directory("layers", make), hex_of(diff_id))
+    return target
+
+
+def bytes_in(layer):
+    """The sizes of a layer's files added up, as Docker does it."""
+    total, waiting = 0, [layer]
+    for directory in waiting:  # grows while we read it
+        for entry in os.scandir(directory):
+            if entry.is_dir(follow_symlinks=False):
+                waiting.append(entry.path)
+            elif entry.is_file(follow_symlinks=False):
+                total += entry.stat(follow_symlinks=False).st_size
+    return total
+
+
+def take_layer(source, descriptor, diff_id, tell):
+    """Bring a layer into the store, as a blob and unpacked; the bytes of its files.
+
+    The blob stays: packed again, the layer would have another digest.
+    """
+    if os.path.isdir(store("layers", hex_of(diff_id))) and (
+            os.path.exists(blob_path(descriptor["digest"]))):
+        tell("Already exists")
+        return bytes_in(store("layers", hex_of(diff_id)))
+    tell("Pulling fs layer")
+    blob = fetch(source, descriptor, tell)
+    tell("Download complete")
+    top = layer_at(diff_id, blob)
+    tell("Pull complete")
+    return bytes_in(top)
+
+
+def begin_job(job):
+    """Do a job in a fork: (pid, descriptor of what it says, in lines of JSON).
+
+    The fork shares all that was imported and learnt so far, as a registry's token; what
+    is open it must not read from, since the place in a file would be shared too.
+    """
+    ours, theirs = os.pipe()
+    pid = os.fork()
+    if pid:
+        os.close(theirs)
+        return pid, ours
+
+    def say_that(**news):
+        os.write(theirs, to_json(news).encode() + b"\n")
+
+    def tell(status, at=0, of=0):
+        if not of or time.monotonic() > tell.next:
+            tell.next = time.monotonic() + 0.1
+            say_that(show=[status, at, of])
+
+    tell.next = 0
+    try:
+        syscall("prctl", PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0,
+                why="nobody would wait for what it does")
+        say_that(result=job(tell))
+    except Exception as error:
+        fail = diagnose(error)
+        say_that(fail=[fail.message, fail.hint, fail.code])
+    finally:
+        os._exit(0)
+
+
+def in_parallel(jobs, show, at_once=3):
+    """Do every job in a process of its own, some at a time: their results, in order.
+
+    A job is a function that is given one to tell how it gets on, which ends in show(id,
+    …).  Unpacking is mostly Python, where threads would have to take turns.
+    """
+    results, running, waiting = {}, {}, list(enumerate(jobs))
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                number, (id, job) = waiting.pop(0)
+                pid, fd = begin_job(job)
+                running[fd] = [number, id, pid, b""]
+            for fd in select.select(list(running), [], [])[0]:
+                number, id, pid, text = running[fd]
+                part = os.read(fd, 1 << 16)
+                *lines, running[fd][3] = (text + part).split(b"\n")
+                for news in map(from_json, lines):
+                    if "fail" in news:
+                        raise Fail(*news["fail"])
+                    if "show" in news:
+                        show(id, *news["show"])
+                    else:
+                        results[number] = news["result"]
+                if not part:
+                    os.close(fd)
+                    del running[fd]
+                    os.waitpid(pid, 0)
+                    if number not in results:
+                        raise Fail(f"the process for {id} was killed", "see `dmesg`")
+    finally:
+        for _, _, pid, _ in running.values():
+            os.kill(pid, signal.SIGTERM)
+        for fd, (_, _, pid, _) in running.items():
+            os.waitpid(pid, 0)
+            os.close(fd)
+    return [results[number] for number in range(len(jobs))]
+
+
+def take_image(source, raw, refs, show=lambda *_: None):
+    """Bring the image of a manifest into the store and give it names; it."""
+    manifest = parsed(raw, "manifest", MANIFEST_FORM)
+    if not manifest.get("config"):
+        raise Fail("the manifest has no config", "is it the manifest of an image?", 1)
+    config = parsed(fetch_small(source, manifest["config"], "config"), "config",
+                    CONFIG_FORM)
+    diff_ids = (config.get("rootfs") or {}).get("diff_ids") or []
+    pairs = dict(zip(diff_ids, check_layers(manifest, diff_ids), strict=True))
+    sizes = dict(zip(pairs, in_parallel([
+        (layer["digest"][7:19], lambda tell, layer=layer, diff_id=diff_id:
+            take_layer(source, layer, diff_id, tell))
+        for diff_id, layer in pairs.items()], show), strict=True))
+    entry = {"mediaType": manifest.get("mediaType") or OCI_MANIFEST,
+             "digest": keep(raw), "size": len(raw), "annotations": {
+                 SIZES: " ".join(str(sizes[diff_id]) for diff_id in diff_ids)}}
+    with changed_index() as entries:  # last: until now nobody can see any of it
+        for ref in refs or [""]:
+            point(entries, ref, entry)
+    return Image(entry)
+
+
+# ── archives ──
+#
+# What `save` writes is an OCI layout in a tarball, with Docker's older manifest.json
+# beside it that points to the same blobs: so whoever knows one of the two can read it.
+
+
+class Part:
+    """A stretch of a file, to be read as if it were all of it."""
+
+    def __init__(self, path, at, length):
+        self.file, self.left = open(path, "rb"), length
+        self.file.seek(at)
+        self.tell = lambda left: None  # is told how many bytes are left
+
+    def read(self, length=1 << 20):
+        """Some bytes; none at the end."""
+        data = self.file.read(max(min(length, self.left), 0))
+        self.left -= len(data)
+        self.tell(self.left)
+        return data
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+
+def oci_manifest(config, layers):
+    """The bytes of the manifest of an image that has none yet."""
+    return to_json({"schemaVersion": 2, "mediaType": OCI_MANIFEST,
+                    "config": config, "layers": layers}).encode()
+
+
+class Archive:
+    """A source of images: a tarball of `save`, of ours or anybody's.
+
+    It is only indexed; each blob is read where it lies, by a descriptor of its own,
+    since the processes that do so would share the place in one.  Docker's older form
+    names layers as it likes, and has one that comes twice as a symlink.
+    """
+
+    def __init__(self, path, title):
+        import tarfile
+
+        self.path, self.title = path, title
+        self.members, links = {}, {}  # name: (where, bytes) and name: name
+        try:
+            with tarfile.open(path, "r:") as tar:
+                for member in tar:
+                    name = os.path.normpath(member.name)
+                    if member.isfile():
+                        self.members[name] = member.offset_data, member.size
+                    elif member.issym() or member.islnk():
+                        there = os.path.dirname(name) if member.issym() else ""
+                        links[name] = os.path.normpath(f"{there}/{member.linkname}"
+                                                       ).lstrip("/")
+                    if len(self.members) + len(links) > 100_000:
+                        raise Fail(f"{title}: more files than images have", "", 1)
+        except (tarfile.TarError, ValueError, EOFError, IndexError, OSError) as error:
+            raise Fail(f"{title}: not an archive of images: {str(error):.80}",
+                       "what `save` wrote is one", 1) from None
+        for name, target in links.items():
+            for _ in range(40):
+                target = links.get(target, target)
+            if target in self.members:
+                self.members[name] = self.members[target]
+        self.names = {}  # digest: the member that has it, if not named after it
+
+    def patiently(self, do, *args):
+        """Do something; there is no second attempt with a file."""
+        try:
+            return do(*args)
+        except Broken as error:
+            raise Fail(f"{self.title}: {error}", "it is damaged", 1) from None
+
+    def part(self, name, at=0):
+        """A member's bytes, to be read."""
+        if name not in self.members:
+            raise Fail(f"{self.title}: {name} is missing", "it is incomplete", 1)
+        where, length = self.members[name]
+        return Part(self.path, where + at, length - at)
+
+    def open(self, descriptor, at=0):
+        """A blob from byte `at`, and that number."""
+        digest = descriptor["digest"]
+        name = self.names.get(digest) or f"blobs/sha256/{hex_of(digest)}"
+        return self.part(name, at), at
+
+    def document(self, name, form):
+        """One of its JSON files, and its bytes."""
+        with self.part(name) as part:
+            raw = part.read(MANIFEST_LIMIT)
+        return parsed(raw, f"{self.title}: {name}", form), raw
+
+    def images(self, platform):
+        """(manifest, names) of each image in it."""
+        if "index.json" in self.members:
+            index, _ = self.document("index.json", MANIFEST_FORM)
+            for entry in index.get("manifests") or ():
+                notes = entry.get("annotations") or {}
+                name = notes.get(ALSO_NAME) or notes.get(NAME)
+                raw = fetch_small(self, entry, "manifest")
+                yield pick(self, raw, platform), [full_name(name)] if name else []
+        elif "manifest.json" in self.members:
+            for item in self.document("manifest.json", [
+                    {"Config": str, "RepoTags": [str], "Layers": [str]}])[0]:
+                yield self.manifest_of(item), [
+                    full_name(tag) for tag in item.get("RepoTags") or ()]
+        else:
+            raise Fail(f"{self.title}: neither index.json nor manifest.json is in it",
+                       "a root file system is for `import`", 1)
+
+    def describe(self, name, kind, digest=None):
+        """The descriptor of a member."""
+        if not digest:
+            with self.part(name) as part:
+                digest = sha256(part)
+        self.names[digest] = name
+        return {"mediaType": kind, "digest": digest, "size": self.members[name][1]}
+
+    def manifest_of(self, item):
+        """The manifest of an image in Docker's older form, which has none."""
+        config = self.describe(os.path.normpath(item.get("Config") or ""), OCI_CONFIG)
+        said, _ = self.document(self.names[config["digest"]], CONFIG_FORM)
+        diff_ids = (said.get("rootfs") or {}).get("diff_ids") or []
+        layers = []
+        for name, diff_id in zip(item.get("Layers") or (), diff_ids, strict=False):
+            name = os.path.normpath(name)
+            with self.part(name) as part:
+                packed = compression(part.read(8))
+            layers.append(self.describe(name, OCI_LAYER + (packed and f"+{packed}"),
+                                        None if packed else diff_id))
+        return oci_manifest(config, layers)
+
+
+class output:
+    """A context that gives the file to write to: one that appears under its name when
+    it is whole (P3), or standard output."""
+
+    def __init__(self, path):
+        if not path and os.isatty(1):
+            raise Fail("cowardly refusing to save to a terminal",
+                       "-o FILE, or redirect", 1)
+        plain = path and (os.path.isfile(path) or not os.path.exists(path))
+        self.path, self.new = path, f"{path}.new-{os.getpid()}" if plain else ""
+
+    def __enter__(self):
+        try:
+            self.file = open(self.new or self.path or 1, "wb", closefd=bool(self.path))
+        except OSError as error:
+            raise Fail(f"{self.path}: {error.strerror}", "is the directory there?", 1
+                       ) from None
+        return self.file
+
+    def __exit__(self, failed, error, _):
+        self.file.close()
+        if self.new:
+            os.unlink(self.new) if failed else os.rename(self.new, self.path)
+
+
+def write_archive(chosen, file):
+    """Write images, pairs of an Image and names in full, as such a tarball."""
+    import io
+    import tarfile
+
+    def add(name, length, data):
+        member = tarfile.TarInfo(name)
+        member.size, member.mode = length, 0o644
+        tar.addfile(member, data)
+
+    def add_json(name, document):
+        raw = to_json(document).encode()
+        add(name, len(raw), io.BytesIO(raw))
+
+    with tarfile.open(fileobj=file, mode="w|", format=tarfile.PAX_FORMAT) as tar:
+        add_json("oci-layout", {"imageLayoutVersion": "1.0.0"})
+        for digest in dict.fromkeys(d for image, _ in chosen for d in image.blobs()):
+            with open(blob_path(digest), "rb") as blob:
+                add(f"blobs/sha256/{hex_of(digest)}", os.fstat(blob.fileno()).st_size,
+                    blob)
+        entries = []
+        for image, names in chosen:
+            entry = {key: image.entry[key] for key in ("mediaType", "digest", "size")}
+            entries += [{**entry, "annotations": {NAME: name, ALSO_NAME: name}}
+                        for name in names] or [entry]
+        add_json("index.json", {"schemaVersion": 2, "mediaType": OCI_INDEX,
+                                "manifests": entries})
+        add_json("manifest.json", [{
+            "Config": f"blobs/sha256/{hex_of(image.id)}",
+            "RepoTags": [short_name(name) for name in names] or None,
+            "Layers": [f"blobs/sha256/{hex_of(d['digest'])}" for d in image.layers],
+        } for image, names in chosen])
+
+
+def spool(stream):
+    """Bring a stream into the store as a file, for now: (its path, its digest)."""
+    import hashlib
+
+    path, digest = store("ingest", f".new-{os.getpid()}-spool"), hashlib.sha256()
+    most = layer_bytes()
+    try:
+        with open(path, "wb") as file:
+            while part := stream.read(1 << 20):
+                if file.tell() + len(part) > most:
+                    raise Fail(f"more than {human(most)} are coming",
+                               "MINICONTAINER_LAYER_BYTES sets another bound than what "
+                               "is free on the disk")
+                file.write(part)
+                digest.update(part)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        take_away_file(path)
+        raise
+    return path, f"sha256:{digest.hexdigest()}"
+
+
+# ── lists, as Docker prints them ──
+
+
+def decimal(number):
+    """Bytes as Docker writes those of images, to three digits: 1984227 is 1.98MB."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if number < 999.5 or unit == "TB":
+            return f"{number:.3g}{unit}"
+        number /= 1000
+
+
+def how_long(seconds):
+    """A span of time as Docker says it."""
+    unit, name = next((unit, name) for unit, name, limit in (
+        (1, "second", 60), (60, "minute", 3600), (3600, "hour", 48 * 3600),
+        (86400, "day", 14 * 86400), (604800, "week", 60 * 86400),
+        (2592000, "month", 730 * 86400), (31536000, "year", 1 << 62))
+        if seconds < limit)
+    count = int(seconds // unit)
+    if count < 1:
+        return "Less than a second"
+    if count == 1 and unit in (60, 3600):
+        return f"About a{'n' * (unit == 3600)} {name}"
+    return f"{count} {name}{'s' * (count != 1)}"
+
+
+def ago(moment):
+    """How long it is since a Unix time, as Docker says it."""
+    return f"{how_long(max(time.time() - moment, 0))} ago" if moment else "N/A"
+
+
+def go_value(value):
+    """A value as Go's templates print it."""
+    if isinstance(value, dict):
+        return f"map[{' '.join(f'{k}:{go_value(v)}' for k, v in value.items())}]"
+    if isinstance(value, list):
+        return f"[{' '.join(map(go_value, value))}]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "<no value>" if value is None else str(value)
+
+
+def from_template(template, value):
+    """Docker's --format: {{.A.B}}, {{json .A}}, {{len .A}}, {{index .A "key"}}."""
+    import re
+    import shlex
+
+    def field(path):
+        found = value
+        for name in filter(None, path.split(".")):
+            if not isinstance(found, dict) or name not in found:
+                raise Fail(f"template: no field {name!r} in {path}",
+                           "--format '{{json .}}' shows what there is", 1)
+            found = found[name]
+        return found
+
+    def replace(match):
+        try:
+            words = shlex.split(match[1])
+            how, path, *keys = words if len(words) > 1 else ["", *words]
+            found = field(path)
+            for key in keys:
+                found = found[int(key) if isinstance(found, list) else key]
+        except (ValueError, KeyError, IndexError, TypeError):
+            how = "wrong"
+        if how not in ("", "json", "len", "index"):
+            raise Fail(f"template: {match[0]} is not possible",
+                       "{{.A.B}}, {{json .A}}, {{len .A}} and {{index .A 0}} are", 1)
+        return (to_json(found) if how == "json" else str(len(found)) if how == "len"
+                else go_value(found))
+
+    text = template.replace("\\t", "\t").replace("\\n", "\n")
+    return re.sub(r"\{\{\s*(.*?)\s*\}\}", replace, text)
+
+
+def print_list(columns, rows, form, quiet=""):
+    """Print rows as Docker does; `columns` are titles and the fields below them."""
+    form = form or "table"
+    if quiet:
+        lines = dict.fromkeys(row[quiet] for row in rows)
+    elif form == "json":
+        lines = map(to_json, rows)
+    elif form.startswith("table"):
+        text = form[6:].replace("\\t", "\t") or "\t".join(
+            f"{{{{.{field}}}}}" for field in columns.values())
+        titles = {field: title for title, field in columns.items()}
+        cells = [from_template(text, row).split("\t") for row in (
+            {**dict.fromkeys(rows[0] if rows else (), "?"), **titles}, *rows)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = ["   ".join(f"{cell:{width}}" for cell, width in zip(
+            row, widths, strict=True)).rstrip() for row in cells]
+    else:
+        lines = [from_template(form, row) for row in rows]
+    for line in lines:
+        print(line)
+
+
+def filters_of(texts, known):
+    """{key: its values} of --filter."""
+    found = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or key not in known:
+            raise Fail(f"invalid filter {text!r}", f"KEY=VALUE; {', '.join(known)}", 1)
+        found.setdefault(key, []).append(value)
+    return found
+
+
+FORMAT = arg("--format", metavar="FORM", help="json, 'table {{.A}}' or '{{.A}} {{.B}}'")
+FILTER = arg("-f", "--filter", metavar="KEY=VALUE", action="append", default=[],
+             help="show only such")
+QUIET = arg("-q", "--quiet", action="store_true", help="show only ids")
+NO_TRUNC = arg("--no-trunc", action="store_true", help="show all of everything")
+PLATFORM = arg("--platform", metavar="OS/ARCH", help="of several, the one for this")
+
+
+def matches(image, wanted):
+    """Whether an image passes --filter."""
+    labels = image.settings.get("Labels") or {}
+    asked = [text.partition("=") for text in wanted.get("label", ())]
+    return all((value == "true") == (not image.names)
+               for value in wanted.get("dangling", ())) and all(
+        key in labels and (not equals or labels[key] == value)
+        for key, equals, value in asked)
+
+
+def is_like(row, patterns):
+    """Whether a row of `images` has one of these names, which may have wildcards."""
+    import fnmatch
+
+    return not patterns or any(
+        fnmatch.fnmatchcase(text, pattern) for pattern in patterns
+        for text in (row["Repository"], f"{row['Repository']}:{row['Tag']}"))
+
+
+def image_rows(image, no_trunc):
+    """What `images` shows of an image: a row for each of its names."""
+    of_repository = {name.partition("@")[0]: name.partition("@")[2]
+                     for name in image.digests()}
+    names = [tag.rpartition(":")[::2] for tag in image.tags()] or [
+        (name, "<none>") for name in of_repository] or [("<none>", "<none>")]
+    for repository, tag in names:
+        yield {"Repository": repository, "Tag": tag,
+               "Digest": of_repository.get(repository, "<none>"),
+               "ID": image.id if no_trunc else image.id[7:19],
+               "CreatedSince": ago(image.created),
+               "CreatedAt": time.strftime("%Y-%m-%d %H:%M:%S +0000 UTC",
+                                          time.gmtime(image.created)),
+               "Size": decimal(sum(image.sizes)), "Containers": "N/A",
+               "SharedSize": "N/A", "UniqueSize": "N/A"}
+
+
+LIST_OPTIONS = (
+    arg("-a", "--all", action="store_true", help="there are no hidden ones here"),
+    QUIET, arg("--digests", action="store_true", help="show digests"), NO_TRUNC, FILTER,
+    FORMAT, arg("repository", nargs="?", metavar="REPOSITORY", help="only so named"))
+
+
+@command("image ls", *LIST_OPTIONS)
+@command("images", *LIST_OPTIONS)
+def images_command(options):
+    """List the images of the store."""
+    wanted = filters_of(options.filter, ("dangling", "label", "reference"))
+    like = wanted.get("reference", []) + [options.repository] * bool(options.repository)
+    columns = {"REPOSITORY": "Repository", "TAG": "Tag", "DIGEST": "Digest",
+               "IMAGE ID": "ID", "CREATED": "CreatedSince", "SIZE": "Size"}
+    if not options.digests:
+        del columns["DIGEST"]
+    print_list(columns, [row for image in all_images() if matches(image, wanted)
+                         for row in image_rows(image, options.no_trunc)
+                         if is_like(row, like)],
+               options.format, "ID" if options.quiet else "")
+
+
+@command("history", QUIET, NO_TRUNC, FORMAT,
+         arg("image", metavar="IMAGE", help="its name or id"))
+def history_command(options):
+    """Show of what steps an image was made."""
+    image = find_image(options.image)
+    rows, sizes = [], iter(image.sizes)
+    for step in image.config.get("history") or [{} for _ in image.sizes]:
+        by, when = step.get("created_by") or "", step.get("created") or ""
+        rows.insert(0, {
+            "ID": "<missing>", "CreatedSince": ago(seconds_of(when)),
+            "CreatedAt": when, "Comment": step.get("comment") or "",
+            "CreatedBy": by if options.no_trunc or len(by) < 46 else by[:44] + "…",
+            "Size": decimal(0 if step.get("empty_layer") else next(sizes, 0))})
+    for row in rows[:1]:
+        row["ID"] = image.id if options.no_trunc else image.id[7:19]
+    print_list({"IMAGE": "ID", "CREATED": "CreatedSince", "CREATED BY": "CreatedBy",
+                "SIZE": "Size", "COMMENT": "Comment"}, rows, options.format,
+               "ID" if options.quiet else "")
+
+
+def inspected(image):
+    """What `image inspect` tells, under Docker's keys."""
+    history, directories = image.config.get("history") or [{}], [
+        store("layers", hex_of(diff_id)) for diff_id in image.diff_ids]
+    size_ = sum(image.sizes)
+    return {
+        "Id": image.id, "RepoTags": image.tags(), "RepoDigests": image.digests(),
+        "Parent": "", "Comment": history[-1].get("comment") or "",
+        "Created": image.config.get("created") or "", "DockerVersion": "",
+        "Author": image.config.get("author") or "", "Config": image.settings,
+        "Architecture": image.config.get("architecture") or "",
+        "Variant": image.config.get("variant") or "",
+        "Os": image.config.get("os") or "", "Size": size_, "VirtualSize": size_,
+        "GraphDriver": {"Name": "overlay",
+                        "Data": {"LowerDir": ":".join(reversed(directories))}},
+        "RootFS": {"Type": "layers", "Layers": image.diff_ids},
+        "Descriptor": {key: image.entry[key] for key in ("mediaType", "digest",
+                                                         "size")}}
+
+
+def for_each(names, do):
+    """Do something with each of several, also if it fails with some of them."""
+    failed = []
+    for name in names:
+        try:
+            do(name)
+        except Fail as fail:
+            failed.append(fail)
+    if failed:
+        raise Fail("\nminicontainer: ".join(fail.message for fail in failed),
+                   failed[-1].hint, 1)
+
+
+@command("image inspect", arg("-f", "--format", metavar="FORM", help="'{{.A.B}}'"),
+         arg("images", nargs="+", metavar="IMAGE", help="names or ids"))
+def image_inspect_command(options):
+    """Show all that is known of images, as JSON."""
+    import json
+
+    found = []
+    try:
+        for_each(options.images,
+                 lambda name: found.append(inspected(find_image(name))))
+    finally:
+        if options.format:
+            for document in found:
+                print(to_json(document) if options.format == "json" else
+                      from_template(options.format, document))
+        else:
+            print(json.dumps(found, indent=4))
+
+
+# ── images made, named and removed ──
+
+
+def take_change(settings, text):
+    """Apply one line of a Dockerfile, of those that only change the config."""
+    import shlex
+
+    word, _, rest = text.strip().partition(" ")
+    word, rest = word.upper(), rest.strip()
+    keys = {"CMD": "Cmd", "ENTRYPOINT": "Entrypoint", "ENV": "Env", "LABEL": "Labels",
+            "EXPOSE": "ExposedPorts", "VOLUME": "Volumes", "USER": "User",
+            "WORKDIR": "WorkingDir", "STOPSIGNAL": "StopSignal"}
+    if word not in keys or not rest:
+        raise Fail(f"--change {text!r}: not possible", f"{', '.join(keys)}, each with "
+                   "what it takes in a Dockerfile", 1)
+    try:
+        words = from_json(rest) if rest[0] == "[" else None
+        split = shlex.split(rest)
+    except ValueError as error:
+        raise Fail(f"--change {text!r}: {error}", "as in a Dockerfile", 1) from None
+    if word in ("CMD", "ENTRYPOINT"):
+        settings[keys[word]] = ["/bin/sh", "-c", rest] if words is None else words
+    elif word in ("ENV", "LABEL"):
+        pairs = dict(item.partition("=")[::2] for item in split)
+        if "=" not in split[0]:  # the older form, ENV NAME VALUE
+            pairs = {split[0]: rest.partition(" ")[2].strip()}
+        old = settings.get(keys[word]) or {}
+        if word == "ENV":
+            old = dict(line.partition("=")[::2] for line in old)
+        pairs = {**old, **pairs}
+        settings[keys[word]] = pairs if word == "LABEL" else [
+            f"{name}={value}" for name, value in pairs.items()]
+    elif word in ("EXPOSE", "VOLUME"):
+        items = [f"{item}/tcp" if word == "EXPOSE" and "/" not in item else item
+                 for item in words or split]
+        settings.setdefault(keys[word], {}).update({item: {} for item in items})
+    else:
+        settings[keys[word]] = rest
+
+
+def open_import(text):
+    """What `import` is to read: a file, standard input, or what a URL leads to."""
+    import urllib.error
+    import urllib.request
+
+    try:
+        if text.startswith(("http://", "https://")):
+            return urllib.request.urlopen(text, timeout=60)
+        return open(0 if text == "-" else text, "rb", closefd=text != "-")
+    except OSError as error:  # urllib's errors are that too
+        raise Fail(f"{text}: {getattr(error, 'reason', None) or error.strerror}",
+                   "FILE, URL, or - for standard input", 1) from None
+
+
+def keep_layer(stream, title):
+    """Bring a tarball into the store as a blob and as a layer: its descriptor, diff_id
+    and the bytes of its files.  OCI has no name for xz and bzip2: they become plain."""
+    path, digest = spool(stream)
+    try:
+        with open(path, "rb") as file:
+            packed = compression(file.read(8))
+        if packed in ("xz", "bzip2"):
+            with open_plain(path) as plain:
+                os.unlink(path)
+                path, digest = spool(plain)
+            packed = ""
+        diff_id = []
+        made = new_directory("layers", lambda top: diff_id.append(
+            unpack(path, top, title)))
+        os.rename(path, blob_path(digest))
+    finally:
+        take_away_file(path)
+    top = publish(made, hex_of(diff_id[0]))
+    return {"mediaType": OCI_LAYER + (packed and f"+{packed}"), "digest": digest,
+            "size": os.path.getsize(blob_path(digest))}, diff_id[0], bytes_in(top)
+
+
+@command("import",
+         arg("-c", "--change", metavar="LINE", action="append", default=[],
+             help="a line of a Dockerfile, as 'CMD [\"sh\"]'"),
+         arg("-m", "--message", metavar="TEXT", default="", help="shown by history"),
+         PLATFORM,
+         arg("file", metavar="FILE|URL|-", help="a tarball of a root file system"),
+         arg("name", nargs="?", metavar="NAME[:TAG]", help="of the new image"))
+def import_command(options):
+    """Make an image of a tarball."""
+    need_root()
+    refs = [full_name(options.name)] if options.name else [""]
+    settings = {}
+    for text in options.change:
+        take_change(settings, text)
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    with adding():
+        with open_import(options.file) as stream:
+            layer, diff_id, size_ = keep_layer(stream, options.file)
+        comment = options.message or f"Imported from {options.file}"
+        keys = "os", "architecture", "variant"
+        config = to_json({
+            "created": now, **dict(zip(keys, platform_of(options.platform),
+                                       strict=False)), "config": settings,
+            "rootfs": {"type": "layers", "diff_ids": [diff_id]},
+            "history": [{"created": now, "comment": comment}]}).encode()
+        id = keep(config)
+        raw = oci_manifest({"mediaType": OCI_CONFIG, "digest": id, "size": len(config)},
+                           [layer])
+        entry = {"mediaType": OCI_MANIFEST, "digest": keep(raw), "size": len(raw),
+                 "annotations": {SIZES: str(size_)}}
+        with changed_index() as entries:
+            for ref in refs:
+                point(entries, ref, entry)
+    print(id)
+
+
+@command("tag", arg("source", metavar="IMAGE", help="its name or id"),
+         arg("name", metavar="NAME[:TAG]", help="the new one"))
+def tag_command(options):
+    """Give an image one more name."""
+    need_root()
+    ref = full_name(options.name)
+    if "@" in ref:
+        raise Fail("refusing to create a tag with a digest reference", "NAME:TAG", 1)
+    with changed_index() as entries:
+        point(entries, ref, find_image(options.source).entry)
+
+
+def containers():
+    """(id, annotations) of every container there is."""
+    for id in os.listdir(store("containers", "")):
+        try:
+            spec = from_json(read_file(f"{store('containers', '')}{id}/config.json"))
+            yield id, spec.get("annotations", {})
+        except (FileNotFoundError, NotADirectoryError):
+            continue  # not quite made, or just removed
+
+
+# Sweeping is the one way in which blobs and layers go: what is needed is marked, all
+# else removed.  So it does not matter where an earlier one was killed.
+
+
+def sweep(all_of_it=False):
+    """Remove blobs and layers that belong to no image and no container, with all_of_it
+    unfinished ones too; the bytes freed.  While anybody adds some, none."""
+    with held("images/blobs", fcntl.LOCK_EX | fcntl.LOCK_NB) as alone:
+        if alone is None:
+            return 0
+        keep_, freed = set(), 0
+        for image in map(Image, read_index()):
+            keep_.update(map(hex_of, [*image.blobs(), *image.diff_ids]))
+        for _, notes in containers():
+            keep_.update(map(os.path.basename, from_json(notes.get(OF_LAYERS, "[]"))))
+        for parent in ("images/blobs/sha256", "ingest", "layers"):
+            for name in os.listdir(store(parent, "")):
+                path = store(parent, name)
+                if name in keep_ or (parent == "ingest" and not all_of_it):
+                    continue
+                if os.path.isdir(path) and not name.startswith(".new-"):
+                    freed += bytes_in(path)
+                    new = store(parent, f".new-{os.getpid()}-{name}")
+                    os.rename(path, new)
+                    remove_tree(new)
+                elif os.path.isfile(path):
+                    freed += os.path.getsize(path)
+                    os.unlink(path)
+        return freed
+
+
+def check_removable(image, text, by_name, force):
+    """Refuse, in Docker's words, to remove an image that is in use."""
+    short = image.id[7:19]
+    users = [id for id, notes in containers() if notes.get(OF_IMAGE) == image.id]
+    running = [id for id in users if is_held(store("containers", id))]
+    if by_name and (len(image.tags()) > 1 or force or not users):
+        return users
+    if by_name:
+        raise Fail(f"conflict: unable to remove repository reference {text!r} (must "
+                   f"force) - container {users[0][:12]} is using its referenced image "
+                   f"{short}", "`system prune` removes containers that have ended", 1)
+    if running:
+        raise Fail(f"conflict: unable to delete {short} (cannot be forced) - image is "
+                   f"being used by running container {running[0][:12]}", "end it", 1)
+    if users and not force:
+        raise Fail(f"conflict: unable to delete {short} (must be forced) - image is "
+                   f"being used by stopped container {users[0][:12]}", "-f", 1)
+    if len({tag.rpartition(":")[0] for tag in image.tags()}) > 1 and not force:
+        raise Fail(f"conflict: unable to delete {short} (must be forced) - image is "
+                   "referenced in multiple repositories", "-f", 1)
+    return users
+
+
+def remove_image(text, force=False):
+    """Take one name from an image, or all if it is named by its id; with the last one
+    it goes itself unless a container uses it.  Prints what Docker prints.
+
+    The digest that a repository gave it is a name too, which goes with its last tag.
+    """
+    with changed_index() as entries:
+        image = find_image(text)
+        digits = text.removeprefix("sha256:")
+        by_name = not image.id[7:].startswith(digits) or full_name(text) in image.names
+        users = check_removable(image, text, by_name, force)
+        gone = [full_name(text)] if by_name else list(image.names)
+        left = [ref for ref in image.names if ref not in gone]
+        repositories = {split_name(ref)[:2] for ref in left if "@" not in ref}
+        gone += [ref for ref in left if "@" in ref and any(
+            split_name(name)[:2] == split_name(ref)[:2] for name in gone)
+            and split_name(ref)[:2] not in repositories]
+        for ref in gone:
+            untag(entries, ref)
+            print(f"Untagged: {short_name(ref)}")
+        if set(image.names) - set(gone) or users:
+            return
+        entries[:] = [entry for entry in entries if Image(entry).id != image.id]
+    print(f"Deleted: {image.id}")
+    kept = {diff_id for other in all_images() for diff_id in other.diff_ids}
+    for diff_id in reversed(image.diff_ids):
+        if diff_id not in kept:
+            print(f"Deleted: {diff_id}")
+    sweep()
+
+
+RMI_OPTIONS = (
+    arg("-f", "--force", action="store_true", help="also if it has more names, or is "
+        "used by containers that have ended"),
+    arg("images", nargs="+", metavar="IMAGE", help="names or ids"))
+
+
+@command("image rm", *RMI_OPTIONS)
+@command("rmi", *RMI_OPTIONS)
+def rmi_command(options):
+    """Remove images."""
+    need_root()
+    for_each(options.images, lambda text: remove_image(text, options.force))
+
+
+@command("image prune",
+         arg("-a", "--all", action="store_true", help="all that no container uses"),
+         arg("-f", "--force", action="store_true", help="do not ask"))
+def image_prune_command(options):
+    """Remove images that have no name, and what no image needs."""
+    need_root()
+    what = "all images without at least one container associated to them" if (
+        options.all) else "all dangling images"
+    if not options.force:
+        print(f"WARNING! This will remove {what}.\nAre you sure you want to continue? "
+              "[y/N] ", end="", flush=True)
+        if sys.stdin.readline().strip().lower() != "y":
+            return
+    used = {notes.get(OF_IMAGE) for _, notes in containers()}
+    for image in all_images():
+        if (options.all or not image.names) and image.id not in used:
+            remove_image(image.id, True)
+    print(f"Total reclaimed space: {decimal(sweep(True))}")
+
+
+@command("save", arg("-o", "--output", metavar="FILE", help="not to standard output"),
+         arg("images", nargs="+", metavar="IMAGE", help="names or ids"))
+def save_command(options):
+    """Write images to a tarball, for `load` here or `docker load` elsewhere."""
+    with adding():
+        chosen = {}
+        for text in options.images:
+            image = find_image(text)
+            names = chosen.setdefault(image.entry["digest"], (image, {}))[1]
+            if not image.id[7:].startswith(text.removeprefix("sha256:")):
+                names[full_name(text)] = True
+        with output(options.output) as file:
+            write_archive(list(chosen.values()), file)
+
+
+@command("load", arg("-i", "--input", metavar="FILE", help="not standard input"),
+         arg("-q", "--quiet", action="store_true", help="no progress"), PLATFORM)
+def load_command(options):
+    """Bring in the images of a tarball that `save` wrote, here or elsewhere."""
+    need_root()
+    if not options.input and os.isatty(0):
+        raise Fail("requested load from stdin, but stdin is empty", "-i FILE, or <", 1)
+    title, temporary = options.input or "standard input", []
+    with adding():
+        try:
+            path = options.input
+            if not path:
+                with open(0, "rb", closefd=False) as stdin:
+                    path = spool(stdin)[0]
+                    temporary.append(path)
+            with open(path, "rb") as file:
+                packed = compression(file.read(8))
+            if packed:
+                with open_plain(path) as plain:
+                    path = f"{store('ingest', '')}.new-{os.getpid()}-plain"
+                    os.rename(spool(plain)[0], path)
+                    temporary.append(path)
+            archive = Archive(path, title)
+            for raw, refs in archive.images(platform_of(options.platform)):
+                image = take_image(archive, raw, refs)
+                for ref in refs:
+                    print(f"Loaded image: {short_name(ref)}")
+                if not refs:
+                    print(f"Loaded image ID: {image.id}")
+        except OSError as error:
+            if not title == options.input == error.filename:
+                raise
+            raise Fail(f"open {title}: {error.strerror}", "see `ls`", 1) from None
+        finally:
+            for path in temporary:
+                take_away_file(path)
+
+
+# ── images as what containers are made of ──
+
+
+def image_layers(image):
+    """The directories of an image's layers, bottom first; unpacked again if missing.
+
+    One that comes twice is needed only where it lies highest, and overlay takes no
+    directory twice."""
+    found = {}
+    for diff_id, layer in zip(image.diff_ids, image.layers, strict=True):
+        found.pop(diff_id, None)
+        found[diff_id] = layer_at(diff_id, blob_path(layer["digest"]))
+    if not found:
+        raise Fail(f"image {image.id[7:19]} has no files", "there is nothing to run")
+    return list(found.values())
+
+
+def image_process(image):
+    """What an image says of its process, in the spec's form."""
+    lines = [line for line in image.settings.get("Env") or () if "=" in line]
+    if not any(line.startswith("PATH=") for line in lines):
+        lines.insert(0, f"PATH={DEFAULT_PATH}")
+    return {"env": lines, "cwd": image.settings.get("WorkingDir") or "/",
+            "user": {"username": image.settings.get("User") or ""}}
+
+
+def image_command(image, entrypoint, words):
+    """The program and its arguments: the image's Entrypoint, then what was asked for or
+    else its Cmd; --entrypoint replaces both."""
+    own = image.settings.get("Entrypoint") or []
+    default = image.settings.get("Cmd") or [] if entrypoint is None else []
+    found = (own if entrypoint is None else [entrypoint] * bool(entrypoint)) + (
+        words or default)
+    if not found:
+        raise Fail("No command specified", "the image names none: run IMAGE COMMAND")
+    return found
+
+
+def image_notes(image):
+    """The annotations of a container made of an image, as the OCI image specification
+    has them ("conversion.md"): what only `stop`, `ps` or its user needs to know."""
+    key, settings = "org.opencontainers.image", image.settings
+    notes = {f"{key}.os": image.config.get("os"),
+             f"{key}.architecture": image.config.get("architecture"),
+             f"{key}.author": image.config.get("author"),
+             f"{key}.created": image.config.get("created"),
+             f"{key}.stopSignal": settings.get("StopSignal"),
+             f"{key}.exposedPorts": ",".join(settings.get("ExposedPorts") or {})}
+    return {**{name: text for name, text in notes.items() if text},
+            **(settings.get("Labels") or {}), OF_IMAGE: image.id}
+
+# ══ 9. REGISTRY ═══════════════════════════════════════════════════════════════════
+#
+# A registry is a store as above behind HTTP, and an image goes there and back in a
+# handful of requests, each of which names a digest that the other side can check:
+#
+#       GET  /v2/NAME/manifests/TAG     the manifest, or a list of one for each platform
+#       GET  /v2/NAME/blobs/DIGEST      the config, the layers; Range: bytes=N- goes on
+#       HEAD /v2/NAME/blobs/DIGEST      is it there?  then nothing is sent
+#       POST /v2/NAME/blobs/uploads/    where to PUT it, or PATCH it in pieces; or, with
+#                                       ?mount=DIGEST&from=OTHER, there it is already
+#       PUT  /v2/NAME/manifests/TAG     last: now others can see it
+#
+# Who we are is asked for by an answer 401.  "Basic" takes name and password themselves,
+# "Bearer" a token that the server it names gives for them, or to anybody for what is
+# public.  They are sent to the host that asked and never along a redirect to another.
+#
+# The other side is not to be trusted: with what is larger than announced, with another
+# digest, with redirects without end.  And it fails: what may pass is tried again, after
+# longer and longer pauses, and of a blob only the rest.  It is https, verified with the
+# system's authorities and those in /etc/docker/certs.d/HOST; http only where Docker
+# takes that too, on this machine or for "insecure-registries" in its daemon.json.
+#
+# The OCI distribution specification; Docker's "Token Authentication Specification".
+
+DOCKER_ETC = "/etc/docker"
+HUB, HUB_KEY = "registry-1.docker.io", "https://index.docker.io/v1/"
+MANIFESTS = OCI_INDEX, DOCKER_INDEX, OCI_MANIFEST, DOCKER_MANIFEST
+ATTEMPTS, PAUSE, PATIENCE = 5, 0.5, 60  # how often, seconds before the second, to wait
+CHUNK = 64 << 20  # bytes: a larger blob is uploaded in pieces
+
+
+# ── who we are ──
+
+
+def docker_config():
+    """(path, content) of Docker's config.json, where logins are kept."""
+    top = os.environ.get("DOCKER_CONFIG") or os.path.expanduser("~/.docker")
+    path = os.path.realpath(f"{top}/config.json")
+    try:
+        with open(path, "rb") as file:
+            return path, parsed(file.read(), path, {
+                "auths": {}, "credHelpers": {}, "credsStore": str})
+    except FileNotFoundError:
+        return path, {}
+
+
+def ask_helper(name, verb, text):
+    """What a credential helper answers; None if it knows nothing."""
+    import subprocess
+
+    program = f"docker-credential-{name}"
+    try:
+        done = subprocess.run([program, verb], input=text, capture_output=True,
+                              text=True)
+    except OSError as error:
+        raise Fail(f"{program}: {error.strerror}",
+                   "config.json names it: install it, or take it out", 1) from None
+    if done.returncode and "credentials not found" not in done.stdout:
+        raise Fail(f"{program} {verb}: {(done.stdout or done.stderr).strip():.200}", "",
+                   1)
+    return None if done.returncode else done.stdout
+
+
+def helper_of(config, key):
+    """The credential helper for a registry, or ""."""
+    return (config.get("credHelpers") or {}).get(key) or config.get("credsStore") or ""
+
+
+def credentials(host):
+    """[name, password] for a registry, or None."""
+    import base64
+
+    key, (path, config) = HUB_KEY if host == "docker.io" else host, docker_config()
+    if helper := helper_of(config, key):
+        said = ask_helper(helper, "get", key)
+        said = parsed(said, f"docker-credential-{helper}", {
+            "Username": str, "Secret": str}) if said else {}
+        return [said["Username"], said["Secret"]] if said.get("Secret") else None
+    try:
+        auth = config["auths"][key]["auth"]
+        return base64.b64decode(auth).decode().split(":", 1)
+    except KeyError:
+        return None
+    except (ValueError, TypeError):
+        raise Fail(f"{path}: no name and password for {key}", "log in again", 1
+                   ) from None
+
+
+def keep_credentials(host, user):
+    """Keep [name, password] for a registry, or with None forget them; for our own user
+    alone (P3), and with a helper not in a file at all."""
+    import base64
+
+    key, (path, config) = HUB_KEY if host == "docker.io" else host, docker_config()
+    auths = {**(config.get("auths") or {})}
+    helper = helper_of(config, key)
+    known = auths.pop(key, None) is not None or bool(helper)
+    if helper and user:
+        ask_helper(helper, "store", to_json({
+            "ServerURL": key, "Username": user[0], "Secret": user[1]}))
+        auths[key] = {}
+    elif helper:
+        ask_helper(helper, "erase", key)
+    elif user:
+        auths[key] = {"auth": base64.b64encode(":".join(user).encode()).decode()}
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    save(path, {**config, "auths": auths})
+    return known
+
+
+# ── the protocol ──
+#
+# urllib speaks HTTP for us, with just the handlers named below: what it would follow
+# or send by itself (ftp and file, names and passwords along a redirect) is not there.
+
+
+def is_loopback(host):
+    """Whether a registry is on this machine."""
+    name = host.rpartition(":")[0] or host
+    return name in ("localhost", "[::1]") or name.startswith("127.")
+
+
+def may_be_insecure(host):
+    """Whether http will do for a registry."""
+    try:
+        with open(f"{DOCKER_ETC}/daemon.json", "rb") as file:
+            config = parsed(file.read(), file.name, {"insecure-registries": [str]})
+    except FileNotFoundError:
+        config = {}
+    return is_loopback(host) or host in (config.get("insecure-registries") or ())
+
+
+def tls_context(host):
+    """How a registry proves who it is, and we to it: certs.d, as Docker has it."""
+    import glob
+    import ssl
+
+    context, top = ssl.create_default_context(), f"{DOCKER_ETC}/certs.d/{host}"
+    try:
+        for path in sorted(glob.glob(f"{glob.escape(top)}/*.crt")):
+            context.load_verify_locations(path)
+        for path in sorted(glob.glob(f"{glob.escape(top)}/*.cert")):
+            context.load_cert_chain(path, f"{path[:-5]}.key")
+    except OSError as error:  # ssl's errors are that too
+        raise Fail(f"{top}: {error}", "*.crt: authorities; *.cert and *.key: ours"
+                   ) from None
+    return context
+
+
+def http_opener(host):
+    """urllib's opener for a registry: http and https alone, a proxy if the environment
+    names one, and nothing that proves who we are along a redirect to another host."""
+    from urllib import request
+
+    class Redirects(request.HTTPRedirectHandler):
+        def redirect_request(self, req, fp, code, msg, headers, newurl):
+            new = super().redirect_request(req, fp, code, msg, headers, newurl)
+            if req.type == "https" and new and new.type != "https":
+                raise Fail(f"{host} redirects to {new.type}, which is not safe", "")
+            if new and (new.type, new.host) == (req.type, req.host):
+                for name, value in req.unredirected_hdrs.items():
+                    if name == "Authorization":
+                        new.add_unredirected_header(name, value)
+            return new
+
+    opener = request.OpenerDirector()
+    for handler in (request.ProxyHandler({} if is_loopback(host) else None), Redirects,
+                    request.HTTPHandler, request.UnknownHandler,
+                    request.HTTPSHandler(context=tls_context(host)),
+                    request.HTTPDefaultErrorHandler, request.HTTPErrorProcessor):
+        opener.add_handler(handler() if isinstance(handler, type) else handler)
+    return opener
+
+
+class Refused(Fail):
+    """What a registry does not do for us: HTTP's status."""
+
+    status = 0
+
+
+def refusal(error, host):
+    """urllib's HTTPError as a Refused, or Broken if it may pass."""
+    try:
+        said = parsed(error.read(1 << 16), "", {"errors": [{"code": str}]})["errors"][0]
+        text = f"{said['code'].lower().replace('_', ' ')}: {said.get('message')}"
+    except (Fail, KeyError, IndexError, OSError, TypeError):
+        text = f"{error.code} {error.reason}"
+    if error.code == 429 or error.code >= 500:
+        broken, after = Broken(text), error.headers.get("Retry-After", "")
+        broken.pause = min(int(after), PATIENCE) if after.isdecimal() else 0
+        return broken
+    refused = Refused(text, f"that is what {host} says", 1)
+    refused.status = error.code
+    return refused
+
+
+class Flow:
+    """The body of an answer, whose end may come too early."""
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def read(self, length):
+        """Some bytes; none at the end."""
+        import http.client
+
+        try:
+            return self.answer.read(length)
+        except (OSError, http.client.HTTPException) as error:
+            raise Broken(f"the connection has ended: {error!r:.90}") from None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.answer.close()
+
+
+class Registry:
+    """A source of images, and where they go: one repository of a registry.
+
+    The first request finds out whether it talks https, and an answer 401 who it wants
+    us to be.
+    """
+
+    def __init__(self, host, path):
+        self.host, self.path = host, path
+        self.address = HUB if host == "docker.io" else host
+        self.scheme, self.authorization = "", ""
+        self.user, self.opener = credentials(host), http_opener(host)
+
+    def patiently(self, do, *args):
+        """Do something, and what may pass again, after a pause that grows."""
+        for attempt in range(ATTEMPTS):
+            try:
+                return do(*args)
+            except Broken as error:
+                if attempt == ATTEMPTS - 1:
+                    raise Fail(f"{self.host}: {error}", f"the last of {ATTEMPTS} "
+                               "attempts; what has come is kept", 1) from None
+                time.sleep(max(PAUSE * 2 ** attempt, getattr(error, "pause", 0)))
+
+    def find_scheme(self):
+        """https; or where it may be http, what the other side talks.
+
+        A certificate that cannot be verified is no reason to go on without one.
+        """
+        import ssl
+        import urllib.error
+
+        self.scheme = "https"
+        if may_be_insecure(self.host):
+            try:
+                self.opener.open(f"https://{self.address}/v2/", None, PATIENCE).close()
+            except urllib.error.HTTPError:
+                pass
+            except OSError as error:
+                reason = getattr(error, "reason", error)
+                if not isinstance(reason, ssl.SSLCertVerificationError):
+                    self.scheme = "http"
+
+    def ask(self, method, path, body=lambda: None, **headers):
+        """One request, and if need be once more as somebody: its answer, to be closed.
+        A header's _ is a -; body() is what it sends."""
+        import urllib.error
+        import urllib.parse
+        import urllib.request
+
+        if not self.scheme:
+            self.find_scheme()
+        url = urllib.parse.urljoin(f"{self.scheme}://{self.address}/", path)
+        for known in (False, True):
+            asked = urllib.request.Request(url, body(), {
+                name.replace("_", "-"): value for name, value in headers.items()
+            }, method=method)
+            ours = asked.host == self.address  # later on it may name a proxy
+            if self.authorization and ours:
+                asked.add_unredirected_header("Authorization", self.authorization)
+            try:
+                return self.open_url(asked)
+            except urllib.error.HTTPError as error:
+                challenge = error.headers.get_all("WWW-Authenticate") or [""]
+                if error.code != 401 or known or not ours:
+                    raise refusal(error, self.host) from None
+                error.close()
+            self.authorize(challenge[0])
+
+    def open_url(self, asked):
+        """What the opener gives for a request; Broken where another try may help."""
+        import http.client
+        import socket
+        import ssl
+        import urllib.error
+
+        try:
+            return self.opener.open(asked, timeout=PATIENCE)
+        except urllib.error.HTTPError:
+            raise
+        except (OSError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", error)
+            if isinstance(reason, ssl.SSLCertVerificationError):
+                raise Fail(f"{self.host}: {reason.verify_message}", "its authority's "
+                           f"certificate goes into {DOCKER_ETC}/certs.d/{self.host}/",
+                           1) from None
+            if isinstance(reason, (ConnectionRefusedError, socket.gaierror)):
+                raise Fail(f"{self.host}: {reason.strerror}", "is the name right, and "
+                           "is there a network?", 1) from None
+            raise Broken(f"{reason or error!r}") from None
+
+    def authorize(self, challenge):
+        """Prove who we are, as an answer 401 asks us to."""
+        import base64
+        import re
+        import urllib.error
+        import urllib.parse
+        import urllib.request
+
+        kind, fields = challenge.partition(" ")[0].lower(), dict(
+            re.findall(r'(\w+)="([^"]*)"', challenge))
+        basic = self.user and "Basic " + base64.b64encode(
+            ":".join(self.user).encode()).decode()
+        if kind == "basic" and basic:
+            self.authorization = basic
+            return
+        realm = fields.get("realm", "")
+        if kind != "bearer" or not realm.startswith(
+                ("https://", f"{self.scheme}://")):
+            raise Refused("unauthorized: authentication required",
+                          f"minicontainer login {self.host}", 1)
+        query = urllib.parse.urlencode([
+            (key, fields[key]) for key in ("service", "scope") if key in fields])
+        asked = urllib.request.Request(realm + ("&" if "?" in realm else "?") + query)
+        if basic:
+            asked.add_unredirected_header("Authorization", basic)
+        try:
+            with self.open_url(asked) as answer:
+                said = parsed(answer.read(1 << 20), "token", {
+                    "token": str, "access_token": str})
+        except urllib.error.HTTPError as error:
+            raise refusal(error, self.host) from None
+        token = said.get("token") or said.get("access_token") or ""
+        self.authorization = f"Bearer {token}"
+
+    def manifest(self, version):
+        """The bytes that a tag or digest names, and their digest."""
+        import hashlib
+
+        with Flow(self.ask("GET", f"/v2/{self.path}/manifests/{version}",
+                           Accept=", ".join(MANIFESTS))) as flow:
+            raw = b""
+            while part := flow.read(1 << 16):
+                raw += part
+                if len(raw) > MANIFEST_LIMIT:
+                    raise Fail(f"{self.host}: the manifest has more than "
+                               f"{MANIFEST_LIMIT} bytes", "it is hostile", 1)
+            said = flow.answer.headers.get("Docker-Content-Digest")
+        digest = f"sha256:{hashlib.sha256(raw).hexdigest()}"
+        for wanted in (version, said):
+            if wanted and wanted.startswith("sha256:") and wanted != digest:
+                raise Fail(f"{self.host}: wrong digest: asked for {wanted}, what has "
+                           f"come is {digest}", "it is damaged or hostile", 1)
+        return raw, digest
+
+    def open(self, descriptor, at):
+        """A blob or manifest from byte `at`, or 0 if it does not do that; which."""
+        kind = "manifests" if descriptor.get("mediaType") in MANIFESTS else "blobs"
+        rest = {"Range": f"bytes={at}-"} if at else {}
+        answer = self.ask("GET", f"/v2/{self.path}/{kind}/{descriptor['digest']}",
+                          Accept=descriptor.get("mediaType") or "*/*", **rest)
+        begins = answer.headers.get("Content-Range", "").startswith(f"bytes {at}-")
+        return Flow(answer), at if answer.status == 206 and begins else 0
+
+    def has(self, digest):
+        """Whether it has a blob."""
+        try:
+            self.ask("HEAD", f"/v2/{self.path}/blobs/{digest}").close()
+            return True
+        except Refused as refused:
+            if refused.status != 404:
+                raise
+            return False
+
+    def upload(self, descriptor, other, tell):
+        """Send a blob in one piece or several, unless it can be taken from another
+        repository of the same registry.
+
+        Each answer says where the next request goes; that may be another host, which
+        is then told nothing of who we are.
+        """
+        digest, length = descriptor["digest"], descriptor["size"]
+        mount = f"?mount={digest}&from={other}" if other else ""
+        where = f"/v2/{self.path}/blobs/uploads/{mount}"
+        with self.ask("POST", where, lambda: b"") as answer:
+            where = answer.headers.get("Location", "")
+            if answer.status == 201:
+                tell(f"Mounted from {other}")
+                return
+        sent = 0
+
+        def piece():
+            part = Part(blob_path(digest), sent, min(CHUNK, length - sent))
+            part.tell = lambda left: tell("Pushing", min(sent + CHUNK, length) - left,
+                                          length)
+            return part
+
+        while length > CHUNK and sent < length:
+            end = min(sent + CHUNK, length)
+            with self.ask("PATCH", where, piece, Content_Length=str(end - sent),
+                          Content_Type="application/octet-stream",
+                          Content_Range=f"{sent}-{end - 1}") as answer:
+                where, sent = answer.headers.get("Location", where), end
+        where += f"{'&' if '?' in where else '?'}digest={digest}"
+        with self.ask("PUT", where, piece, Content_Length=str(length - sent),
+                      Content_Type="application/octet-stream"):
+            tell("Pushed")
+
+    def put(self, descriptor, other="", tell=lambda *_: None):
+        """Have the registry have a blob of the store."""
+        tell("Preparing")
+        if self.patiently(self.has, descriptor["digest"]):
+            tell("Layer already exists")
+        else:
+            self.patiently(self.upload, descriptor, other, tell)
+
+    def put_manifest(self, image, tag):
+        """Last, the manifest under a name."""
+        with open(blob_path(image.entry["digest"]), "rb") as file:
+            raw = file.read()
+        with self.ask("PUT", f"/v2/{self.path}/manifests/{tag}", lambda: raw,
+                      Content_Type=image.entry["mediaType"]) as answer:
+            digest = answer.headers.get("Docker-Content-Digest")
+        if digest not in (None, image.entry["digest"]):
+            raise Fail(f"{self.host} has another digest, {digest}", "push again", 1)
+
+
+# ── what a person sees of it ──
+
+
+class Progress:
+    """How several layers get on: on a terminal a line for each, with bytes and rate;
+    elsewhere a line for each thing that happens."""
+
+    def __init__(self, file):
+        self.file, self.rows, self.began = file, {}, {}
+        self.live = file.isatty()
+
+    def __call__(self, id, status, at=0, of=0):
+        if self.live:
+            now, (begun, first) = time.monotonic(), self.began.setdefault(
+                (id, status), (time.monotonic(), at))
+            bar = f"[{'=' * (50 * at // of) + '>':51.51}] " if of else ""
+            rate = (at - first) / max(now - begun, 0.1)
+            count = f"{decimal(at)}/{decimal(of)}  {decimal(rate)}/s" if of else ""
+            up = f"\033[{len(self.rows)}A" if self.rows else ""
+            self.rows[id] = f"{id}: {status} {bar}{count}"
+            lines = "".join(f"\033[2K{row}\n" for row in self.rows.values())
+            print(up + lines, end="", file=self.file, flush=True)
+        elif not of:
+            print(f"{id}: {status}", file=self.file, flush=True)
+
+
+def pull_image(ref, platform, out=None):
+    """Bring an image from its registry into the store, telling about it on `out`."""
+    host, path, version = split_name(ref)
+    registry, out = Registry(host, path), out or sys.stdout
+    try:
+        raw, digest = registry.patiently(registry.manifest, version)
+    except Refused as refused:
+        name = short_name(ref)
+        if refused.status == 404:
+            refused.message = f"manifest for {name} not found: {refused.message}"
+        else:
+            refused.message = (f"pull access denied for {name.rsplit(':', 1)[0]}, "
+                               "repository does not exist or may require 'minicontainer"
+                               f" login': {refused.message}")
+        raise
+    print(f"{short_name(ref) if '@' in ref else version}: Pulling from {path}",
+          file=out)
+    known = [(name_of(entry), entry["digest"]) for entry in read_index()]
+    with adding():
+        image = take_image(registry, pick(registry, raw, platform), dict.fromkeys(
+            (ref, f"{host}/{path}@{digest}")), Progress(out))
+    new = (ref, image.entry["digest"]) not in known
+    print(f"Digest: {digest}\nStatus: "
+          f"{'Downloaded newer image' if new else 'Image is up to date'} for "
+          f"{short_name(ref)}", file=out)
+
+
+def asked_name(text):
+    """The name in full that a person asks a registry for, said if it was completed."""
+    ref = full_name(text)
+    if "@" not in ref and not text.endswith(ref[ref.rindex(":"):]):
+        print("Using default tag: latest")
+    return ref
+
+
+@command("pull", arg("-q", "--quiet", action="store_true", help="only the name"),
+         PLATFORM, arg("name", metavar="NAME[:TAG|@DIGEST]", help="of the image"))
+def pull_command(options):
+    """Fetch an image from a registry."""
+    need_root()
+    ref = full_name(options.name) if options.quiet else asked_name(options.name)
+    with open(os.devnull if options.quiet else 1, "w", closefd=options.quiet) as out:
+        pull_image(ref, platform_of(options.platform), out)
+    print(ref)
+
+
+def push_image(image, ref):
+    """Send an image to the registry of one of its names."""
+    host, path, tag = split_name(ref)
+    registry, others = Registry(host, path), {}
+    for entry in read_index():  # where the registry has it from us, if not there
+        if "@" in name_of(entry) and split_name(name_of(entry))[0] == host:
+            for digest in Image(entry).blobs():
+                others[digest] = split_name(name_of(entry))[1]
+    registry.find_scheme()
+    layers = {layer["digest"]: layer for layer in image.layers}
+    in_parallel([(digest[7:19], lambda tell, layer=layer: registry.put(
+        layer, others.get(layer["digest"], ""), tell))
+        for digest, layer in layers.items()], Progress(sys.stdout))
+    registry.put(image.manifest["config"], others.get(image.id, ""))
+    digest = image.entry["digest"]
+    registry.patiently(registry.put_manifest, image, tag)
+    with changed_index() as entries:
+        point(entries, f"{host}/{path}@{digest}", image.entry)
+    print(f"{tag}: digest: {digest} size: {image.entry['size']}")
+
+
+@command("push", arg("-a", "--all-tags", action="store_true", help="every tag of it"),
+         arg("name", metavar="NAME[:TAG]", help="of the image"))
+def push_command(options):
+    """Send an image to a registry."""
+    need_root()
+    ref = full_name(options.name) if options.all_tags else asked_name(options.name)
+    host, path, tag = split_name(ref)
+    print(f"The push refers to repository [{host}/{path}]", flush=True)
+    with adding():
+        chosen = [name for name in map(name_of, read_index())
+                  if name == ref or (options.all_tags and name and "@" not in name
+                                     and split_name(name)[:2] == (host, path))]
+        if not chosen:
+            raise Fail("An image does not exist locally with the tag: "
+                       f"{short_name(f'{host}/{path}')}", "see `minicontainer images`",
+                       1)
+        for name in chosen:
+            push_image(find_image(name), name)
+
+
+def login_host(server):
+    """The host that names its images, of what `login` and `logout` are given."""
+    host = (server or "docker.io").partition("://")[2] or server or "docker.io"
+    host = host.partition("/")[0]
+    return "docker.io" if host in ("index.docker.io", HUB) else host
+
+
+@command("login", arg("-u", "--username", metavar="NAME", help="else it is asked for"),
+         arg("--password-stdin", action="store_true", help="read it from there"),
+         arg("server", nargs="?", metavar="SERVER", help="default: Docker Hub"))
+def login_command(options):
+    """Check a name and password with a registry, and keep them for pull and push."""
+    import getpass
+
+    if options.password_stdin:
+        password = sys.stdin.readline().rstrip("\r\n")
+    if options.password_stdin and not options.username or not (
+            options.password_stdin or os.isatty(0)):
+        raise Fail("a password from something that is no terminal needs -u NAME and "
+                   "--password-stdin", "echo $TOKEN | minicontainer login -u NAME "
+                   "--password-stdin SERVER; an option would show in `ps`", 1)
+    host = login_host(options.server)
+    name = options.username or input("Username: ")
+    if not options.password_stdin:
+        password = getpass.getpass("Password: ")
+    registry = Registry(host, "")
+    registry.user = [name, password]
+    try:
+        registry.patiently(registry.ask, "GET", "/v2/").close()
+    except Refused as refused:
+        raise Fail(f"login attempt to {registry.scheme}://{registry.address}/v2/ "
+                   f"failed with status: {refused.status or 401} {refused.message}",
+                   "is the password right?", 1) from None
+    keep_credentials(host, registry.user)
+    print("Login Succeeded")
+
+
+@command("logout", arg("server", nargs="?", metavar="SERVER", help="as for login"))
+def logout_command(options):
+    """Forget the name and password for a registry."""
+    host = login_host(options.server)
+    print(f"Removing login credentials for {host}" if keep_credentials(host, None)
+          else f"Not logged in to {host}")
 
 # ══ 11. THE SHIM ══════════════════════════════════════════════════════════════════
 #
@@ -4371,7 +8195,7 @@ def started(letter, data):
     return letter == b"r"
 
 
-def await_start(peer):
+def see_start(peer):
     """Return when the process runs, and let its shim alone with it."""
     while not (message := peer.receive()):
         turn([peer])
@@ -4548,6 +8372,9 @@ DETACH_KEYS = arg("--detach-keys", metavar="KEYS", default="ctrl-p,ctrl-q",
 CREATE_OPTIONS = (
     arg("--rootfs", metavar="X", action="append", default=[],
         help="a directory or tarball to use; repeat it for layers, bottom first"),
+    arg("--pull", choices=["always", "missing", "never"], default="missing",
+        help="when to fetch the image"), PLATFORM,
+    arg("--entrypoint", metavar="PROGRAM", help="instead of the image's own"),
     arg("--rm", action="store_true", help="remove the container when it ends"),
     arg("--init", action="store_true", help="a small process 1 that reaps orphans"),
     arg("--storage-driver", choices=["overlay", "vfs"], default="overlay",
@@ -4556,7 +8383,7 @@ CREATE_OPTIONS = (
     arg("--cidfile", metavar="FILE", help="write its id there"),
     arg("-l", "--label", metavar="KEY[=VALUE]", action="append", default=[],
         help="a note that `ps --filter label=…` finds"),
-    arg("--stop-signal", metavar="SIGNAL", default="SIGTERM", help="what `stop` sends"),
+    arg("--stop-signal", metavar="SIGNAL", help="what `stop` sends"),
     arg("--stop-timeout", metavar="SECONDS", default="10",
         help="how long `stop` waits before it kills"),
 )
@@ -4572,61 +8399,9 @@ RUN_OPTIONS = (
 ASKED = "volume network privileged cap_add cap_drop security_opt userns pid ipc".split()
 
 
-def need_root():
-    """Refuse, in words, to begin what only root can finish."""
-    if os.geteuid() != 0:
-        python = "python3 " * sys.argv[0].endswith(".py")
-        raise Fail("only root can make containers", f"sudo {python}{sys.argv[0]} …")
-
-
-def lock(path, how):
-    """An open, locked descriptor, or None if it is somebody else's."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, how)
-        return fd
-    except BlockingIOError:
-        os.close(fd)
-        return None
-
-
-def sync(path):
-    """Return when the disk has a file, or the names in a directory."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def save(path, document, lasting=False):
-    """Replace a JSON file, so that a reader sees the old one or the new one (P3)."""
-    text = to_json(document)
-    if write_file(f"{path}.new", text, create=0o600) < len(text):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
-    if lasting:
-        sync(f"{path}.new")
-    os.rename(f"{path}.new", path)
-    if lasting:
-        sync(os.path.dirname(path))
-
-
 # ── the record ──
 
 LIVE = "running", "paused"
-
-
-def how_long(seconds):
-    """A span of time as Docker says it."""
-    if seconds < 1:
-        return "Less than a second"
-    unit, count = next((unit, seconds // one) for unit, one, limit in (
-        ("second", 1, 60), ("minute", 60, 60), ("hour", 3600, 48), ("day", 86400, 14),
-        ("week", 604800, 9), ("month", 2592000, 24), ("year", 31536000, 1 << 62))
-        if seconds // one < limit)
-    if count == 1 and unit in ("minute", "hour"):
-        return f"About a{'n' * (unit == 'hour')} {unit}"
-    return f"{count} {unit}{'s' * (count != 1)}"
 
 
 class Record:
@@ -4639,7 +8414,6 @@ class Record:
         self.name = ""  # a link of that name in names/ leads to the id
         self.created = 0  # when
         self.image = ""  # what it was made of, as the person called it
-        self.layers = []  # directories of the host, bottom first
         self.labels = {}  # KEY: VALUE of --label
         self.first_id = 0  # its root's user id on the host; 0 if that is the host's
         self.asked = {}  # other options, as they were given: for `inspect`
@@ -4665,6 +8439,11 @@ class Record:
         """The OCI runtime spec that it is started with."""
         return from_json(read_file(self.path("config.json")))
 
+    def layers(self, spec):
+        """Directories of the host, bottom first; none if its rootfs is a copy."""
+        copied = os.path.isdir(self.path("rootfs"))
+        return [] if copied else from_json(spec["annotations"][OF_LAYERS])
+
     def state(self):
         """The status, in the words of `ps`."""
         since = self.finished if self.status == "exited" else self.started
@@ -4687,7 +8466,7 @@ class changing:
         self.id, self.lasting = id, lasting
 
     def __enter__(self):
-        self.lock = lock(f"{store('containers', self.id)}/hostname", fcntl.LOCK_EX)
+        self.lock = lock(f"{store('containers', self.id)}/hostname", fcntl.LOCK_EX, 0)
         try:
             self.record = load(self.id)
         except BaseException:
@@ -4870,7 +8649,7 @@ def make_spec(options, id, args):
         "ociVersion": "1.2.0",
         "root": {"path": "rootfs", "readonly": options.read_only},
         "mounts": mounts_spec(options),
-        "process": {**process_spec(options, args), **privileges},
+        "process": {**process_spec(options, args, options.like), **privileges},
         "linux": {
             "namespaces": namespaces,
             "cgroupsPath": f"/minicontainer-{id}",
@@ -4891,8 +8670,9 @@ def make_spec(options, id, args):
                 raise Fail(f"invalid host or domain name: {name!r}",
                            "at most 64 characters, none of them a space")
         spec["process"]["env"].insert(1, f"HOSTNAME={spec['hostname']}")
+    spec["annotations"] = options.notes
     if options.memory and not options.memory_swap:
-        spec["annotations"] = {IMPLIED: "memory swap"}
+        spec["annotations"] = {**options.notes, IMPLIED: "memory swap"}
     return spec
 
 
@@ -4903,22 +8683,13 @@ def make_directory(path, owner, mode):
         syscall("fchownat", AT_FDCWD, path, owner, owner, 0, why="its root's")
 
 
-def signal_number(text):
-    """The number of a signal that is named KILL, SIGKILL or 9."""
-    name = f"SIG{text.upper().removeprefix('SIG')}"
-    number = int(text) if text.isdecimal() else getattr(signal, name, 0)
-    if number not in signal.valid_signals():
-        raise Fail(f"Invalid signal: {text}", "as in TERM, SIGTERM or 15", 1)
-    return number
-
-
-def new_record(options, id, layers):
+def new_record(options, id):
     """What is known of a container before it is made."""
     signal_number(options.stop_signal)
     return Record(
-        id=id, created=time.time_ns(), layers=list(layers),
-        image=" ".join(options.rootfs) or "default", labels=dict(
-            text.partition("=")[::2] for text in options.label),
+        id=id, created=time.time_ns(), image=options.image,
+        labels={**options.own_labels,
+                **dict(text.partition("=")[::2] for text in options.label)},
         asked={name: getattr(options, name) for name in ASKED},
         throw_away=options.rm, wants_reaper=options.init,
         interactive=options.interactive, stop_signal=options.stop_signal,
@@ -4927,13 +8698,12 @@ def new_record(options, id, layers):
 
 def make_files(record, options, spec, base):
     """What a container has of its own on disk, owned by its root."""
-    directory, layers = record.path(), record.layers
+    directory, layers = record.path(), from_json(spec["annotations"][OF_LAYERS])
     copied = options.storage_driver == "vfs"
     for name in ("rootfs",) if copied else ("upper", "work"):
         make_directory(f"{directory}/{name}", base, 0o755)
     if copied:
         copy_layers(layers, f"{directory}/rootfs", base)
-        record.layers = []
     else:
         syscall("fchmodat", AT_FDCWD, f"{directory}/upper",
                 stat.S_IMODE(os.stat(layers[-1]).st_mode), why="as / of the image")
@@ -4961,11 +8731,12 @@ def write_new(path, text):
     os.close(fd)
 
 
-def create(options, layers, args):
+def create(options, args):
     """A container that has everything but a life: its record, its spec, and the lock of
     its directory, which is the caller's now."""
     id = os.urandom(32).hex()
-    spec, record = make_spec(options, id, args), new_record(options, id, layers)
+    spec, record = make_spec(options, id, args), new_record(options, id)
+    seal_interpreter(spec)
     hold_signals()
     guard = lock(os.path.dirname(record.path()), fcntl.LOCK_SH)  # prune waits for us
     try:
@@ -5008,18 +8779,48 @@ def at_a_terminal():
         return False
 
 
+def image_to_run(options, text):
+    """The Image that `run` was asked for, pulled as --pull says."""
+    try:
+        if options.pull == "always":
+            raise NoImage("")
+        return find_image(text, 125)
+    except NoImage as missing:
+        if options.pull == "never":
+            raise
+        ref = full_name(text)
+        if missing.message:
+            print(f"Unable to find image '{short_name(ref)}' locally", file=sys.stderr)
+    try:
+        pull_image(ref, platform_of(options.platform), sys.stderr)
+    except Fail as fail:
+        fail.code = 125
+        raise
+    return find_image(text, 125)
+
+
 def choose(options):
-    """(layers, arguments) of what `run` was asked to run."""
-    args = options.words or ["/bin/sh"] * bool(options.stop_after)
-    if not args:
-        raise Fail("COMMAND is missing", options.hint)
+    """The program and its arguments; options get what the image says of them."""
+    args, options.like = options.words or ["/bin/sh"] * bool(options.stop_after), None
+    options.image, options.own_labels = " ".join(options.rootfs) or "default", {}
     if options.rootfs:
-        return [layer_of(path) for path in options.rootfs], args
-    if not args[0].startswith("/"):
-        raise Fail(f"unable to find image {args[0]!r}: images do not exist yet",
-                   "a command of the default root file system begins with /, as in "
-                   "run /bin/sh; --rootfs uses another one")
-    return [default_rootfs()], args
+        layers = [layer_of(path) for path in options.rootfs]
+    elif args[0].startswith("/"):
+        layers = [default_rootfs()]
+    else:
+        options.image = args[0]
+        image = image_to_run(options, args[0])
+        layers, options.like = image_layers(image), image_process(image)
+        args = image_command(image, options.entrypoint, args[1:])
+        if volumes := ", ".join(image.settings.get("Volumes") or {}):
+            say(f"volumes of the image ({volumes}) are kept with the container's other "
+                "changes, unless -v or --tmpfs puts something there")
+        options.own_labels = image.settings.get("Labels") or {}
+        options.stop_signal = options.stop_signal or image.settings.get("StopSignal")
+    options.stop_signal = options.stop_signal or "SIGTERM"
+    options.notes = {OF_LAYERS: to_json(layers), **(image_notes(image) if
+                                                     options.like else {})}
+    return args
 
 
 # What --without may leave out: a step that others do not build on, or a namespace.
@@ -5035,7 +8836,8 @@ SHELL = take_stdio, die_with_parent, reset_signals, execute  # what one takes at
 def leave_out_walls(options):
     """The steps that --without names, by their whole name or its last word; the
     namespaces that it names are made the host's."""
-    steps, names = set(), [name for text in options.without for name in text.split(",")]
+    steps, names = set(), [name for text in options.without
+                           for name in text.split(",") if name]
     for name in names:
         found = [step for step in WALLS
                  if name in (step.__name__, step.__name__.rpartition("_")[2])]
@@ -5061,8 +8863,8 @@ def choose_steps(options):
         taken = [*before, *birth[:go], *outside, *birth[go:]]
         names = [step.__name__ for step in taken]
         if options.stop_after not in names:
-            raise Fail(f"--stop-after {options.stop_after}: no such step",
-                       "see `minicontainer steps`")
+            raise Fail(f"--stop-after {options.stop_after}: no such step, or left out "
+                       "by --without", "see `minicontainer steps`")
         stop = names.index(options.stop_after) + 1
         say(f"stopped after {options.stop_after}; next is "
             + (names[stop:] or ["nothing"])[0])
@@ -5134,7 +8936,7 @@ def shim_of(record, spec, held, steps=(), keep=True, typing=False):
         else:
             discard(record)
     hold_signals()
-    c = Container(record.id, spec, record.path(), record.layers)
+    c = Container(record.id, spec, record.path(), record.layers(spec))
     c.lock, c.workshop = held, store("workshop", "")
     c.throw_away, c.wants_reaper = record.throw_away, record.wants_reaper
     return Shim(c, lambda shim: begin(shim, record, steps),
@@ -5180,49 +8982,63 @@ def accompany(client, shim, options, name):
 
 OF_CREATE = (*CREATE_OPTIONS, *PROCESS_OPTIONS, *NAMESPACE_OPTIONS, *CGROUP_OPTIONS,
              *MOUNT_OPTIONS, *PRIVILEGE_OPTIONS, arg(
-                 "words", nargs="A*", metavar="COMMAND", help="program and arguments"))
+                 "words", nargs="A*", metavar="IMAGE|COMMAND", help="an image and its "
+                 "command; or a command, with its path, of the default root file "
+                 "system"))
+
+
+def run_it(options, made, steps, keys):
+    """Start what create() has made, and stay with it or not; the exit code."""
+    (record, spec, held), typing = made, options.interactive and not options.detach
+    shim = shim_of(record, spec, held, steps, keep=False, typing=typing)
+    if options.detach:
+        see_start(leave_to(shim))
+        print(record.id)
+        return 0
+    return accompany(Client(options.tty, typing, keys, owner=True), shim, options,
+                     record.name)
 
 
 @command("run", *RUN_OPTIONS, *OF_CREATE)
 def run_command(options):
     """Run a command in a new container."""
+    if not options.words and not options.stop_after:
+        raise Fail("IMAGE or COMMAND is missing", options.hint)
     need_root()
     keys = detach_keys(options.detach_keys)
     if not options.detach:
         check_terminal(options)
-    layers, args = choose(options)
-    if not (options.tty or options.interactive or options.detach) and at_a_terminal():
-        options.tty = options.interactive = True  # whoever sits at one wants -it
-    steps = choose_steps(options)
-    if options.tty and open_console not in steps[-1]:
-        options.tty = False
-        args += ["-i", "+m"] * (not options.words)  # --stop-after: a prompt even so
-    typing = options.interactive and not options.detach
-    for last in (False, True):
-        record, spec, held = create(options, layers, args)
-        try:
-            shim = shim_of(record, spec, held, steps, keep=False, typing=typing)
-            if options.detach:
-                await_start(leave_to(shim))
-                print(record.id)
-                return 0
-            client = Client(options.tty, typing, keys, owner=True)
-            return accompany(client, shim, options, record.name)
-        except CannotMapIds as error:
-            if last or narration.style == "sh":  # half of another script has been told
-                raise Fail(error.message, "--userns host does without") from None
-            say(f"{error.message}: using the host's user namespace (root inside is "
-                "root outside)")
-            options.userns = "host"
+    with adding():  # nothing is swept away that this container is about to use
+        args = choose(options)
+        if not (options.tty or options.interactive or options.detach
+                or narration.style == "sh") and at_a_terminal():
+            options.tty = options.interactive = True  # whoever sits at one wants -it
+        steps = choose_steps(options)
+        if options.tty and open_console not in steps[-1]:
+            options.tty = False
+            args += ["-i", "+m"] * (not options.words)  # --stop-after: a prompt even so
+        made = create(options, args)
+    try:
+        return run_it(options, made, steps, keys)
+    except CannotMapIds as error:
+        if narration.style == "sh":  # half of another script has been told
+            raise Fail(error.message, "--userns host does without") from None
+        say(f"{error.message}: using the host's user namespace (root inside is "
+            "root outside)")
+        options.userns = "host"
+        made = create(options, args)  # starts anew, sealed, and comes by again
+        return run_it(options, made, steps, keys)
 
 
 @command("create", *OF_CREATE)
 def create_command(options):
     """Make a container, without starting it; prints its id."""
+    options.stop_after, options.without = None, []
+    if not options.words:
+        raise Fail("IMAGE or COMMAND is missing", options.hint)
     need_root()
-    options.stop_after = None
-    layers, args = choose(options)
-    record, _, held = create(options, layers, args)
+    with adding():
+        record, _, held = create(options, choose(options))
     os.close(held)
     print(record.id)
 
@@ -5235,18 +9051,15 @@ CONTAINER = arg("container", metavar="CONTAINER",
                 help="its name, its id, or the beginning of it")
 
 
-def for_each(names, act):
-    """Do act(record) to each container and print its name; one that fails is told, and
-    the others are done all the same.  The exit code."""
-    code = 0
-    for name in names:
+def for_containers(names, act):
+    """Do act(record) to each container and print its name, also if some fail."""
+    def do(name):
         try:
             act(find(name))
-            print(name, flush=True)
-        except (Fail, OSError) as error:
-            complain(diagnose(error))
-            code = 1
-    return code
+        except OSError as error:
+            raise diagnose(error) from None
+        print(name, flush=True)
+    for_each(names, do)
 
 
 def claim(record):
@@ -5327,7 +9140,7 @@ def stop_it(record, options):
 def start_it(record):
     """Start a container, unless it runs, and leave it to its shim."""
     if (held := claim(record)) is not None:
-        await_start(leave_to(shim_of(record, record.spec(), held)))
+        see_start(leave_to(shim_of(record, record.spec(), held)))
 
 
 def remove_it(record, force=False):
@@ -5357,7 +9170,7 @@ STOP_OPTIONS = (
 def stop_command(options):
     """Ask containers to end, and kill those that do not."""
     need_root()
-    return for_each(options.containers, lambda record: stop_it(record, options))
+    return for_containers(options.containers, lambda record: stop_it(record, options))
 
 
 @command("restart", *STOP_OPTIONS)
@@ -5368,7 +9181,7 @@ def restart_command(options):
     def restart(record):
         stop_it(record, options)
         start_it(record)
-    return for_each(options.containers, restart)
+    return for_containers(options.containers, restart)
 
 
 @command("kill", arg("-s", "--signal", metavar="SIGNAL", default="KILL",
@@ -5388,41 +9201,37 @@ def kill_command(options):
                 set_frozen(record, False)
             await_end(record)
         os.close(fd)
-    return for_each(options.containers, kill)
+    return for_containers(options.containers, kill)
 
 
 @command("pause", CONTAINERS)
 def pause_command(options):
     """Stop all processes of containers where they stand."""
     need_root()
-    return for_each(options.containers, lambda record: set_frozen(record, True))
+    return for_containers(options.containers, lambda record: set_frozen(record, True))
 
 
 @command("unpause", CONTAINERS)
 def unpause_command(options):
     """Let paused containers go on."""
     need_root()
-    return for_each(options.containers, lambda record: set_frozen(record, False))
+    return for_containers(options.containers, lambda record: set_frozen(record, False))
 
 
 @command("wait", CONTAINERS)
 def wait_command(options):
     """Wait until containers have ended; prints their exit codes."""
     need_root()
-    code = 0
-    for name in options.containers:
+
+    def wait(name):
+        record = find(name)
+        await_end(record)
         try:
-            record = find(name)
-            await_end(record)
-            try:
-                record = settle(load(record.id))
-            except FileNotFoundError:  # --rm
-                pass
-            print(record.exit_code, flush=True)
-        except Fail as fail:
-            complain(fail)
-            code = 1
-    return code
+            record = settle(load(record.id))
+        except FileNotFoundError:  # --rm
+            pass
+        print(record.exit_code, flush=True)
+    for_each(options.containers, wait)
 
 
 @command("rm", arg("-f", "--force", action="store_true", help="also one that runs"),
@@ -5431,9 +9240,8 @@ def wait_command(options):
 def rm_command(options):
     """Remove containers that have ended, with all that they wrote."""
     need_root()
-    code = for_each(options.containers,
-                    lambda record: remove_it(record, options.force))
-    return code
+    for_containers(options.containers,
+                   lambda record: remove_it(record, options.force))
 
 
 @command("rename", CONTAINER, arg("name", metavar="NAME", help="its new name"))
@@ -5478,7 +9286,7 @@ def start_command(options):
     need_root()
     keys = detach_keys(options.detach_keys)
     if not (options.attach or options.interactive):
-        return for_each(options.containers, start_it)
+        return for_containers(options.containers, start_it)
     if len(options.containers) > 1:
         raise Fail("you cannot start and attach multiple containers at once", "", 1)
     record = find(options.containers[0])
@@ -5519,23 +9327,24 @@ def exec_command(options):
         target = None
     if target is None:
         raise Fail(f"Container {record.id} is not running", "`start` starts it", 1)
-    hold_signals()
     spec = record.spec()
+    seal_interpreter(spec)
+    hold_signals()
     process = {**spec["process"],
                **process_spec(options, options.words, spec["process"])}
     if options.privileged:
         process["capabilities"] = capability_sets(available_capabilities(
             bool(namespace_flags(spec) & CLONE_NEWUSER)))
     c = Container(record.id, {**spec, "process": process}, record.path())
-    c.is_new, c.target = False, target
+    c.is_new, c.target, c.cgroup = False, target, cgroup_of(spec)
 
     def begin_inside(shim):
-        enter(c, Cgroup(spec["linux"]["cgroupsPath"]))
+        enter(c)
         if not options.interactive and "stdin" in c.outer:
             os.close(c.outer.pop("stdin"))
     shim = Shim(c, begin_inside, lambda shim: {"code": c.wait()})
     if options.detach:
-        await_start(leave_to(shim))
+        see_start(leave_to(shim))
         return 0
     return accompany(Client(options.tty, options.interactive, keys, owner=True), shim,
                      options, f"a process in {record.name}")
@@ -5549,6 +9358,33 @@ def free_links(kind, still):
                 os.unlink(store(kind, name))
         except FileNotFoundError:  # its owner has just done the same
             pass
+
+
+@command("export", arg("-o", "--output", metavar="FILE", help="not to standard output"),
+         arg("container", metavar="CONTAINER", help="its id, or the beginning of it"))
+def export_command(options):
+    """Write all files of a container to a tarball.
+
+    It is what an overlay of its layers and changes shows, where nobody else sees it."""
+    need_root()
+    record = find(options.container)
+    spec, top = record.spec(), record.path("rootfs")
+    c = Container(record.id, spec, record.path(), record.layers(spec))
+    c.workshop = store("workshop", "")
+    with output(options.output) as file:
+        open_workshop(c)
+        try:
+            if not os.path.isdir(top):
+                top = "rootfs"
+                for number, layer in enumerate([*c.layers, record.path("upper")]):
+                    attach(layer, str(number), 0, -1)
+                syscall("mkdirat", AT_FDCWD, top, 0o755)
+                lower = ":".join(map(str, range(len(c.layers), -1, -1)))
+                syscall("mount", "overlay", top, "overlay", MS_RDONLY,
+                        f"lowerdir={lower}", why="as it is seen inside, for us to read")
+            pack(top, file, record.first_id)
+        finally:
+            leave_workshop(c)
 
 
 @command("system prune")
@@ -5613,10 +9449,15 @@ FIRST_SHELL = """\
 # What `minicontainer run` asked of the kernel, by hand.  Save it; as root: sh FILE
 set -eu
 code=0
+made=  # to be removed at the end, whatever the end is
+trap 'last=$?
+    for at in $made; do rmdir "$at" 2>/dev/null || rm -r "$at"; done
+    exit $((code ? code : last))' EXIT
 exec 5<&0  # where the container's input is, as each shell below reads its own text"""
 SECOND_SHELL = """\
 unshare --mount --propagation slave sh -eu <<'END OF WORKSHOP' || code=$?
 code=0
+trap 'exit $((code ? code : $?))' EXIT
 in_new_namespace() {
     until [ "$(readlink "/proc/$1/ns/user")" != "$(readlink /proc/self/ns/user)" ]; do
         sleep 0.01
@@ -5669,17 +9510,27 @@ class ByHand:
     def __init__(self):
         import shlex
 
-        self.quote = shlex.quote
+        self.shlex = shlex
+        if self.quote(STORE) != STORE:
+            raise Fail(f"--explain=sh: {STORE!r} cannot stand in a script as it is",
+                       "a MINICONTAINER_ROOT without spaces and the like")
         self.result = 0  # of the call that is told
-        self.made = []  # directories of the host
+        self.made = []  # directories of the host, below STORE, and control groups
         self.groups = []  # its control groups: their lists of processes
-        self.trees = {}  # descriptor of a mount that is nowhere yet: (source, mapped)
+        self.trees = {}  # descriptor of a mount that is nowhere yet: what it shows
         self.born, self.base = 0, 0  # init's namespaces, and its root's id
         self.pivoted = self.ended = False
         self.dropped, self.more, self.cwd = [], [], "/"  # for capsh
         self.ids = 0, 0, []
         self.host, self.loader = host_programs(
             ("umount", "mount", "prlimit", "env", "capsh"))
+
+    def quote(self, text):
+        """A word as a shell reads it; none may look like the end of a here-document."""
+        if "\nEND OF" in f"\n{text}":
+            raise Fail("--explain=sh: a line that begins with END OF is how the script "
+                       "ends its parts", "run it without that line")
+        return self.shlex.quote(text)
 
     def path(self, value, dirfd=AT_FDCWD):
         """What a string, a Place or a descriptor stands for, as seen from here."""
@@ -5694,12 +9545,17 @@ class ByHand:
     # ── files ──
 
     def mkdirat(self, dirfd, path, mode):
-        first = not self.made and f"export id={os.path.basename(path)}\n"
+        """The first directory that it makes is the container's, and named like it."""
+        first = not self.made and f"{FIRST_SHELL}\nexport id={os.path.basename(path)}\n"
+        line = f"{first or ''}mkdir -m {mode:o} {self.path(path, dirfd)}"
         if dirfd == AT_FDCWD and path.startswith("/"):
+            if os.path.dirname(path) not in self.made:
+                line += f"; made=\"{path} $made\""
             self.made.append(path)
-        return f"{first or ''}mkdir -m {mode:o} {self.path(path, dirfd)}"
+        return line
 
     def mknodat(self, dirfd, path, mode, dev):
+        """A node, or an empty file to mount on."""
         at = self.path(path, dirfd)
         if stat.S_ISREG(mode):
             return f"touch {at}"
@@ -5707,15 +9563,19 @@ class ByHand:
                 f"{os.major(dev)} {os.minor(dev)}")
 
     def symlinkat(self, target, dirfd, path):
+        """A link in the new /dev."""
         return f"ln -s {target} {self.path(path, dirfd)}"
 
     def fchownat(self, dirfd, path, owner, group, flags):
+        """An owner, by number: the host has no name for it."""
         return f"chown {owner}:{group} {self.path(path)}"
 
     def fchmodat(self, dirfd, path, mode):
+        """A mode, whatever the umask is."""
         return f"chmod {mode:o} {self.path(path)}"
 
     def write(self, path, text):
+        """An order to the kernel, or one of the files for /etc."""
         top, _, file = str(path).rpartition("/")
         of_process = top.removeprefix("/proc/").isdecimal()
         if file.endswith(".new") or not (of_process or not self.ended and (
@@ -5731,16 +9591,18 @@ class ByHand:
     # ── mounts ──
 
     def open_tree(self, dirfd, path, flags):
-        self.trees[self.result] = path, False
+        """Noted: a shell cannot hold a mount that is nowhere yet."""
+        self.trees[self.result] = path, "r" * bool(flags & AT_RECURSIVE) + "bind", False
 
     def mount_setattr(self, fd, path, flags, attr, size):
+        """mount(8) remounts; ids it maps only while it mounts."""
         words = ",".join(word for word, bit in OPTION_WORDS.items()
                          if attr.attr_set & bit & 15)
         if attr.attr_set & MOUNT_ATTR_IDMAP:
-            source, _ = self.trees[fd]
-            self.trees[fd] = source, True
+            source, how, _ = self.trees[fd]
+            self.trees[fd] = source, how, True
             if not attr.propagation:  # a volume: it has been put down already
-                return ("mount --rbind -o X-mount.idmap=/proc/$users/ns/user "
+                return (f"mount --{how} -o X-mount.idmap=/proc/$users/ns/user "
                         f"{self.quote(source)} volume-{fd}")
         elif words == "ro" and flags & AT_RECURSIVE:
             return f"read_only {self.path(fd)}"
@@ -5749,14 +9611,16 @@ class ByHand:
             return f"{mount} -o remount,bind,{words} {self.path(fd)}"
 
     def move_mount(self, tree, path, to_dirfd, to_path, flags):
-        source, mapped = self.trees[tree]
+        """The mount that was noted, now made where it belongs."""
+        source, how, mapped = self.trees[tree]
         if to_dirfd != AT_FDCWD:
             return f"mount --rbind volume-{tree} {self.path(to_dirfd)}"
         if mapped:
             return f"layer {self.quote(source)} {to_path} {self.base}"
-        return f"mount --bind {self.quote(source)} {to_path}"
+        return f"mount --{how} {self.quote(source)} {to_path}"
 
     def mount(self, source, target, type, flags, data):
+        """mount(8) has a word for each flag; propagation is a call of its own."""
         for word, bits in PROPAGATIONS.items():
             if flags == bits:
                 return f"mount --make-{word} {self.path(target)}"
@@ -5770,32 +9634,38 @@ class ByHand:
         return f"mount {options}{kind} {self.path(target)}"
 
     def fchdir(self, fd):
+        """Before the pivot a step on the way, after it the program's directory."""
         if self.pivoted:
             self.cwd = os.readlink(f"/proc/self/fd/{fd}")
         elif narration.who == "init":
             return f"cd {self.path(fd)}"
 
     def chdir(self, path):
+        """After the pivot the shell stays in the old root: its programs are there."""
         return "" if self.pivoted else f"cd {path}"
 
     def pivot_root(self, new_root, put_old):
+        """From here on a program of the host's is to be found under "."."""
         self.pivoted = True
         return ("pivot_root . .\n"
                 "cd -P /..  # the old root lies on top of the new one\n"
                 f'host="{self.loader}"')
 
     def umount2(self, target, flags):
+        """By the name "." and no other: / is the new root already."""
         return f"{self.host['umount']} --no-canonicalize --lazy ."
 
     # ── processes ──
 
     def openat(self, dirfd, path, flags, mode):
+        """Noted: the shell that will become the container joins the groups."""
         if path.endswith("/tasks"):
             self.groups.append(path)
         elif path in self.made:
             self.groups.append(f"{path}/cgroup.procs")
 
     def unshare(self, flags):
+        """The parent's begins the second shell, init's the third."""
         if narration.who == "parent":
             return SECOND_SHELL
         kinds = [UNSHARE_WORDS.get(kind, kind) for kind, row in NAMESPACES.items()
@@ -5805,60 +9675,75 @@ class ByHand:
                 + f"unshare --{' --'.join(kinds)} --fork --kill-child {THIRD_SHELL}")
 
     def clone3(self, args, size):
+        """As clone, which has its flags elsewhere."""
         return self.clone(args.flags)
 
     def clone(self, flags, *_):
+        """Nothing is born yet: groups, volumes, and a holder of the ids."""
         self.born = flags
         lines = [f"echo $$ > {self.quote(group)}" for group in self.groups]
-        for fd, (source, _) in self.trees.items():
+        for fd, (source, how, _) in self.trees.items():
             lines += [f"{'mkdir' if os.path.isdir(source) else 'touch'} volume-{fd}",
-                      f"mount --rbind {self.quote(source)} volume-{fd}"]
+                      f"mount --{how} {self.quote(source)} volume-{fd}"]
         if flags & CLONE_NEWUSER:
             lines += ["unshare --user sleep 1000000 &", "users=$!",
-                      "trap 'kill $users; wait $users 2>/dev/null || :' EXIT",
+                      "trap 'last=$?; kill $users; wait $users 2>/dev/null || :",
+                      "    exit $((code ? code : last))' EXIT",
                       "in_new_namespace $users"]
         return "\n".join(lines)
 
     def setns(self, fd, flags):
-        self.ended = True  # the parent goes home: what it does now is for us alone
+        """The parent goes home: what it does now is for us alone."""
+        self.ended = True
 
     def sethostname(self, name, length):
+        """hostname(1) does just that."""
         return f"hostname {self.quote(name)}"
 
     def setdomainname(self, name, length):
+        """And domainname(1) this."""
         return f"domainname {self.quote(name)}"
 
     def ioctl(self, fd, request, argument):
+        """Of all that is done so, only the loopback interface is a shell's affair."""
         return "ip link set lo up" if request == SIOCSIFFLAGS else ""
 
     # ── privileges ──
 
     def setgroups(self, count, groups):
+        """Noted for capsh."""
         self.ids = *self.ids[:2], groups[:count]
 
     def setresgid(self, gid, *_):
+        """Noted for capsh."""
         self.ids = self.ids[0], gid, self.ids[2]
 
     def setresuid(self, uid, *_):
+        """Noted for capsh."""
         self.ids = uid, *self.ids[1:]
 
     def umask(self, mode):
+        """A word of the shell's own."""
         return f"umask {mode:04o}"
 
     def prctl(self, option, value, *_):
+        """Noted for capsh: what leaves the bounding set, and the promise."""
         if option == PR_CAPBSET_DROP:
             self.dropped.append(CAPABILITIES[value].lower())
         elif option == PR_SET_NO_NEW_PRIVS:
             self.more = ["--no-new-privs"]
 
     def prlimit64(self, pid, resource, new, old):
+        """Of this shell, which its program inherits."""
         low, high = (value if value < 1 << 63 else "unlimited" for value in new)
         return f"{self.host['prlimit']} --pid $$ --{RLIMITS[resource]}={low}:{high}"
 
     def seccomp(self, operation, flags, program):
+        """No program takes a filter from a shell: the one wall that is missing."""
         return f"# a filter of {program.len} instructions, that no shell can install"
 
     def execve(self, path, argv, envp):
+        """The last line of the third shell, and the ends of all three."""
         if not os.path.lexists(path) or self.ended:
             return ""
         self.ended = True  # whatever comes of it
@@ -5874,9 +9759,7 @@ class ByHand:
                  f"    {self.host['capsh']} \\",
                  f"    {' '.join(map(self.quote, words))} <&5 5<&-",
                  "END OF INIT", "exit $code", "END OF WORKSHOP"]
-        lines += [f"{'rmdir' if top.startswith(CGROUP_ROOT) else 'rm -r'} {top}"
-                  for top in self.made if os.path.dirname(top) not in self.made]
-        return "\n".join([*lines, "exit $code"])
+        return "\n".join(lines)
 
 
 BY_HAND = []  # the script of this process, once it has begun
@@ -5885,19 +9768,38 @@ BY_HAND = []  # the script of this process, once it has begun
 @style("sh")
 def as_shell(name, args, at, took, result, why):
     """A request as the line of a shell script, if it has one."""
-    begin = ""
     if not BY_HAND:
-        begin, narration.style = FIRST_SHELL + "\n", ""  # what it takes is not told
+        if name != "mkdirat":  # its directory is the first thing that is its own
+            return ""
+        narration.style = ""  # what it takes is not told
         BY_HAND.append(ByHand())
         narration.style = "sh"
     hand, tell = BY_HAND[0], getattr(BY_HAND[0], name, None)
-    if tell is None or not (result.isdecimal() or name == "execve"):
-        return begin.rstrip()
+    if not tell or not (result.isdecimal() or name == "execve"):
+        return ""
     hand.result = int(result) if result.isdecimal() else 0
-    lines = tell(*args) or ""
+    lines, id = tell(*args) or "", os.path.basename(hand.made[0])
     why = f"  # {why}" * bool(lines and why and "\n" not in lines)
-    return begin + lines.replace(os.path.basename(hand.made[0]), "$id").replace(
-        "id=$id", f"id={os.path.basename(hand.made[0])}") + why
+    return lines.replace(id, "$id").replace("id=$id", f"id={id}") + why
+
+
+def end_script(code):
+    """Print what a script that was not told to its end shall end with."""
+    print(f"exit {code}", file=sys.stderr)
+
+
+def check_script(words, options):
+    """Refuse, in words, to tell as a script what no script does."""
+    if words != "run":
+        raise Fail("--explain=sh prints the script of a `run`, and of nothing else",
+                   "--explain tells about any command")
+    for option, given in (("--tty", options.tty), ("--init", options.init),
+                          ("--storage-driver vfs", options.storage_driver == "vfs"),
+                          ("--without pivot", "pivot" in ",".join(options.without)),
+                          ("--stop-after", options.stop_after)):
+        if given:
+            raise Fail(f"--explain=sh with {option}: no script does that",
+                       "leave it out; the script has the terminal that it is given")
 
 
 def why_each(tuple_name):
@@ -5952,6 +9854,8 @@ def installed(prefix):
     directories that were made for them, and the launchers."""
     import importlib.util
 
+    if not prefix or any(ord(character) < 32 for character in prefix):
+        raise Fail(f"invalid --prefix: {prefix!r}", "a directory, as /usr/local", 1)
     top = os.path.abspath(prefix)
     file = f"{top}/lib/minicontainer/minicontainer.py"
     return [file, importlib.util.cache_from_source(file), f"{file[:-3]}.directories",
@@ -5961,8 +9865,7 @@ def installed(prefix):
 def check_ours(paths):
     """Refuse to replace or remove a file that `install` has not written."""
     for path in filter(os.path.lexists, paths):
-        with open(path, "rb") as file:
-            begin = file.read(500)
+        begin = open_program(path)[:500] if os.path.exists(path) else b""
         if not any(mark in begin for mark in (b"# minicontainer install:",
                                               b'"""minicontainer: the container')):
             raise Fail(f"{path} was not made by `minicontainer install`",
@@ -6011,6 +9914,9 @@ def install_command(options):
     except PermissionError as error:
         raise Fail(f"{error.filename}: {error.strerror}",
                    "sudo, or --prefix with a directory of your own", 1) from None
+    except (FileExistsError, NotADirectoryError) as error:
+        raise Fail(f"{error.filename}: {error.strerror}: something is in the way of "
+                   "what is to be installed", "another --prefix", 1) from None
     finally:
         take_away([f"{path}.new" for path in paths], made)
 
@@ -6044,6 +9950,8 @@ COMMON_OPTIONS = (
 
 class Options:
     """What the command line says: an attribute for each option and operand."""
+
+    like, notes = None, {}  # what the image of a `run` adds: process, annotations
 
 
 def usage():
@@ -6158,11 +10066,12 @@ def parse(words, argv):
 def dispatch(argv):
     """Do what the command line asks; its exit code."""
     if os.path.basename(sys.argv[0]) == "minirunc":
-        raise Fail("the OCI runtime is chapter 7, which is not written yet",
-                   "`minicontainer run` makes containers", 1)
+        argv = ["oci", *argv]
+    if argv[:1] == ["oci"]:
+        argv = ["oci", *oci_words(argv[1:])]
     style = os.environ.get("MINICONTAINER_EXPLAIN", "").lower()
     style = style if style in STYLES else "text" if style else ""
-    while argv and argv[0].startswith("--explain"):
+    while argv and argv[0].partition("=")[0] == "--explain":
         style = argv.pop(0).partition("=")[2] or "text"
     if not argv or argv[0] in ("help", "--help", "-h"):
         print(usage())
@@ -6179,9 +10088,8 @@ def dispatch(argv):
     if style not in ("", *STYLES):
         raise Fail(f"invalid argument {style!r} for --explain",
                    "one of: " + ", ".join(STYLES))
-    if style == "sh" and words != "run":
-        raise Fail("--explain=sh prints the script of a `run`, and of nothing else",
-                   "--explain tells about any command")
+    if style == "sh":
+        check_script(words, options)
     if style:
         start_narration(style)
     return function(options) or 0
@@ -6204,8 +10112,12 @@ def main(argv=None):
         os.close(fd)
         return dispatch(list(sys.argv[1:] if argv is None else argv))
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and not error.filename:
+            return 128 + signal.SIGPIPE  # nobody reads what we print: `| head`
         fail = diagnose(error)
-        complain(fail)
+        say(f"{fail.message}" + (f"\n  hint: {fail.hint}" if fail.hint else ""))
+        if narration.style == "sh":
+            end_script(fail.code)
         return fail.code
     except SystemExit as stopped:  # stop()
         say("interrupted: what had been begun was undone\n  hint: just run it again")
@@ -6219,7 +10131,7 @@ def console():
         if sys.stdout:
             sys.stdout.flush()
     except OSError:  # nobody reads it
-        code = code or 125
+        code = code or 128 + signal.SIGPIPE
     os._exit(code)  # taking the interpreter down in order would cost 10 ms
 
 
