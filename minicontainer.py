@@ -6759,23 +6759,27 @@ def for_each(names, do):
                    failed[-1].hint, 1)
 
 
-@command("image inspect", arg("-f", "--format", metavar="FORM", help="'{{.A.B}}'"),
-         arg("images", nargs="+", metavar="IMAGE", help="names or ids"))
-def image_inspect_command(options):
-    """Show all that is known of images, as JSON."""
+def show_facts(names, look, form):
+    """Print what look(name) finds of each, as `inspect` does."""
     import json
 
     found = []
     try:
-        for_each(options.images,
-                 lambda name: found.append(inspected(find_image(name))))
+        for_each(names, lambda name: found.append(look(name)))
     finally:
-        if options.format:
+        if form:
             for document in found:
-                print(to_json(document) if options.format == "json" else
-                      from_template(options.format, document))
+                print(to_json(document) if form == "json" else
+                      from_template(form, document))
         else:
             print(json.dumps(found, indent=4))
+
+
+@command("image inspect", arg("-f", "--format", metavar="FORM", help="'{{.A.B}}'"),
+         arg("images", nargs="+", metavar="IMAGE", help="names or ids"))
+def image_inspect_command(options):
+    """Show all that is known of images, as JSON."""
+    show_facts(options.images, lambda name: inspected(find_image(name)), options.format)
 
 
 # ── images made, named and removed ──
@@ -7762,11 +7766,13 @@ def logout_command(options):
 # Man pages: unix(7), pty(7), signalfd(2), termios(3), poll(2), inotify(7).
 
 calls(
+    inotify_init1=(294, 26, "IN_"), inotify_add_watch=(254, 27, "fd path IN_"),
     signalfd4=(289, 74, "fd mask size flags"),
     socketpair=(53, 199, "family type protocol sv"),
     bind=(49, 200, "fd addr addrlen"), connect=(42, 203, "fd addr addrlen"),
     listen=(50, 201, "fd backlog"), accept4=(288, 242, "fd addr addrlen flags"),
 )
+IN_MODIFY, IN_MOVED_TO, IN_CREATE, IN_DELETE_SELF = 2, 0x80, 0x100, 0x400
 AF_UNIX, MESSAGES = 1, 5 | O_CLOEXEC | O_NONBLOCK  # SOCK_SEQPACKET
 PR_SET_CHILD_SUBREAPER = 36
 MOST = 1 << 16  # bytes read at once
@@ -7788,6 +7794,14 @@ def open_signals(numbers):
     mask = ctypes.c_uint64(sum(1 << (number - 1) for number in numbers))
     return syscall("signalfd4", -1, ctypes.byref(mask), 8, O_CLOEXEC | O_NONBLOCK,
                    why="signals become messages")
+
+
+def watch_directory(path):
+    """A descriptor that can be read when a file there has changed or been replaced."""
+    fd = syscall("inotify_init1", O_CLOEXEC, why="to be told of changes")
+    syscall("inotify_add_watch", fd, path, IN_MODIFY | IN_MOVED_TO | IN_CREATE
+            | IN_DELETE_SELF, why="of the files in it")
+    return fd
 
 
 def door_of(call, directory):
@@ -7823,6 +7837,7 @@ class Peer:
     def __init__(self, fd):
         self.fd = fd
         self.waiting = []  # messages that there was no room for
+        self.quiet = False  # it only wants to hear of the end
 
     def send(self, letter, data=b""):
         """Send a message, now or when there is room."""
@@ -7865,7 +7880,7 @@ class Peer:
 class Near:
     """One end of a connection within a process: what is sent has arrived."""
 
-    fd = -1
+    fd, quiet = -1, False
 
     def __init__(self, arrive, is_behind):
         self.send = lambda letter, data=b"": arrive(letter, data)
@@ -7881,6 +7896,9 @@ class Near:
         return {}
 
 
+NOBODY = Near(lambda letter, data: None, lambda: False)
+
+
 # ── the log ──
 
 NEWLINE = "\udc0a"  # in a text that was decoded, nothing else is this
@@ -7892,16 +7910,57 @@ def timestamp(moment):
     return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{rest:09}Z"
 
 
+SPANS = {"ns": 1, "us": 1000, "µs": 1000, "ms": 10 ** 6, "s": 10 ** 9,
+         "m": 60 * 10 ** 9, "h": 3600 * 10 ** 9}
+
+
+def nanoseconds(option, text):
+    """A span of time as Go writes it, 1m30s, in nanoseconds."""
+    import re
+
+    parts = re.findall(r"([\d.]+)(ns|us|µs|ms|s|m|h)", text)
+    try:
+        if text == "0" or parts and "".join(map("".join, parts)) == text:
+            return sum(int(float(count) * SPANS[unit]) for count, unit in parts)
+    except ValueError:
+        pass
+    raise Fail(f"invalid duration {text!r} for {option}", "as in 1m30s, 500ms")
+
+
+def moment(option, text):
+    """The Unix time, in nanoseconds, that a date, a number of seconds or a span of time
+    before now means."""
+    import re
+
+    if found := re.fullmatch(r"(\d+)(?:\.(\d{1,9}))?", text):
+        return int(found[1]) * 10 ** 9 + int((found[2] or "").ljust(9, "0"))
+    form = r"(\d{4}-\d\d-\d\d)(T\d\d:\d\d)?(:\d\d)?(?:\.(\d{1,9}))?(Z|[+-]\d\d:\d\d)?"
+    if found := re.fullmatch(form, text):
+        day, clock, seconds, rest, zone = found.groups()
+        date = f"{day}{clock or 'T00:00'}{seconds or ':00'}{zone or 'Z'}"
+        return seconds_of(date) * 10 ** 9 + int((rest or "").ljust(9, "0"))
+    return time.time_ns() - nanoseconds(option, text)
+
+
 class Log:
-    """What a container writes, as Docker's json-file: an object for each line."""
+    """What a container writes, as Docker's json-file: an object for each line.
+
+    A file that has reached `most` bytes is put away as PATH.1, that as PATH.2 …, until
+    there are as many `files` as may be."""
 
     LONGEST = 1 << 14  # a line that is longer becomes several
 
-    def __init__(self, path):
-        self.fd = os.open(path, O_WRONLY | os.O_APPEND | os.O_CREAT | O_CLOEXEC, 0o640)
-        self.size = os.lseek(self.fd, 0, os.SEEK_END)
+    def __init__(self, path, most=0, files=1):
+        self.path, self.most, self.files = path, most, files
         self.begun = {}  # stream: what it wrote since its last newline
         self.failed = ""  # why lines were lost
+        self.open()
+
+    def open(self):
+        """Begin at the end of the file, or with a new one."""
+        self.fd = os.open(self.path, O_WRONLY | os.O_APPEND | os.O_CREAT | O_CLOEXEC,
+                          0o640)
+        self.size = os.lseek(self.fd, 0, os.SEEK_END)
 
     def add(self, stream, data, last=False):
         """Keep what a stream wrote: its whole lines, now."""
@@ -7920,14 +7979,16 @@ class Log:
         begin = '{"log":"'
         end = f'","stream":"{stream}","time":"{timestamp(time.time_ns())}"}}\n'
         text = data.decode("utf-8", "replace")
-        whole = text.endswith("\n")
-        body = quote(text[:-1 if whole else None].replace("\n", NEWLINE))[1:-1]
+        whole_ = text.endswith("\n")
+        body = quote(text[:-1 if whole_ else None].replace("\n", NEWLINE))[1:-1]
         body = body.replace(NEWLINE, "\\n" + end + begin)
-        return (begin + body + "\\n" * whole + end).encode()
+        return (begin + body + "\\n" * whole_ + end).encode()
 
     def write(self, data):
         """Append to the file; of what does not fit nothing stays, not half a line."""
         try:
+            if self.most and self.size >= self.most:
+                self.put_away()
             left = data
             while left:
                 left = left[os.write(self.fd, left):]
@@ -7936,6 +7997,16 @@ class Log:
             os.ftruncate(self.fd, self.size)
             self.failed = f"lines of the log were lost: {error.strerror}"
 
+    def put_away(self):
+        """Begin a new file; the oldest goes."""
+        os.close(self.fd)
+        for path, number in reversed(log_files(self.path)):
+            if number + 1 < self.files:
+                os.rename(path, f"{self.path}.{number + 1}")
+            else:
+                os.unlink(path)
+        self.open()
+
     def close(self):
         """Keep the lines that were begun."""
         for stream in list(self.begun):
@@ -7943,13 +8014,95 @@ class Log:
         os.close(self.fd)
 
 
+def log_files(path):
+    """(path, number) of the files of a log, the newest, number 0, first."""
+    top, name = os.path.split(path)
+    numbers = [int(entry[len(name) + 1:] or 0) for entry in os.listdir(top)
+               if entry == name or entry.startswith(f"{name}.")
+               and entry[len(name) + 1:].isdecimal()]
+    return [(f"{path}.{n}" if n else path, n) for n in sorted(numbers)]
+
+
+class LogReader:
+    """The entries of a log, though its files are put away while they are read."""
+
+    def __init__(self, path, last=None):
+        self.path, self.rest, self.files = path, b"", []
+        self.open_newer()
+        for number in reversed(range(0 if last is None else len(self.files))):
+            last -= self.seek_back(self.files[number], last)
+            if not last:
+                del self.files[:number]
+                break
+
+    @staticmethod
+    def seek_back(fd, count):
+        """Go to where the last `count` lines of a file begin; how many it has of them.
+        """
+        found, at = 0, os.lseek(fd, 0, os.SEEK_END)
+        while at:
+            start = max(at - MOST, 0)
+            part = os.pread(fd, at - start, start)
+            at, cut = start, len(part)
+            while (cut := part.rfind(b"\n", 0, cut)) >= 0:
+                if found == count:
+                    os.lseek(fd, start + cut + 1, os.SEEK_SET)
+                    return count
+                found += 1
+        os.lseek(fd, 0, os.SEEK_SET)
+        return found
+
+    def open_newer(self):
+        """Whether there are files that were begun after ours; they are ours then."""
+        ours = os.fstat(self.files[-1]).st_ino if self.files else 0
+        newer = []
+        for name, _ in log_files(self.path):
+            try:
+                fd = os.open(name, os.O_RDONLY | O_CLOEXEC)
+            except FileNotFoundError:  # is being put away: there it is seen next time
+                continue
+            if os.fstat(fd).st_ino == ours:
+                os.close(fd)
+                break
+            newer.insert(0, fd)
+        self.files += newer
+        return bool(newer)
+
+    def read(self):
+        """Lists of the entries that have come since."""
+        while self.files or self.open_newer():
+            finished = len(self.files) > 1  # before we read: it will not grow any more
+            if data := os.read(self.files[0], 1 << 20):
+                lines, _, self.rest = (self.rest + data).rpartition(b"\n")
+                if lines:
+                    yield self.entries(lines)
+            elif finished:
+                os.close(self.files.pop(0))
+            elif not self.open_newer():
+                return
+
+    @staticmethod
+    def entries(lines):
+        """Whole lines as objects: all at once, for speed, or those that are whole."""
+        try:
+            return from_json(b"[" + lines.replace(b"\n", b",") + b"]")
+        except ValueError:  # the machine has been switched off in the middle of one
+            found = []
+            for line in lines.split(b"\n"):
+                try:
+                    found.append(from_json(line))
+                except ValueError:
+                    pass
+            return found
+
 # ── the shim ──
 
 class Shim:
     """Who stays with a container until it has ended, and what it knows.
 
     `begin` makes the process run, `failed` undoes what was there before if it does not;
-    `ended`, when it has, returns what clients are told.
+    `ended`, when it has, returns what clients are told; `again` then returns the Shim
+    of a next life, or None.
     """
 
     OUTPUTS = {"stdout": b"o", "stderr": b"e", "console": b"o"}
@@ -7961,10 +8114,13 @@ class Shim:
         self.log, self.door, self.signals = None, -1, -1
         self.typed, self.no_more = b"", False  # on its way in
         self.trouble = ""  # of our own
+        self.outlives = False  # it has to go on without its first client
+        self.again = lambda: None
 
     def live(self, first, *others):
-        """All of a shim's life; `others` are served in its turns."""
-        self.first, self.peers = first, [first]
+        """All of a container's life; `others` are served in the shim's turns."""
+        self.first = first
+        self.peers.append(first)
         try:
             self.begin(self)
             first.send(b"r")
@@ -7984,6 +8140,7 @@ class Shim:
         except (OSError, Fail, LookupError) as error:  # it has nobody else: it ends
             self.trouble = diagnose(error).message
             kill_and_wait(self.c)
+        os.close(self.signals)
         news = to_json(self.ended(self)).encode()
         for peer in self.peers:
             peer.send(b"x", news)
@@ -8045,7 +8202,8 @@ class Shim:
         if self.log:
             self.log.add("stderr" if name == "stderr" else "stdout", data)
         for peer in self.peers:
-            peer.send(self.OUTPUTS[name], data)
+            if not peer.quiet:
+                peer.send(self.OUTPUTS[name], data)
 
     def pass_in(self):
         """Give the container some of what was typed: no more than a pipe that is ready
@@ -8067,7 +8225,7 @@ class Shim:
             if peer is self.first:
                 self.first_has_left()
         elif letter in self.MEANINGS:
-            self.MEANINGS[letter](self, data)
+            self.MEANINGS[letter](self, peer, data)
 
     def first_has_left(self):
         """Hold nothing of what the command was given, since whoever reads its output
@@ -8077,35 +8235,39 @@ class Shim:
             os.dup2(null, fd)
         os.close(null)
         if not self.keep_input and "stdin" in self.c.outer:
-            self.take_input(b"")
+            self.take_input(None, b"")
 
-    def take_input(self, data):
+    def take_input(self, peer, data):
         """Input; no data is its end, on a terminal a Ctrl-D."""
         self.typed += data or (b"\x04" if "console" in self.c.outer else b"")
         self.no_more = not data
         if self.no_more and not self.typed:
             self.close("stdin")
 
-    def take_window(self, data):
+    def take_window(self, peer, data):
         """How large the window is: a struct winsize."""
         import termios
 
         if "console" in self.c.outer and len(data) == 8:
             fcntl.ioctl(self.c.outer["console"], termios.TIOCSWINSZ, data)
 
-    def take_signal(self, data):
+    def take_signal(self, peer, data):
         """A signal for process 1."""
         if self.c.status is None:
             os.kill(self.c.pid, data[0])
 
-    def close_output(self, data):
+    def close_output(self, peer, data):
         """Nobody reads what `run` was to show: the program shall know."""
         for name, letter in self.OUTPUTS.items():
             if letter == data:
                 self.close(name)
 
+    def listen_quietly(self, peer, data):
+        """This one waits for nothing but the end."""
+        peer.quiet = True
+
     MEANINGS = {b"i": take_input, b"w": take_window, b"s": take_signal,
-                b"c": close_output}
+                b"c": close_output, b"q": listen_quietly}
 
     def reap(self):
         """Take note of whoever has ended."""
@@ -8138,6 +8300,12 @@ def leave_to(shim):
         os.close(ours)
         os.setsid()  # Ctrl-C and a hang-up are for the client
         shim.live(Peer(theirs))
+        while after := shim.again():
+            after.peers = [peer for peer in shim.peers if peer.waiting]
+            for peer in set(shim.peers) - {*after.peers, NOBODY}:
+                os.close(peer.fd)
+            shim = after
+            shim.live(NOBODY)
         while left := [peer for peer in shim.peers if peer.waiting]:
             turn(left)
     finally:
@@ -8386,6 +8554,12 @@ CREATE_OPTIONS = (
     arg("--stop-signal", metavar="SIGNAL", help="what `stop` sends"),
     arg("--stop-timeout", metavar="SECONDS", default="10",
         help="how long `stop` waits before it kills"),
+    arg("--restart", metavar="POLICY", default="no",
+        help="when it ends: always, unless-stopped, on-failure[:TRIES]"),
+    arg("--log-driver", choices=["json-file", "none"], default="json-file",
+        help="none: `logs` will have nothing to show"),
+    arg("--log-opt", metavar="KEY=VALUE", action="append", default=[],
+        help="max-size=10m and max-file=3: how much of it to keep"),
 )
 RUN_OPTIONS = (
     arg("-d", "--detach", action="store_true", help="print its id, and leave it"),
@@ -8396,12 +8570,12 @@ RUN_OPTIONS = (
     arg("--without", metavar="STEP,…", action="append", default=[],
         help="leave out walls: seccomp, userns, mask_paths …"),
 )
-ASKED = "volume network privileged cap_add cap_drop security_opt userns pid ipc".split()
 
 
 # ── the record ──
 
-LIVE = "running", "paused"
+RUNNING = "running", "paused"
+LIVE = *RUNNING, "restarting"  # somebody looks after it
 
 
 class Record:
@@ -8414,15 +8588,20 @@ class Record:
         self.name = ""  # a link of that name in names/ leads to the id
         self.created = 0  # when
         self.image = ""  # what it was made of, as the person called it
-        self.labels = {}  # KEY: VALUE of --label
+        self.labels = {}  # KEY: VALUE, the image's and of --label
         self.first_id = 0  # its root's user id on the host; 0 if that is the host's
-        self.asked = {}  # other options, as they were given: for `inspect`
+        self.asked = {}  # all options, as they were given: for `inspect`
         self.throw_away = False  # --rm
         self.wants_reaper = False  # --init
         self.interactive = False  # -i: it has an input
         self.stop_signal = "SIGTERM"  # what `stop` sends
         self.stop_timeout = 10  # and how long it waits then, in seconds
-        self.status = "created"  # or running, paused, exited
+        self.log = {}  # max-size and max-file of its log; None: it keeps none
+        self.restart = "no"  # or always, unless-stopped, on-failure
+        self.tries = 0  # of on-failure, at most; 0: ever again
+        self.status = "created"  # or running, paused, restarting, exited
+        self.stopped = False  # by a person, who does not want it to start again
+        self.restarts = 0  # since a person started it
         self.pid = 0  # of process 1, while it lives
         self.started = 0  # when it did, last
         self.finished = 0  # when it ended, last
@@ -8446,11 +8625,18 @@ class Record:
 
     def state(self):
         """The status, in the words of `ps`."""
-        since = self.finished if self.status == "exited" else self.started
-        span = how_long((time.time_ns() - since) // 10 ** 9)
+        since = self.started if self.status in RUNNING else self.finished
+        span = how_long((time.time_ns() - since) / 10 ** 9)
         return {"created": "Created", "running": f"Up {span}",
                 "paused": f"Up {span} (Paused)",
+                "restarting": f"Restarting ({self.exit_code}) {span} ago",
                 "exited": f"Exited ({self.exit_code}) {span} ago"}[self.status]
+
+    def wants_again(self):
+        """Whether its policy is to start it anew, now that it has ended."""
+        return not self.stopped and (
+            self.restart in ("always", "unless-stopped") or self.restart == "on-failure"
+            and self.exit_code != 0 and not 0 < self.tries <= self.restarts)
 
 
 def load(id):
@@ -8539,9 +8725,14 @@ def discard(record):
             os.unlink(path)
 
 
+def booted():
+    """When this machine was switched on, in nanoseconds of Unix time."""
+    return time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+
+
 def settle(record):
     """The record as it is true: a container whose shim was killed, or whose machine was
-    switched off, has ended with it."""
+    switched off, has ended with it; nobody can say when, or how."""
     if record.status not in LIVE:
         return record
     guard = lock(record.path(), fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -8550,9 +8741,13 @@ def settle(record):
     try:
         Cgroup(f"/minicontainer-{record.id}").remove()
         with changing(record.id, lasting=True) as record:
+            if record.status in RUNNING:
+                record.exit_code, record.error = (
+                    (255, "the machine was switched off") if record.started < booted()
+                    else (137, "its shim was killed"))
+                record.finished = time.time_ns()
             if record.status in LIVE:
-                record.status, record.pid, record.exit_code = "exited", 0, 137
-                record.finished, record.error = time.time_ns(), "its shim was killed"
+                record.status, record.pid = "exited", 0
         if record.throw_away:
             discard(record)
         return record
@@ -8572,6 +8767,13 @@ def records():
     return sorted(found, key=lambda record: -record.created)
 
 
+class NoContainer(Fail):
+    """A container that there is not, or not any more."""
+
+    def __init__(self, name):
+        super().__init__(f"No such container: {name}", "`ps -a` lists them", 1)
+
+
 def find(text):
     """The record of the container that a name, an id or the beginning of one means."""
     name, top = text.removeprefix("/"), os.path.dirname(store("containers", "x"))
@@ -8585,7 +8787,7 @@ def find(text):
     try:
         return settle(load(name if name in ids else ids[0]))
     except (IndexError, FileNotFoundError):
-        raise Fail(f"No such container: {text}", "`ps -a` lists them", 1) from None
+        raise NoContainer(text) from None
 
 
 # ── making and removing ──
@@ -8683,17 +8885,49 @@ def make_directory(path, owner, mode):
         syscall("fchownat", AT_FDCWD, path, owner, owner, 0, why="its root's")
 
 
+def restart_policy(options):
+    """The policy that --restart names, and how often it may try."""
+    name, colon, tries = options.restart.partition(":")
+    if name not in ("", "no", "always", "unless-stopped", "on-failure") or colon and (
+            name != "on-failure"):
+        raise Fail(f"invalid restart policy {options.restart!r}",
+                   "no, always, unless-stopped, on-failure or on-failure:3")
+    if options.rm and name not in ("", "no"):
+        raise Fail("Conflicting options: --restart and --rm", "leave one of them out")
+    return name or "no", whole("--restart", tries, 0) if tries else 0
+
+
+def log_options(options):
+    """{"most": bytes, "files": how many} of --log-opt; None for no log."""
+    found = {"most": 0, "files": 1}
+    for text in options.log_opt:
+        key, _, value = text.partition("=")
+        if key == "max-size":
+            found["most"] = size(value)
+        elif key == "max-file":
+            found["files"] = whole("--log-opt max-file", value, 1, 1000)
+        else:
+            raise Fail(f"unknown log opt {key!r} for json-file log driver",
+                       "max-size and max-file")
+    if found["files"] > 1 and not found["most"]:
+        raise Fail("--log-opt max-file without max-size", "when is a file full?")
+    return found if options.log_driver == "json-file" else None
+
+
 def new_record(options, id):
     """What is known of a container before it is made."""
     signal_number(options.stop_signal)
+    restart, tries = restart_policy(options)
     return Record(
         id=id, created=time.time_ns(), image=options.image,
         labels={**options.own_labels,
                 **dict(text.partition("=")[::2] for text in options.label)},
-        asked={name: getattr(options, name) for name in ASKED},
+        asked={name: value for name, value in vars(options).items()
+               if value and isinstance(value, (str, bool, list))},
         throw_away=options.rm, wants_reaper=options.init,
         interactive=options.interactive, stop_signal=options.stop_signal,
-        stop_timeout=whole("--stop-timeout", options.stop_timeout, 0))
+        stop_timeout=whole("--stop-timeout", options.stop_timeout, -1),
+        log=log_options(options), restart=restart, tries=tries)
 
 
 def make_files(record, options, spec, base):
@@ -8717,24 +8951,13 @@ def make_files(record, options, spec, base):
                 "options": ["bind", *(["ro"] if options.read_only else [])]})
 
 
-def write_new(path, text):
-    """Write a file that must not be there."""
-    try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | O_CLOEXEC, 0o644)
-    except FileExistsError:
-        raise Fail(f"container ID file found, make sure the other container isn't "
-                   f"running or delete {path}") from None
-    except OSError as error:
-        raise Fail(f"failed to create the container ID file: {path}: "
-                   f"{error.strerror}") from None
-    os.write(fd, text.encode())
-    os.close(fd)
-
-
 def create(options, args):
     """A container that has everything but a life: its record, its spec, and the lock of
     its directory, which is the caller's now."""
     id = os.urandom(32).hex()
+    if options.cidfile and os.path.lexists(options.cidfile):
+        raise Fail("container ID file found, make sure the other container isn't "
+                   f"running or delete {options.cidfile}", f"rm {options.cidfile}")
     spec, record = make_spec(options, id, args), new_record(options, id)
     seal_interpreter(spec)
     hold_signals()
@@ -8757,7 +8980,8 @@ def create(options, args):
         save(record.path("config.json"), spec)
         save(record.path("record.json"), vars(record))
         if options.cidfile:
-            write_new(options.cidfile, id)
+            with about("--cidfile"):
+                write_file(options.cidfile, id, create=0o644)
     except BaseException:
         discard(record)
         os.close(held)
@@ -8812,6 +9036,8 @@ def choose(options):
         image = image_to_run(options, args[0])
         layers, options.like = image_layers(image), image_process(image)
         args = image_command(image, options.entrypoint, args[1:])
+        options.entry = ([options.entrypoint] if options.entrypoint else [
+            ] if options.entrypoint == "" else image.settings.get("Entrypoint") or [])
         if volumes := ", ".join(image.settings.get("Volumes") or {}):
             say(f"volumes of the image ({volumes}) are kept with the container's other "
                 "changes, unless -v or --tmpfs puts something there")
@@ -8885,21 +9111,29 @@ def begin(shim, record, steps):
             why="what is left of it without a parent is ours to reap")
     start(c, *steps)
     try:
-        shim.log = Log(record.path("log"))
-        directory = open_fd(c.directory, O_PATH | O_DIRECTORY)
-        if os.path.lexists(record.path("attach")):
-            os.unlink(record.path("attach"))  # of its last shim
-        shim.door = door_of("bind", directory)
-        syscall("listen", shim.door, 64, why="for `attach`")
-        os.close(directory)
+        if record.log is not None:
+            shim.log = Log(record.path("log"), **record.log)
+        if shim.door < 0:
+            shim.door = open_door(record)
         if not record.interactive and "stdin" in c.outer:
             os.close(c.outer.pop("stdin"))
-        with changing(c.id) as record:
-            record.status, record.pid, record.started = "running", c.pid, time.time_ns()
-            record.exit_code, record.oom_killed, record.error = 0, False, ""
+        with changing(c.id) as now:
+            now.status, now.pid, now.started = "running", c.pid, time.time_ns()
+            now.exit_code, now.oom_killed, now.error = 0, False, ""
     except BaseException:
         end(c)
         raise
+
+
+def open_door(record):
+    """A socket in a container's directory for its shim to listen at."""
+    if os.path.lexists(record.path("attach")):
+        os.unlink(record.path("attach"))  # of its last shim
+    directory = open_fd(record.path(), O_PATH | O_DIRECTORY)
+    door = door_of("bind", directory)
+    syscall("listen", door, 64, why="for `attach`")
+    os.close(directory)
+    return door
 
 
 def ended(shim, record):
@@ -8908,22 +9142,52 @@ def ended(shim, record):
     c, code, used, error = shim.c, shim.c.wait(), {}, shim.trouble
     try:
         used = c.cgroup.measure()
-        shim.log.close()
+        if shim.log:
+            shim.log.close()
+            error = error or shim.log.failed
         if not record.throw_away:
-            with changing(c.id, lasting=True) as record:
-                record.status, record.pid, record.finished = "exited", 0, time.time_ns()
-                record.exit_code, record.error = code, error or shim.log.failed
-                record.oom_killed = bool(code == 137 and used["oom_kills"])
+            with changing(c.id, lasting=True) as now:
+                now.pid, now.finished, now.exit_code = 0, time.time_ns(), code
+                now.error, now.oom_killed = error, code == 137 and used["oom_kills"] > 0
+                now.status = "restarting" if now.wants_again() else "exited"
         end(c)
         if record.throw_away:
             discard(record)
     except (OSError, Fail) as failed:
         error = diagnose(failed).message
-    os.close(c.lock)  # from here on it can be started again
     return {"code": code, "used": used, "error": error}
 
 
-def shim_of(record, spec, held, steps=(), keep=True, typing=False):
+def start_again(record, lock_, door, delay):
+    """In the shim, when a container has ended: wait as its policy says, and return the
+    Shim of its next life; None if there is none, and then the lock is given back.
+
+    The pause is 0.1 s, then twice as long each time, 1 minute at most; what has run for
+    10 s begins with 0.1 s again."""
+    try:
+        now = load(record.id)
+        if now.status == "restarting":
+            delay = 0.1 if now.finished - now.started > 10 ** 10 else min(2 * delay, 60)
+            watch, until_ = watch_directory(record.path()), time.monotonic() + delay
+            while not now.stopped and (left := until_ - time.monotonic()) > 0:
+                if select.select([watch], [], [], left)[0]:
+                    os.read(watch, MOST)
+                    now = load(record.id)
+            os.close(watch)
+            with changing(record.id) as now:
+                now.restarts += not now.stopped
+                now.status = "exited" if now.stopped else now.status
+        if now.status == "restarting":
+            shim = shim_of(now, now.spec(), lock_, delay=delay)
+            shim.door = door
+            return shim
+    except FileNotFoundError:  # --rm
+        pass
+    os.close(lock_)  # from here on a person can start it again, or remove it
+    return None
+
+
+def shim_of(record, spec, held, steps=(), keep=True, typing=False, delay=0.05):
     """The Shim that will start a container, and stay with it.
 
     The lock of its directory, `held`, is the shim's now.  If the container does not
@@ -8933,15 +9197,19 @@ def shim_of(record, spec, held, steps=(), keep=True, typing=False):
             fail = diagnose(error)
             with changing(record.id) as now:
                 now.exit_code, now.error = fail.code, fail.message
+                now.status = "exited" if now.finished else "created"
         else:
             discard(record)
     hold_signals()
     c = Container(record.id, spec, record.path(), record.layers(spec))
     c.lock, c.workshop = held, store("workshop", "")
     c.throw_away, c.wants_reaper = record.throw_away, record.wants_reaper
-    return Shim(c, lambda shim: begin(shim, record, steps),
+    shim = Shim(c, lambda shim: begin(shim, record, steps),
                 lambda shim: ended(shim, record), failed,
                 keep_input=record.interactive and not typing)
+    shim.outlives = record.restart != "no"
+    shim.again = lambda: start_again(record, held, shim.door, delay)
+    return shim
 
 
 def report_end(news, options):
@@ -8973,7 +9241,7 @@ def accompany(client, shim, options, name):
 
     Who has a terminal may leave, and then somebody has to stay, so the shim is a fork.
     Without one, this process will do for both, and is quicker: 8 ms."""
-    if client.tty:
+    if client.tty or shim.outlives:
         news = client.stay(leave_to(shim))
     else:
         news = client.attend(shim)
@@ -9026,6 +9294,7 @@ def run_command(options):
         say(f"{error.message}: using the host's user namespace (root inside is "
             "root outside)")
         options.userns = "host"
+        take_away_file(options.cidfile or "")
         made = create(options, args)  # starts anew, sealed, and comes by again
         return run_it(options, made, steps, keys)
 
@@ -9051,15 +9320,21 @@ CONTAINER = arg("container", metavar="CONTAINER",
                 help="its name, its id, or the beginning of it")
 
 
+def do_to(name, act):
+    """Do act(record) to the container of that name, and print the name."""
+    record = find(name)
+    try:
+        act(record)
+    except OSError as error:
+        if not os.path.exists(record.path()):
+            raise NoContainer(name) from None
+        raise diagnose(error) from None
+    print(name, flush=True)
+
+
 def for_containers(names, act):
     """Do act(record) to each container and print its name, also if some fail."""
-    def do(name):
-        try:
-            act(find(name))
-        except OSError as error:
-            raise diagnose(error) from None
-        print(name, flush=True)
-    for_each(names, do)
+    for_each(names, lambda name: do_to(name, act))
 
 
 def claim(record):
@@ -9083,6 +9358,30 @@ def await_end(record):
         pass
 
 
+def visit(record):
+    """Our end of a new connection with the shim of a container that lives."""
+    directory = open_fd(record.path(), O_PATH | O_DIRECTORY)
+    try:
+        return Peer(door_of("connect", directory))
+    finally:
+        os.close(directory)
+
+
+def hear_end(record):
+    """What the shim says when its container ends; None if it was killed."""
+    try:
+        peer = visit(record)
+    except (ConnectionRefusedError, FileNotFoundError):
+        return None
+    peer.send(b"q")
+    letter = b"r"
+    while letter not in (b"x", b""):
+        turn([peer])
+        letter, data = peer.receive() or (b"r", b"")
+    os.close(peer.fd)
+    return from_json(data) if data else None
+
+
 def pidfd_of(record):
     """A descriptor of its process 1; ProcessLookupError if that has ended."""
     fd = syscall("pidfd_open", record.pid, 0, why="its process 1")
@@ -9097,7 +9396,7 @@ def pidfd_of(record):
 
 def send_signal(record, number):
     """Send a signal to process 1; a pidfd of it, or None if there is none."""
-    if record.status not in LIVE:
+    if record.status not in RUNNING:
         return None
     try:
         fd = pidfd_of(record)
@@ -9110,18 +9409,25 @@ def send_signal(record, number):
 def set_frozen(record, frozen):
     """Pause a container, or let it go on."""
     with changing(record.id) as now:
-        if now.status not in LIVE:
+        if now.status not in RUNNING:
             raise Fail(f"Container {now.id} is not running", "`start` starts it", 1)
         if (now.status == "paused") == frozen:
-            raise Fail(f"Container {now.id} is {'already' if frozen else 'not'} paused")
+            raise Fail(f"Container {now.id} is {'already' if frozen else 'not'} paused",
+                       "", 1)
         Cgroup(f"/minicontainer-{now.id}").freeze(frozen)
         now.status = "paused" if frozen else "running"
 
 
 def end_it(record, number, seconds):
-    """Ask a container to end, kill it after `seconds`, and return when it has ended."""
+    """Ask a container to end, kill it after `seconds`, and return when it has ended for
+    good."""
+    if (held_ := claim(record)) is not None:
+        os.close(held_)
+        return
+    with changing(record.id) as record:
+        record.stopped = True  # whoever waits to start it again reads that
     if fd := send_signal(record, number):
-        if record.status == "paused" or load(record.id).status == "paused":
+        if record.status == "paused":
             set_frozen(record, False)  # or it could not
         if not select.select([fd], [], [], seconds)[0]:
             send_signal(record, signal.SIGKILL)
@@ -9140,7 +9446,24 @@ def stop_it(record, options):
 def start_it(record):
     """Start a container, unless it runs, and leave it to its shim."""
     if (held := claim(record)) is not None:
-        see_start(leave_to(shim_of(record, record.spec(), held)))
+        see_start(leave_to(shim_of(fresh(record), record.spec(), held)))
+
+
+def sealed(names):
+    """Be an interpreter that nobody can write to, if one of the containers needs that:
+    we may start anew for it, so this comes before anything is done."""
+    for name in names:
+        try:
+            seal_interpreter(find(name).spec())
+        except (Fail, FileNotFoundError):  # who starts it will say so
+            pass
+
+
+def fresh(record):
+    """The record of a container that a person starts."""
+    with changing(record.id) as record:
+        record.stopped, record.restarts = False, 0
+    return record
 
 
 def remove_it(record, force=False):
@@ -9177,6 +9500,7 @@ def stop_command(options):
 def restart_command(options):
     """Stop containers and start them again."""
     need_root()
+    sealed(options.containers)
 
     def restart(record):
         stop_it(record, options)
@@ -9189,9 +9513,12 @@ def restart_command(options):
 def kill_command(options):
     """Send a signal to process 1 of containers."""
     need_root()
-    number = signal_number(options.signal)
 
     def kill(record):
+        number = signal_number(options.signal)
+        if number in (signal.SIGKILL, signal_number(record.stop_signal)):
+            with changing(record.id) as record:
+                record.stopped = True
         fd = send_signal(record, number)
         if fd is None:
             raise Fail(f"Cannot kill container: {record.name}: Container {record.id} "
@@ -9225,13 +9552,303 @@ def wait_command(options):
 
     def wait(name):
         record = find(name)
-        await_end(record)
-        try:
-            record = settle(load(record.id))
-        except FileNotFoundError:  # --rm
-            pass
-        print(record.exit_code, flush=True)
+        news = hear_end(record) if record.status in LIVE else None
+        print(news["code"] if news else settle(record).exit_code, flush=True)
     for_each(options.containers, wait)
+
+
+# ── what there is to see ──
+
+
+def command_line(record, spec):
+    """The program and its arguments, as `ps` shows them."""
+    return " ".join(f"'{word}'" if " " in word else word for word in
+                    spec["process"]["args"])
+
+
+def sizes(record, spec):
+    """The bytes that a container has written, and all that it sees."""
+    copied = os.path.isdir(record.path("rootfs"))
+    own = bytes_in(record.path("rootfs" if copied else "upper"))
+    return own, own + sum(map(bytes_in, record.layers(spec)))
+
+
+def container_row(record, options):
+    """What `ps` shows of a container."""
+    spec, whole_ = record.spec(), options.no_trunc
+
+    def short(text, length):
+        return text if whole_ or len(text) <= length else f"{text[:length - 1]}…"
+    row = {
+        "ID": record.id if whole_ else record.id[:12], "Image": record.image,
+        "Command": f'"{short(command_line(record, spec), 20)}"',
+        "CreatedAt": time.strftime("%Y-%m-%d %H:%M:%S +0000 UTC",
+                                   time.gmtime(record.created // 10 ** 9)),
+        "RunningFor": ago(record.created / 10 ** 9), "Ports": "",
+        "State": record.status, "Status": record.state(), "Names": record.name,
+        "Labels": ",".join(f"{key}={text}" for key, text in record.labels.items()),
+        "Mounts": ",".join(short(mount["source"], 15) for mount in spec["mounts"]
+                           if "bind" in mount["options"] and not
+                           mount["source"].startswith(record.path())),
+        "LocalVolumes": "0", "Networks": record.asked.get("network", "none")}
+    if options.size or "{{.Size" in (options.format or ""):
+        own, all_of_it = sizes(record, spec)
+        row["Size"] = f"{decimal(own)} (virtual {decimal(all_of_it)})"
+    return row
+
+
+def has_label(labels, asked):
+    """Whether there is a label KEY, or KEY=VALUE, of that value."""
+    key, equals, value = asked.partition("=")
+    return key in labels and (not equals or labels[key] == value)
+
+
+def of_image(record, text):
+    """Whether a container was made of an image, by the name or id that it has now."""
+    if record.image == text:
+        return True
+    try:
+        return record.spec()["annotations"].get(OF_IMAGE) == find_image(text).id
+    except Fail:
+        return False
+
+
+def is_named(record, pattern):
+    """Whether a regular expression finds something in its name."""
+    import re
+
+    return bool(re.search(pattern, f"/{record.name}") or re.search(pattern,
+                                                                  record.name))
+
+
+FILTERS = {  # of `ps`: whether a record passes for one of the values
+    "id": lambda record, text: record.id.startswith(text), "name": is_named,
+    "label": lambda record, text: has_label(record.labels, text),
+    "status": lambda record, text: record.status == text, "ancestor": of_image,
+    "exited": lambda record, text: record.status == "exited" and (
+        record.exit_code == whole("--filter exited", text, 0, 255)),
+    "before": lambda record, text: record.created < find(text).created,
+    "since": lambda record, text: record.created > find(text).created,
+    "network": lambda record, text: record.asked.get("network") == text,
+    "volume": lambda record, text: any(text in (mount["source"], mount["destination"])
+                                       for mount in record.spec()["mounts"]),
+}
+
+
+def chosen(texts):
+    """The records that pass --filter, the newest first; of a key any value will do, of
+    labels it takes all."""
+    wanted = filters_of(texts, FILTERS)
+    return [record for record in records() if all(
+        (all if key == "label" else any)(FILTERS[key](record, text) for text in values)
+        for key, values in wanted.items())]
+
+
+PS_OPTIONS = (
+    arg("-a", "--all", action="store_true", help="also those that do not run"),
+    arg("-n", "--last", metavar="N", help="the N newest, whatever they do"),
+    arg("-l", "--latest", action="store_true", help="the newest, whatever it does"),
+    arg("-s", "--size", action="store_true", help="show what they have written"),
+    QUIET, NO_TRUNC, FILTER, FORMAT)
+
+
+@command("container ls", *PS_OPTIONS)
+@command("ps", *PS_OPTIONS)
+def ps_command(options):
+    """List containers."""
+    need_root()
+    last = 1 if options.latest else whole("--last", options.last or "-1", -1)
+    asked = any(text.startswith(("status=", "exited=")) for text in options.filter)
+    found = [record for record in chosen(options.filter)
+             if options.all or last >= 0 or asked or record.status in LIVE]
+    columns = {"CONTAINER ID": "ID", "IMAGE": "Image", "COMMAND": "Command",
+               "CREATED": "RunningFor", "STATUS": "Status", "PORTS": "Ports",
+               "NAMES": "Names", **({"SIZE": "Size"} if options.size else {})}
+    rows = []
+    for record in found[:last if last > 0 else None]:
+        try:
+            rows.append(container_row(record, options))
+        except FileNotFoundError:  # has just been removed
+            pass
+    print_list(columns, rows, options.format, "ID" if options.quiet else "")
+
+
+PROPAGATION = "shared", "slave", "private"
+
+
+def mount_facts(record, mounts):
+    """What `inspect` tells of the mounts that were asked for."""
+    for mount in mounts:
+        words, own = mount["options"], mount["source"].startswith(f"{record.path()}/")
+        if {"bind", "rbind"} & set(words) and not own and mount["destination"][:5] not \
+                in ("/dev/", "/proc", "/sys/"):
+            yield {"Type": "bind", "Source": mount["source"],
+                   "Destination": mount["destination"], "Mode": ",".join(
+                       word for word in words if word not in ("bind", "rbind", "ro")),
+                   "RW": "ro" not in words, "Propagation": next(
+                       (word for word in words if word.endswith(PROPAGATION)),
+                       "rprivate")}
+
+
+def host_config(record, spec):
+    """The part of `inspect` that is about what the host gives."""
+    asked, linux = record.asked, spec["linux"]
+    limits = linux["resources"]
+    memory, cpu = limits.get("memory", {}), limits.get("cpu", {})
+    return {
+        "Binds": asked.get("volume"), "ContainerIDFile": asked.get("cidfile", ""),
+        "LogConfig": {"Type": asked["log_driver"], "Config": dict(
+            text.partition("=")[::2] for text in asked.get("log_opt", ()))},
+        "NetworkMode": asked["network"], "PortBindings": {},
+        "RestartPolicy": {"Name": record.restart, "MaximumRetryCount": record.tries},
+        "AutoRemove": record.throw_away, "CapAdd": asked.get("cap_add"),
+        "CapDrop": asked.get("cap_drop"), "GroupAdd": asked.get("group_add"),
+        "CgroupnsMode": asked.get("cgroupns", "private"),
+        "IpcMode": asked.get("ipc", "private"), "PidMode": asked.get("pid", ""),
+        "UTSMode": asked.get("uts", ""), "UsernsMode": asked.get("userns", ""),
+        "OomScoreAdj": spec["process"].get("oomScoreAdj", 0),
+        "Privileged": asked.get("privileged", False),
+        "ReadonlyRootfs": spec["root"]["readonly"],
+        "SecurityOpt": asked.get("security_opt"), "Init": record.wants_reaper,
+        "Sysctls": linux.get("sysctl") or {}, "Runtime": "minicontainer",
+        "Memory": memory.get("limit", 0), "MemorySwap": memory.get("swap", 0),
+        "MemoryReservation": memory.get("reservation", 0),
+        "NanoCpus": cpu.get("quota", 0) * 10 ** 4, "CpuShares": cpu.get("shares", 0),
+        "CpusetCpus": cpu.get("cpus", ""), "CpusetMems": cpu.get("mems", ""),
+        "PidsLimit": limits.get("pids", {}).get("limit"),
+        "BlkioWeight": limits.get("blockIO", {}).get("weight", 0),
+        "MaskedPaths": linux["maskedPaths"], "ReadonlyPaths": linux["readonlyPaths"]}
+
+
+def container_facts(record, with_sizes=False):
+    """What `inspect` tells of a container, under Docker's keys."""
+    spec, asked = record.spec(), record.asked
+    process, entry = spec["process"], asked.get("entry") or []
+    found = {
+        "Id": record.id, "Created": timestamp(record.created),
+        "Path": process["args"][0], "Args": process["args"][1:],
+        "State": {
+            "Status": record.status, "Running": record.status in LIVE,
+            "Paused": record.status == "paused",
+            "Restarting": record.status == "restarting",
+            "OOMKilled": record.oom_killed, "Dead": False, "Pid": record.pid,
+            "ExitCode": record.exit_code, "Error": record.error,
+            "StartedAt": date(record.started), "FinishedAt": date(record.finished)},
+        "Image": spec["annotations"].get(OF_IMAGE, ""),
+        "ResolvConfPath": record.path("resolv.conf"),
+        "HostnamePath": record.path("hostname"), "HostsPath": record.path("hosts"),
+        "LogPath": record.path("log"), "Name": f"/{record.name}",
+        "RestartCount": record.restarts, "Platform": "linux",
+        "Driver": asked["storage_driver"], "HostConfig": host_config(record, spec),
+        "GraphDriver": {"Name": asked["storage_driver"], "Data": {
+            "LowerDir": ":".join(reversed(record.layers(spec))),
+            "UpperDir": record.path("upper"), "WorkDir": record.path("work")}},
+        "Mounts": list(mount_facts(record, spec["mounts"])),
+        "Config": {
+            "Hostname": spec.get("hostname", ""),
+            "Domainname": spec.get("domainname", ""), "User": asked.get("user", ""),
+            "Tty": process["terminal"], "OpenStdin": record.interactive,
+            "Env": process["env"], "Entrypoint": entry or None,
+            "Cmd": process["args"][len(entry):], "Image": record.image,
+            "WorkingDir": process["cwd"], "Labels": record.labels,
+            "StopSignal": record.stop_signal, "StopTimeout": record.stop_timeout},
+        "NetworkSettings": {"Ports": {}, "Networks": {asked["network"]: {}}}}
+    if with_sizes:
+        found["SizeRw"], found["SizeRootFs"] = sizes(record, spec)
+    return found
+
+
+def date(moment_):
+    """A moment of a record as `inspect` shows it."""
+    return timestamp(moment_) if moment_ else "0001-01-01T00:00:00Z"
+
+
+INSPECT_OPTIONS = (
+    arg("-f", "--format", metavar="FORM", help="'{{.A.B}}'"),
+    arg("-s", "--size", action="store_true", help="add up the files of containers"),
+    arg("--type", choices=["container", "image"], help="what it is"),
+    arg("names", nargs="+", metavar="NAME", help="names or ids"))
+
+
+@command("container inspect", *INSPECT_OPTIONS)
+@command("inspect", *INSPECT_OPTIONS)
+def inspect_command(options):
+    """Show all that is known of containers and images, as JSON."""
+    need_root()
+    kinds = {"container": lambda name: container_facts(find(name), options.size),
+             "image": lambda name: inspected(find_image(name))}
+
+    def look(name):
+        for kind in [options.type] if options.type else kinds:
+            try:
+                return kinds[kind](name)
+            except (NoContainer, NoImage):
+                pass
+        raise Fail(f"No such {options.type or 'object'}: {name}",
+                   "`ps -a` and `images` list them", 1)
+    show_facts(options.names, look, options.format)
+
+
+def show_entries(entries, options, since, until_):
+    """Write entries of a log to where they had been written to."""
+    parts = []  # [stream, text], one for all that goes to the same in a row
+    for entry in entries:
+        when, stream = entry["time"], entry["stream"]
+        if since <= when <= until_:
+            text = f"{when} {entry['log']}" if options.timestamps else entry["log"]
+            if parts and parts[-1][0] == stream:
+                parts[-1].append(text)
+            else:
+                parts.append([stream, text])
+    for stream, *texts in parts:
+        data = memoryview("".join(texts).encode("utf-8", "surrogatepass"))
+        while data:
+            data = data[os.write(1 if stream == "stdout" else 2, data):]
+
+
+def follow_log(record, reader, show):
+    """Show what comes, until the container ends: its shim says so when all is there."""
+    watch = watch_directory(record.path())
+    try:
+        peer = visit(record)
+    except (ConnectionRefusedError, FileNotFoundError):  # its shim was killed
+        return
+    peer.send(b"q")
+    over = False
+    while not over:
+        if watch in (ready := select.select([watch, peer.fd], [], [])[0]):
+            os.read(watch, MOST)
+        if peer.fd in ready:
+            found = peer.receive()
+            over = found and found[0] in (b"x", b"")
+        for entries in reader.read():
+            show(entries)
+
+
+@command("logs", arg("-f", "--follow", action="store_true", help="wait for more"),
+         arg("-n", "--tail", metavar="N", default="all", help="only the last N lines"),
+         arg("--since", metavar="WHEN", help="a date, Unix time, or span as 10m"),
+         arg("--until", metavar="WHEN", help="the same"),
+         arg("-t", "--timestamps", action="store_true", help="show when"), CONTAINER)
+def logs_command(options):
+    """Show what a container has written."""
+    need_root()
+    record = find(options.container)
+    if record.log is None:
+        raise Fail("configured logging driver does not support reading",
+                   "it was made with --log-driver none", 1)
+    since = timestamp(moment("--since", options.since)) if options.since else ""
+    until_ = timestamp(moment("--until", options.until)) if options.until else "~"
+    # As in Docker, what is no number is "all".
+    last = int(options.tail) if options.tail.isdecimal() else None
+    reader = LogReader(record.path("log"), last)
+
+    def show(entries):
+        show_entries(entries, options, since, until_)
+    for entries in reader.read():
+        show(entries)
+    if options.follow and record.status in LIVE:
+        follow_log(record, reader, show)
 
 
 @command("rm", arg("-f", "--force", action="store_true", help="also one that runs"),
@@ -9240,8 +9857,15 @@ def wait_command(options):
 def rm_command(options):
     """Remove containers that have ended, with all that they wrote."""
     need_root()
-    for_containers(options.containers,
-                   lambda record: remove_it(record, options.force))
+
+    def remove(name):
+        try:
+            do_to(name, lambda record: remove_it(record, options.force))
+        except NoContainer as fail:
+            if not options.force:
+                raise
+            say(fail.message)
+    for_each(options.containers, remove)
 
 
 @command("rename", CONTAINER, arg("name", metavar="NAME", help="its new name"))
@@ -9264,17 +9888,15 @@ def rename_command(options):
 def attach_to(record, keys, typing):
     """Be one more client of a container that runs; its exit code, or 0 if we leave."""
     if record.status != "running":
-        state = "paused" if record.status == "paused" else "stopped"
-        cure = "unpause it" if record.status == "paused" else "start it"
-        raise Fail(f"You cannot attach to a {state} container, {cure} first", "", 1)
+        state, cure = {"paused": ("paused", "unpause it first"), "restarting": (
+            "restarting", "wait until it is running")}.get(
+                record.status, ("stopped", "start it first"))
+        raise Fail(f"You cannot attach to a {state} container, {cure}", "", 1)
     tty = record.spec()["process"]["terminal"]
     if tty and typing and not os.isatty(0):
         raise Fail("the input device is not a TTY", "--no-stdin only looks on", 1)
     hold_signals()
-    directory = open_fd(record.path(), O_PATH | O_DIRECTORY)
-    peer = Peer(door_of("connect", directory))
-    os.close(directory)
-    return conclude(Client(tty, typing, keys).stay(peer), None, record.name)
+    return conclude(Client(tty, typing, keys).stay(visit(record)), None, record.name)
 
 
 @command("start",
@@ -9284,6 +9906,7 @@ def attach_to(record, keys, typing):
 def start_command(options):
     """Start containers that were made or that have ended."""
     need_root()
+    sealed(options.containers)
     keys = detach_keys(options.detach_keys)
     if not (options.attach or options.interactive):
         return for_containers(options.containers, start_it)
@@ -9293,7 +9916,7 @@ def start_command(options):
     held, typing = claim(record), options.interactive and record.interactive
     if held is None:
         return attach_to(record, keys, typing)
-    spec = record.spec()
+    record, spec = fresh(record), record.spec()
     return accompany(Client(spec["process"]["terminal"], typing, keys),
                      shim_of(record, spec, held, typing=typing), options, record.name)
 
