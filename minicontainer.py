@@ -7921,7 +7921,7 @@ def nanoseconds(option, text):
     parts = re.findall(r"([\d.]+)(ns|us|µs|ms|s|m|h)", text)
     try:
         if text == "0" or parts and "".join(map("".join, parts)) == text:
-            return sum(int(float(count) * SPANS[unit]) for count, unit in parts)
+            return sum(round(float(count) * SPANS[unit]) for count, unit in parts)
     except ValueError:
         pass
     raise Fail(f"invalid duration {text!r} for {option}", "as in 1m30s, 500ms")
@@ -7987,12 +7987,15 @@ class Log:
     def write(self, data):
         """Append to the file; of what does not fit nothing stays, not half a line."""
         try:
-            if self.most and self.size >= self.most:
-                self.put_away()
-            left = data
-            while left:
-                left = left[os.write(self.fd, left):]
-            self.size += len(data)
+            while data:
+                if self.most and self.size >= self.most:
+                    self.put_away()
+                end = data.find(b"\n", self.most - self.size) + 1 if self.most else 0
+                part, data = data[:end or None], data[end or len(data):]
+                left = part
+                while left:
+                    left = left[os.write(self.fd, left):]
+                self.size += len(part)
         except OSError as error:
             os.ftruncate(self.fd, self.size)
             self.failed = f"lines of the log were lost: {error.strerror}"
@@ -9418,6 +9421,15 @@ def set_frozen(record, frozen):
         now.status = "paused" if frozen else "running"
 
 
+def thaw(record):
+    """Let a paused container go on, so that it can end; perhaps it has."""
+    if record.status == "paused":
+        try:
+            set_frozen(record, False)
+        except Fail:  # version 2 kills what is frozen, too
+            pass
+
+
 def end_it(record, number, seconds):
     """Ask a container to end, kill it after `seconds`, and return when it has ended for
     good."""
@@ -9427,8 +9439,7 @@ def end_it(record, number, seconds):
     with changing(record.id) as record:
         record.stopped = True  # whoever waits to start it again reads that
     if fd := send_signal(record, number):
-        if record.status == "paused":
-            set_frozen(record, False)  # or it could not
+        thaw(record)
         if not select.select([fd], [], [], seconds)[0]:
             send_signal(record, signal.SIGKILL)
         os.close(fd)
@@ -9524,8 +9535,7 @@ def kill_command(options):
             raise Fail(f"Cannot kill container: {record.name}: Container {record.id} "
                        "is not running", "`start` starts it", 1)
         if number == signal.SIGKILL:
-            if record.status == "paused":
-                set_frozen(record, False)
+            thaw(record)
             await_end(record)
         os.close(fd)
     return for_containers(options.containers, kill)

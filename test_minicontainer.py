@@ -27,6 +27,7 @@ import os
 import pty
 import random
 import re
+import resource
 import select
 import shutil
 import signal
@@ -5143,7 +5144,405 @@ def test_the_reaper_cannot_be_looked_into():
     assert shown.count("Permission denied") >= 2
 
 
+@contextlib.contextmanager
+def detached(*options, script="sleep 1000"):
+    """The id of a container that runs on its own, until the block ends."""
+    result = mini("run", "-d", *options, "/bin/sh", "-c", script)
+    assert result.returncode == 0, result.stderr
+    id = result.stdout.strip()
+    try:
+        yield id
+    finally:
+        assert mini("rm", "-f", id).returncode == 0
+
+
+def state(id, wanted=None):
+    """A container's record; when it has a certain status, if one is named."""
+    if wanted:
+        until(lambda: m.load(id).status == wanted)
+    return m.load(id)
+
+
+def quietly(*args):
+    """What minicontainer prints, if it succeeds."""
+    result = mini(*args)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@root
+def test_a_container_lives_on_its_own_and_its_log_has_what_it_wrote():
+    with detached(script="echo one; echo two >&2; printf three; exit 3") as id:
+        assert quietly("wait", id) == "3\n"
+        seen = mini("logs", id)
+        assert (seen.stdout, seen.stderr) == ("one\nthree", "two\n")
+        entries = [json.loads(line) for line in open(m.load(id).path("log"))]
+        assert [set(entry) for entry in entries] == [{"log", "stream", "time"}] * 3
+        first, *rest = quietly("logs", "-t", id).splitlines()
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}Z one", first)
+        assert mini("logs", "--tail", "1", id).stdout == "three"
+        assert mini("logs", "--until", "10m", id).stdout == ""
+        assert mini("logs", "--since", "10m", id).stdout == "one\nthree"
+
+
+@root
+def test_logs_follow_a_container_until_it_ends():
+    with detached("-i", script="echo a; sleep 0.2; echo b") as id:
+        assert quietly("logs", "-f", id) == "a\nb\n"
+        assert quietly("logs", "-f", id) == "a\nb\n"
+
+
+@root
+def test_a_reader_of_the_log_that_never_reads_does_not_stop_the_container():
+    script = ("until [ -e /tmp/go ]; do sleep 0.02; done; i=0; "
+              "while [ $i -lt 4000 ]; do i=$((i+1)); "
+              "echo 0123456789012345678901234567890123456789; done")
+    with detached(script=script) as id, subprocess.Popen(
+            command("logs", "-f", id), stdout=subprocess.PIPE) as reader:
+        quietly("exec", id, "/bin/touch", "/tmp/go")
+        assert quietly("wait", id) == "0\n"
+        assert len(reader.stdout.read()) == 4000 * 41
+
+
+@root
+def test_several_look_on_at_once_and_each_may_type():
+    with detached("-i", script="read a; echo got $a; read b; echo got $b") as id:
+        attach = [subprocess.Popen(command("attach", id), stdin=subprocess.PIPE, text=True,
+                                   stdout=subprocess.PIPE) for _ in range(2)]
+        until(lambda: sockets_of(id) == 3)
+        for who, process in enumerate(attach):
+            process.stdin.write(f"{who}\n")
+            process.stdin.flush()
+            assert [p.stdout.readline() for p in attach] == [f"got {who}\n"] * 2
+        assert [p.wait(30) for p in attach] == [0, 0]
+        for process in attach:
+            process.communicate()
+        assert m.load(id).status == "exited"  # before the stream has ended
+
+
+def sockets_of(id):
+    """How many sockets the shim of a container has open."""
+    fds = f"/proc/{parent_of(m.load(id).pid)}/fd"
+    return sum("socket:" in os.readlink(f"{fds}/{fd}") for fd in os.listdir(fds))
+
+
+@root
+def test_detach_keys_leave_a_container_running_and_attach_comes_back():
+    t = Terminal("run", "-it", "--name", "left", "/bin/sh")
+    t.expect("# ")
+    t.type("x=remembered\n")
+    t.expect("# ")
+    t.type("\x10\x11")
+    assert t.end() == 0
+    assert m.find("left").status == "running"
+    t = Terminal("attach", "--detach-keys", "a,ctrl-b", "left")
+    until(lambda: sockets_of(m.find("left").id) == 2)
+    t.type("echo $x; exit 4\n")
+    t.expect("remembered")
+    assert t.end() == 4
+    assert quietly("rm", "left") == "left\n"
+    assert "invalid detach keys" in refused("attach", "--detach-keys", "ctrl", "left")
+
+
+@root
+def test_a_client_that_is_killed_has_only_left():
+    with detached("-i", script="read x; echo $x; read x") as id:
+        with subprocess.Popen(command("attach", id), stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE, text=True) as client:
+            client.stdin.write("hello\n")
+            client.stdin.flush()
+            assert client.stdout.readline() == "hello\n"
+            client.kill()
+        assert m.load(id).status == "running"
+
+
+@root
+def test_the_end_of_input_is_passed_on_and_output_still_comes():
+    id = quietly("create", "-i", "/bin/sh", "-c", "cat; echo over").strip()
+    result = mini("start", "-a", "-i", id, stdin="text\n")
+    assert (result.stdout, result.returncode) == ("text\nover\n", 0)
+    assert mini("rm", "-f", id).returncode == 0
+
+
+@root
+def test_a_container_whose_shim_was_killed_has_ended_and_can_be_started_again():
+    with detached("--name", "orphan", script="echo line; exec sleep 1000") as id:
+        until(lambda: "line" in mini("logs", id).stdout)
+        pid = m.load(id).pid
+        kill_shim(id)
+        until(lambda: not os.path.exists(f"/proc/{pid}"))
+        assert "Exited (137)" in quietly("ps", "-a", "--filter", "name=orphan")
+        assert m.load(id).error == "its shim was killed"
+        assert quietly("wait", id) == "137\n"
+        assert quietly("logs", "-f", id) == "line\n"
+        quietly("start", "orphan")
+        assert m.load(id).status == "running"
+
+
+@root
+def test_whoever_waits_hears_of_a_shim_that_was_killed():
+    with detached() as id:
+        waiting = [subprocess.Popen(command(*words, id), stdout=subprocess.PIPE, text=True)
+                   for words in (("wait",), ("logs", "-f"), ("attach", "--no-stdin"))]
+        until(lambda: sockets_of(id) == 4)
+        kill_shim(id)
+        assert [p.wait(30) for p in waiting] == [0, 0, 137]
+        assert waiting[0].communicate()[0] == "137\n"
+
+
+@root
+def test_a_shim_is_small():
+    with detached() as id:
+        with open(f"/proc/{parent_of(m.load(id).pid)}/smaps_rollup") as file:
+            private = sum(int(kib) for kib in re.findall(r"Private_\w+: +(\d+) kB",
+                                                         file.read()))
+        assert private <= 6 << 10
+
+
+def test_a_log_holds_any_bytes_and_no_half_line(tmp_path):
+    log = m.Log(str(tmp_path / "log"))
+    log.add("stdout", b'be"gun')
+    log.add("stderr", b"\xff\x00\n\n")
+    log.add("stdout", b" and done\nx")
+    log.close()
+    (entries,) = m.LogReader(log.path).read()
+    assert [(e["stream"], e["log"]) for e in entries] == [
+        ("stderr", "\ufffd\0\n"), ("stderr", "\n"), ("stdout", 'be"gun and done\n'),
+        ("stdout", "x")]
+    assert [json.loads(line) for line in open(log.path)] == entries
+    log = m.Log(log.path)
+    before = open(log.path).read()
+
+    def full():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (log.size + 9, log.size + 9))
+        log.add("stdout", b"lost\n")
+        print(log.failed)
+    said = forked(full)
+    assert "were lost" in said[1] and open(log.path).read() == before, said
+
+
+def test_a_log_is_kept_as_far_as_it_may_be_and_read_over_its_files(tmp_path):
+    log = m.Log(str(tmp_path / "log"), 200, 3)
+    log.add("stdout", b"before\n")
+    reader = m.LogReader(log.path)
+
+    def read(reader):
+        return [int(e["log"]) for entries in reader.read() for e in entries]
+    assert next(reader.read())[0]["log"] == "before\n"
+    log.add("stdout", b"".join(b"%d\n" % n for n in range(6)))
+    assert [name for name, _ in m.log_files(log.path)] == [
+        log.path, f"{log.path}.1", f"{log.path}.2"]
+    assert read(reader) == [0, 1, 2, 3, 4, 5]
+    for last in range(1, 6):
+        assert read(m.LogReader(log.path, last)) == list(range(6))[-last:]
+    log.add("stdout", b"".join(b"%d\n" % n for n in range(6, 100)))
+    kept = read(m.LogReader(log.path))
+    assert 3 < len(kept) < 10 and kept == list(range(100))[-len(kept):]
+
+
+def test_moments_are_dates_seconds_and_spans():
+    assert m.moment("--since", "2020-01-02T03:04:05.6Z") == 1577934245_600000000
+    assert m.moment("--since", "2020-01-02T03:04:05+01:00") == 1577930645 * 10**9
+    assert m.moment("--since", "2020-01-02") == 1577923200 * 10**9
+    assert m.moment("--since", "1577934245.678") == 1577934245_678000000
+    ago = time.time_ns() - m.moment("--since", "1h1m1.5s")
+    assert abs(ago - 3661_500000000) < 10**9
+    for text in ("", "soon", "10", "1.2.3s"):
+        with contextlib.suppress(m.Fail):
+            assert m.moment("--since", text) == 10 * 10**9
+
+
 # ══ 12. THE ENGINE ══
+
+@root
+def test_a_container_has_a_life_in_dockers_words():
+    id = quietly("create", "--name", "life", "--label", "a=b", "-e", "X=1", "/bin/sh", "-c",
+                 "trap 'exit 9' TERM; echo up; while :; do sleep 0.05; done").strip()
+    assert m.load(id).state() == "Created" and quietly("wait", "life") == "0\n"
+    assert quietly("start", "life", id[:12]) == f"life\n{id[:12]}\n"
+    assert quietly("exec", "life", "/bin/echo", "hi") == "hi\n"
+    until(lambda: mini("logs", "life").stdout == "up\n")
+    assert quietly("pause", "life") == "life\n"
+    assert "(Paused)" in m.load(id).state()
+    assert "is already paused" in refused("pause", "life", code=1)
+    assert "is paused" in refused("exec", "life", "/bin/true", code=1)
+    assert "unpause it first" in refused("attach", "--no-stdin", "life", code=1)
+    quietly("unpause", "life")
+    assert "is not paused" in refused("unpause", "life", code=1)
+    assert "You cannot remove a running container" in refused("rm", "life", code=1)
+    assert quietly("stop", "life") == "life\n"
+    assert m.load(id).state().startswith("Exited (9) ")
+    assert "is not running" in refused("kill", "life", code=1)
+    assert "is not running" in refused("exec", "life", "/bin/true", code=1)
+    quietly("restart", "life")
+    assert m.load(id).status == "running"
+    quietly("kill", "-s", "TERM", "life")
+    assert quietly("wait", "life") == "9\n"
+    quietly("rename", "life", "after")
+    assert "No such container: life" in refused("inspect", "--type", "container", "life",
+                                                code=1)
+    assert quietly("rm", "after") == "after\n"
+    assert "No such container: after" in refused("rm", "after", code=1)
+    assert mini("rm", "-f", "after").returncode == 0
+
+
+@root
+def test_a_paused_container_can_be_stopped_and_removed():
+    with detached("--name", "cold", "--stop-timeout", "0") as id:
+        quietly("pause", "cold")
+        quietly("stop", "cold")
+        assert m.load(id).exit_code == 137
+        quietly("start", "cold")
+        quietly("pause", "cold")
+        assert quietly("rm", "-f", "cold") == "cold\n"
+
+
+@root
+def test_the_stop_signal_is_the_containers_own():
+    script = "trap 'exit 5' USR1; echo up; while :; do sleep 0.05; done"
+    with detached("--stop-signal", "USR1", script=script) as id:
+        until(lambda: mini("logs", id).stdout == "up\n")
+        quietly("stop", id)
+        assert m.load(id).exit_code == 5
+    assert "unknown signal" in refused("run", "--stop-signal", "NO", "/bin/true")
+
+
+@root
+def test_a_policy_starts_a_container_again_until_it_has_tried_enough():
+    with detached("--restart", "on-failure:2", script="echo x; exit 3") as id:
+        until(lambda: m.load(id).restarts == 2)
+        record = state(id, "exited")
+        assert (record.exit_code, quietly("logs", id)) == (3, "x\n" * 3)
+    for policy, words in (("sometimes", "invalid restart policy"),
+                          ("always:3", "invalid restart policy"),
+                          ("on-failure:x", "invalid value")):
+        assert words in refused("run", "--restart", policy, "/bin/true")
+    assert "Conflicting" in refused("run", "--rm", "--restart", "always", "/bin/true")
+
+
+@root
+def test_what_a_person_has_stopped_stays_so_whatever_the_policy():
+    with detached("--restart", "always", script="exit 1") as id:
+        until(lambda: m.load(id).restarts >= 1)
+        state(id, "restarting")
+        quietly("stop", id)
+        assert m.load(id).status == "exited"
+        quietly("start", id)
+        until(lambda: m.load(id).restarts >= 1)
+    with detached("--restart", "always") as id:
+        quietly("kill", id)
+        assert m.load(id).status == "exited"
+
+
+@root
+def test_a_name_is_one_containers_alone_even_in_a_race():
+    race = [subprocess.Popen(command("create", "--name", "wanted", "/bin/true"), text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            for _ in range(4)]
+    ended = [(p.communicate(), p.returncode) for p in race]
+    assert sorted(code for _, code in ended) == [0, 125, 125, 125]
+    ((winner, _),) = [said for said, code in ended if code == 0]
+    assert all(f'is already in use by container "{winner.strip()}"' in err
+               for (_, err), code in ended if code)
+    assert len(os.listdir(f"{STORE}/containers")) == 1
+    other = quietly("create", "/bin/true").strip()
+    assert "Conflict" in refused("rename", other, "wanted", code=1)
+    assert "Invalid container name" in refused("rename", other, "../x", code=1)
+    assert quietly("rm", "wanted", other) == f"wanted\n{other}\n"
+
+
+@root
+def test_ids_may_be_short_but_not_ambiguous():
+    made = [quietly("create", "/bin/true").strip() for _ in range(2)]
+    while made[0][0] != made[-1][0]:
+        made.append(quietly("create", "/bin/true").strip())
+    assert "multiple IDs found with provided prefix" in refused("rm", made[0][0], code=1)
+    assert m.find(made[0][:12]).id == made[0]
+    quietly("rm", *made)
+
+
+@root
+def test_ps_lists_filters_and_formats_as_docker_does():
+    with detached("--name", "one", "--label", "a=b") as one, \
+            detached("--name", "two", "--label", "a=c", script="exit 7") as two:
+        quietly("wait", "two")
+
+        def ps(*args):
+            return quietly("ps", *args).split()
+        head, row = quietly("ps").splitlines()
+        assert re.split(r"  +", head) == ["CONTAINER ID", "IMAGE", "COMMAND", "CREATED",
+                                          "STATUS", "PORTS", "NAMES"]
+        assert re.fullmatch(rf'{one[:12]} +default +"/bin/sh -c \'sleep 1…" +\S.* ago +'
+                            r"Up \S.* +one", row)
+        assert ps("-aq", "--no-trunc") == [two, one] and ps("-q") == [one[:12]]
+        assert ps("-lq") == ps("-n", "1", "-q") == [two[:12]]
+        for wanted, found in (("name=tw", ["two"]), ("exited=7", ["two"]), ("label=a", [
+                "two", "one"]), ("label=a=b", ["one"]), ("status=running", ["one"]),
+                ("since=one", ["two"]), ("before=two", ["one"]), (f"id={one[:9]}", ["one"]),
+                ("ancestor=default", ["two", "one"]), ("network=host", [])):
+            assert ps("-a", "--format", "{{.Names}}", "--filter", wanted) == found, wanted
+        assert json.loads(quietly("ps", "--format", "json"))["Labels"] == "a=b"
+        assert quietly("ps", "-s", "--format", "{{.Size}}").startswith("0B (virtual ")
+        assert "invalid filter" in refused("ps", "--filter", "x=y", code=1)
+
+
+@root
+def test_inspect_tells_all_under_dockers_keys():
+    with detached("--name", "seen", "-m", "64m", "-e", "A=b") as id:
+        (facts,) = json.loads(quietly("inspect", "seen"))
+        assert (facts["Id"], facts["Name"]) == (id, "/seen")
+        assert facts["State"]["Pid"] == m.load(id).pid and facts["State"]["Running"]
+        assert facts["HostConfig"]["Memory"] == 64 << 20
+        assert "A=b" in facts["Config"]["Env"]
+        assert quietly("inspect", "-f", "{{.State.Status}} {{.RestartCount}}",
+                       id[:10]) == "running 0\n"
+        result = mini("inspect", "nosuch", "seen", "-f", "{{.Name}}")
+        assert (result.returncode, result.stdout) == (1, "/seen\n")
+        assert "No such object: nosuch" in result.stderr
+
+
+@root
+def test_a_program_runs_in_a_container_that_nobody_waits_for():
+    with detached() as id:
+        assert quietly("exec", "-d", id, "/bin/sh", "-c", "echo done > /tmp/mark") == ""
+        until(lambda: mini("exec", id, "/bin/cat", "/tmp/mark").stdout == "done\n")
+        assert "no such file" in refused("exec", "-d", id, "/nosuch", code=127)
+
+
+@root
+def test_what_does_not_start_leaves_a_container_only_if_there_was_one():
+    before = os.listdir(f"{STORE}/containers")
+    assert "no such file" in refused("run", "-d", "/nosuch", code=127)
+    assert os.listdir(f"{STORE}/containers") == before
+    id = quietly("create", "/nosuch").strip()
+    assert "no such file" in refused("start", id, code=1)
+    record = m.load(id)
+    assert (record.status, record.exit_code) == ("created", 127)
+    assert "no such file" in refused("start", "-a", id, code=127)
+    quietly("rm", id)
+
+
+@root
+def test_the_id_is_written_to_a_file_that_is_not_there_yet(tmp_path):
+    id = quietly("create", "--cidfile", tmp_path / "id", "/bin/true").strip()
+    assert (tmp_path / "id").read_text() == id
+    assert "container ID file found" in refused("run", "--cidfile", tmp_path / "id",
+                                                "/bin/true")
+    quietly("rm", id)
+
+
+@root
+def test_after_a_reboot_the_records_tell_the_truth():
+    id = quietly("create", "--name", "old", "/bin/true").strip()
+    with m.changing(id) as record:
+        record.status, record.pid, record.started = "running", 1, 1
+    assert "Exited (255)" in quietly("ps", "-a")
+    assert m.load(id).error == "the machine was switched off"
+    quietly("start", "old")
+    assert quietly("wait", "old") == "0\n"
+    quietly("rm", "old")
+
 
 @root
 def test_prune_removes_what_ended_and_leaves_what_lives(tmp_path):
