@@ -4891,6 +4891,17 @@ def resume_command_oci(options):
     freeze_container(options, False, "paused")
 
 
+def change_limits(cgroup, resources):
+    """Set limits of a group in which somebody lives."""
+    if cgroup.trees and "swap" in resources.get("memory", {}):  # more than it was?
+        swap = {"memory": {"swap": resources["memory"]["swap"]}}
+        try:
+            cgroup.set_limits(swap)
+        except Fail:  # less: then memory goes first
+            pass
+    cgroup.set_limits(resources)
+
+
 LIMIT_OPTIONS = {  # of `update`: where in the resources each is
     "--memory": "memory limit", "--memory-swap": "memory swap",
     "--memory-reservation": "memory reservation", "--cpu-period": "cpu period",
@@ -4917,16 +4928,9 @@ def update_command_oci(options):
             resources.setdefault(section, {})[key] = (
                 text if lists else size(text) if sizes else whole(name, text, -1))
     resources = complete_resources(resources)
-    cgroup = cgroup_of(record["spec"])
     if status_of(record) == "stopped":
         raise Fail("container not running", "it has ended")
-    if cgroup.trees and "swap" in resources.get("memory", {}):  # more than it was?
-        swap = {"memory": {"swap": resources["memory"]["swap"]}}
-        try:
-            cgroup.set_limits(swap)
-        except Fail:  # less: then memory goes first
-            pass
-    cgroup.set_limits(resources)
+    change_limits(cgroup_of(record["spec"]), resources)
 
 
 @oci("events", arg("--stats", action="store_true", help="once, and no more"),
@@ -7766,6 +7770,8 @@ def logout_command(options):
 # Man pages: unix(7), pty(7), signalfd(2), termios(3), poll(2), inotify(7).
 
 calls(
+    timerfd_create=(283, 85, "clock flags"),
+    timerfd_settime=(286, 86, "fd flags new old"),
     inotify_init1=(294, 26, "IN_"), inotify_add_watch=(254, 27, "fd path IN_"),
     signalfd4=(289, 74, "fd mask size flags"),
     socketpair=(53, 199, "family type protocol sv"),
@@ -7942,6 +7948,15 @@ def moment(option, text):
     return time.time_ns() - nanoseconds(option, text)
 
 
+def log_files(path):
+    """(path, number) of the files of a log, the newest, number 0, first."""
+    top, name = os.path.split(path)
+    numbers = [int(entry[len(name) + 1:] or 0) for entry in os.listdir(top)
+               if entry == name or entry.startswith(f"{name}.")
+               and entry[len(name) + 1:].isdecimal()]
+    return [(f"{path}.{n}" if n else path, n) for n in sorted(numbers)]
+
+
 class Log:
     """What a container writes, as Docker's json-file: an object for each line.
 
@@ -8015,15 +8030,6 @@ class Log:
         for stream in list(self.begun):
             self.add(stream, b"", last=True)
         os.close(self.fd)
-
-
-def log_files(path):
-    """(path, number) of the files of a log, the newest, number 0, first."""
-    top, name = os.path.split(path)
-    numbers = [int(entry[len(name) + 1:] or 0) for entry in os.listdir(top)
-               if entry == name or entry.startswith(f"{name}.")
-               and entry[len(name) + 1:].isdecimal()]
-    return [(f"{path}.{n}" if n else path, n) for n in sorted(numbers)]
 
 
 class LogReader:
@@ -8119,9 +8125,10 @@ class Shim:
         self.trouble = ""  # of our own
         self.outlives = False  # it has to go on without its first client
         self.again = lambda: None
+        self.parties = []  # who else is served in its turns
 
-    def live(self, first, *others):
-        """All of a container's life; `others` are served in the shim's turns."""
+    def live(self, first):
+        """All of a container's life."""
         self.first = first
         self.peers.append(first)
         try:
@@ -8136,7 +8143,7 @@ class Shim:
         try:
             self.signals = open_signals({signal.SIGCHLD})
             while self.c.status is None:
-                turn([self, *others])
+                turn([self, *self.parties])
             for _ in range(64):  # what is left: more than that comes from elsewhere
                 if not turn([self], 0):
                     break
@@ -8407,7 +8414,8 @@ class Client:
         """Be client and shim in one process; what the shim says at the end."""
         self.peer = Near(lambda *message: shim.hear(None, *message),
                          lambda: bool(shim.typed))
-        shim.live(Near(self.hear, lambda: bool(self.shown)), self)
+        shim.parties.append(self)
+        shim.live(Near(self.hear, lambda: bool(self.shown)))
         return self.stay()
 
     def wanted(self):
@@ -8540,6 +8548,14 @@ CONTAINER_IDS = 0x70000000, 65536, 4093  # first id, ids each, ranges: below 2**
 
 DETACH_KEYS = arg("--detach-keys", metavar="KEYS", default="ctrl-p,ctrl-q",
                   help="what to type, with -t, to leave it running")
+HEALTH_OPTIONS = (
+    arg("--health-cmd", metavar="COMMAND", help="a shell's, that fails if it is ill"),
+    arg("--health-interval", metavar="SPAN", help="between two checks (30s)"),
+    arg("--health-timeout", metavar="SPAN", help="how long one may take (30s)"),
+    arg("--health-retries", metavar="N", help="how often it must fail (3)"),
+    arg("--health-start-period", metavar="SPAN", help="in which failures do not count"),
+    arg("--no-healthcheck", action="store_true", help="not the image's either"),
+)
 CREATE_OPTIONS = (
     arg("--rootfs", metavar="X", action="append", default=[],
         help="a directory or tarball to use; repeat it for layers, bottom first"),
@@ -8559,6 +8575,7 @@ CREATE_OPTIONS = (
         help="how long `stop` waits before it kills"),
     arg("--restart", metavar="POLICY", default="no",
         help="when it ends: always, unless-stopped, on-failure[:TRIES]"),
+    *HEALTH_OPTIONS,
     arg("--log-driver", choices=["json-file", "none"], default="json-file",
         help="none: `logs` will have nothing to show"),
     arg("--log-opt", metavar="KEY=VALUE", action="append", default=[],
@@ -8602,6 +8619,8 @@ class Record:
         self.log = {}  # max-size and max-file of its log; None: it keeps none
         self.restart = "no"  # or always, unless-stopped, on-failure
         self.tries = 0  # of on-failure, at most; 0: ever again
+        self.health = {}  # HEALTHCHECK: Test, Interval, Timeout, Retries, StartPeriod
+        self.checked = {}  # Status, FailingStreak, Log: what it has found
         self.status = "created"  # or running, paused, restarting, exited
         self.stopped = False  # by a person, who does not want it to start again
         self.restarts = 0  # since a person started it
@@ -8630,7 +8649,9 @@ class Record:
         """The status, in the words of `ps`."""
         since = self.started if self.status in RUNNING else self.finished
         span = how_long((time.time_ns() - since) / 10 ** 9)
-        return {"created": "Created", "running": f"Up {span}",
+        found = self.checked.get("Status", "")
+        note = found and f" ({'health: ' * (found == 'starting')}{found})"
+        return {"created": "Created", "running": f"Up {span}{note}",
                 "paused": f"Up {span} (Paused)",
                 "restarting": f"Restarting ({self.exit_code}) {span} ago",
                 "exited": f"Exited ({self.exit_code}) {span} ago"}[self.status]
@@ -8917,6 +8938,22 @@ def log_options(options):
     return found if options.log_driver == "json-file" else None
 
 
+def health_spec(options):
+    """The check that options and image ask for: Docker's Healthcheck, or {}."""
+    found = {"Interval": 30 * 10 ** 9, "Timeout": 30 * 10 ** 9, "StartPeriod": 0,
+             "Retries": 3, **{k: v for k, v in options.health.items() if v}}
+    if options.health_cmd:
+        found["Test"] = ["CMD-SHELL", options.health_cmd]
+    for name in ("interval", "timeout", "start_period"):
+        if text := getattr(options, f"health_{name}"):
+            option = f"--health-{name.replace('_', '-')}"
+            found[name.title().replace("_", "")] = nanoseconds(option, text)
+    if options.health_retries:
+        found["Retries"] = whole("--health-retries", options.health_retries, 1)
+    none = options.no_healthcheck or found.get("Test", ["NONE"])[0] == "NONE"
+    return {} if none else found
+
+
 def new_record(options, id):
     """What is known of a container before it is made."""
     signal_number(options.stop_signal)
@@ -8930,7 +8967,8 @@ def new_record(options, id):
         throw_away=options.rm, wants_reaper=options.init,
         interactive=options.interactive, stop_signal=options.stop_signal,
         stop_timeout=whole("--stop-timeout", options.stop_timeout, -1),
-        log=log_options(options), restart=restart, tries=tries)
+        log=log_options(options), restart=restart, tries=tries,
+        health=health_spec(options))
 
 
 def make_files(record, options, spec, base):
@@ -9030,6 +9068,7 @@ def choose(options):
     """The program and its arguments; options get what the image says of them."""
     args, options.like = options.words or ["/bin/sh"] * bool(options.stop_after), None
     options.image, options.own_labels = " ".join(options.rootfs) or "default", {}
+    options.health = {}
     if options.rootfs:
         layers = [layer_of(path) for path in options.rootfs]
     elif args[0].startswith("/"):
@@ -9045,6 +9084,7 @@ def choose(options):
             say(f"volumes of the image ({volumes}) are kept with the container's other "
                 "changes, unless -v or --tmpfs puts something there")
         options.own_labels = image.settings.get("Labels") or {}
+        options.health = image.settings.get("Healthcheck") or {}
         options.stop_signal = options.stop_signal or image.settings.get("StopSignal")
     options.stop_signal = options.stop_signal or "SIGTERM"
     options.notes = {OF_LAYERS: to_json(layers), **(image_notes(image) if
@@ -9107,25 +9147,87 @@ def choose_steps(options):
 # ── starting and ending ──
 
 
-def begin(shim, record, steps):
-    """In the shim: make the container run, and say so in its record."""
-    c = shim.c
-    syscall("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0,
-            why="what is left of it without a parent is ours to reap")
-    start(c, *steps)
-    try:
-        if record.log is not None:
-            shim.log = Log(record.path("log"), **record.log)
-        if shim.door < 0:
-            shim.door = open_door(record)
-        if not record.interactive and "stdin" in c.outer:
+def shim_inside(record, spec, target, interactive):
+    """The Shim of one more process in the container whose process 1 is `target`."""
+    hold_signals()
+    c = Container(record.id, spec, record.path())
+    c.is_new, c.target, c.cgroup = False, target, cgroup_of(spec)
+
+    def begin_inside(shim):
+        enter(c)
+        if not interactive and "stdin" in c.outer:
             os.close(c.outer.pop("stdin"))
-        with changing(c.id) as now:
-            now.status, now.pid, now.started = "running", c.pid, time.time_ns()
-            now.exit_code, now.oom_killed, now.error = 0, False, ""
-    except BaseException:
-        end(c)
-        raise
+    return Shim(c, begin_inside, lambda shim: {"code": c.wait()})
+
+
+class HealthCheck:
+    """A party of the shim's turns: runs a command inside now and then, and says in the
+    record whether it succeeds.  The command has a shim of its own, as with `exec`."""
+
+    def __init__(self, record, c):
+        self.record, self.c, self.peer, self.output = record, c, None, b""
+        self.timer = syscall("timerfd_create", 1, O_CLOEXEC, why="CLOCK_MONOTONIC")
+        self.set_timer(record.health["Interval"])
+
+    def set_timer(self, span):
+        """Be ready after so many nanoseconds."""
+        text = struct.pack("4q", 0, 0, *divmod(max(span, 1), 10 ** 9))
+        syscall("timerfd_settime", self.timer, 0, text, None)
+
+    def wanted(self):
+        """What it waits for."""
+        return {self.timer: select.POLLIN, **(self.peer.wanted() if self.peer else {})}
+
+    def act(self, ready):
+        """Begin a check, or take note of what it says; too late is ill."""
+        if self.timer in ready:
+            os.read(self.timer, 8)
+            if self.peer:
+                self.peer.send(b"s", bytes([signal.SIGKILL]))
+                seconds = self.record.health["Timeout"] / 10 ** 9
+                self.output = f"Health check exceeded timeout ({seconds:g}s)".encode()
+                self.code = -1
+            else:
+                self.begin()
+        elif self.peer and self.peer.fd in ready and (found := self.peer.receive()):
+            letter, data = found
+            if letter in (b"o", b"e") and self.code is None:
+                self.output = (self.output + data)[:4096]
+            elif letter == b"x":
+                self.finish(from_json(data)["code"])
+            elif letter in (b"f", b""):
+                self.output = from_json(data)[0].encode() if data else b""
+                self.finish(-1)
+
+    def begin(self):
+        """Run the command, unless nothing can run."""
+        how, *words = self.record.health["Test"]
+        spec = self.record.spec()
+        spec["process"].update(terminal=False, args=words if how == "CMD" else
+                               ["/bin/sh", "-c", *words])
+        self.began, self.output, self.code = time.time_ns(), b"", None
+        if load(self.record.id).status == "paused":
+            self.set_timer(self.record.health["Interval"])
+            return
+        self.peer = leave_to(shim_inside(self.record, spec, self.c.pidfd, False))
+        self.set_timer(self.record.health["Timeout"])
+
+    def finish(self, code):
+        """Write down how it went, and wait for the next time."""
+        os.close(self.peer.fd)
+        self.peer, health = None, self.record.health
+        code = code if self.code is None else self.code
+        with changing(self.record.id) as now:
+            found, ill = now.checked, code != 0
+            early = time.time_ns() - now.started < health["StartPeriod"]
+            if not (ill and early and found["Status"] == "starting"):
+                found["FailingStreak"] = (found["FailingStreak"] + 1) * ill
+                if not ill or found["FailingStreak"] >= health["Retries"]:
+                    found["Status"] = "unhealthy" if ill else "healthy"
+            found["Log"] = [*found["Log"][-4:], {
+                "Start": timestamp(self.began), "End": timestamp(time.time_ns()),
+                "ExitCode": code, "Output": self.output.decode("utf-8", "replace")}]
+        self.set_timer(health["Interval"])
 
 
 def open_door(record):
@@ -9137,6 +9239,31 @@ def open_door(record):
     syscall("listen", door, 64, why="for `attach`")
     os.close(directory)
     return door
+
+
+def begin(shim, record, steps):
+    """In the shim: make the container run, and say so in its record."""
+    c = shim.c
+    syscall("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0,
+            why="what is left of it without a parent is ours to reap")
+    start(c, *steps)
+    try:
+        if record.log is not None:
+            shim.log = Log(record.path("log"), **record.log)
+        if shim.door < 0:
+            shim.door = open_door(record)
+        if record.health:
+            shim.parties.append(HealthCheck(record, c))
+        if not record.interactive and "stdin" in c.outer:
+            os.close(c.outer.pop("stdin"))
+        with changing(c.id) as now:
+            now.status, now.pid, now.started = "running", c.pid, time.time_ns()
+            now.exit_code, now.oom_killed, now.error = 0, False, ""
+            now.checked = {"Status": "starting", "FailingStreak": 0, "Log": []} if (
+                now.health) else {}
+    except BaseException:
+        end(c)
+        raise
 
 
 def ended(shim, record):
@@ -9161,33 +9288,29 @@ def ended(shim, record):
     return {"code": code, "used": used, "error": error}
 
 
-def start_again(record, lock_, door, delay):
-    """In the shim, when a container has ended: wait as its policy says, and return the
-    Shim of its next life; None if there is none, and then the lock is given back.
+def rest(record, delay):
+    """In the shim, when a container has ended: wait as its policy says; how long, or
+    None if it is not to start again.
 
     The pause is 0.1 s, then twice as long each time, 1 minute at most; what has run for
     10 s begins with 0.1 s again."""
     try:
         now = load(record.id)
-        if now.status == "restarting":
-            delay = 0.1 if now.finished - now.started > 10 ** 10 else min(2 * delay, 60)
-            watch, until_ = watch_directory(record.path()), time.monotonic() + delay
-            while not now.stopped and (left := until_ - time.monotonic()) > 0:
-                if select.select([watch], [], [], left)[0]:
-                    os.read(watch, MOST)
-                    now = load(record.id)
-            os.close(watch)
-            with changing(record.id) as now:
-                now.restarts += not now.stopped
-                now.status = "exited" if now.stopped else now.status
-        if now.status == "restarting":
-            shim = shim_of(now, now.spec(), lock_, delay=delay)
-            shim.door = door
-            return shim
     except FileNotFoundError:  # --rm
-        pass
-    os.close(lock_)  # from here on a person can start it again, or remove it
-    return None
+        return None
+    if now.status != "restarting":
+        return None
+    delay = 0.1 if now.finished - now.started > 10 ** 10 else min(2 * delay, 60)
+    watch, end_ = watch_directory(record.path()), time.monotonic() + delay
+    while not now.stopped and (left := end_ - time.monotonic()) > 0:
+        if select.select([watch], [], [], left)[0]:
+            os.read(watch, MOST)
+            now = load(record.id)
+    os.close(watch)
+    with changing(record.id) as now:
+        now.restarts += not now.stopped
+        now.status = "exited" if now.stopped else now.status
+    return None if now.stopped else delay
 
 
 def shim_of(record, spec, held, steps=(), keep=True, typing=False, delay=0.05):
@@ -9211,7 +9334,15 @@ def shim_of(record, spec, held, steps=(), keep=True, typing=False, delay=0.05):
                 lambda shim: ended(shim, record), failed,
                 keep_input=record.interactive and not typing)
     shim.outlives = record.restart != "no"
-    shim.again = lambda: start_again(record, held, shim.door, delay)
+
+    def again():
+        if (pause := rest(record, delay)) is None:
+            os.close(held)  # from here on a person can start it again, or remove it
+            return None
+        after = shim_of(load(record.id), record.spec(), held, delay=pause)
+        after.door = shim.door
+        return after
+    shim.again = again
     return shim
 
 
@@ -9454,6 +9585,13 @@ def stop_it(record, options):
            seconds if seconds >= 0 else 1 << 20)
 
 
+def fresh(record):
+    """The record of a container that a person starts."""
+    with changing(record.id) as record:
+        record.stopped, record.restarts = False, 0
+    return record
+
+
 def start_it(record):
     """Start a container, unless it runs, and leave it to its shim."""
     if (held := claim(record)) is not None:
@@ -9468,13 +9606,6 @@ def sealed(names):
             seal_interpreter(find(name).spec())
         except (Fail, FileNotFoundError):  # who starts it will say so
             pass
-
-
-def fresh(record):
-    """The record of a container that a person starts."""
-    with changing(record.id) as record:
-        record.stopped, record.restarts = False, 0
-    return record
 
 
 def remove_it(record, force=False):
@@ -9639,6 +9770,7 @@ FILTERS = {  # of `ps`: whether a record passes for one of the values
         record.exit_code == whole("--filter exited", text, 0, 255)),
     "before": lambda record, text: record.created < find(text).created,
     "since": lambda record, text: record.created > find(text).created,
+    "health": lambda record, text: record.checked.get("Status", "none") == text,
     "network": lambda record, text: record.asked.get("network") == text,
     "volume": lambda record, text: any(text in (mount["source"], mount["destination"])
                                        for mount in record.spec()["mounts"]),
@@ -9730,6 +9862,11 @@ def host_config(record, spec):
         "MaskedPaths": linux["maskedPaths"], "ReadonlyPaths": linux["readonlyPaths"]}
 
 
+def date(moment_):
+    """A moment of a record as `inspect` shows it."""
+    return timestamp(moment_) if moment_ else "0001-01-01T00:00:00Z"
+
+
 def container_facts(record, with_sizes=False):
     """What `inspect` tells of a container, under Docker's keys."""
     spec, asked = record.spec(), record.asked
@@ -9743,7 +9880,8 @@ def container_facts(record, with_sizes=False):
             "Restarting": record.status == "restarting",
             "OOMKilled": record.oom_killed, "Dead": False, "Pid": record.pid,
             "ExitCode": record.exit_code, "Error": record.error,
-            "StartedAt": date(record.started), "FinishedAt": date(record.finished)},
+            "StartedAt": date(record.started), "FinishedAt": date(record.finished),
+            **({"Health": record.checked} if record.checked else {})},
         "Image": spec["annotations"].get(OF_IMAGE, ""),
         "ResolvConfPath": record.path("resolv.conf"),
         "HostnamePath": record.path("hostname"), "HostsPath": record.path("hosts"),
@@ -9766,11 +9904,6 @@ def container_facts(record, with_sizes=False):
     if with_sizes:
         found["SizeRw"], found["SizeRootFs"] = sizes(record, spec)
     return found
-
-
-def date(moment_):
-    """A moment of a record as `inspect` shows it."""
-    return timestamp(moment_) if moment_ else "0001-01-01T00:00:00Z"
 
 
 INSPECT_OPTIONS = (
@@ -9962,20 +10095,13 @@ def exec_command(options):
         raise Fail(f"Container {record.id} is not running", "`start` starts it", 1)
     spec = record.spec()
     seal_interpreter(spec)
-    hold_signals()
     process = {**spec["process"],
                **process_spec(options, options.words, spec["process"])}
     if options.privileged:
         process["capabilities"] = capability_sets(available_capabilities(
             bool(namespace_flags(spec) & CLONE_NEWUSER)))
-    c = Container(record.id, {**spec, "process": process}, record.path())
-    c.is_new, c.target, c.cgroup = False, target, cgroup_of(spec)
-
-    def begin_inside(shim):
-        enter(c)
-        if not options.interactive and "stdin" in c.outer:
-            os.close(c.outer.pop("stdin"))
-    shim = Shim(c, begin_inside, lambda shim: {"code": c.wait()})
+    shim = shim_inside(record, {**spec, "process": process}, target,
+                       options.interactive)
     if options.detach:
         see_start(leave_to(shim))
         return 0
