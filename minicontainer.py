@@ -4024,7 +4024,7 @@ def enter(c, before=(open_stdio, open_cgroup), steps=JOIN):
 #
 # Specification: github.com/opencontainers/runtime-spec, version 1.2.
 
-OCI_VERSION = "1.2.0"
+VERSION, OCI_VERSION = "0.1.0", "1.2.0"
 OCI_GLOBALS = (
     arg("--root", metavar="DIR", default="/run/minirunc", help="where the records are"),
     arg("--log", metavar="FILE", help="a file for errors, beside standard error"),
@@ -4094,7 +4094,7 @@ def oci(word, *declared):
          *OCI_GLOBALS)
 def oci_command(options):
     """What runc does: create, start, kill, delete …; the same as `minirunc`."""
-    print(f"minirunc version 0.1.0\nspec: {OCI_VERSION}" if options.version
+    print(f"minirunc version {VERSION}\nspec: {OCI_VERSION}" if options.version
           else "minirunc: see `minicontainer --help` for the commands of `oci`")
 
 
@@ -8692,6 +8692,76 @@ class changing:
             os.close(self.lock)
 
 
+# ── events ──
+#
+# What happened to whom, a line of JSON each, in two files of a megabyte.  They are
+# written and read as the log of a container is.
+
+
+def announce(record, action, **more):
+    """Note an event of a container."""
+    now = time.time_ns()
+    facts = {"image": record.image, "name": record.name, **record.labels, **more}
+    line = to_json({
+        "status": action, "id": record.id, "from": record.image, "Type": "container",
+        "Action": action, "Actor": {"ID": record.id, "Attributes": facts},
+        "scope": "local", "time": now // 10 ** 9, "timeNano": now})
+    with held("events", fcntl.LOCK_EX):
+        log = Log(store("events", "log"), 1 << 20, 2)
+        log.write(line.encode() + b"\n")
+        log.close()
+
+
+def has_label(labels, asked):
+    """Whether there is a label KEY, or KEY=VALUE, of that value."""
+    key, equals, value = asked.partition("=")
+    return key in labels and (not equals or labels[key] == value)
+
+
+EVENT_FILTERS = {  # of `events`: whether one passes for one of the values
+    "container": lambda event, text: text == event["Actor"]["Attributes"]["name"]
+        or event["id"].startswith(text),
+    "event": lambda event, text: event["Action"].partition(":")[0] == text,
+    "image": lambda event, text: event["from"] == text,
+    "label": lambda event, text: has_label(event["Actor"]["Attributes"], text),
+    "type": lambda event, text: event["Type"] == text,
+}
+
+
+@command("events", FILTER, arg("--format", metavar="FORM", help="json, '{{.Action}}'"),
+         arg("--since", metavar="WHEN", help="show what has been, too"),
+         arg("--until", metavar="WHEN", help="end when it is that late"))
+def events_command(options):
+    """Show what happens to containers, while it does."""
+    need_root()
+    since = moment("--since", options.since) if options.since else time.time_ns()
+    until_ = moment("--until", options.until) if options.until else 1 << 62
+    wanted = filters_of(options.filter, EVENT_FILTERS)
+    watch = watch_directory(store("events", ""))
+    reader = LogReader(store("events", "log"))
+
+    def show(event):
+        facts = event["Actor"]["Attributes"].items()
+        if options.format:
+            print(to_json(event) if options.format == "json" else from_template(
+                options.format, {**event, "ID": event["id"]}), flush=True)
+        else:
+            print(timestamp(event["timeNano"]), event["Type"], event["Action"],
+                  event["id"], f"({', '.join(f'{k}={v}' for k, v in sorted(facts))})",
+                  flush=True)
+    while True:
+        for event in (event for entries in reader.read() for event in entries):
+            if since <= event["timeNano"] <= until_ and all(
+                    any(EVENT_FILTERS[key](event, text) for text in values)
+                    for key, values in wanted.items()):
+                show(event)
+        left = (until_ - time.time_ns()) / 10 ** 9
+        if left <= 0:
+            return
+        if select.select([watch], [], [], min(left, 1 << 20))[0]:
+            os.read(watch, MOST)
+
+
 # ── names ──
 
 FIRST_WORDS = """able bold calm deft eager fair glad hardy idle jolly keen lucid mild
@@ -8742,6 +8812,7 @@ def discard(record):
 
     Caller must hold the lock of its directory."""
     remove_tree(record.path())
+    announce(record, "destroy")
     slot = (record.first_id - CONTAINER_IDS[0]) // CONTAINER_IDS[1]
     for kind, name in (("ids", str(slot)), ("names", record.name)):
         path = store(kind, name)
@@ -9020,6 +9091,7 @@ def create(options, args):
         make_files(record, options, spec, base)
         save(record.path("config.json"), spec)
         save(record.path("record.json"), vars(record))
+        announce(record, "create")
         if options.cidfile:
             with about("--cidfile"):
                 write_file(options.cidfile, id, create=0o644)
@@ -9224,6 +9296,7 @@ class HealthCheck:
                 found["FailingStreak"] = (found["FailingStreak"] + 1) * ill
                 if not ill or found["FailingStreak"] >= health["Retries"]:
                     found["Status"] = "unhealthy" if ill else "healthy"
+                    announce(now, f"health_status: {found['Status']}")
             found["Log"] = [*found["Log"][-4:], {
                 "Start": timestamp(self.began), "End": timestamp(time.time_ns()),
                 "ExitCode": code, "Output": self.output.decode("utf-8", "replace")}]
@@ -9261,6 +9334,7 @@ def begin(shim, record, steps):
             now.exit_code, now.oom_killed, now.error = 0, False, ""
             now.checked = {"Status": "starting", "FailingStreak": 0, "Log": []} if (
                 now.health) else {}
+        announce(record, "start")
     except BaseException:
         end(c)
         raise
@@ -9270,6 +9344,7 @@ def ended(shim, record):
     """In the shim, when process 1 has ended: the record first, then all is undone; what
     the clients are told."""
     c, code, used, error = shim.c, shim.c.wait(), {}, shim.trouble
+    now = record
     try:
         used = c.cgroup.measure()
         if shim.log:
@@ -9280,9 +9355,12 @@ def ended(shim, record):
                 now.pid, now.finished, now.exit_code = 0, time.time_ns(), code
                 now.error, now.oom_killed = error, code == 137 and used["oom_kills"] > 0
                 now.status = "restarting" if now.wants_again() else "exited"
+        if used["oom_kills"]:
+            announce(now, "oom")
+        announce(now, "die", exitCode=str(code))
         end(c)
         if record.throw_away:
-            discard(record)
+            discard(load(c.id))
     except (OSError, Fail) as failed:
         error = diagnose(failed).message
     return {"code": code, "used": used, "error": error}
@@ -9535,6 +9613,7 @@ def send_signal(record, number):
     try:
         fd = pidfd_of(record)
         syscall("pidfd_send_signal", fd, number, None, 0, why="for process 1")
+        announce(record, "kill", signal=str(number))
         return fd
     except ProcessLookupError:
         return None
@@ -9550,6 +9629,7 @@ def set_frozen(record, frozen):
                        "", 1)
         Cgroup(f"/minicontainer-{now.id}").freeze(frozen)
         now.status = "paused" if frozen else "running"
+    announce(record, "pause" if frozen else "unpause")
 
 
 def thaw(record):
@@ -9581,8 +9661,11 @@ def stop_it(record, options):
     """End a container as --time and --signal, or its own record, say."""
     seconds = record.stop_timeout if options.time is None else whole(
         "--time", options.time, -1)
+    lived = record.status in LIVE
     end_it(record, signal_number(options.signal or record.stop_signal),
            seconds if seconds >= 0 else 1 << 20)
+    if lived:
+        announce(record, "stop")
 
 
 def fresh(record):
@@ -9647,6 +9730,7 @@ def restart_command(options):
     def restart(record):
         stop_it(record, options)
         start_it(record)
+        announce(record, "restart")
     return for_containers(options.containers, restart)
 
 
@@ -9736,12 +9820,6 @@ def container_row(record, options):
         own, all_of_it = sizes(record, spec)
         row["Size"] = f"{decimal(own)} (virtual {decimal(all_of_it)})"
     return row
-
-
-def has_label(labels, asked):
-    """Whether there is a label KEY, or KEY=VALUE, of that value."""
-    key, equals, value = asked.partition("=")
-    return key in labels and (not equals or labels[key] == value)
 
 
 def of_image(record, text):
@@ -9932,6 +10010,178 @@ def inspect_command(options):
     show_facts(options.names, look, options.format)
 
 
+@command("top", CONTAINER, arg("words", nargs="A*", metavar="PS-OPTIONS",
+                               help="show what the host's `ps` shows, with these"))
+def top_command(options):
+    """Show the processes of a container, with their numbers outside and inside."""
+    need_root()
+    record = find(options.container)
+    if record.status not in RUNNING:
+        raise Fail(f"Container {record.id} is not running", "`start` starts it", 1)
+    pids = cgroup_of(record.spec()).pids()
+    if options.words:
+        import subprocess
+
+        shown = subprocess.run(["ps", "-A", *options.words], capture_output=True,
+                               text=True)
+        title, *rows = shown.stdout.splitlines() or [""]
+        if shown.returncode or "PID" not in title.split():
+            raise Fail(f"ps {' '.join(options.words)}: {shown.stderr.strip() or title}",
+                       "options that show a PID", 1)
+        column = title.split().index("PID")
+        rows = [row for row in rows if int(row.split()[column]) in pids]
+        print("\n".join([title, *rows]))
+        return
+    rows = []
+    for pid in pids:
+        try:
+            facts = dict(line.partition(":\t")[::2] for line in read_file(
+                f"/proc/{pid}/status").splitlines())
+            ticks = read_file(f"/proc/{pid}/stat").rpartition(") ")[2].split()[11:13]
+            line = read_file(f"/proc/{pid}/cmdline").replace("\0", " ").strip()
+        except (FileNotFoundError, ProcessLookupError):  # has just ended
+            continue
+        seconds = sum(map(int, ticks)) // os.sysconf("SC_CLK_TCK")
+        user = int(facts["Uid"].split()[1])
+        rows.append({"UID": str(user - record.first_id if user >= record.first_id else
+                                user), "PID": str(pid), "INNER": facts["NSpid"].split()[
+                                    -1], "PPID": facts["PPid"], "TIME":
+                     f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}",
+                     "CMD": line or f"[{facts['Name']}]"})
+    print_list({"UID": "UID", "PID": "PID", "INNER PID": "INNER", "PPID": "PPID",
+                "TIME": "TIME", "CMD": "CMD"}, rows, "")
+
+
+def sample(record):
+    """What a container has used until now, and when that was."""
+    used = cgroup_of(record.spec()).measure()
+    traffic = [0, 0]
+    try:
+        for line in read_file(f"/proc/{record.pid}/net/dev").splitlines()[2:]:
+            name, _, numbers = line.partition(":")
+            if name.strip() != "lo" and record.asked["network"] != "host":
+                traffic = [traffic[n] + int(numbers.split()[8 * n]) for n in (0, 1)]
+    except FileNotFoundError:
+        pass
+    return {**used, "net": traffic, "at": time.monotonic()}
+
+
+def stats_row(record, before, now):
+    """What `stats` shows of a container, of two samples."""
+    span, host = now["at"] - before["at"], os.sysconf("SC_PHYS_PAGES") * os.sysconf(
+        "SC_PAGE_SIZE")
+    cpu = ((now["cpu_usec"] or 0) - (before["cpu_usec"] or 0)) / 10 ** 4 / span
+    memory, limit = now["memory"] or 0, now["memory_limit"] or host
+    return {"ID": record.id[:12], "Container": record.id[:12], "Name": record.name,
+            "CPUPerc": f"{cpu:.2f}%", "MemUsage": f"{human(memory)} / {human(limit)}",
+            "MemPerc": f"{100 * memory / limit:.2f}%",
+            "NetIO": " / ".join(map(decimal, now["net"])), "PIDs": now["pids"] or 0,
+            "BlockIO": f"{decimal(now['io_read'] or 0)} / "
+                       f"{decimal(now['io_written'] or 0)}"}
+
+
+@command("stats", arg("-a", "--all", action="store_true", help="also what has ended"),
+         arg("--no-stream", action="store_true", help="once, and no more"), FORMAT,
+         arg("containers", nargs="*", metavar="CONTAINER", help="else all"))
+def stats_command(options):
+    """Show what containers use, each second anew."""
+    need_root()
+    columns = {"CONTAINER ID": "ID", "NAME": "Name", "CPU %": "CPUPerc",
+               "MEM USAGE / LIMIT": "MemUsage", "MEM %": "MemPerc", "NET I/O": "NetIO",
+               "BLOCK I/O": "BlockIO", "PIDS": "PIDs"}
+    before, named = {}, options.containers or ()
+    while True:
+        found = [find(name) for name in named] or [
+            record for record in records() if options.all or record.status in RUNNING]
+        now = {record.id: sample(record) for record in found}
+        if before:
+            clear = "\033[H\033[J" if os.isatty(1) else ""
+            print(clear, end="")
+            print_list(columns, [stats_row(record, before[record.id], now[record.id])
+                                 for record in found if record.id in before],
+                       options.format)
+            sys.stdout.flush()
+            if options.no_stream:
+                return
+        before = now
+        time.sleep(0.2 if options.no_stream else 1)
+
+
+@command("update", *CGROUP_OPTIONS, arg("--restart", metavar="POLICY",
+                                        help="what to do when it ends"), CONTAINERS)
+def update_command(options):
+    """Change the limits of containers, also of those that run."""
+    need_root()
+    options.rm = False
+    resources = {key: section for key, section in resources_spec(options).items()
+                 if section and key != "devices"}
+    if not resources and not options.restart:
+        raise Fail("you must provide one or more flags when using this command",
+                   options.hint, 1)
+
+    def update(record):
+        with changing(record.id) as now:
+            if options.restart:
+                now.restart, now.tries = restart_policy(options)
+            spec = now.spec()
+            kept = spec["linux"]["resources"]
+            for key, section in resources.items():
+                kept[key] = {**kept.get(key, {}), **section}
+            if now.status in RUNNING:
+                change_limits(cgroup_of(spec), resources)
+            save(now.path("config.json"), spec)
+        announce(record, "update")
+    for_containers(options.containers, update)
+
+
+def about_host():
+    """What `info` tells, under Docker's keys."""
+    found, kernel_ = [record.status for record in records()], os.uname()
+    release = dict(line.split("=", 1) for line in read_file(
+        "/etc/os-release").splitlines() if "=" in line) if os.path.exists(
+            "/etc/os-release") else {}
+    return {
+        "Containers": len(found), "ContainersRunning": found.count("running"),
+        "ContainersPaused": found.count("paused"),
+        "ContainersStopped": sum(status not in LIVE for status in found),
+        "Images": len(all_images()), "ServerVersion": VERSION, "Driver": "overlay",
+        "LoggingDriver": "json-file", "CgroupDriver": "cgroupfs",
+        "CgroupVersion": "1" if cgroup_trees() else "2",
+        "SecurityOptions": ["name=seccomp,profile=default", "name=userns"],
+        "KernelVersion": kernel_.release, "OSType": "linux",
+        "OperatingSystem": release.get("PRETTY_NAME", "Linux").strip('"'),
+        "Architecture": kernel_.machine, "NCPU": os.cpu_count(),
+        "MemTotal": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "Name": kernel_.nodename, "DockerRootDir": STORE}
+
+
+def show_document(document, form):
+    """Print facts a line each, or as --format says."""
+    if form:
+        print(to_json(document) if form == "json" else from_template(form, document))
+        return
+    for key, value in document.items():
+        words = "".join(f" {c}" if c.isupper() and before.islower() else c
+                        for before, c in zip(f"_{key}", key, strict=False))
+        print(f"{words}: {', '.join(value) if isinstance(value, list) else value}")
+
+
+@command("info", arg("-f", "--format", metavar="FORM", help="json, or '{{.NCPU}}'"))
+def info_command(options):
+    """Show what is known of this host and its containers."""
+    need_root()
+    show_document(about_host(), options.format)
+
+
+@command("version", arg("-f", "--format", metavar="FORM", help="json, '{{.Version}}'"))
+def version_command(options):
+    """Show which minicontainer this is."""
+    kernel_ = os.uname()
+    show_document({"Version": VERSION, "Python": sys.version.split()[0],
+                   "OCIVersion": OCI_VERSION, "KernelVersion": kernel_.release,
+                   "Os": "linux", "Arch": kernel_.machine}, options.format)
+
+
 def show_entries(entries, options, since, until_):
     """Write entries of a log to where they had been written to."""
     parts = []  # [stream, text], one for all that goes to the same in a row
@@ -10024,8 +10274,9 @@ def rename_command(options):
         except Fail as fail:
             raise Fail(f"Error when allocating new name: {fail.message}", fail.hint,
                        1) from None
-        old, record.name = store("names", record.name), name
-    os.unlink(old)
+        old, record.name = record.name, name
+    os.unlink(store("names", old))
+    announce(record, "rename", oldName=f"/{old}")
 
 
 def attach_to(record, keys, typing):
@@ -10537,7 +10788,7 @@ def as_shell(name, args, at, took, result, why):
     if not tell or not (result.isdecimal() or name == "execve"):
         return ""
     hand.result = int(result) if result.isdecimal() else 0
-    lines, id = tell(*args) or "", os.path.basename(hand.made[0])
+    lines, id = announce(*args) or "", os.path.basename(hand.made[0])
     why = f"  # {why}" * bool(lines and why and "\n" not in lines)
     return lines.replace(id, "$id").replace("id=$id", f"id={id}") + why
 
