@@ -32,13 +32,14 @@ Contents (`grep -n '^# ══' minicontainer.py` finds each):
      7. THE OCI RUNTIME      what runc does: for podman, containerd and their like
      8. IMAGES               what is packed, named and kept; layers from tarballs
      9. REGISTRY             how images come and go
+    10. NETWORK              how containers reach each other, and the world
     11. THE SHIM             its terminal, its log, its signals, its end
     12. THE ENGINE           containers by name: run, ps, logs, stop, exec …
     15. THE CLASSROOM        a container in parts, and by hand
     16. COMMAND LINE         main
 
 A chapter uses only what stands above it: cut the file after any of them, and what
-is left still works.  (10, 13 and 14 are not written yet; see README.md.)
+is left still works.  (13 and 14 are not written yet; see README.md.)
 
 Vocabulary:
     rootfs   the directory that a container sees as /
@@ -700,8 +701,8 @@ CLOCKS = "monotonic", "boottime"  # that a time namespace can shift
 NAMESPACE_OPTIONS = (
     arg("--userns", choices=["host"], help="host: root inside is root outside"),
     arg("--pid", choices=["host"], help="host: see and signal the host's processes"),
-    arg("--network", "--net", choices=["none", "host"], default="none",
-        help="none: a loopback interface only; host: the host's network"),
+    arg("--network", "--net", metavar="NAME", default="none",
+        help="one of `network ls`; none: a loopback interface only; host: the host's"),
     arg("--uts", choices=["host"], help="host: the host's name"),
     arg("--ipc", choices=["host"], help="host: the host's System V IPC and queues"),
     arg("--cgroupns", choices=["host", "private"], help="host: show the host's tree"),
@@ -7736,6 +7737,697 @@ def logout_command(options):
     print(f"Removing login credentials for {host}" if keep_credentials(host, None)
           else f"Not logged in to {host}")
 
+# ══ 10. NETWORK ═══════════════════════════════════════════════════════════════════
+#
+# A new network namespace has a loopback interface and nothing else.  What leads out of
+# it is a cable with two ends (veth): one inside, named eth0, and one on the host, that
+# is plugged into a bridge, a switch that the kernel plays:
+#
+#       container            container            the world
+#       eth0 172.18.0.2      eth0 172.18.0.3         │
+#         ║                    ║                   the host's own eth0
+#         ╚═══════ bridge ═════╝                     │
+#                172.18.0.1, the gateway ──── routing and NAT
+#
+# The kernel is told in messages to a socket (rtnetlink), which is what `ip` does too;
+# --explain shows each as the line of `ip` that it replaces.
+#
+# What leaves for the world gets the host's address (masquerade), and what comes to a
+# published port of the host is sent on to the container.  That is done by nf_tables,
+# in one table of ours, written anew as a whole, in one transaction, whenever somebody
+# comes or goes: it follows from the files below, and cannot get out of step with them.
+#
+#       networks/NAME.json      a network: its subnet, gateway, bridge …
+#       endpoints/ID.json       who is on which, from start to end: address, ports …
+#
+# Whoever changes these locks networks/.  An address is one container's for as long as
+# its endpoint is there; that of a container which nobody looks after any more is swept
+# out by whoever comes next.  A bridge is there while somebody is on it, so that the
+# host is left as it was.
+#
+# Names are in /etc/hosts, which we write for all who are on a network when somebody
+# comes or goes: so no process has to answer for it, and a lookup asks nobody.
+#
+# Man pages: rtnetlink(7), netlink(7), veth(4), bridge(8), nft(8).
+
+RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK, RTM_SETLINK = 16, 17, 18, 19
+RTM_NEWADDR, RTM_NEWROUTE = 20, 24
+NLM_F_REQUEST, NLM_F_ACK, NLM_F_EXCL, NLM_F_CREATE = 1, 4, 0x200, 0x400
+IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_MASTER, IFLA_LINKINFO = 1, 3, 4, 10, 18
+IFLA_NET_NS_PID, IFLA_INFO_KIND, IFLA_INFO_DATA, VETH_INFO_PEER = 19, 1, 2, 1
+IFA_ADDRESS, IFA_LOCAL, RTA_OIF, RTA_GATEWAY = 1, 2, 4, 5
+AF_INET, AF_NETLINK, IFF_UP = 2, 16, 1
+NETWORK = "minicontainer.network"  # annotation: what the container wants of one
+
+ENDPOINT_OPTIONS = (
+    arg("-p", "--publish", metavar="[[IP:]PORT:]PORT[/udp]", action="append",
+        default=[], help="what comes to that port of the host is for this of its own"),
+    arg("--ip", metavar="ADDRESS", help="its address in the network"),
+    arg("--mac-address", metavar="MAC", help="that of its interface"),
+    arg("--network-alias", metavar="NAME", action="append", default=[],
+        help="one more name in the network"),
+    arg("--add-host", metavar="NAME:ADDRESS", action="append", default=[],
+        help="a line of /etc/hosts"),
+    arg("--dns", metavar="ADDRESS", action="append", default=[],
+        help="a name server, in place of the host's"),
+    arg("--dns-search", metavar="DOMAIN", action="append", default=[],
+        help="where short names are looked up"),
+    arg("--dns-option", metavar="OPTION", action="append", default=[],
+        help="an option of resolv.conf"),
+)
+
+
+# ── rtnetlink ──
+
+
+def attribute(kind, value):
+    """A netlink attribute: a number, text, bytes, or others inside it, as a dict."""
+    if isinstance(value, dict):
+        value = b"".join(attribute(*item) for item in value.items())
+    elif isinstance(value, str):
+        value = value.encode() + b"\0"
+    elif isinstance(value, int):
+        value = struct.pack("=I", value)
+    return struct.pack("=HH", 4 + len(value), kind) + value + bytes(-len(value) % 4)
+
+
+def error_words(attributes):
+    """What the kernel says of an error: the text among a message's attributes."""
+    while len(attributes) > 4:
+        length, kind = struct.unpack_from("=HH", attributes)
+        if kind == 1:  # NLMSGERR_ATTR_MSG
+            return attributes[4:length].rstrip(b"\0").decode()
+        attributes = attributes[length + -length % 4:]
+    return ""
+
+
+class Netlink:
+    """A socket to the tables of interfaces, addresses and routes of the network
+    namespace that it is made in."""
+
+    def __init__(self):
+        import _socket
+
+        self.socket = _socket.socket(AF_NETLINK, _socket.SOCK_RAW
+                                     | _socket.SOCK_CLOEXEC)
+        for option in (10, 11):  # NETLINK_CAP_ACK, _EXT_ACK: short errors, in words
+            self.socket.setsockopt(270, option, 1)
+
+    def ask(self, words, kind, head, attributes, flags=0, why=""):
+        """Send the message that `ip WORDS` would send; the index of the interface that
+        is asked for, or 0."""
+        body = head + b"".join(attribute(*item) for item in attributes.items())
+        message = struct.pack("=IHHII", 16 + len(body), kind,
+                              flags | NLM_F_REQUEST | NLM_F_ACK, 1, 0) + body
+        return request("netlink", (f"ip {words}",), lambda: self.answer(message), why)
+
+    def answer(self, message):
+        """Send a message and wait until the kernel has done it, or says why not."""
+        found = 0
+        self.socket.send(message)
+        while True:
+            data = self.socket.recv(1 << 16)
+            while data:
+                length, kind = struct.unpack_from("=IH", data)
+                if kind == 2:  # NLMSG_ERROR, also where all is well
+                    code = -struct.unpack_from("=i", data, 16)[0]
+                    if code:
+                        raise OSError(code, error_words(data[36:length])
+                                      or os.strerror(code))
+                    return found
+                found = struct.unpack_from("=i", data, 20)[0]
+                data = data[length + -length % 4:]
+
+
+def link(index=0, flags=0):
+    """struct ifinfomsg: an interface by its number, and flags that it is to have."""
+    return struct.pack("=BxHiII", 0, 0, index, flags, flags)
+
+
+def index_of(netlink, name):
+    """The number of an interface; 0 if there is none of that name."""
+    try:
+        return netlink.ask(f"link show {name}", RTM_GETLINK, link(),
+                           {IFLA_IFNAME: name})
+    except OSError as error:
+        if error.errno != errno.ENODEV:
+            raise
+        return 0
+
+
+def packed(address):
+    """The four bytes of an address."""
+    import _socket
+
+    try:
+        return _socket.inet_pton(AF_INET, address)
+    except OSError:
+        raise Fail(f"invalid address: {address!r}", "four numbers, as 172.18.0.2",
+                   1) from None
+
+
+def set_up(netlink, name, address="", gateway=""):
+    """Give an interface an address (with the length of its prefix) and switch it on;
+    with a `gateway`, what is not near goes there."""
+    index = index_of(netlink, name)
+    if address:
+        plain, _, bits = address.partition("/")
+        netlink.ask(f"address add {address} dev {name}", RTM_NEWADDR,
+                    struct.pack("=BBBBI", AF_INET, int(bits), 0, 0, index),
+                    {IFA_LOCAL: packed(plain), IFA_ADDRESS: packed(plain)},
+                    NLM_F_CREATE | NLM_F_EXCL)
+    netlink.ask(f"link set {name} up", RTM_SETLINK, link(index, IFF_UP), {})
+    if gateway:
+        netlink.ask(f"route add default via {gateway} dev {name}", RTM_NEWROUTE,
+                    struct.pack("=8BI", AF_INET, 0, 0, 0, 254, 3, 0, 1, 0),
+                    {RTA_GATEWAY: packed(gateway), RTA_OIF: index},
+                    NLM_F_CREATE | NLM_F_EXCL, why="the way to everywhere else")
+
+
+def make_bridge(netlink, network):
+    """The switch of a network, with the gateway's address, if it is not there yet."""
+    name = network["bridge"]
+    if not index_of(netlink, name):
+        netlink.ask(f"link add {name} type bridge", RTM_NEWLINK, link(),
+                    {IFLA_IFNAME: name, IFLA_MTU: network["mtu"],
+                     IFLA_LINKINFO: {IFLA_INFO_KIND: "bridge"}},
+                    NLM_F_CREATE | NLM_F_EXCL, why="a switch for all who are on it")
+        bits = network["subnet"].partition("/")[2]
+        set_up(netlink, name, f"{network['gateway']}/{bits}")
+
+
+def plug_in(c, network, endpoint):
+    """Outside: a cable from the bridge to eth0 in the container's network namespace."""
+    netlink, name = Netlink(), f"mc-{c.id[:12]}"
+    make_bridge(netlink, network)
+    peer = link() + b"".join(attribute(*item) for item in {
+        IFLA_IFNAME: "eth0", IFLA_NET_NS_PID: c.pid, IFLA_MTU: network["mtu"],
+        IFLA_ADDRESS: bytes.fromhex(endpoint["mac"].replace(":", ""))}.items())
+    bridge = index_of(netlink, network["bridge"])
+    netlink.ask(f"link add {name} master {network['bridge']} type veth peer eth0 netns "
+                f"{c.pid}", RTM_NEWLINK, link(),
+                {IFLA_IFNAME: name, IFLA_MASTER: bridge, IFLA_MTU: network["mtu"],
+                 IFLA_LINKINFO: {IFLA_INFO_KIND: "veth",
+                                 IFLA_INFO_DATA: {VETH_INFO_PEER: peer}}},
+                NLM_F_CREATE | NLM_F_EXCL, why="a cable: one end there, one inside")
+    set_up(netlink, name)
+    home = open_fd("/proc/self/ns/net", os.O_RDONLY, "to come back")
+    syscall("setns", c.pidfd, CLONE_NEWNET, why="a socket made there is of there")
+    try:
+        netlink = Netlink()
+    finally:
+        syscall("setns", home, CLONE_NEWNET, why="and back")
+        os.close(home)
+    bits = network["subnet"].partition("/")[2]
+    set_up(netlink, "eth0", f"{endpoint['ip']}/{bits}",
+           "" if network["internal"] else network["gateway"])
+
+
+# ── networks ──
+
+
+def number_of(address):
+    """An address as a number."""
+    return int.from_bytes(packed(address), "big")
+
+
+def address_of(number):
+    """The address that a number is."""
+    return ".".join(map(str, number.to_bytes(4, "big")))
+
+
+def subnet_range(text):
+    """The numbers of the addresses of a subnet in the form 172.18.0.0/16."""
+    address, slash, bits = text.partition("/")
+    size_ = 1 << 32 - whole("the length of a prefix", bits if slash else "", 8, 30)
+    first = number_of(address)
+    if first % size_:
+        raise Fail(f"invalid subnet {text}: it has bits beyond its prefix",
+                   f"{address_of(first // size_ * size_)}/{bits}", 1)
+    return range(first, first + size_)
+
+
+def host_subnets():
+    """The ranges that the host has routes to, other than the default one."""
+    for line in read_file("/proc/net/route", why="what is taken").splitlines()[1:]:
+        fields = line.split()
+        first, mask = (int.from_bytes(bytes.fromhex(fields[n])[::-1], "big")
+                       for n in (1, 7))
+        if mask:
+            yield range(first, first + (1 << 32) - mask)
+
+
+def overlap(one, other):
+    """Whether two ranges have an address in common."""
+    return one.start < other.stop and other.start < one.stop
+
+
+def free_subnet(networks):
+    """A private subnet that neither a network nor the host has."""
+    taken = [*host_subnets(), *(subnet_range(n["subnet"]) for n in networks)]
+    for text in (*(f"172.{n}.0.0/16" for n in range(18, 32)),
+                 *(f"192.168.{n}.0/20" for n in range(0, 256, 16))):
+        if not any(overlap(subnet_range(text), other) for other in taken):
+            return text
+    raise Fail("all predefined address pools have been fully subnetted",
+               "remove networks, or name a --subnet", 1)
+
+
+def all_networks():
+    """Every network that there is, but for none and host."""
+    directory = os.path.dirname(store("networks", "x"))
+    return [from_json(read_file(f"{directory}/{name}"))
+            for name in sorted(os.listdir(directory)) if name.endswith(".json")]
+
+
+def new_network(name, subnet="", gateway="", ip_range="", internal=False, labels=(),
+                options=()):
+    """Make a network; caller must hold the lock of networks/."""
+    if not name.isascii() or not name[:1].isalnum() or not all(
+            letter.isalnum() or letter in "_.-" for letter in name):
+        raise Fail(f"invalid network name: {name!r}", "letters, digits, _ . and -", 1)
+    networks = all_networks()
+    if name in ("none", "host") or any(n["name"] == name for n in networks):
+        raise Fail(f"network with name {name} already exists", "take another", 1)
+    subnet = subnet or free_subnet(networks)
+    own = subnet_range(subnet)
+    for other in networks:
+        if overlap(own, subnet_range(other["subnet"])):
+            raise Fail(f"Pool overlaps with other one on this address space: {subnet} "
+                       f"and {other['subnet']} of {other['name']}", "another --subnet",
+                       1)
+    gateway = gateway or address_of(own.start + 1)
+    inner = subnet_range(ip_range) if ip_range else own
+    if number_of(gateway) not in own or inner.start not in own or (
+            inner.stop > own.stop):
+        raise Fail(f"the gateway {gateway} or the range {ip_range} is not in {subnet}",
+                   "both have to be addresses of the subnet", 1)
+    options, id = dict(options), os.urandom(32).hex()
+    mtu = whole("mtu", options.get("com.docker.network.driver.mtu", "1500"), 68, 65535)
+    network = {"name": name, "id": id, "created": time.time_ns(), "subnet": subnet,
+               "gateway": gateway, "ip_range": ip_range, "internal": internal,
+               "bridge": options.get("com.docker.network.bridge.name", f"br-{id[:12]}"),
+               "mtu": mtu, "labels": dict(labels), "options": options}
+    save(store("networks", f"{name}.json"), network)
+    return network
+
+
+def find_network(text):
+    """The network of a name or the beginning of an id; the default one is made when it
+    is first asked for.  Caller must hold the lock of networks/."""
+    networks = all_networks()
+    found = [n for n in networks if n["name"] == text] or [
+        n for n in networks if text and n["id"].startswith(text)]
+    if not found and text == "bridge":
+        return new_network("bridge")
+    if len(found) != 1:
+        raise Fail(f"network {text} not found" if not found else
+                   f"network {text} is ambiguous", "see `network ls`", 1)
+    return found[0]
+
+
+# ── nf_tables ──
+
+
+def rules_text(networks, there):
+    """The table for nft(8): who may go out, and which port leads to whom."""
+    text = "table inet minicontainer\ndelete table inet minicontainer\n"
+    if not networks:
+        return text
+
+    def elements(found):
+        return f"elements = {{ {', '.join(found)} }}" if found else ""
+
+    bridges = [f'"{n["bridge"]}"' for n in networks]
+    outward = [n["subnet"] for n in networks if not n["internal"]]
+    ports = {True: [], False: []}  # of one address of the host, of all
+    for endpoint in there:
+        for kind, address, port, inner in endpoint["ports"]:
+            every = address == "0.0.0.0"
+            ports[every].append(("" if every else f"{address} . ")
+                                + f"{kind} . {port} : {endpoint['ip']} . {inner}")
+    walls = []
+    for own, network in zip(bridges, networks, strict=True):
+        beyond = "" if network["internal"] else "oifname @bridges "
+        walls.append(f"iifname {own} oifname != {own} {beyond}drop")
+        if network["internal"]:
+            walls.append(f"oifname {own} iifname != {own} drop")
+    to_containers = """
+        dnat ip to ip daddr . meta l4proto . th dport map @ports_of_one
+        fib daddr type local dnat ip to meta l4proto . th dport map @ports_of_all"""
+    return text + f"""table inet minicontainer {{
+    set bridges {{
+        type ifname
+        {elements(bridges)}
+    }}
+    set outward {{
+        type ipv4_addr; flags interval
+        {elements(outward)}
+    }}
+    map ports_of_one {{
+        type ipv4_addr . inet_proto . inet_service : ipv4_addr . inet_service
+        {elements(ports[False])}
+    }}
+    map ports_of_all {{
+        type inet_proto . inet_service : ipv4_addr . inet_service
+        {elements(ports[True])}
+    }}
+    chain arriving {{
+        type nat hook prerouting priority dstnat{to_containers}
+    }}
+    chain own {{
+        type nat hook output priority -100
+        ip daddr 127.0.0.0/8 return{to_containers}
+    }}
+    chain leaving {{
+        type nat hook postrouting priority srcnat
+        ip saddr @outward oifname != @bridges masquerade
+        ip saddr @outward ct status dnat masquerade
+    }}
+    chain passing {{
+        type filter hook forward priority filter
+        ct state established,related accept
+        {f"{chr(10)}        ".join(walls)}
+    }}
+}}
+"""
+
+
+def apply_rules(text):
+    """Have nft(8) replace our table, in one transaction."""
+    import subprocess
+
+    def ask():
+        try:
+            done = subprocess.run(["nft", "-f", "-"], input=text, capture_output=True,
+                                  text=True)
+        except FileNotFoundError:
+            raise Fail("no nft on the PATH: it makes the rules of a network",
+                       "install nftables, or --network none") from None
+        if done.returncode:
+            raise Fail(f"nft refuses the rules: {done.stderr.strip()[:300]}",
+                       "does this kernel have nf_tables?")
+        return 0
+    request("nft", (text,), ask, "who may go out, and which port leads to whom")
+
+
+# ── endpoints ──
+
+
+def endpoints():
+    """Who is on which network; caller must hold the lock of networks/.
+
+    The directory of a container is locked by whoever looks after it.  One that can be
+    had has none who does: it has ended unheard, and leaves.
+    """
+    directory, found = os.path.dirname(store("endpoints", "x")), []
+    for name in sorted(os.listdir(directory)):
+        endpoint = from_json(read_file(f"{directory}/{name}"))
+        own = store("containers", endpoint["id"])
+        guard = lock(own, fcntl.LOCK_SH | fcntl.LOCK_NB) if os.path.isdir(own) else -1
+        if guard is None:
+            found.append(endpoint)
+            continue
+        os.unlink(f"{directory}/{name}")
+        if guard >= 0:
+            os.close(guard)
+    return found
+
+
+def take_address(network, there, wanted):
+    """An address of the network that nobody has: the one that is wanted, if any."""
+    own = subnet_range(network["subnet"])
+    taken = {number_of(e["ip"]) for e in there if e["network"] == network["name"]}
+    taken |= {own.start, own.stop - 1, number_of(network["gateway"])}
+    if wanted:
+        if number_of(wanted) not in own:
+            raise Fail(f"no configured subnet contains IP address {wanted}",
+                       f"{network['name']} is {network['subnet']}")
+        if number_of(wanted) in taken:
+            raise Fail("Address already in use", f"{wanted} is somebody else's")
+        return wanted
+    for number in subnet_range(network["ip_range"] or network["subnet"]):
+        if number not in taken:
+            return address_of(number)
+    raise Fail(f"no available IPv4 addresses on the network {network['name']}",
+               "a larger subnet, or fewer containers")
+
+
+def check_ports(ports, there):
+    """Refuse a port of the host that a container or another program has."""
+    import _socket
+
+    for kind, address, port, _ in ports:
+        taken = any((kind, port) == (k, p) and (a == address or "0.0.0.0" in (
+            a, address)) for e in there for k, a, p, _ in e["ports"])
+        probe = _socket.socket(AF_INET, _socket.SOCK_STREAM if kind == "tcp"
+                               else _socket.SOCK_DGRAM)
+        try:
+            probe.setsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEADDR, 1)
+            probe.bind((address, port))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise Fail(f"-p {address}:{port}: {error.strerror}",
+                           "an address of this host") from None
+            taken = True
+        finally:
+            probe.close()
+        if taken:
+            raise Fail(f"Bind for {address}:{port} failed: port is already allocated",
+                       "another port, or stop what has this one")
+
+
+def mac_of(address):
+    """The MAC that Docker makes of an address."""
+    return "02:42:" + ":".join(f"{byte:02x}" for byte in packed(address))
+
+
+def write_hosts(endpoint, there):
+    """The /etc/hosts of a container: it is written over, as it is a mount in there."""
+    lines = ["127.0.0.1\tlocalhost", "::1\tlocalhost ip6-localhost ip6-loopback",
+             *(f"{address}\t{name}" for name, address in endpoint["hosts"])]
+    for other in sorted(there, key=lambda e: e["id"] != endpoint["id"]):
+        if other["network"] == endpoint["network"]:
+            lines.append(f"{other['ip']}\t{' '.join(other['names'])}")
+    write_file(f"{store('containers', endpoint['id'])}/hosts", "\n".join(lines) + "\n",
+               why="who else is on its network", create=0o644)
+
+
+def tell_everybody(there):
+    """Make rules, names and bridges those of the endpoints that there are."""
+    networks = {n["name"]: n for n in all_networks()}
+    used, netlink = {e["network"] for e in there}, Netlink()
+    apply_rules(rules_text([networks[name] for name in sorted(used)], there))
+    for name in networks.keys() - used:
+        bridge = networks[name]["bridge"]
+        if index := index_of(netlink, bridge):
+            netlink.ask(f"link delete {bridge}", RTM_DELLINK, link(index), {},
+                        why="nobody is on it any more")
+    for endpoint in there:
+        write_hosts(endpoint, there)
+
+
+def let_forward():
+    """Have the host pass packets on between its interfaces, which is said."""
+    path = "/proc/sys/net/ipv4/ip_forward"
+    if read_file(path).strip() == "0":
+        say("this host now forwards packets between its interfaces (ip_forward)")
+        write_file(path, "1", why="or nothing gets beyond the bridge")
+
+
+def connect(c):
+    """Outside: put the container on the network that its spec names."""
+    wish = from_json(c.spec.get("annotations", {}).get(NETWORK, "null"))
+    if not wish:
+        return
+    with held("networks", fcntl.LOCK_EX):
+        network, there = find_network(wish["network"]), endpoints()
+        check_ports(wish["ports"], there)
+        ip = take_address(network, there, wish["ip"])
+        endpoint = {**wish, "id": c.id, "network": network["name"], "ip": ip,
+                    "mac": wish["mac"] or mac_of(ip)}
+        save(store("endpoints", f"{c.id}.json"), endpoint)
+        if not network["internal"]:
+            let_forward()
+        plug_in(c, network, endpoint)
+        tell_everybody([*there, endpoint])
+
+
+def disconnect(id):
+    """Take a container off its network; the last one takes the bridge with it."""
+    path = store("endpoints", f"{id}.json")
+    if not os.path.exists(path):
+        return
+    with held("networks", fcntl.LOCK_EX):
+        if os.path.exists(path):
+            os.unlink(path)
+        tell_everybody(endpoints())
+
+
+# ── the spec: what the options mean ──
+
+
+def port_range(text, option):
+    """The ports of "80" or "80-82"."""
+    low, dash, high = text.partition("-")
+    first = whole(option, low, 0, 65535)
+    return range(first, (whole(option, high, first, 65535) if dash else first) + 1)
+
+
+def published(option):
+    """[protocol, address, port of the host, port inside] of each port that -p
+    [[IP:]PORT:]PORT[/PROTOCOL] names; a port of the host that is not named is 0."""
+    text, _, kind = option.partition("/")
+    outer, _, inner = text.rpartition(":")
+    address, _, outer = outer.rpartition(":")
+    what, kind = f"-p {option}", kind or "tcp"
+    if kind not in ("tcp", "udp"):
+        raise Fail(f"{what}: invalid protocol {kind!r}", "tcp or udp")
+    packed(address or "0.0.0.0")
+    inner = port_range(inner, what)
+    outer = port_range(outer, what) if outer else [0] * len(inner)
+    if len(outer) != len(inner):
+        raise Fail(f"{what}: two ranges of different lengths", "-p 80-82:8080-8082")
+    pairs = zip(outer, inner, strict=True)
+    return [[kind, address or "0.0.0.0", *pair] for pair in pairs]
+
+
+def free_port(kind, address):
+    """A port of the host that nobody has."""
+    import _socket
+
+    probe = _socket.socket(AF_INET, _socket.SOCK_STREAM if kind == "tcp"
+                           else _socket.SOCK_DGRAM)
+    probe.bind((address, 0))
+    port = probe.getsockname()[1]
+    probe.close()
+    return port
+
+
+def network_spec(options, id, name, hostname):
+    """What a container wants of its network, for the spec's annotation; None if it is
+    to have none of ours."""
+    if options.network in ("none", "host"):
+        given = [word for word, value in (
+            ("-p", options.publish), ("--ip", options.ip),
+            ("--network-alias", options.network_alias)) if value]
+        if given:
+            raise Fail(f"{given[0]} without a network of its own",
+                       "--network bridge, or one that `network create` has made")
+        return None
+    with held("networks", fcntl.LOCK_EX):
+        network = find_network(options.network)["name"]
+    hosts = []
+    for text in options.add_host:
+        host, _, address = text.partition(":")
+        packed(address)
+        hosts.append([host, address])
+    ports = [port for option in options.publish for port in published(option)]
+    for port in ports:
+        port[2] = port[2] or free_port(*port[:2])
+    names = [name, id[:12], hostname, *options.network_alias]
+    return {"network": network, "ip": options.ip or "", "hosts": hosts, "ports": ports,
+            "mac": options.mac_address or "",
+            "names": list(dict.fromkeys(filter(None, names)))}
+
+
+# ── its commands ──
+
+
+@command("network create", arg("-d", "--driver", choices=["bridge"], default="bridge",
+                               help="bridge is what there is"),
+         arg("--subnet", metavar="SUBNET", default="", help="as 172.30.0.0/16"),
+         arg("--gateway", metavar="ADDRESS", default="", help="the host's in it"),
+         arg("--ip-range", metavar="SUBNET", default="", help="of which addresses are"),
+         arg("--internal", action="store_true", help="nothing in or out"),
+         arg("--label", metavar="KEY[=VALUE]", action="append", default=[],
+             help="a note"),
+         arg("-o", "--opt", metavar="KEY=VALUE", action="append", default=[],
+             help="com.docker.network.driver.mtu=1400 …"),
+         arg("name", metavar="NAME", help="what to call it"))
+def network_create_command(options):
+    """Make a network for containers that shall reach each other."""
+    need_root()
+    pairs = [[text.partition("=")[::2] for text in texts]
+             for texts in (options.label, options.opt)]
+    with held("networks", fcntl.LOCK_EX):
+        print(new_network(options.name, options.subnet, options.gateway,
+                          options.ip_range, options.internal, *pairs)["id"])
+
+
+def network_document(network, there):
+    """What `network inspect` shows, with Docker's keys."""
+    at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(network["created"] // 10 ** 9))
+    bits = network["subnet"].partition("/")[2]
+    return {
+        "Name": network["name"], "Id": network["id"], "Created": at, "Scope": "local",
+        "Driver": "bridge", "EnableIPv6": False, "Internal": network["internal"],
+        "IPAM": {"Driver": "default", "Options": {}, "Config": [
+            {"Subnet": network["subnet"], "Gateway": network["gateway"],
+             **({"IPRange": network["ip_range"]} if network["ip_range"] else {})}]},
+        "Containers": {e["id"]: {"Name": e["names"][0], "MacAddress": e["mac"],
+                                 "IPv4Address": f"{e['ip']}/{bits}", "IPv6Address": ""}
+                       for e in there if e["network"] == network["name"]},
+        "Options": network["options"], "Labels": network["labels"]}
+
+
+@command("network ls", QUIET, NO_TRUNC, FORMAT)
+def network_ls_command(options):
+    """List the networks."""
+    need_root()
+    with held("networks", fcntl.LOCK_EX):
+        find_network("bridge")
+        rows = [(n["name"], n["id"], "bridge") for n in all_networks()]
+    rows += [("host", "-", "host"), ("none", "-", "null")]
+    print_list({"NETWORK ID": "ID", "NAME": "Name", "DRIVER": "Driver",
+                "SCOPE": "Scope"}, [
+        {"ID": id if options.no_trunc else id[:12], "Name": name, "Driver": driver,
+         "Scope": "local"} for name, id, driver in rows],
+        options.format, "ID" if options.quiet else "")
+
+
+@command("network inspect", arg("names", nargs="+", metavar="NETWORK…",
+                                help="names, or the beginning of ids"))
+def network_inspect_command(options):
+    """Show all about networks, and who is on them, as JSON."""
+    import json
+
+    need_root()
+    with held("networks", fcntl.LOCK_EX):
+        there = endpoints()
+        print(json.dumps([network_document(find_network(name), there)
+                          for name in options.names], indent=4))
+
+
+@command("network rm", arg("names", nargs="+", metavar="NETWORK…",
+                           help="names, or the beginning of ids"))
+def network_rm_command(options):
+    """Remove networks that nobody is on."""
+    need_root()
+    with held("networks", fcntl.LOCK_EX):
+        for text in options.names:
+            name = find_network(text)["name"]
+            if name == "bridge":
+                raise Fail("bridge is a pre-defined network and cannot be removed",
+                           "it takes nothing while nobody is on it", 1)
+            if any(e["network"] == name for e in endpoints()):
+                raise Fail(f"network {name} has active endpoints",
+                           "stop its containers: `network inspect`", 1)
+            os.unlink(store("networks", f"{name}.json"))
+            print(text)
+
+
+@command("network prune")
+def network_prune_command(options):
+    """Remove all networks that nobody is on."""
+    need_root()
+    with held("networks", fcntl.LOCK_EX):
+        used = {e["network"] for e in endpoints()} | {"bridge"}
+        for network in all_networks():
+            if network["name"] not in used:
+                os.unlink(store("networks", f"{network['name']}.json"))
+                print(network["name"])
+
 # ══ 11. THE SHIM ══════════════════════════════════════════════════════════════════
 #
 # Somebody has to stay with a container while it lives: hold the outer ends of its pipes
@@ -8835,6 +9527,7 @@ def settle(record):
         return record
     try:
         Cgroup(f"/minicontainer-{record.id}").remove()
+        disconnect(record.id)
         with changing(record.id, lasting=True) as record:
             if record.status in RUNNING:
                 record.exit_code, record.error = (
@@ -8915,16 +9608,22 @@ def host_resolv_conf():
     return ""
 
 
-def etc_files(spec, network):
+def etc_files(spec, options):
     """{name: text} of the files that Docker puts into every container's /etc."""
     name = spec.get("hostname") or os.uname().nodename
     resolv = host_resolv_conf()
-    if network == "host":
+    if options.network == "host":
         return {"hostname": name + "\n", "hosts": read_file("/etc/hosts"),
                 "resolv.conf": resolv}
     local = ("nameserver 127.", "nameserver ::1")  # not to be reached from inside
     lines = [line for line in resolv.splitlines()
              if not " ".join(line.split()).startswith(local)]
+    for word, values in (("nameserver", options.dns), ("search", options.dns_search),
+                         ("options", options.dns_option)):
+        if values:
+            lines = [line for line in lines if line.split()[:1] != [word]]
+            lines += ([f"{word} {value}" for value in values] if word == "nameserver"
+                      else [f"{word} {' '.join(values)}"])
     return {
         "hostname": name + "\n",
         "hosts": "127.0.0.1\tlocalhost\n"
@@ -9053,7 +9752,7 @@ def make_files(record, options, spec, base):
     else:
         syscall("fchmodat", AT_FDCWD, f"{directory}/upper",
                 stat.S_IMODE(os.stat(layers[-1]).st_mode), why="as / of the image")
-    for name, text in etc_files(spec, options.network).items():
+    for name, text in etc_files(spec, options).items():
         write_file(f"{directory}/{name}", text, f"to be /etc/{name}", 0o644)
         syscall("fchownat", AT_FDCWD, f"{directory}/{name}", base, base, 0)
         if not any(m["destination"] == f"/etc/{name}" for m in spec["mounts"]):
@@ -9089,6 +9788,8 @@ def create(options, args):
             maps = [{"containerID": 0, "hostID": base, "size": CONTAINER_IDS[1]}]
             spec["linux"].update(uidMappings=maps, gidMappings=maps)
         make_files(record, options, spec, base)
+        if wish := network_spec(options, id, record.name, spec.get("hostname", "")):
+            spec["annotations"] = {**spec["annotations"], NETWORK: to_json(wish)}
         save(record.path("config.json"), spec)
         save(record.path("record.json"), vars(record))
         announce(record, "create")
@@ -9319,7 +10020,12 @@ def begin(shim, record, steps):
     c = shim.c
     syscall("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0,
             why="what is left of it without a parent is ours to reap")
-    start(c, *steps)
+    before, outside, birth = steps or (BEFORE, OUTSIDE, BIRTH)
+    try:
+        start(c, before, (*outside, connect), birth)
+    except BaseException:
+        disconnect(c.id)
+        raise
     try:
         if record.log is not None:
             shim.log = Log(record.path("log"), **record.log)
@@ -9337,6 +10043,7 @@ def begin(shim, record, steps):
         announce(record, "start")
     except BaseException:
         end(c)
+        disconnect(c.id)
         raise
 
 
@@ -9359,6 +10066,7 @@ def ended(shim, record):
             announce(now, "oom")
         announce(now, "die", exitCode=str(code))
         end(c)
+        disconnect(c.id)
         if record.throw_away:
             discard(load(c.id))
     except (OSError, Fail) as failed:
@@ -9460,7 +10168,8 @@ def accompany(client, shim, options, name):
     return conclude(news, options, name)
 
 
-OF_CREATE = (*CREATE_OPTIONS, *PROCESS_OPTIONS, *NAMESPACE_OPTIONS, *CGROUP_OPTIONS,
+OF_CREATE = (*CREATE_OPTIONS, *PROCESS_OPTIONS, *NAMESPACE_OPTIONS, *ENDPOINT_OPTIONS,
+             *CGROUP_OPTIONS,
              *MOUNT_OPTIONS, *PRIVILEGE_OPTIONS, arg(
                  "words", nargs="A*", metavar="IMAGE|COMMAND", help="an image and its "
                  "command; or a command, with its path, of the default root file "

@@ -4919,6 +4919,172 @@ for name in set(globals()) - BEFORE_IMAGES:
         pytest.mark.images(globals()[name])
 
 
+# ══ 10. NETWORK ══
+
+def test_an_attribute_is_padded_to_four_bytes_and_may_hold_others():
+    assert m.attribute(3, "eth0") == b"\x09\0\x03\0eth0\0\0\0\0"
+    assert m.attribute(4, 1500) == b"\x08\0\x04\0" + struct.pack("=I", 1500)
+    assert m.attribute(18, {1: "veth"}) == b"\x10\0\x12\0" + m.attribute(1, "veth")
+
+
+def test_the_kernels_own_words_are_found_in_its_answer():
+    words = m.attribute(2, 7) + m.attribute(1, "no such thing")
+    assert m.error_words(words) == "no such thing" and m.error_words(b"") == ""
+
+
+@pytest.mark.parametrize("option, ports", [
+    ("8080:80", [["tcp", "0.0.0.0", 8080, 80]]), ("80", [["tcp", "0.0.0.0", 0, 80]]),
+    ("127.0.0.1::53/udp", [["udp", "127.0.0.1", 0, 53]]),
+    ("10.0.0.1:1-2:3-4", [["tcp", "10.0.0.1", 1, 3], ["tcp", "10.0.0.1", 2, 4]])])
+def test_a_published_port_is_read_as_docker_reads_it(option, ports):
+    assert m.published(option) == ports
+
+
+@pytest.mark.parametrize("option", ["x", "1-2:3", "80/sctp", "1.2.3:1:2", "70000", "-1",
+                                    "3-1"])
+def test_a_published_port_that_makes_no_sense_is_refused(option):
+    with pytest.raises(m.Fail):
+        m.published(option)
+
+
+@pytest.mark.parametrize("subnet", ["10.0.0.1/8", "10.0.0.0", "10.0.0.0/33", "x/8", "/8"])
+def test_a_subnet_that_is_none_is_refused(subnet):
+    with pytest.raises(m.Fail):
+        m.subnet_range(subnet)
+
+
+def forwards():
+    """Whether nf_tables and bridges are here; the reason if not."""
+    if not IS_ROOT or not shutil.which("nft"):
+        return "needs nft (Debian: nftables)"
+    done = subprocess.run(["nft", "add table inet mc-probe; delete table inet mc-probe"],
+                          capture_output=True, text=True)
+    return "" if done.returncode == 0 else f"no nf_tables: {done.stderr[:60]}"
+
+
+NO_NETWORK = forwards()
+
+
+@pytest.fixture
+def networks():
+    """Two networks, and nothing left of them: no rule, link or forwarding."""
+    if NO_NETWORK:
+        pytest.skip(NO_NETWORK)
+    with open("/proc/sys/net/ipv4/ip_forward") as file:
+        forward = file.read()
+    rules = subprocess.run(["nft", "list", "ruleset"], capture_output=True).stdout
+    for name, subnet, more in (("one", "10.213.1.0/24", []), (
+            "two", "10.213.2.0/24", ["--internal"])):
+        assert mini("network", "create", "--subnet", subnet, *more, name).returncode == 0
+    yield
+    assert mini("network", "rm", "one", "two").returncode == 0
+    with open("/proc/sys/net/ipv4/ip_forward", "w") as file:
+        file.write(forward)
+    after = subprocess.run(["nft", "list", "ruleset"], capture_output=True).stdout
+    assert after == rules
+    assert not os.listdir(f"{STORE}/endpoints")
+
+
+@contextlib.contextmanager
+def greeting(name, *options):
+    """A container that answers "hello from NAME" on port 80."""
+    made = mini("run", "-d", "--name", name, *options, "/bin/sh", "-c",
+                f"while :; do echo hello from {name} | nc -l -p 80; done")
+    assert made.returncode == 0, made.stderr
+    try:
+        until(lambda: "nc" in mini("top", name).stdout)
+        yield
+    finally:
+        assert mini("rm", "-f", name).returncode == 0
+
+
+def fetched(address, port):
+    """What a server of ours says."""
+    def ask():
+        with contextlib.suppress(OSError), socket.create_connection(
+                (address, port), 5) as connection:
+            return connection.recv(100).decode()
+    return until(ask)
+
+
+def an_address_of_the_host():
+    """One that is not a loopback's."""
+    address, probe = "0.0.0.0", socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    with probe, contextlib.suppress(OSError):
+        probe.connect(("192.0.2.1", 9))
+        address = probe.getsockname()[0]
+    if address in ("0.0.0.0", "127.0.0.1"):
+        pytest.skip("this machine has no route to anywhere")
+    return address
+
+
+@root
+def test_containers_of_a_network_reach_each_other_by_name_and_no_other_network(networks):
+    with greeting("web-1", "--network", "one", "--network-alias", "www", "--ip",
+                 "10.213.1.9"):
+        out = sh("cat /etc/hosts; nc 10.213.1.9 80 </dev/null; ip route",
+                 "--network", "one", "--add-host", "x:1.2.3.4")
+        assert re.search(r"^10.213.1.9\s+web-1 [0-9a-f]{12} www$", out, re.M)
+        assert "hello from web-1" in out and "1.2.3.4\tx" in out
+        assert "default via 10.213.1.1 dev eth0" in out
+        with greeting("late", "--network", "one"):  # and is known to those before it
+            hosts = mini("exec", "web-1", "/bin/cat", "/etc/hosts").stdout
+            assert re.search(r"^10.213.1.2\s+late ", hosts, re.M)
+        assert "late" not in mini("exec", "web-1", "/bin/cat", "/etc/hosts").stdout
+        other = sh("ip route; nc -w 1 10.213.1.9 80 </dev/null || echo no",
+                   "--network", "two")
+        assert "default" not in other and other.endswith("no\n")
+        document = json.loads(mini("network", "inspect", "one").stdout)[0]
+        (only,) = document["Containers"].values()
+        assert only["IPv4Address"] == "10.213.1.9/24" and only["Name"] == "web-1"
+        assert "has active endpoints" in refused("network", "rm", "one", code=1)
+        assert "already in use" in refused("run", "--rm", "--network", "one", "--ip",
+                                           "10.213.1.9", "/bin/true")
+
+
+@root
+def test_a_published_port_leads_to_the_container_and_is_its_alone(networks):
+    address = an_address_of_the_host()
+    with greeting("web-1", "--network", "one", "-p", "18080:80"):
+        assert fetched(address, 18080) == "hello from web-1\n"
+        inside = sh(f"nc {address} 18080 </dev/null", "--network", "one")
+        assert inside == "hello from web-1\n"
+        assert "port is already allocated" in refused(
+            "run", "--rm", "--network", "one", "-p", "18080:81", "/bin/true")
+    with socket.socket() as server:
+        server.bind(("0.0.0.0", 18080))
+        server.listen()
+        assert "port is already allocated" in refused(
+            "run", "--rm", "--network", "one", "-p", "18080:81", "/bin/true")
+    assert "without a network" in refused("run", "--rm", "-p", "1:1", "/bin/true")
+
+
+@root
+def test_an_address_is_free_again_after_its_shim_was_killed(networks):
+    assert mini("run", "-d", "--name", "gone", "--network", "one", "/bin/sleep",
+                "1000").returncode == 0
+    record = json.loads(mini("inspect", "gone").stdout)[0]
+    with open(f"/proc/{record['State']['Pid']}/status") as file:
+        shim = int(re.search(r"PPid:\s+(\d+)", file.read())[1])
+    os.kill(shim, signal.SIGKILL)
+    until(lambda: not os.path.exists(f"/proc/{record['State']['Pid']}"))
+    assert "inet 10.213.1.2/24" in sh("ip address", "--network", "one")
+    assert mini("rm", "-f", "gone").returncode == 0
+
+
+@root
+def test_addresses_are_never_given_twice_under_a_race(networks):
+    processes = [subprocess.Popen(
+        command("run", "--rm", "-i", "--network", "one", "/bin/sh", "-c",
+                "ip -4 address show eth0 | grep inet; read x"), stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, text=True) for _ in range(6)]
+    addresses = {process.stdout.readline().split()[1] for process in processes}
+    for process in processes:
+        process.communicate("\n")
+        assert process.returncode == 0
+    assert len(addresses) == 6
+
+
 # ══ 11. THE SHIM ══
 
 @root
