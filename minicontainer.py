@@ -4892,7 +4892,10 @@ def resume_command_oci(options):
 
 
 def change_limits(cgroup, resources):
-    """Set limits of a group in which somebody lives."""
+    """Set limits of a group in which somebody lives.
+
+    subtle: version 1 never takes a swap limit below that of memory, so which of the two
+    is written first depends on whether they grow or shrink."""
     if cgroup.trees and "swap" in resources.get("memory", {}):  # more than it was?
         swap = {"memory": {"swap": resources["memory"]["swap"]}}
         try:
@@ -7906,6 +7909,15 @@ NOBODY = Near(lambda letter, data: None, lambda: False)
 
 
 # ── the log ──
+#
+# Docker's json-file: an object for each line that was written, with the stream and the
+# time.  A line is in the file before anybody is shown it, and a file never ends in the
+# middle of one, unless the machine was switched off; who reads passes over such a one.
+# To keep 10 MB of log, files are renamed, not cut: log is put away as log.1, that as
+# log.2 …, and who still reads one has it by its descriptor.
+#
+# Python is slow where it takes a call for each line; so both ways, all lines that there
+# are at the moment, up to 64 kB or 1 MB, are made into text or into objects by one.
 
 NEWLINE = "\udc0a"  # in a text that was decoded, nothing else is this
 
@@ -8105,6 +8117,14 @@ class LogReader:
             return found
 
 # ── the shim ──
+#
+# A turn is one poll() and what it makes possible.  There is a limit to what waits in
+# memory: while a client has messages that its socket would not take, the container's
+# output is not read, and while there is input that the container does not take, no
+# client is.  Who only wants to know of the end says so (q) and is sent nothing else.
+#
+#       client → shim   i input, its end   w window   s signal   c close output   q
+#       shim → client   r runs, or f failed   o and e output   x the end: what is known
 
 class Shim:
     """Who stays with a container until it has ended, and what it knows.
@@ -8323,6 +8343,11 @@ def leave_to(shim):
 
 
 # ── the client ──
+#
+# What a person's `run`, `start -a`, `attach` and `exec` are once there is a shim.  It
+# knows nothing of the container: it shows bytes, and sends bytes, signals and the size
+# of its window.  If it is alone, and has no terminal that it could leave by keys, it
+# plays the shim itself: client and shim are two parties of the same turns then.
 
 class raw_terminal:
     """The terminal at `fd`, passing every byte on as it is, until it is restored."""
@@ -8421,6 +8446,7 @@ class Client:
     def wanted(self):
         """What it waits for: from the shim nothing that there is no room for."""
         wanted = {self.signals: select.POLLIN}
+        # There is no end of signals, but of messages: one is shown before the next.
         if self.shown:
             wanted[self.shown[0][0]] = select.POLLOUT
         elif self.peer and self.end is None:
@@ -8541,8 +8567,22 @@ def detach_keys(text):
 # for a moment by whoever changes the record, which is then replaced by rename: all
 # others see it as it was or as it is.
 #
-# created ──start──▶ running ◀──pause, unpause──▶ paused
-#                       └──ends──▶ exited ──start──▶ running …       any ──rm──▶ gone
+#       created ──start──▶ running ◀──pause, unpause──▶ paused
+#                           │    ▲
+#                        it ends └──── restarting      if its policy says so
+#                           ▼              ▲
+#                         exited ◀─────────┘           any of them ──rm──▶ gone
+#
+# And this is who does what, of `run -d`:
+#
+#       the command          its shim, a fork                        process 1
+#       create: record …
+#       fork ──────────────▶ start (chapter 6) ────────────────────▶ lives
+#       prints the id ◀── r  record: running                           │
+#                            takes what it writes to the log ◀──────── │
+#                            record: exited ◀───────────────────────── ends
+#                            undoes what start did; frees the lock
+#       wait, attach … ◀── x
 
 CONTAINER_IDS = 0x70000000, 65536, 4093  # first id, ids each, ranges: below 2**31
 
@@ -8593,6 +8633,11 @@ RUN_OPTIONS = (
 
 
 # ── the record ──
+#
+# One JSON file says what a container is and how it fares; the spec beside it says how
+# it is made.  Nothing is kept anywhere else, and nothing in memory between commands, so
+# a machine that was switched off in the middle finds all as it was: what was created
+# can be started, and what ran has ended.
 
 RUNNING = "running", "paused"
 LIVE = *RUNNING, "restarting"  # somebody looks after it
@@ -8617,7 +8662,7 @@ class Record:
         self.stop_signal = "SIGTERM"  # what `stop` sends
         self.stop_timeout = 10  # and how long it waits then, in seconds
         self.log = {}  # max-size and max-file of its log; None: it keeps none
-        self.restart = "no"  # or always, unless-stopped, on-failure
+        self.restart = "no"  # --restart: always, unless-stopped, on-failure
         self.tries = 0  # of on-failure, at most; 0: ever again
         self.health = {}  # HEALTHCHECK: Test, Interval, Timeout, Retries, StartPeriod
         self.checked = {}  # Status, FailingStreak, Log: what it has found
@@ -8737,7 +8782,7 @@ def events_command(options):
     since = moment("--since", options.since) if options.since else time.time_ns()
     until_ = moment("--until", options.until) if options.until else 1 << 62
     wanted = filters_of(options.filter, EVENT_FILTERS)
-    watch = watch_directory(store("events", ""))
+    watch = watch_directory(store("events", ""))  # before the first read, here too
     reader = LogReader(store("events", "log"))
 
     def show(event):
@@ -8763,6 +8808,10 @@ def events_command(options):
 
 
 # ── names ──
+#
+# A name, and a range of user ids, is taken by making a symlink, which only one can
+# make; where it leads says whose it is, so that what a killed command has left is seen
+# to be nobody's.
 
 FIRST_WORDS = """able bold calm deft eager fair glad hardy idle jolly keen lucid mild
     neat open plain quiet ready sound tidy upbeat vivid warm young""".split()
@@ -8779,6 +8828,7 @@ def take_name(name, id):
     path = store("names", name)
     guard = lock(os.path.dirname(path), fcntl.LOCK_EX)
     try:
+        # Two may want a name whose owner is gone, and only one of them may have it.
         if os.path.islink(path):
             owner = os.readlink(path)
             if os.path.exists(store("containers", owner)):
@@ -8886,6 +8936,10 @@ def find(text):
 
 
 # ── making and removing ──
+#
+# Whoever makes or removes has the lock of the directory from its first moment to its
+# last.  record.json comes last, and without it there is no such container; a directory
+# without one, and without a holder of its lock, is what `system prune` clears away.
 
 
 def take_ids(id):
@@ -9217,6 +9271,15 @@ def choose_steps(options):
 
 
 # ── starting and ending ──
+#
+# The end of process 1 is heard by its shim, who does everything in this order: what it
+# still wrote goes to the log, the record is written and is on disk, what it had is
+# undone, and then those who wait are told.  So whoever has seen `run` return, or its
+# output end, finds the truth in `inspect`.
+#
+# If the shim is killed instead, process 1 dies with it by the kernel's hand, and the
+# lock is free: the next command that looks finds a record that says "running" and
+# nobody behind it.
 
 
 def shim_inside(record, spec, target, interactive):
@@ -9230,6 +9293,12 @@ def shim_inside(record, spec, target, interactive):
         if not interactive and "stdin" in c.outer:
             os.close(c.outer.pop("stdin"))
     return Shim(c, begin_inside, lambda shim: {"code": c.wait()})
+
+
+# A health check is a second program in the container, now and then, and the shim is
+# the one who is there to run it.  Docker's rules: it is "starting" until a first check
+# has succeeded, or until so many in a row have failed; failures before StartPeriod is
+# over do not count.
 
 
 class HealthCheck:
@@ -9331,6 +9400,7 @@ def begin(shim, record, steps):
             os.close(c.outer.pop("stdin"))
         with changing(c.id) as now:
             now.status, now.pid, now.started = "running", c.pid, time.time_ns()
+            # How the last life ended is no news of this one.
             now.exit_code, now.oom_killed, now.error = 0, False, ""
             now.checked = {"Status": "starting", "FailingStreak": 0, "Log": []} if (
                 now.health) else {}
@@ -9346,7 +9416,7 @@ def ended(shim, record):
     c, code, used, error = shim.c, shim.c.wait(), {}, shim.trouble
     now = record
     try:
-        used = c.cgroup.measure()
+        used = c.cgroup.measure()  # while there is something to measure
         if shim.log:
             shim.log.close()
             error = error or shim.log.failed
@@ -9358,7 +9428,7 @@ def ended(shim, record):
         if used["oom_kills"]:
             announce(now, "oom")
         announce(now, "die", exitCode=str(code))
-        end(c)
+        end(c)  # only now, for it may take its time
         if record.throw_away:
             discard(load(c.id))
     except (OSError, Fail) as failed:
@@ -9467,16 +9537,17 @@ OF_CREATE = (*CREATE_OPTIONS, *PROCESS_OPTIONS, *NAMESPACE_OPTIONS, *CGROUP_OPTI
                  "system"))
 
 
-def run_it(options, made, steps, keys):
-    """Start what create() has made, and stay with it or not; the exit code."""
-    (record, spec, held), typing = made, options.interactive and not options.detach
-    shim = shim_of(record, spec, held, steps, keep=False, typing=typing)
-    if options.detach:
-        see_start(leave_to(shim))
-        print(record.id)
-        return 0
-    return accompany(Client(options.tty, typing, keys, owner=True), shim, options,
-                     record.name)
+def run_it(options, made, steps, client):
+    """Start what create() has made, and stay with it if there is a client; the exit
+    code."""
+    record, spec, held_ = made
+    shim = shim_of(record, spec, held_, steps, keep=False,
+                   typing=client and client.typing)
+    if client:
+        return accompany(client, shim, options, record.name)
+    see_start(leave_to(shim))
+    print(record.id)
+    return 0
 
 
 @command("run", *RUN_OPTIONS, *OF_CREATE)
@@ -9497,9 +9568,11 @@ def run_command(options):
         if options.tty and open_console not in steps[-1]:
             options.tty = False
             args += ["-i", "+m"] * (not options.words)  # --stop-after: a prompt even so
+        client = None if options.detach else Client(options.tty, options.interactive,
+                                                    keys, owner=True)
         made = create(options, args)
     try:
-        return run_it(options, made, steps, keys)
+        return run_it(options, made, steps, client)
     except CannotMapIds as error:
         if narration.style == "sh":  # half of another script has been told
             raise Fail(error.message, "--userns host does without") from None
@@ -9508,7 +9581,7 @@ def run_command(options):
         options.userns = "host"
         take_away_file(options.cidfile or "")
         made = create(options, args)  # starts anew, sealed, and comes by again
-        return run_it(options, made, steps, keys)
+        return run_it(options, made, steps, client)
 
 
 @command("create", *OF_CREATE)
@@ -9525,6 +9598,11 @@ def create_command(options):
 
 
 # ── containers by name ──
+#
+# Each of these finds the record, and then works on what lives: a signal goes to a pidfd
+# that was compared with the container's control group, for a number alone may be
+# somebody else's by now; "has ended" is the lock that can be had; and what a person has
+# stopped is marked so before it is stopped, or its policy would start it again.
 
 CONTAINERS = arg("containers", nargs="+", metavar="CONTAINER…",
                  help="names, ids, or what ids begin with")
@@ -9550,7 +9628,9 @@ def for_containers(names, act):
 
 
 def claim(record):
-    """The lock of its directory; None if it runs."""
+    """The lock of its directory; None if it runs.
+
+    Between the two, when it is just starting or just ending, is a moment to wait."""
     got = []
 
     def settled():
@@ -9783,6 +9863,8 @@ def wait_command(options):
 
 
 # ── what there is to see ──
+#
+# Lists and facts, under the titles, keys and templates that scripts know from Docker.
 
 
 def command_line(record, spec):
@@ -9946,7 +10028,9 @@ def date(moment_):
 
 
 def container_facts(record, with_sizes=False):
-    """What `inspect` tells of a container, under Docker's keys."""
+    """What `inspect` tells of a container, under Docker's keys.
+
+    What Docker has besides, and a container here has not, is left out, not made up."""
     spec, asked = record.spec(), record.asked
     process, entry = spec["process"], asked.get("entry") or []
     found = {
@@ -10008,6 +10092,11 @@ def inspect_command(options):
         raise Fail(f"No such {options.type or 'object'}: {name}",
                    "`ps -a` and `images` list them", 1)
     show_facts(options.names, look, options.format)
+
+
+# `top` reads /proc, where the line NSpid of a process has its number in each namespace
+# that it is in, ours first.  `stats` takes two samples, since the kernel counts and it
+# is a rate that is wanted: CPU % is of one processor, as in Docker.
 
 
 @command("top", CONTAINER, arg("words", nargs="A*", metavar="PS-OPTIONS",
@@ -10103,7 +10192,7 @@ def stats_command(options):
             sys.stdout.flush()
             if options.no_stream:
                 return
-        before = now
+        before = now  # a rate takes two looks
         time.sleep(0.2 if options.no_stream else 1)
 
 
@@ -10124,7 +10213,7 @@ def update_command(options):
             if options.restart:
                 now.restart, now.tries = restart_policy(options)
             spec = now.spec()
-            kept = spec["linux"]["resources"]
+            kept = spec["linux"]["resources"]  # of the next start, too
             for key, section in resources.items():
                 kept[key] = {**kept.get(key, {}), **section}
             if now.status in RUNNING:
@@ -10183,8 +10272,10 @@ def version_command(options):
 
 
 def show_entries(entries, options, since, until_):
-    """Write entries of a log to where they had been written to."""
-    parts = []  # [stream, text], one for all that goes to the same in a row
+    """Write entries of a log to where they had been written to.
+
+    Times in one form and one zone compare as text."""
+    parts = []  # [stream, text …], one for all that goes to the same in a row
     for entry in entries:
         when, stream = entry["time"], entry["stream"]
         if since <= when <= until_:
@@ -10200,8 +10291,11 @@ def show_entries(entries, options, since, until_):
 
 
 def follow_log(record, reader, show):
-    """Show what comes, until the container ends: its shim says so when all is there."""
-    watch = watch_directory(record.path())
+    """Show what comes, until the container ends: its shim says so when all is there.
+
+    The file is watched, and not the output: who reads a log slowly, or not at all, is
+    waited for by nobody."""
+    watch = watch_directory(record.path())  # before the first read: nothing is missed
     try:
         peer = visit(record)
     except (ConnectionRefusedError, FileNotFoundError):  # its shim was killed
