@@ -8170,7 +8170,8 @@ class Shim:
         except (OSError, Fail, LookupError) as error:  # it has nobody else: it ends
             self.trouble = diagnose(error).message
             kill_and_wait(self.c)
-        os.close(self.signals)
+        if self.signals >= 0:
+            os.close(self.signals)
         news = to_json(self.ended(self)).encode()
         for peer in self.peers:
             peer.send(b"x", news)
@@ -8576,8 +8577,7 @@ def detach_keys(text):
 # And this is who does what, of `run -d`:
 #
 #       the command          its shim, a fork                        process 1
-#       create: record …
-#       fork ──────────────▶ start (chapter 6) ────────────────────▶ lives
+#       create: record … ──▶ start (chapter 6) ────────────────────▶ lives
 #       prints the id ◀── r  record: running                           │
 #                            takes what it writes to the log ◀──────── │
 #                            record: exited ◀───────────────────────── ends
@@ -9410,30 +9410,36 @@ def begin(shim, record, steps):
         raise
 
 
+def write_end(shim, record, code, used):
+    """Keep the rest of the log, and say in the record how it ended; then it is true."""
+    now, failed = record, ""
+    if shim.log:
+        shim.log.close()
+        failed = shim.log.failed
+    if not record.throw_away:
+        with changing(record.id, lasting=True) as now:
+            now.pid, now.finished, now.exit_code = 0, time.time_ns(), code
+            now.error = shim.trouble or failed
+            now.oom_killed = code == 137 and bool(used.get("oom_kills"))
+            now.status = "restarting" if now.wants_again() else "exited"
+    if used.get("oom_kills"):
+        announce(now, "oom")
+    announce(now, "die", exitCode=str(code))
+
+
 def ended(shim, record):
     """In the shim, when process 1 has ended: the record first, then all is undone; what
     the clients are told."""
-    c, code, used, error = shim.c, shim.c.wait(), {}, shim.trouble
-    now = record
-    try:
-        used = c.cgroup.measure()  # while there is something to measure
-        if shim.log:
-            shim.log.close()
-            error = error or shim.log.failed
-        if not record.throw_away:
-            with changing(c.id, lasting=True) as now:
-                now.pid, now.finished, now.exit_code = 0, time.time_ns(), code
-                now.error, now.oom_killed = error, code == 137 and used["oom_kills"] > 0
-                now.status = "restarting" if now.wants_again() else "exited"
-        if used["oom_kills"]:
-            announce(now, "oom")
-        announce(now, "die", exitCode=str(code))
-        end(c)  # only now, for it may take its time
-        if record.throw_away:
-            discard(load(c.id))
-    except (OSError, Fail) as failed:
-        error = diagnose(failed).message
-    return {"code": code, "used": used, "error": error}
+    c, code, used = shim.c, shim.c.wait(), {}
+    for do in (lambda: used.update(c.cgroup.measure()),  # while there is something
+               lambda: write_end(shim, record, code, used),
+               lambda: end(c),
+               lambda: record.throw_away and discard(record)):
+        try:
+            do()
+        except (OSError, Fail) as failed:  # the others are done all the same
+            shim.trouble = diagnose(failed).message
+    return {"code": code, "used": used, "error": shim.trouble}
 
 
 def rest(record, delay):
@@ -10414,9 +10420,8 @@ def start_command(options):
 def attach_command(options):
     """Show what a running container writes from now on, and pass on what is typed."""
     need_root()
-    record = find(options.container)
-    return attach_to(record, detach_keys(options.detach_keys),
-                     record.interactive and not options.no_stdin)
+    keys, record = detach_keys(options.detach_keys), find(options.container)
+    return attach_to(record, keys, record.interactive and not options.no_stdin)
 
 
 @command("exec", arg("-d", "--detach", action="store_true", help="do not wait for it"),
@@ -10882,7 +10887,7 @@ def as_shell(name, args, at, took, result, why):
     if not tell or not (result.isdecimal() or name == "execve"):
         return ""
     hand.result = int(result) if result.isdecimal() else 0
-    lines, id = announce(*args) or "", os.path.basename(hand.made[0])
+    lines, id = tell(*args) or "", os.path.basename(hand.made[0])
     why = f"  # {why}" * bool(lines and why and "\n" not in lines)
     return lines.replace(id, "$id").replace("id=$id", f"id={id}") + why
 

@@ -2839,8 +2839,7 @@ def test_only_root_can_make_containers():
 def test_an_unknown_command_or_flag_is_refused_in_one_line():
     assert "'nosuch' is not a minicontainer command" in refused("nosuch", code=1)
     for args in (["run", "--nosuch", "/bin/true"], ["run", "-qx", "/x"],
-                 ["run", "--memory"], ["ns", "1", "2"], ["run", "--rm"],
-                 ["run", "--name", "../../x", "/bin/true"]):
+                 ["run", "--memory"], ["ns", "1", "2"], ["run", "--rm"]):
         message = refused(*args)
         assert message.count("\n") == 2 and "--help" in message
     for args in (["--network", "moon"], ["--rm=perhaps"]):
@@ -4338,7 +4337,7 @@ def test_a_container_is_exported_as_it_is_seen_inside(image, tmp_path, driver):
     assert found["bin/busybox"] == (0, 0) and "vol/x.tar" not in found
     imported = forked_mini("import", tmp_path / "x.tar", "again:1").strip()
     assert run("again:1", "/bin/ls", "/srv") == "d\nm\nn\n" and imported
-    assert "no such container" in forked_mini("export", "nosuch", code=125)
+    assert "No such container" in forked_mini("export", "nosuch", code=1)
 
 
 # ══ 9. REGISTRY ══
@@ -5450,6 +5449,7 @@ def test_a_name_is_one_containers_alone_even_in_a_race():
     other = quietly("create", "/bin/true").strip()
     assert "Conflict" in refused("rename", other, "wanted", code=1)
     assert "Invalid container name" in refused("rename", other, "../x", code=1)
+    assert "Invalid container name" in refused("create", "--name", "../x", "/bin/true")
     assert quietly("rm", "wanted", other) == f"wanted\n{other}\n"
 
 
