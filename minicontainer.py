@@ -2511,6 +2511,14 @@ def pivot(c):
     c.root_fd = open_fd("/", O_PATH | O_DIRECTORY, "the container's root")
 
 
+def make_cwd(c):
+    """Step: the working directory, if the image has none such."""
+    try:
+        inside(c, c.spec["process"]["cwd"], "dir").close()
+    except OSError:
+        pass  # what is in the way is told by enter_cwd
+
+
 def move_root(c):
     """Step: in place of pivot, where / is the kernel's first ramdisk, which cannot be
     unmounted.  subtle: the host's tree stays mounted below the new root, out of reach
@@ -3889,7 +3897,7 @@ BIRTH = (               # init, from "go" until it is your program
     set_sysctls,        # while the host's /proc is there
     mask_paths,         # after all mounts that could lie on top of a mask
     pivot,              # after every step that needs a path of the host
-    seal_root,          # after every step that makes a place to mount on
+    make_cwd, seal_root,  # after every step that makes a place to mount on
     *(TAIL := (         # what `exec` does too
         find_user,      # names mean what the image says: its files are / now
         enter_cwd,      # while we may still enter every directory

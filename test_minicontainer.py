@@ -2593,7 +2593,7 @@ def test_nothing_is_imported_from_the_image(tmp_path):
     assert sh("echo é; ls /poisoned 2>/dev/null || true", *base, "-u", "é", "-e",
               "LANG=de_DE.ISO-8859-1") == "é\n"
     for how in (["/nosuch"], ["nosuch"], ["-u", "nosuch", "/bin/true"],
-                ["-u", "\udcff", "/bin/true"], ["-w", "/nosuch", "/bin/true"]):
+                ["-u", "\udcff", "/bin/true"], ["-w", "/proc/x", "/bin/true"]):
         result = subprocess.run([PYTHON, PROGRAM, "run", *base, *how], text=True,
                                 capture_output=True,  # with all that is on sys.path there
                                 env={**os.environ, "LC_ALL": "de_DE.ISO-8859-1"})
@@ -2780,7 +2780,7 @@ def test_an_error_says_what_can_be_done_about_it(name, code, says):
     (["/bin/nosuch"], 127, "no such file"),
     (["/etc"], 126, "is a directory"),
     (["/etc/passwd"], 126, "permission denied"),
-    (["-w", "/nosuch", "/bin/true"], 127, "working directory /nosuch"),
+    (["-w", "/proc/x", "/bin/true"], 127, "working directory /proc/x"),
     (["-w", "/etc/passwd", "/bin/true"], 126, "working directory"),
 ])
 def test_a_program_that_cannot_be_executed_is_named(args, code, words):
@@ -2884,6 +2884,7 @@ def test_variables_come_from_options_files_and_the_host(tmp_path):
 @root
 def test_the_working_directory_is_entered():
     assert sh("pwd", "-w", "/usr") == "/usr\n"
+    assert sh("pwd; stat -c %u .", "-w", "/new/one", "--read-only") == "/new/one\n0\n"
 
 
 @root
