@@ -3429,35 +3429,180 @@ def test_the_example_is_accepted_by_others_and_theirs_by_us(other, tmp_path):
     assert (ran.stdout, ran.stderr) == ("ours\n", "")
 
 
-@root
-def test_podman_drives_it(tmp_path):
-    if not shutil.which("podman"):
-        pytest.skip("podman is not installed")
-    podman = ["podman", "--root", tmp_path / "store", "--runroot", f"{STORE}/podman",
-              "--storage-driver", "vfs", "--cgroup-manager", "cgroupfs",
-              "--runtime", f"{STORE}/bin/minirunc"]
+def caller(program, *flags, **how):
+    """A function that calls a program which drives minirunc; what it prints."""
+    if not shutil.which(program):
+        pytest.skip(f"{program} is not installed")
 
     def call(*args, code=0):
-        done = subprocess.run([*podman, *args], capture_output=True, text=True,
-                              stdin=subprocess.DEVNULL, timeout=60)
-        assert done.returncode == code, done.stderr
+        done = subprocess.run([program, *map(str, (*flags, *args))], text=True,
+                              capture_output=True, timeout=100, **{
+                                  "stdin": subprocess.DEVNULL, **how})
+        assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
         return done.stdout
+    return call
 
-    call("run", "-d", "--name", "c", "--network", "none", "--ulimit",
-         "nofile=1024:1024", "--ulimit", "nproc=1024:1024", "--memory", "64m",
-         "--cap-drop", "chown", "--read-only", "-v", f"{tmp_path}:/tmp:ro", "--rootfs",
-         m.default_rootfs(), "/bin/sh", "-c", "echo hello; sleep 1000")
-    try:
-        assert call("exec", "c", "/bin/sh", "-c", "id -u; exit 0") == "0\n"
-        assert call("exec", "c", "/bin/sh", "-c", "touch /x || exit 5", code=5) == ""
-        assert until(lambda: call("logs", "c")) == "hello\n"
-        call("pause", "c")
-        assert call("inspect", "--format", "{{.State.Status}}", "c") == "paused\n"
-        call("unpause", "c")
-        assert "67.11MB" in call("stats", "--no-stream", "c")
-        call("stop", "-t", "0", "c")
-    finally:
-        call("rm", "-f", "-t", "0", "c")
+
+@contextlib.contextmanager
+def daemon(answers, *argv):
+    """A daemon that has begun to answer, until it is told to end; with mounts of its
+    own, and what it leaves of control groups is removed."""
+    before = {top for top, _, _ in os.walk("/sys/fs/cgroup")}
+    with open(f"{STORE}/daemon.log", "w+") as log:
+        process = subprocess.Popen(["unshare", "--mount", *map(str, argv)],
+                                   stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        try:
+            until(lambda: process.poll() is not None or answers(), 100)
+            assert process.poll() is None, (log.seek(0), log.read())[1]
+            yield
+        finally:
+            process.terminate()
+            process.wait(60)
+            left = {top for top, _, _ in os.walk("/sys/fs/cgroup")} - before
+            for top in sorted(left, reverse=True):
+                until(lambda: m.removed(top))
+
+
+def packed_rootfs():
+    """The default root file system as a tarball."""
+    path = f"{STORE}/rootfs.tar"
+    with tarfile.open(path, "w") as tar:
+        tar.add(m.default_rootfs(), ".")
+    return path
+
+
+@pytest.fixture
+def podman(tmp_path):
+    """Podman with storage of its own, in a mount namespace where it may take ids."""
+    (tmp_path / "ids").write_text("containers:2000000:1000000\n")
+    call = caller("unshare", "--mount", "sh", "-c", f"""
+        for file in /etc/subuid /etc/subgid; do
+            touch $file && mount --bind {tmp_path}/ids $file || exit 9
+        done
+        exec "$@" """, "-", "podman", "--root", tmp_path / "store",
+                  "--runroot", f"{STORE}/podman", "--storage-driver", "vfs",
+                  "--cgroup-manager", "cgroupfs", "--runtime", f"{STORE}/bin/minirunc")
+    if not shutil.which("podman"):
+        pytest.skip("podman is not installed")
+    yield call
+    call("rm", "-a", "-f", "-t", "0")
+
+
+LIMITS = ["--network", "none", "--ulimit", "nofile=1024:1024", "--ulimit",
+          "nproc=1024:1024"]
+
+
+@root
+@pytest.mark.callers
+def test_podman_drives_it(podman, tmp_path):
+    podman("run", "-d", "--name", "c", *LIMITS, "--memory", "64m", "--cap-drop", "chown",
+           "--read-only", "-v", f"{tmp_path}:/tmp:ro", "--rootfs", m.default_rootfs(),
+           "/bin/sh", "-c", "echo hello; sleep 1000")
+    assert podman("exec", "c", "/bin/sh", "-c", "id -u; exit 0") == "0\n"
+    assert podman("exec", "c", "/bin/sh", "-c", "touch /x || exit 5", code=5) == ""
+    assert until(lambda: podman("logs", "c")) == "hello\n"
+    podman("pause", "c")
+    assert podman("inspect", "--format", "{{.State.Status}}", "c") == "paused\n"
+    podman("unpause", "c")
+    assert "67.11MB" in podman("stats", "--no-stream", "c")
+    podman("stop", "-t", "0", "c")
+
+
+@root
+@pytest.mark.callers
+def test_podman_gets_terminals_and_ranges_of_ids_from_it(podman, tmp_path):
+    podman("import", packed_rootfs(), "t:1")
+    assert podman("run", "--rm", *LIMITS, "--userns=auto", "t:1", "/bin/cat",
+                  "/proc/self/uid_map").split() == ["0", "2000000", "1024"]
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 33, 77, 0, 0))
+    inner = caller("podman", "--root", tmp_path / "store", "--runroot",
+                   f"{STORE}/podman", "--storage-driver", "vfs", "--cgroup-manager",
+                   "cgroupfs", "--runtime", f"{STORE}/bin/minirunc", stdin=slave)
+    inner("create", "-it", "--name", "t", *LIMITS, "t:1", "/bin/sh", "-c",
+          "tty; stty size > /size; echo $(cat /size)")
+    assert "/dev/pts/0" in inner("start", "-ai", "t")
+    assert "33 77" in podman("logs", "t")
+    os.close(master)
+    os.close(slave)
+    podman("rm", "-f", "t")
+    podman("rmi", "-af")
+
+
+@root
+@pytest.mark.callers
+def test_buildah_runs_and_builds_with_it(tmp_path):
+    buildah = caller("buildah", "--root", tmp_path / "store", "--runroot",
+                     f"{STORE}/buildah", "--storage-driver", "vfs")
+    how = ["--runtime", f"{STORE}/bin/minirunc", "--isolation", "oci", "--network",
+           "none"]
+    (tmp_path / "context").mkdir()
+    shutil.copy(packed_rootfs(), tmp_path / "context/rootfs.tar")
+    (tmp_path / "context/Dockerfile").write_text(
+        "FROM scratch\nADD rootfs.tar /\nRUN echo built > /f && cat /f\n")
+    assert "\nbuilt\n" in buildah("bud", *how, "-t", "b:1", tmp_path / "context")
+    name = buildah("from", "b:1").strip()
+    assert buildah("run", *how, name, "/bin/sh", "-c", "cat /f; id -u") == "built\n0\n"
+    buildah("run", *how, name, "/bin/sh", "-c", "exit 4", code=4)
+    buildah("rm", "-a")
+
+
+@root
+@pytest.mark.callers
+def test_containerd_drives_it(tmp_path, images):
+    ctr = caller("ctr", "--address", f"{STORE}/sock")
+    assert mini("import", packed_rootfs(), "localhost/t:1").returncode == 0
+    assert mini("save", "-o", tmp_path / "t.tar", "localhost/t:1").returncode == 0
+    how = ["--snapshotter", "native", "--runc-binary", f"{STORE}/bin/minirunc"]
+    with daemon(lambda: os.path.exists(f"{STORE}/sock"), "containerd", "--config",
+                "/dev/null", "--root", tmp_path / "root", "--state", tmp_path / "state",
+                "--address", f"{STORE}/sock"):
+        ctr("image", "import", "--snapshotter", "native", tmp_path / "t.tar")
+        ran = ctr("run", *how, "--rm", "localhost/t:1", "c1", "/bin/sh", "-c",
+                  "echo hello; exit 3", code=3)
+        assert ran == "hello\n"
+        ctr("run", "-d", *how, "localhost/t:1", "c2", "/bin/sleep", "1000")
+        assert ctr("task", "exec", "--exec-id", "e", "c2", "/bin/echo", "in") == "in\n"
+        assert len(ctr("task", "ps", "c2").splitlines()) == 2
+        ctr("task", "pause", "c2")
+        assert "PAUSED" in ctr("task", "ls")
+        ctr("task", "resume", "c2")
+        ctr("task", "kill", "-s", "9", "c2")
+        until(lambda: "STOPPED" in ctr("task", "ls"))
+        ctr("task", "rm", "c2")
+        ctr("container", "rm", "c2")
+
+
+@root
+@pytest.mark.callers
+def test_dockerd_drives_it(tmp_path):
+    docker = caller("/usr/bin/docker", "--host", f"unix://{STORE}/sock")
+    if not shutil.which("dockerd"):
+        pytest.skip("dockerd is not installed")
+    (tmp_path / "config.json").write_text("{}")
+    with daemon(lambda: os.path.exists(f"{STORE}/sock"), "dockerd", "--add-runtime",
+                f"mini={STORE}/bin/minirunc", "--default-runtime", "mini", "--data-root",
+                tmp_path / "root", "--exec-root", f"{STORE}/d", "--host",
+                f"unix://{STORE}/sock", "--pidfile", f"{STORE}/dockerd.pid",
+                "--iptables=false", "--ip6tables=false", "--bridge=none",
+                "--storage-driver", "vfs", "--config-file", tmp_path / "config.json"):
+        docker("import", packed_rootfs(), "t:1")
+        assert docker("run", "--rm", "--network", "none", "t:1", "/bin/sh", "-c",
+                      "echo hello; exit 3", code=3) == "hello\n"
+        docker("run", "-d", "--name", "c1", "--network", "none", "--memory", "64m",
+               "--cap-drop", "chown", "--read-only", "t:1", "/bin/sh", "-c",
+               "echo out; sleep 1000")
+        assert docker("exec", "-e", "A=b", "-u", "5", "c1", "/bin/sh", "-c",
+                      "echo $A $(id -u)") == "b 5\n"
+        assert "64MiB" in docker("stats", "--no-stream", "c1")
+        docker("pause", "c1")
+        assert "(Paused)" in docker("ps")
+        docker("unpause", "c1")
+        docker("update", "--memory", "128m", "--memory-swap", "128m", "c1")
+        docker("stop", "-t", "0", "c1")
+        assert docker("logs", "c1") == "out\n"
+        docker("rm", "c1")
+        docker("run", "--rm", "--network", "none", "t:1", "/nosuch", code=127)
 
 
 # ══ 8. IMAGES ══
