@@ -8794,14 +8794,150 @@ def steps_command(options):
 # "Unchecked" bytecode is not compared with the file, so that a start never compiles,
 # whoever it is for: a change takes `install`.
 
+LAUNCHER_FLAG = "-ISXutf8"
 LAUNCHER = """\
-#!{python} -ISXutf8
+#!{python} {flag}
 # minicontainer install: runs the bytecode of the file named here
 import gc; gc.set_threshold(100_000); __file__ = {file!r}
 exec(type(__loader__)("__main__", __file__).get_code("__main__"))
 """
 PREFIX_OPTION = arg("--prefix", metavar="DIR", default="/usr/local",
                     help="files go to DIR/bin and DIR/lib (default: /usr/local)")
+
+
+# minirunc has one more in front of that.  A Python that seals itself (chapter 5) starts
+# twice, which is long for an `exec`; so what does it first is a program of 25 words of
+# the processor's:
+#
+#       fd = open_tree(AT_FDCWD, "/usr/bin", OPEN_TREE_CLONE …)       else: plain
+#       mount_setattr(fd, "", AT_EMPTY_PATH …, {MOUNT_ATTR_RDONLY})   else: plain
+#       execveat(fd, "python3", {"python3", "-IS…", launcher, argv[1] …}, envp)
+#     plain:
+#       execve("/usr/bin/python3", …)                and that one says what is amiss
+#       exit(127)
+#
+# When a program begins, its stack holds argc, argv[0], argv[1] … 0, envp[0] …: with
+# Python, its flag and the launcher over what is before argv[1], that is Python's argv.
+
+calls(execveat=(322, 281, "dirfd path argv envp AT_"), exit=(60, 93, "status"))
+SEALED_START = (  # put, copy: into the first to fifth argument of the next call
+    ("put", 0, AT_FDCWD), ("put", 1, "directory"),
+    ("put", 2, OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | AT_RECURSIVE),
+    ("call", "open_tree"), ("unless_failed",), ("keep",),
+    ("copy", 0, "fd"), ("put", 1, "empty"), ("put", 2, AT_EMPTY_PATH | AT_RECURSIVE),
+    ("put", 3, "attr"), ("put", 4, ctypes.sizeof(mount_attr)),
+    ("call", "mount_setattr"), ("unless_failed",),
+    ("copy", 0, "fd"), ("put", 1, "name"), ("copy", 2, "argv"), ("copy", 3, "envp"),
+    ("put", 4, 0), ("call", "execveat"),
+    ("plain",), ("put", 0, "python"), ("copy", 1, "argv"), ("copy", 2, "envp"),
+    ("call", "execve"), ("put", 0, 127), ("call", "exit"))
+
+
+class x86_64_words:
+    """How x86_64 is told them; fd, argv and envp are kept in r15, r14 and r13."""
+
+    machine, kept = 62, {"fd": 7, "argv": 6, "envp": 5}
+    argument = 7, 6, 2, 10, 8  # rdi, rsi, rdx, r10, r8
+
+    def begin(self, python, flag, launcher):
+        """The stack as it is to be, and where argv and envp are in it."""
+        return (bytes.fromhex("4c8b2424 4e8d6ce410")  # r13 = rsp + 8 * [rsp] + 16
+                + b"\x68" + struct.pack("<i", python)  # push
+                + b"\x48\xc7\x44\x24\x08" + struct.pack("<i", flag)  # mov [rsp+8]
+                + b"\x48\xc7\x44\x24\x10" + struct.pack("<i", launcher)
+                + b"\x49\x89\xe6")  # r14 = rsp
+
+    def put(self, place, value):
+        """mov register, constant"""
+        register = self.argument[place]
+        prefix = b"\x41" if register > 7 else b""
+        return prefix + struct.pack("<Bi", 0xB8 | register & 7, value)
+
+    def copy(self, place, what):
+        """mov register, register"""
+        register = self.argument[place]
+        return bytes((0x4C | register >> 3, 0x89, 0xC0 | self.kept[what] << 3
+                      | register & 7))
+
+    def call(self, number):
+        """mov eax, number; syscall"""
+        return struct.pack("<Bi2s", 0xB8, number, b"\x0f\x05")
+
+    def unless_failed(self, distance):
+        """test eax, eax; js plain"""
+        return b"\x85\xc0\x0f\x88" + struct.pack("<i", distance - 8)
+
+    def keep(self):
+        """mov r15, rax"""
+        return b"\x49\x89\xc7"
+
+
+class aarch64_words:
+    """How aarch64 is told them; fd, argv and envp are kept in x22, x21 and x20."""
+
+    machine, kept = 183, {"fd": 22, "argv": 21, "envp": 20}
+
+    def begin(self, python, flag, launcher):
+        """The stack as it is to be, and where argv and envp are in it."""
+        words = [0xF94003F3, 0x8B336FF4, 0x91004294,  # x20 = sp + 8 * [sp] + 16
+                 0xD10023F5]  # x21 = sp - 8
+        code = struct.pack("<4I", *words)
+        for at, address in enumerate((python, flag, launcher)):  # str x0, [x21, 8 * at]
+            code += self.put(0, address) + struct.pack("<I", 0xF90002A0 | at << 10)
+        return code
+
+    def put(self, place, value):
+        """movz register, low half; movk register, high half"""
+        return struct.pack("<2I", 0xD2800000 | (value & 0xFFFF) << 5 | place,
+                           0xF2A00000 | (value >> 16 & 0xFFFF) << 5 | place)
+
+    def copy(self, place, what):
+        """mov register, register"""
+        return struct.pack("<I", 0xAA0003E0 | self.kept[what] << 16 | place)
+
+    def call(self, number):
+        """mov x8, number; svc"""
+        return self.put(8, number) + struct.pack("<I", 0xD4000001)
+
+    def unless_failed(self, distance):
+        """tbnz x0, 63, plain"""
+        return struct.pack("<I", 0xB7F80000 | (distance // 4 & 0x3FFF) << 5)
+
+    def keep(self):
+        """mov x22, x0"""
+        return struct.pack("<I", 0xAA0003F6)
+
+
+def sealed_start(python, launcher, words=None):
+    """The bytes of an ELF program that starts a launcher in a sealed interpreter."""
+    base, head, data = 0x400000, 64 + 56, b""
+    words = words or {"x86_64": x86_64_words, "aarch64": aarch64_words}[
+        os.uname().machine]()
+    at = {name: number for name, (number, _) in CALLS.items()}
+    for name, text in (("mark", "# minicontainer install:"), ("python", python),
+                       ("flag", LAUNCHER_FLAG), ("launcher", launcher), ("empty", ""),
+                       ("directory", os.path.dirname(python)),
+                       ("name", os.path.basename(python))):
+        at[name] = base + head + len(data)
+        data += os.fsencode(text) + b"\0"
+    data += bytes(-len(data) % 8)
+    at["attr"] = base + head + len(data)
+    data += bytes(mount_attr(attr_set=MOUNT_ATTR_RDONLY))
+    at["plain"] = 0
+    for _ in "found", "used":  # where `plain` is
+        code = words.begin(at["python"], at["flag"], at["launcher"])
+        for how, *operands in SEALED_START:
+            if how == "plain":
+                at["plain"] = len(code)
+            elif how == "unless_failed":
+                code += words.unless_failed(at["plain"] - len(code))
+            else:
+                code += getattr(words, how)(*(at.get(name, name) for name in operands))
+    size_ = head + len(data) + len(code)
+    return struct.pack(  # elf(5): the file's header, and that of its one segment
+        "<4s3B9xHHIQQQIHHHHHHIIQQQQQQ", b"\x7fELF", 2, 1, 1, 2, words.machine, 1,
+        base + head + len(data), 64, 0, 0, 64, 56, 1, 0, 0, 0,
+        1, 5, 0, base, base, size_, size_, 0x10000) + data + code
 
 
 def installed(prefix):
@@ -8814,7 +8950,8 @@ def installed(prefix):
     top = os.path.abspath(prefix)
     file = f"{top}/lib/minicontainer/minicontainer.py"
     return [file, importlib.util.cache_from_source(file), f"{file[:-3]}.directories",
-            f"{top}/bin/minicontainer", f"{top}/bin/minirunc"]
+            f"{top}/bin/minirunc", f"{top}/lib/minicontainer/minirunc",
+            f"{top}/bin/minicontainer"]
 
 
 def check_ours(paths):
@@ -8845,7 +8982,9 @@ def install_command(options):
 
     python = os.path.realpath("/proc/self/exe")  # what a link or a shim has led to
     file, bytecode, record, *launchers = paths = installed(options.prefix)
-    text = LAUNCHER.format(python=python, file=file)
+    text = LAUNCHER.format(python=python, flag=LAUNCHER_FLAG, file=file)
+    contents = {path: os.fsencode(text) for path in launchers}
+    contents[launchers[0]] = sealed_start(python, launchers[1])
     if text.index("\n") > 254 or any(map(str.isspace, python)):
         raise Fail(f"the kernel takes no #! line with {python!r}",
                    "use a Python with a shorter path, without spaces", 1)
@@ -8861,8 +9000,8 @@ def install_command(options):
                            invalidation_mode=unchecked)
         earlier = read_file(record).splitlines() if os.path.exists(record) else []
         write_file(f"{record}.new", "\n".join([*earlier, *made]), create=0o644)
-        for path in launchers:
-            write_file(f"{path}.new", text, create=0o755)
+        for path, content in contents.items():
+            write_file(f"{path}.new", os.fsdecode(content), create=0o755)
         for path in paths:  # a start in this moment finds the old one or the new (P3)
             os.replace(f"{path}.new", path)
             print(f"installed {path}")

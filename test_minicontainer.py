@@ -3493,6 +3493,46 @@ LIMITS = ["--network", "none", "--ulimit", "nofile=1024:1024", "--ulimit",
 
 
 @root
+def test_minirunc_is_sealed_before_it_starts_and_starts_python_but_once(tmp_path):
+    """By the kernel's own record: which files were executed, in which order."""
+    if not shutil.which("strace"):
+        pytest.skip("strace is not installed")
+    bundle("exit 0")
+    log = tmp_path / "log"
+    ran = subprocess.run(["strace", "-f", "-qq", "-e", "execve,execveat", "-o", log,
+                          f"{STORE}/bin/minirunc", "--root", f"{STORE}/oci", "run", "-b",
+                          BUNDLE, "c1"], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    calls = [line.split(None, 1)[1] for line in log.read_text().splitlines()]
+    assert [call.split('"')[1] for call in calls] == [
+        f"{STORE}/bin/minirunc", os.path.basename(PYTHON), "/bin/sh"]
+    assert calls[1].startswith("execveat(") and all("= 0" in call for call in calls)
+
+
+@pytest.mark.parametrize("machine, words", [
+    ("x86_64", m.x86_64_words), ("aarch64", m.aarch64_words)])
+def test_where_nothing_can_be_sealed_the_first_start_is_plain(machine, words, tmp_path,
+                                                              monkeypatch):
+    """As anybody but root, and by an emulator that does not know the calls."""
+    emulator = [] if machine == os.uname().machine else [f"qemu-{machine}"]
+    if emulator and not shutil.which(emulator[0]):
+        pytest.skip(f"{emulator[0]} is not installed")
+    column = m.KERNEL_NAMES.index(machine)
+    numbers = {"open_tree": (428, 428), "mount_setattr": (442, 442), "exit": (60, 93),
+               "execveat": (322, 281), "execve": (59, 221)}
+    for name, number in numbers.items():
+        monkeypatch.setitem(m.CALLS, name, (number[column], []))
+    (tmp_path / "script").write_text("import sys; print(sys.argv[1:], sys.flags.isolated)")
+    start = tmp_path / "start"
+    start.write_bytes(m.sealed_start(PYTHON, str(tmp_path / "script"), words()))
+    start.chmod(0o755)
+    unprivileged = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] * IS_ROOT
+    ran = subprocess.run([*unprivileged, *emulator, start, "a", "b c", ""],
+                         capture_output=True, text=True)
+    assert ran.stdout == "['a', 'b c', ''] 1\n", ran
+
+
+@root
 @pytest.mark.callers
 def test_podman_drives_it(podman, tmp_path):
     podman("run", "-d", "--name", "c", *LIMITS, "--memory", "64m", "--cap-drop", "chown",
@@ -5449,7 +5489,7 @@ def installed(prefix):
     (prefix / "bin").mkdir(parents=True, exist_ok=True)
     done = mini("install", "--prefix", prefix)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.count("installed ") == 5
+    assert done.stdout.count("installed ") == 6
     return f"{prefix}/bin/minicontainer"
 
 
@@ -5463,7 +5503,7 @@ def test_what_install_puts_under_a_prefix_uninstall_takes_away(tmp_path):
     gone = subprocess.run([tmp_path / "a prefix/bin/minicontainer", "uninstall",
                            "--prefix", tmp_path / "a prefix"],
                           capture_output=True, text=True)
-    assert (gone.returncode, gone.stderr, gone.stdout.count("removed ")) == (0, "", 5)
+    assert (gone.returncode, gone.stderr, gone.stdout.count("removed ")) == (0, "", 6)
     assert tree(tmp_path) == [f"{tmp_path}/a prefix", f"{tmp_path}/a prefix/bin"]
     assert "nothing is installed" in refused("uninstall", "--prefix",
                                              tmp_path / "a prefix", code=1)
