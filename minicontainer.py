@@ -2433,6 +2433,7 @@ def open_console(c):
     if not c.spec["process"].get("terminal"):
         return
     master = open_inside(c, "/dev/pts/ptmx", os.O_RDWR | os.O_NOCTTY)
+    check_device(master, 5, 2, "/dev/pts/ptmx")
     syscall("ioctl", master, TIOCSPTLCK, ctypes.byref(ctypes.c_int(0)),
             why="unlock the other end")
     terminal = Place("/dev/pts/N")
@@ -2479,15 +2480,28 @@ def take_stdio(c):
         os.dup2(fd, number)
 
 
+def check_device(fd, major, minor, what):
+    """Refuse a file that is not the character device which it is taken for."""
+    status = os.fstat(fd)
+    if not stat.S_ISCHR(status.st_mode) or (
+            status.st_rdev != os.makedev(major, minor)):
+        raise Fail(f"{what} is not the device {major}:{minor}",
+                   "is something else mounted there?")
+
+
 def mask_paths(c):
     """Step: hide what tells too much, and make read-only what is dangerous to write."""
+    null = Place("/dev/null")
+    null.fd = open_fd("/dev/null", O_PATH, "the host's own")
+    check_device(null.fd, 1, 3, "/dev/null")
     for place in existing(c, c.spec["linux"].get("maskedPaths", ())):
         if stat.S_ISDIR(os.fstat(place.fd).st_mode):
             syscall("mount", "tmpfs", place, "tmpfs", MS_RDONLY | MS_NODEV, None,
                     why="hidden: an empty directory")
         else:
-            syscall("mount", "/dev/null", place, None, MS_BIND, None,
+            syscall("mount", null, place, None, MS_BIND, None,
                     why="hidden: an empty file, the host's own null device")
+    null.close()
     keep_nodes(c, c.spec["linux"].get("maskedPaths", ()))
     paths = c.spec["linux"].get("readonlyPaths", ())
     for place in existing(c, paths):
@@ -3374,6 +3388,7 @@ def enter_cwd(c):
     try:
         place = inside(c, cwd)
         syscall("fchdir", place.fd, why="--workdir")
+        os.getcwd()  # ENOENT if it is not below our root
     except OSError as error:
         code = 127 if error.errno == errno.ENOENT else 126
         raise Fail(f"working directory {cwd}: {error.strerror}",

@@ -3493,6 +3493,69 @@ LIMITS = ["--network", "none", "--ulimit", "nofile=1024:1024", "--ulimit",
 
 
 @root
+def test_the_interpreter_of_minirunc_cannot_be_changed_from_inside(attacked, tmp_path):
+    """Without a user namespace, by the first process and by one that joins it; sealed
+    by its launcher, or by itself."""
+    python, options = attacked
+    before = fingerprint(python)
+    layer, home = options[3], options[5]
+    shutil.copytree(m.default_rootfs(), tmp_path / "root", symlinks=True)
+    shutil.copytree(layer, tmp_path / "root", symlinks=True, dirs_exist_ok=True)
+    start = tmp_path / "start"
+    start.write_bytes(m.sealed_start(python, f"{STORE}/lib/minicontainer/minirunc"))
+    start.chmod(0o755)
+    everything = {name: list(m.CAPABILITIES) for name in m.CAPABILITY_SETS[:3]}
+    for way in ([start], [python, f"{STORE}/lib/minicontainer/minirunc"]):
+        def call(*args, way=way, out=subprocess.PIPE):
+            return subprocess.run([*way, "--root", f"{STORE}/oci", *args], text=True,
+                                  stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+        bundle(root={"path": str(tmp_path / "root")}, process__capabilities=everything,
+               process__args=["/attack", "/proc/self/exe", "/proc/1/exe"],
+               process__env=[home])
+        ran = call("run", "-b", BUNDLE, "c1")
+        assert set(ran.stdout.splitlines()) == {"Read-only file system"}, ran
+        spec = bundle("sleep 1000", root={"path": str(tmp_path / "root")},
+                      process__capabilities=everything, process__env=[home])
+        null = subprocess.DEVNULL
+        assert call("create", "-b", BUNDLE, "c1", out=null).returncode == 0 and spec
+        assert call("start", "c1").returncode == 0
+        ran = call("exec", "c1", "/attack", "/proc/self/exe")
+        assert set(ran.stdout.splitlines()) == {"Read-only file system"}, ran
+        assert call("delete", "--force", "c1").returncode == 0
+    assert fingerprint(python) == before
+
+
+@root
+def test_only_the_descriptors_that_are_to_be_preserved_reach_the_program():
+    bundle("ls -l /proc/self/fd | grep -c -e ' 3 ->' -e ' 4 ->' -e ' 20 ->'; echo $$")
+    for flags, seen in (([], "0"), (["--preserve-fds", "2"], "2")):
+        shell = " ".join(["exec 3</etc/passwd 4</etc/group 20</etc;", "exec",
+                          f"{STORE}/bin/minirunc", "--root", f"{STORE}/oci", "run",
+                          *flags, "-b", BUNDLE, "c1"])
+        ran = subprocess.run(["bash", "-c", shell], capture_output=True, text=True)
+        assert ran.stdout.split() == [seen, "1"], ran
+
+
+@root
+def test_a_runtime_is_not_fooled_by_what_stands_for_a_device(tmp_path):
+    (tmp_path / "ptmx").touch()
+    (tmp_path / "null").symlink_to("/etc/passwd")
+    mounts = [mount for mount in m.example_spec()["mounts"]
+              if mount["destination"] != "/dev/pts"]
+    bundle(process__terminal=True, mounts=[*mounts, {
+        "destination": "/dev/pts", "type": "bind", "source": str(tmp_path),
+        "options": ["bind"]}])
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(f"{STORE}/console")
+        server.listen()
+        ran = oci("run", "-b", BUNDLE, "--console-socket", f"{STORE}/console", "c1")
+    os.unlink(f"{STORE}/console")
+    assert ran.returncode == 1 and "/dev/pts/ptmx is not the device 5:2" in ran.stderr
+    with pytest.raises(m.Fail, match="is not the device 1:3"):
+        m.check_device(os.open(tmp_path / "null", os.O_RDONLY), 1, 3, "/dev/null")
+
+
+@root
 def test_minirunc_is_sealed_before_it_starts_and_starts_python_but_once(tmp_path):
     """By the kernel's own record: which files were executed, in which order."""
     if not shutil.which("strace"):
