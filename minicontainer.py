@@ -2424,6 +2424,15 @@ def make_devices(c):
     dev.close()
 
 
+def check_device(fd, major, minor, what):
+    """Refuse a file that is not the character device which it is taken for."""
+    status = os.fstat(fd)
+    if not stat.S_ISCHR(status.st_mode) or (
+            status.st_rdev != os.makedev(major, minor)):
+        raise Fail(f"{what} is not the device {major}:{minor}",
+                   "is something else mounted there?")
+
+
 def open_console(c):
     """Step: a pseudo-terminal from the container's own /dev/pts, for -t.
 
@@ -2478,15 +2487,6 @@ def take_stdio(c):
     """Step: those pipes become descriptors 0, 1 and 2."""
     for number, fd in enumerate(c.inner):
         os.dup2(fd, number)
-
-
-def check_device(fd, major, minor, what):
-    """Refuse a file that is not the character device which it is taken for."""
-    status = os.fstat(fd)
-    if not stat.S_ISCHR(status.st_mode) or (
-            status.st_rdev != os.makedev(major, minor)):
-        raise Fail(f"{what} is not the device {major}:{minor}",
-                   "is something else mounted there?")
 
 
 def mask_paths(c):
