@@ -4512,11 +4512,13 @@ def close_others(preserved):
     close_all_but(3 + preserved, narration.fd)
 
 
-def check_console(process, options):
+def check_console(process, options, stays):
     """Refuse a terminal that nobody would have, and a socket for no terminal."""
-    if bool(process.get("terminal")) != bool(options.console_socket):
-        raise Fail("a terminal goes with --console-socket, and one with the other",
-                   "set process.terminal and --console-socket, or neither")
+    if not process.get("terminal") and options.console_socket:
+        raise Fail("--console-socket without a terminal", "set process.terminal")
+    if process.get("terminal") and not options.console_socket and not stays:
+        raise Fail("a terminal of what goes on without us, and no --console-socket",
+                   "name one, or unset process.terminal")
 
 
 def send_descriptor(path, fd, message, what):
@@ -4572,14 +4574,15 @@ def hand_over(c, options):
     """Give the caller what was asked for: the terminal, then the pid."""
     if options.console_socket:
         send_console(c, options.console_socket)
+        os.close(c.outer.pop("console"))
     write_pid_file(options.pid_file, c.pid)
 
 
-def create_container(options):
+def create_container(options, stays=False):
     """Make a container whose init waits to be started; its record, and it."""
     directory, bundle = record_directory(options), os.path.realpath(options.bundle)
     spec = read_spec(bundle, options.id)
-    check_console(spec["process"], options)
+    check_console(spec["process"], options, stays)
     seal_interpreter(spec)
     preserved = whole("--preserve-fds", options.preserve_fds, 0, 1 << 10)
     close_others(preserved)
@@ -4639,8 +4642,50 @@ def start_container(record):
         c.close()
 
 
+def stay_at_terminal(c):
+    """Pass on what is typed at our terminal and shown at its, until it ends; its exit
+    code.  What it does not take is not read either."""
+    import termios
+    import tty
+
+    master, typed, size_of = c.outer["console"], b"", bytes(8)  # struct winsize
+
+    def resize(*_):
+        fcntl.ioctl(master, termios.TIOCSWINSZ,
+                    fcntl.ioctl(0, termios.TIOCGWINSZ, size_of))
+
+    poll, before = select.poll(), termios.tcgetattr(0) if os.isatty(0) else None
+    if before:
+        tty.setraw(0)
+        resize()
+        signal.signal(signal.SIGWINCH, resize)
+    poll.register(0, select.POLLIN)
+    try:
+        while True:
+            poll.register(master, select.POLLIN | (select.POLLOUT if typed else 0))
+            for fd, events in poll.poll():
+                if fd == 0:
+                    typed += os.read(0, 1024)
+                    poll.unregister(0)  # no more before this is taken
+                elif events & select.POLLIN:
+                    shown = os.read(master, 1 << 16)
+                    while shown:
+                        shown = shown[os.write(1, shown):]
+                elif events & select.POLLOUT:
+                    typed = typed[os.write(master, typed):]
+                    if not typed:
+                        poll.register(0, select.POLLIN)
+                else:
+                    return c.wait()  # nobody has it open any more
+    finally:
+        if before:
+            termios.tcsetattr(0, termios.TCSADRAIN, before)
+
+
 def stay_with(c):
     """Pass signals on to a process until it ends; its exit code."""
+    if "console" in c.outer:
+        return stay_at_terminal(c)
     every = signal.valid_signals()
     signal.pthread_sigmask(signal.SIG_BLOCK, every)
     while True:  # it may have ended before, and nobody tells twice
@@ -4687,7 +4732,7 @@ def start_command_oci(options):
      arg("--keep", action="store_true", help="do not delete it when it has ended"), ID)
 def run_command_oci(options):
     """Create a container, start it, and stay with it until it ends."""
-    record, c = create_container(options)
+    record, c = create_container(options, not options.detach)
     try:
         start_container(record)
         code = 0 if options.detach else stay_with(c)
@@ -4753,7 +4798,7 @@ def exec_command_oci(options):
     if status == "stopped" or (status == "paused" and not options.ignore_paused):
         raise Fail(f"cannot exec in a {status} container", "container not running")
     process = exec_process(options, spec)
-    check_console(process, options)
+    check_console(process, options, not options.detach)
     seal_interpreter(spec)
     preserved = whole("--preserve-fds", options.preserve_fds, 0, 1 << 10)
     close_others(preserved)

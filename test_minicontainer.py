@@ -3387,6 +3387,22 @@ def test_a_terminal_is_sent_to_the_console_socket(tmp_path):
 
 
 @root
+def test_exec_has_a_terminal_as_large_as_ours_and_what_is_typed_is_not_lost():
+    with oci_created():
+        oci("start", "c1")
+        t = Terminal("oci", "--root", f"{STORE}/oci", "exec", "-t", "c1", "/bin/sh")
+        t.expect("# ")
+        fcntl.ioctl(t.fd, termios.TIOCSWINSZ, struct.pack("4H", 31, 71, 0, 0))
+        t.type("stty size\n")
+        t.expect("31 71")
+        t.type("wc -c <<END\n" + ("x" * 99 + "\n") * 50 + "END\n")
+        t.expect(r"\n5000\r\n")
+        t.type("exit 6\n")
+        assert t.end() == 6
+        assert "no --console-socket" in oci("exec", "-t", "-d", "c1", "/bin/sh").stderr
+
+
+@root
 def test_hooks_hear_the_state_and_a_failing_one_undoes_the_container(tmp_path):
     def hook(script, **more):
         return [{"path": "/bin/sh", "args": ["sh", "-c", script], **more}]
@@ -3414,13 +3430,12 @@ def test_the_example_is_accepted_by_others_and_theirs_by_us(other, tmp_path):
     if not shutil.which(other):
         pytest.skip(f"{other} is not installed")
     subprocess.run([other, "spec"], cwd=tmp_path, check=True)
-    spec = json.loads((tmp_path / "config.json").read_text())
-    spec["process"].update(terminal=False, args=["/bin/echo", "theirs"])
-    spec["process"].pop("rlimits", None)
-    spec["root"]["path"] = m.default_rootfs()
-    (tmp_path / "config.json").write_text(json.dumps(spec))
-    ran = oci("run", "-b", tmp_path, "c1")
-    assert (ran.stdout, ran.stderr) == ("theirs\n", "")
+    (tmp_path / "rootfs").symlink_to(m.default_rootfs())  # unchanged: a shell at a terminal
+    t = Terminal("oci", "--root", f"{STORE}/oci", "run", "-b", tmp_path, "c1")
+    t.expect("# ")
+    t.type("echo the$(echo irs); exit 5\n")
+    t.expect("theirs")
+    assert t.end() == 5
     bundle("echo ours")
     root_ = ["--root", str(tmp_path / "state"), "run", "-b", BUNDLE, "c-ours"]
     ran = subprocess.run([other, *root_], capture_output=True, text=True)
