@@ -2441,6 +2441,15 @@ def make_devices(c):
     dev.close()
 
 
+def check_device(fd, major, minor, what):
+    """Refuse a file that is not the character device which it is taken for."""
+    status = os.fstat(fd)
+    if not stat.S_ISCHR(status.st_mode) or (
+            status.st_rdev != os.makedev(major, minor)):
+        raise Fail(f"{what} is not the device {major}:{minor}",
+                   "is something else mounted there?")
+
+
 def open_console(c):
     """Step: a pseudo-terminal from the container's own /dev/pts, for -t.
 
@@ -2450,6 +2459,7 @@ def open_console(c):
     if not c.spec["process"].get("terminal"):
         return
     master = open_inside(c, "/dev/pts/ptmx", os.O_RDWR | os.O_NOCTTY)
+    check_device(master, 5, 2, "/dev/pts/ptmx")
     syscall("ioctl", master, TIOCSPTLCK, ctypes.byref(ctypes.c_int(0)),
             why="unlock the other end")
     terminal = Place("/dev/pts/N")
@@ -2498,13 +2508,17 @@ def take_stdio(c):
 
 def mask_paths(c):
     """Step: hide what tells too much, and make read-only what is dangerous to write."""
+    null = Place("/dev/null")
+    null.fd = open_fd("/dev/null", O_PATH, "the host's own")
+    check_device(null.fd, 1, 3, "/dev/null")
     for place in existing(c, c.spec["linux"].get("maskedPaths", ())):
         if stat.S_ISDIR(os.fstat(place.fd).st_mode):
             syscall("mount", "tmpfs", place, "tmpfs", MS_RDONLY | MS_NODEV, None,
                     why="hidden: an empty directory")
         else:
-            syscall("mount", "/dev/null", place, None, MS_BIND, None,
+            syscall("mount", null, place, None, MS_BIND, None,
                     why="hidden: an empty file, the host's own null device")
+    null.close()
     keep_nodes(c, c.spec["linux"].get("maskedPaths", ()))
     paths = c.spec["linux"].get("readonlyPaths", ())
     for place in existing(c, paths):
@@ -2526,6 +2540,14 @@ def pivot(c):
     syscall("chdir", "/", why="into the new root")
     os.close(c.root_fd)
     c.root_fd = open_fd("/", O_PATH | O_DIRECTORY, "the container's root")
+
+
+def make_cwd(c):
+    """Step: the working directory, if the image has none such."""
+    try:
+        inside(c, c.spec["process"]["cwd"], "dir").close()
+    except OSError:
+        pass  # what is in the way is told by enter_cwd
 
 
 def move_root(c):
@@ -3383,6 +3405,7 @@ def enter_cwd(c):
     try:
         place = inside(c, cwd)
         syscall("fchdir", place.fd, why="--workdir")
+        os.getcwd()  # ENOENT if it is not below our root
     except OSError as error:
         code = 127 if error.errno == errno.ENOENT else 126
         raise Fail(f"working directory {cwd}: {error.strerror}",
@@ -3906,7 +3929,7 @@ BIRTH = (               # init, from "go" until it is your program
     set_sysctls,        # while the host's /proc is there
     mask_paths,         # after all mounts that could lie on top of a mask
     pivot,              # after every step that needs a path of the host
-    seal_root,          # after every step that makes a place to mount on
+    make_cwd, seal_root,  # after every step that makes a place to mount on
     *(TAIL := (         # what `exec` does too
         find_user,      # names mean what the image says: its files are / now
         enter_cwd,      # while we may still enter every directory
@@ -4506,11 +4529,13 @@ def close_others(preserved):
     close_all_but(3 + preserved, narration.fd)
 
 
-def check_console(process, options):
+def check_console(process, options, stays):
     """Refuse a terminal that nobody would have, and a socket for no terminal."""
-    if bool(process.get("terminal")) != bool(options.console_socket):
-        raise Fail("a terminal goes with --console-socket, and one with the other",
-                   "set process.terminal and --console-socket, or neither")
+    if not process.get("terminal") and options.console_socket:
+        raise Fail("--console-socket without a terminal", "set process.terminal")
+    if process.get("terminal") and not options.console_socket and not stays:
+        raise Fail("a terminal of what goes on without us, and no --console-socket",
+                   "name one, or unset process.terminal")
 
 
 def send_descriptor(path, fd, message, what):
@@ -4566,14 +4591,15 @@ def hand_over(c, options):
     """Give the caller what was asked for: the terminal, then the pid."""
     if options.console_socket:
         send_console(c, options.console_socket)
+        os.close(c.outer.pop("console"))
     write_pid_file(options.pid_file, c.pid)
 
 
-def create_container(options):
+def create_container(options, stays=False):
     """Make a container whose init waits to be started; its record, and it."""
     directory, bundle = record_directory(options), os.path.realpath(options.bundle)
     spec = read_spec(bundle, options.id)
-    check_console(spec["process"], options)
+    check_console(spec["process"], options, stays)
     seal_interpreter(spec)
     preserved = whole("--preserve-fds", options.preserve_fds, 0, 1 << 10)
     close_others(preserved)
@@ -4633,8 +4659,50 @@ def start_container(record):
         c.close()
 
 
+def stay_at_terminal(c):
+    """Pass on what is typed at our terminal and shown at its, until it ends; its exit
+    code.  What it does not take is not read either."""
+    import termios
+    import tty
+
+    master, typed, size_of = c.outer["console"], b"", bytes(8)  # struct winsize
+
+    def resize(*_):
+        fcntl.ioctl(master, termios.TIOCSWINSZ,
+                    fcntl.ioctl(0, termios.TIOCGWINSZ, size_of))
+
+    poll, before = select.poll(), termios.tcgetattr(0) if os.isatty(0) else None
+    if before:
+        tty.setraw(0)
+        resize()
+        signal.signal(signal.SIGWINCH, resize)
+    poll.register(0, select.POLLIN)
+    try:
+        while True:
+            poll.register(master, select.POLLIN | (select.POLLOUT if typed else 0))
+            for fd, events in poll.poll():
+                if fd == 0:
+                    typed += os.read(0, 1024)
+                    poll.unregister(0)  # no more before this is taken
+                elif events & select.POLLIN:
+                    shown = os.read(master, 1 << 16)
+                    while shown:
+                        shown = shown[os.write(1, shown):]
+                elif events & select.POLLOUT:
+                    typed = typed[os.write(master, typed):]
+                    if not typed:
+                        poll.register(0, select.POLLIN)
+                else:
+                    return c.wait()  # nobody has it open any more
+    finally:
+        if before:
+            termios.tcsetattr(0, termios.TCSADRAIN, before)
+
+
 def stay_with(c):
     """Pass signals on to a process until it ends; its exit code."""
+    if "console" in c.outer:
+        return stay_at_terminal(c)
     every = signal.valid_signals()
     signal.pthread_sigmask(signal.SIG_BLOCK, every)
     while True:  # it may have ended before, and nobody tells twice
@@ -4681,7 +4749,7 @@ def start_command_oci(options):
      arg("--keep", action="store_true", help="do not delete it when it has ended"), ID)
 def run_command_oci(options):
     """Create a container, start it, and stay with it until it ends."""
-    record, c = create_container(options)
+    record, c = create_container(options, not options.detach)
     try:
         start_container(record)
         code = 0 if options.detach else stay_with(c)
@@ -4747,7 +4815,7 @@ def exec_command_oci(options):
     if status == "stopped" or (status == "paused" and not options.ignore_paused):
         raise Fail(f"cannot exec in a {status} container", "container not running")
     process = exec_process(options, spec)
-    check_console(process, options)
+    check_console(process, options, not options.detach)
     seal_interpreter(spec)
     preserved = whole("--preserve-fds", options.preserve_fds, 0, 1 << 10)
     close_others(preserved)
@@ -10948,14 +11016,150 @@ def steps_command(options):
 # "Unchecked" bytecode is not compared with the file, so that a start never compiles,
 # whoever it is for: a change takes `install`.
 
+LAUNCHER_FLAG = "-ISXutf8"
 LAUNCHER = """\
-#!{python} -ISXutf8
+#!{python} {flag}
 # minicontainer install: runs the bytecode of the file named here
 import gc; gc.set_threshold(100_000); __file__ = {file!r}
 exec(type(__loader__)("__main__", __file__).get_code("__main__"))
 """
 PREFIX_OPTION = arg("--prefix", metavar="DIR", default="/usr/local",
                     help="files go to DIR/bin and DIR/lib (default: /usr/local)")
+
+
+# minirunc has one more in front of that.  A Python that seals itself (chapter 5) starts
+# twice, which is long for an `exec`; so what does it first is a program of 25 words of
+# the processor's:
+#
+#       fd = open_tree(AT_FDCWD, "/usr/bin", OPEN_TREE_CLONE …)       else: plain
+#       mount_setattr(fd, "", AT_EMPTY_PATH …, {MOUNT_ATTR_RDONLY})   else: plain
+#       execveat(fd, "python3", {"python3", "-IS…", launcher, argv[1] …}, envp)
+#     plain:
+#       execve("/usr/bin/python3", …)                and that one says what is amiss
+#       exit(127)
+#
+# When a program begins, its stack holds argc, argv[0], argv[1] … 0, envp[0] …: with
+# Python, its flag and the launcher over what is before argv[1], that is Python's argv.
+
+calls(execveat=(322, 281, "dirfd path argv envp AT_"), exit=(60, 93, "status"))
+SEALED_START = (  # put, copy: into the first to fifth argument of the next call
+    ("put", 0, AT_FDCWD), ("put", 1, "directory"),
+    ("put", 2, OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | AT_RECURSIVE),
+    ("call", "open_tree"), ("unless_failed",), ("keep",),
+    ("copy", 0, "fd"), ("put", 1, "empty"), ("put", 2, AT_EMPTY_PATH | AT_RECURSIVE),
+    ("put", 3, "attr"), ("put", 4, ctypes.sizeof(mount_attr)),
+    ("call", "mount_setattr"), ("unless_failed",),
+    ("copy", 0, "fd"), ("put", 1, "name"), ("copy", 2, "argv"), ("copy", 3, "envp"),
+    ("put", 4, 0), ("call", "execveat"),
+    ("plain",), ("put", 0, "python"), ("copy", 1, "argv"), ("copy", 2, "envp"),
+    ("call", "execve"), ("put", 0, 127), ("call", "exit"))
+
+
+class x86_64_words:
+    """How x86_64 is told them; fd, argv and envp are kept in r15, r14 and r13."""
+
+    machine, kept = 62, {"fd": 7, "argv": 6, "envp": 5}
+    argument = 7, 6, 2, 10, 8  # rdi, rsi, rdx, r10, r8
+
+    def begin(self, python, flag, launcher):
+        """The stack as it is to be, and where argv and envp are in it."""
+        return (bytes.fromhex("4c8b2424 4e8d6ce410")  # r13 = rsp + 8 * [rsp] + 16
+                + b"\x68" + struct.pack("<i", python)  # push
+                + b"\x48\xc7\x44\x24\x08" + struct.pack("<i", flag)  # mov [rsp+8]
+                + b"\x48\xc7\x44\x24\x10" + struct.pack("<i", launcher)
+                + b"\x49\x89\xe6")  # r14 = rsp
+
+    def put(self, place, value):
+        """mov register, constant"""
+        register = self.argument[place]
+        prefix = b"\x41" if register > 7 else b""
+        return prefix + struct.pack("<Bi", 0xB8 | register & 7, value)
+
+    def copy(self, place, what):
+        """mov register, register"""
+        register = self.argument[place]
+        return bytes((0x4C | register >> 3, 0x89, 0xC0 | self.kept[what] << 3
+                      | register & 7))
+
+    def call(self, number):
+        """mov eax, number; syscall"""
+        return struct.pack("<Bi2s", 0xB8, number, b"\x0f\x05")
+
+    def unless_failed(self, distance):
+        """test eax, eax; js plain"""
+        return b"\x85\xc0\x0f\x88" + struct.pack("<i", distance - 8)
+
+    def keep(self):
+        """mov r15, rax"""
+        return b"\x49\x89\xc7"
+
+
+class aarch64_words:
+    """How aarch64 is told them; fd, argv and envp are kept in x22, x21 and x20."""
+
+    machine, kept = 183, {"fd": 22, "argv": 21, "envp": 20}
+
+    def begin(self, python, flag, launcher):
+        """The stack as it is to be, and where argv and envp are in it."""
+        words = [0xF94003F3, 0x8B336FF4, 0x91004294,  # x20 = sp + 8 * [sp] + 16
+                 0xD10023F5]  # x21 = sp - 8
+        code = struct.pack("<4I", *words)
+        for at, address in enumerate((python, flag, launcher)):  # str x0, [x21, 8 * at]
+            code += self.put(0, address) + struct.pack("<I", 0xF90002A0 | at << 10)
+        return code
+
+    def put(self, place, value):
+        """movz register, low half; movk register, high half"""
+        return struct.pack("<2I", 0xD2800000 | (value & 0xFFFF) << 5 | place,
+                           0xF2A00000 | (value >> 16 & 0xFFFF) << 5 | place)
+
+    def copy(self, place, what):
+        """mov register, register"""
+        return struct.pack("<I", 0xAA0003E0 | self.kept[what] << 16 | place)
+
+    def call(self, number):
+        """mov x8, number; svc"""
+        return self.put(8, number) + struct.pack("<I", 0xD4000001)
+
+    def unless_failed(self, distance):
+        """tbnz x0, 63, plain"""
+        return struct.pack("<I", 0xB7F80000 | (distance // 4 & 0x3FFF) << 5)
+
+    def keep(self):
+        """mov x22, x0"""
+        return struct.pack("<I", 0xAA0003F6)
+
+
+def sealed_start(python, launcher, words=None):
+    """The bytes of an ELF program that starts a launcher in a sealed interpreter."""
+    base, head, data = 0x400000, 64 + 56, b""
+    words = words or {"x86_64": x86_64_words, "aarch64": aarch64_words}[
+        os.uname().machine]()
+    at = {name: number for name, (number, _) in CALLS.items()}
+    for name, text in (("mark", "# minicontainer install:"), ("python", python),
+                       ("flag", LAUNCHER_FLAG), ("launcher", launcher), ("empty", ""),
+                       ("directory", os.path.dirname(python)),
+                       ("name", os.path.basename(python))):
+        at[name] = base + head + len(data)
+        data += os.fsencode(text) + b"\0"
+    data += bytes(-len(data) % 8)
+    at["attr"] = base + head + len(data)
+    data += bytes(mount_attr(attr_set=MOUNT_ATTR_RDONLY))
+    at["plain"] = 0
+    for _ in "found", "used":  # where `plain` is
+        code = words.begin(at["python"], at["flag"], at["launcher"])
+        for how, *operands in SEALED_START:
+            if how == "plain":
+                at["plain"] = len(code)
+            elif how == "unless_failed":
+                code += words.unless_failed(at["plain"] - len(code))
+            else:
+                code += getattr(words, how)(*(at.get(name, name) for name in operands))
+    size_ = head + len(data) + len(code)
+    return struct.pack(  # elf(5): the file's header, and that of its one segment
+        "<4s3B9xHHIQQQIHHHHHHIIQQQQQQ", b"\x7fELF", 2, 1, 1, 2, words.machine, 1,
+        base + head + len(data), 64, 0, 0, 64, 56, 1, 0, 0, 0,
+        1, 5, 0, base, base, size_, size_, 0x10000) + data + code
 
 
 def installed(prefix):
@@ -10968,7 +11172,8 @@ def installed(prefix):
     top = os.path.abspath(prefix)
     file = f"{top}/lib/minicontainer/minicontainer.py"
     return [file, importlib.util.cache_from_source(file), f"{file[:-3]}.directories",
-            f"{top}/bin/minicontainer", f"{top}/bin/minirunc"]
+            f"{top}/bin/minirunc", f"{top}/lib/minicontainer/minirunc",
+            f"{top}/bin/minicontainer"]
 
 
 def check_ours(paths):
@@ -10999,7 +11204,9 @@ def install_command(options):
 
     python = os.path.realpath("/proc/self/exe")  # what a link or a shim has led to
     file, bytecode, record, *launchers = paths = installed(options.prefix)
-    text = LAUNCHER.format(python=python, file=file)
+    text = LAUNCHER.format(python=python, flag=LAUNCHER_FLAG, file=file)
+    contents = {path: os.fsencode(text) for path in launchers}
+    contents[launchers[0]] = sealed_start(python, launchers[1])
     if text.index("\n") > 254 or any(map(str.isspace, python)):
         raise Fail(f"the kernel takes no #! line with {python!r}",
                    "use a Python with a shorter path, without spaces", 1)
@@ -11015,8 +11222,8 @@ def install_command(options):
                            invalidation_mode=unchecked)
         earlier = read_file(record).splitlines() if os.path.exists(record) else []
         write_file(f"{record}.new", "\n".join([*earlier, *made]), create=0o644)
-        for path in launchers:
-            write_file(f"{path}.new", text, create=0o755)
+        for path, content in contents.items():
+            write_file(f"{path}.new", os.fsdecode(content), create=0o755)
         for path in paths:  # a start in this moment finds the old one or the new (P3)
             os.replace(f"{path}.new", path)
             print(f"installed {path}")
