@@ -2442,6 +2442,15 @@ def make_devices(c):
     dev.close()
 
 
+def check_device(fd, major, minor, what):
+    """Refuse a file that is not the character device which it is taken for."""
+    status = os.fstat(fd)
+    if not stat.S_ISCHR(status.st_mode) or (
+            status.st_rdev != os.makedev(major, minor)):
+        raise Fail(f"{what} is not the device {major}:{minor}",
+                   "is something else mounted there?")
+
+
 def open_console(c):
     """Step: a pseudo-terminal from the container's own /dev/pts, for -t.
 
@@ -2451,6 +2460,7 @@ def open_console(c):
     if not c.spec["process"].get("terminal"):
         return
     master = open_inside(c, "/dev/pts/ptmx", os.O_RDWR | os.O_NOCTTY)
+    check_device(master, 5, 2, "/dev/pts/ptmx")
     syscall("ioctl", master, TIOCSPTLCK, ctypes.byref(ctypes.c_int(0)),
             why="unlock the other end")
     terminal = Place("/dev/pts/N")
@@ -2499,13 +2509,17 @@ def take_stdio(c):
 
 def mask_paths(c):
     """Step: hide what tells too much, and make read-only what is dangerous to write."""
+    null = Place("/dev/null")
+    null.fd = open_fd("/dev/null", O_PATH, "the host's own")
+    check_device(null.fd, 1, 3, "/dev/null")
     for place in existing(c, c.spec["linux"].get("maskedPaths", ())):
         if stat.S_ISDIR(os.fstat(place.fd).st_mode):
             syscall("mount", "tmpfs", place, "tmpfs", MS_RDONLY | MS_NODEV, None,
                     why="hidden: an empty directory")
         else:
-            syscall("mount", "/dev/null", place, None, MS_BIND, None,
+            syscall("mount", null, place, None, MS_BIND, None,
                     why="hidden: an empty file, the host's own null device")
+    null.close()
     keep_nodes(c, c.spec["linux"].get("maskedPaths", ()))
     paths = c.spec["linux"].get("readonlyPaths", ())
     for place in existing(c, paths):
@@ -2527,6 +2541,14 @@ def pivot(c):
     syscall("chdir", "/", why="into the new root")
     os.close(c.root_fd)
     c.root_fd = open_fd("/", O_PATH | O_DIRECTORY, "the container's root")
+
+
+def make_cwd(c):
+    """Step: the working directory, if the image has none such."""
+    try:
+        inside(c, c.spec["process"]["cwd"], "dir").close()
+    except OSError:
+        pass  # what is in the way is told by enter_cwd
 
 
 def move_root(c):
@@ -3384,6 +3406,7 @@ def enter_cwd(c):
     try:
         place = inside(c, cwd)
         syscall("fchdir", place.fd, why="--workdir")
+        os.getcwd()  # ENOENT if it is not below our root
     except OSError as error:
         code = 127 if error.errno == errno.ENOENT else 126
         raise Fail(f"working directory {cwd}: {error.strerror}",
@@ -3907,7 +3930,7 @@ BIRTH = (               # init, from "go" until it is your program
     set_sysctls,        # while the host's /proc is there
     mask_paths,         # after all mounts that could lie on top of a mask
     pivot,              # after every step that needs a path of the host
-    seal_root,          # after every step that makes a place to mount on
+    make_cwd, seal_root,  # after every step that makes a place to mount on
     *(TAIL := (         # what `exec` does too
         find_user,      # names mean what the image says: its files are / now
         enter_cwd,      # while we may still enter every directory
@@ -4507,11 +4530,13 @@ def close_others(preserved):
     close_all_but(3 + preserved, narration.fd)
 
 
-def check_console(process, options):
+def check_console(process, options, stays):
     """Refuse a terminal that nobody would have, and a socket for no terminal."""
-    if bool(process.get("terminal")) != bool(options.console_socket):
-        raise Fail("a terminal goes with --console-socket, and one with the other",
-                   "set process.terminal and --console-socket, or neither")
+    if not process.get("terminal") and options.console_socket:
+        raise Fail("--console-socket without a terminal", "set process.terminal")
+    if process.get("terminal") and not options.console_socket and not stays:
+        raise Fail("a terminal of what goes on without us, and no --console-socket",
+                   "name one, or unset process.terminal")
 
 
 def send_descriptor(path, fd, message, what):
@@ -4567,14 +4592,15 @@ def hand_over(c, options):
     """Give the caller what was asked for: the terminal, then the pid."""
     if options.console_socket:
         send_console(c, options.console_socket)
+        os.close(c.outer.pop("console"))
     write_pid_file(options.pid_file, c.pid)
 
 
-def create_container(options):
+def create_container(options, stays=False):
     """Make a container whose init waits to be started; its record, and it."""
     directory, bundle = record_directory(options), os.path.realpath(options.bundle)
     spec = read_spec(bundle, options.id)
-    check_console(spec["process"], options)
+    check_console(spec["process"], options, stays)
     seal_interpreter(spec)
     preserved = whole("--preserve-fds", options.preserve_fds, 0, 1 << 10)
     close_others(preserved)
@@ -4634,8 +4660,50 @@ def start_container(record):
         c.close()
 
 
+def stay_at_terminal(c):
+    """Pass on what is typed at our terminal and shown at its, until it ends; its exit
+    code.  What it does not take is not read either."""
+    import termios
+    import tty
+
+    master, typed, size_of = c.outer["console"], b"", bytes(8)  # struct winsize
+
+    def resize(*_):
+        fcntl.ioctl(master, termios.TIOCSWINSZ,
+                    fcntl.ioctl(0, termios.TIOCGWINSZ, size_of))
+
+    poll, before = select.poll(), termios.tcgetattr(0) if os.isatty(0) else None
+    if before:
+        tty.setraw(0)
+        resize()
+        signal.signal(signal.SIGWINCH, resize)
+    poll.register(0, select.POLLIN)
+    try:
+        while True:
+            poll.register(master, select.POLLIN | (select.POLLOUT if typed else 0))
+            for fd, events in poll.poll():
+                if fd == 0:
+                    typed += os.read(0, 1024)
+                    poll.unregister(0)  # no more before this is taken
+                elif events & select.POLLIN:
+                    shown = os.read(master, 1 << 16)
+                    while shown:
+                        shown = shown[os.write(1, shown):]
+                elif events & select.POLLOUT:
+                    typed = typed[os.write(master, typed):]
+                    if not typed:
+                        poll.register(0, select.POLLIN)
+                else:
+                    return c.wait()  # nobody has it open any more
+    finally:
+        if before:
+            termios.tcsetattr(0, termios.TCSADRAIN, before)
+
+
 def stay_with(c):
     """Pass signals on to a process until it ends; its exit code."""
+    if "console" in c.outer:
+        return stay_at_terminal(c)
     every = signal.valid_signals()
     signal.pthread_sigmask(signal.SIG_BLOCK, every)
     while True:  # it may have ended before, and nobody tells twice
@@ -4682,7 +4750,7 @@ def start_command_oci(options):
      arg("--keep", action="store_true", help="do not delete it when it has ended"), ID)
 def run_command_oci(options):
     """Create a container, start it, and stay with it until it ends."""
-    record, c = create_container(options)
+    record, c = create_container(options, not options.detach)
     try:
         start_container(record)
         code = 0 if options.detach else stay_with(c)
@@ -4748,7 +4816,7 @@ def exec_command_oci(options):
     if status == "stopped" or (status == "paused" and not options.ignore_paused):
         raise Fail(f"cannot exec in a {status} container", "container not running")
     process = exec_process(options, spec)
-    check_console(process, options)
+    check_console(process, options, not options.detach)
     seal_interpreter(spec)
     preserved = whole("--preserve-fds", options.preserve_fds, 0, 1 << 10)
     close_others(preserved)
@@ -4893,7 +4961,10 @@ def resume_command_oci(options):
 
 
 def change_limits(cgroup, resources):
-    """Set limits of a group in which somebody lives."""
+    """Set limits of a group in which somebody lives.
+
+    subtle: version 1 never takes a swap limit below that of memory, so which of the two
+    is written first depends on whether they grow or shrink."""
     if cgroup.trees and "swap" in resources.get("memory", {}):  # more than it was?
         swap = {"memory": {"swap": resources["memory"]["swap"]}}
         try:
@@ -7782,6 +7853,8 @@ NETWORK = "minicontainer.network"  # annotation: what the container wants of one
 ENDPOINT_OPTIONS = (
     arg("-p", "--publish", metavar="[[IP:]PORT:]PORT[/udp]", action="append",
         default=[], help="what comes to that port of the host is for this of its own"),
+    arg("-P", "--publish-all", action="store_true",
+        help="publish what the image says it listens at, at ports that are free"),
     arg("--ip", metavar="ADDRESS", help="its address in the network"),
     arg("--mac-address", metavar="MAC", help="that of its interface"),
     arg("--network-alias", metavar="NAME", action="append", default=[],
@@ -8049,68 +8122,75 @@ def find_network(text):
 # ── nf_tables ──
 
 
+RULES = """
+table inet minicontainer {
+    set bridges {
+        type ifname
+        $bridges
+    }
+    set outward {
+        type ipv4_addr; flags interval
+        $outward
+    }
+    map ports_of_one {
+        type ipv4_addr . inet_proto . inet_service : ipv4_addr . inet_service
+        $ports_of_one
+    }
+    map ports_of_all {
+        type inet_proto . inet_service : ipv4_addr . inet_service
+        $ports_of_all
+    }
+    chain arriving {
+        type nat hook prerouting priority dstnat
+        dnat ip to ip daddr . meta l4proto . th dport map @ports_of_one
+        fib daddr type local dnat ip to meta l4proto . th dport map @ports_of_all
+    }
+    chain own {
+        type nat hook output priority -100
+        ip daddr 127.0.0.0/8 return
+        dnat ip to ip daddr . meta l4proto . th dport map @ports_of_one
+        fib daddr type local dnat ip to meta l4proto . th dport map @ports_of_all
+    }
+    chain leaving {
+        type nat hook postrouting priority srcnat
+        ip saddr @outward oifname != @bridges masquerade
+        ip saddr @outward ct status dnat masquerade
+    }
+    chain passing {
+        type filter hook forward priority filter
+        ct state established,related accept
+        $walls
+    }
+}
+"""  # as nft(8) takes it; the words with a $ are filled in
+
+
 def rules_text(networks, there):
     """The table for nft(8): who may go out, and which port leads to whom."""
-    text = "table inet minicontainer\ndelete table inet minicontainer\n"
+    text = "table inet minicontainer\ndelete table inet minicontainer\n"  # the old one
     if not networks:
         return text
-
-    def elements(found):
-        return f"elements = {{ {', '.join(found)} }}" if found else ""
-
-    bridges = [f'"{n["bridge"]}"' for n in networks]
-    outward = [n["subnet"] for n in networks if not n["internal"]]
-    ports = {True: [], False: []}  # of one address of the host, of all
+    bridges = [f'"{network["bridge"]}"' for network in networks]
+    outward = [network["subnet"] for network in networks if not network["internal"]]
+    of_one, of_all, walls = [], [], []
     for endpoint in there:
         for kind, address, port, inner in endpoint["ports"]:
-            every = address == "0.0.0.0"
-            ports[every].append(("" if every else f"{address} . ")
-                                + f"{kind} . {port} : {endpoint['ip']} . {inner}")
-    walls = []
+            to = f"{kind} . {port} : {endpoint['ip']} . {inner}"
+            if address == "0.0.0.0":
+                of_all.append(to)
+            else:
+                of_one.append(f"{address} . {to}")
     for own, network in zip(bridges, networks, strict=True):
         beyond = "" if network["internal"] else "oifname @bridges "
         walls.append(f"iifname {own} oifname != {own} {beyond}drop")
         if network["internal"]:
             walls.append(f"oifname {own} iifname != {own} drop")
-    to_containers = """
-        dnat ip to ip daddr . meta l4proto . th dport map @ports_of_one
-        fib daddr type local dnat ip to meta l4proto . th dport map @ports_of_all"""
-    return text + f"""table inet minicontainer {{
-    set bridges {{
-        type ifname
-        {elements(bridges)}
-    }}
-    set outward {{
-        type ipv4_addr; flags interval
-        {elements(outward)}
-    }}
-    map ports_of_one {{
-        type ipv4_addr . inet_proto . inet_service : ipv4_addr . inet_service
-        {elements(ports[False])}
-    }}
-    map ports_of_all {{
-        type inet_proto . inet_service : ipv4_addr . inet_service
-        {elements(ports[True])}
-    }}
-    chain arriving {{
-        type nat hook prerouting priority dstnat{to_containers}
-    }}
-    chain own {{
-        type nat hook output priority -100
-        ip daddr 127.0.0.0/8 return{to_containers}
-    }}
-    chain leaving {{
-        type nat hook postrouting priority srcnat
-        ip saddr @outward oifname != @bridges masquerade
-        ip saddr @outward ct status dnat masquerade
-    }}
-    chain passing {{
-        type filter hook forward priority filter
-        ct state established,related accept
-        {f"{chr(10)}        ".join(walls)}
-    }}
-}}
-"""
+    text += RULES.replace("$walls", "\n        ".join(walls))
+    for word, found in (("bridges", bridges), ("outward", outward),
+                        ("ports_of_one", of_one), ("ports_of_all", of_all)):
+        elements = f"elements = {{ {', '.join(found)} }}" if found else ""
+        text = text.replace(f"${word}", elements)
+    return text
 
 
 def apply_rules(text):
@@ -8253,6 +8333,11 @@ def connect(c):
         tell_everybody([*there, endpoint])
 
 
+def endpoint_of(id):
+    """Where a container is, while it runs."""
+    return from_json(read_file(store("endpoints", f"{id}.json")))
+
+
 def disconnect(id):
     """Take a container off its network; the last one takes the bridge with it."""
     path = store("endpoints", f"{id}.json")
@@ -8304,12 +8389,18 @@ def free_port(kind, address):
     return port
 
 
+def ports_text(ports):
+    """Published ports, as `ps` shows them."""
+    return ", ".join(f"{address}:{port}->{inner}/{kind}"
+                     for kind, address, port, inner in ports)
+
+
 def network_spec(options, id, name, hostname):
     """What a container wants of its network, for the spec's annotation; None if it is
     to have none of ours."""
     if options.network in ("none", "host"):
         given = [word for word, value in (
-            ("-p", options.publish), ("--ip", options.ip),
+            ("-p", options.publish), ("-P", options.publish_all), ("--ip", options.ip),
             ("--network-alias", options.network_alias)) if value]
         if given:
             raise Fail(f"{given[0]} without a network of its own",
@@ -8322,7 +8413,9 @@ def network_spec(options, id, name, hostname):
         host, _, address = text.partition(":")
         packed(address)
         hosts.append([host, address])
-    ports = [port for option in options.publish for port in published(option)]
+    exposed = options.exposed if options.publish_all else ()
+    ports = [port for option in (*options.publish, *exposed)
+             for port in published(option)]
     for port in ports:
         port[2] = port[2] or free_port(*port[:2])
     names = [name, id[:12], hostname, *options.network_alias]
@@ -8598,6 +8691,15 @@ NOBODY = Near(lambda letter, data: None, lambda: False)
 
 
 # ── the log ──
+#
+# Docker's json-file: an object for each line that was written, with the stream and the
+# time.  A line is in the file before anybody is shown it, and a file never ends in the
+# middle of one, unless the machine was switched off; who reads passes over such a one.
+# To keep 10 MB of log, files are renamed, not cut: log is put away as log.1, that as
+# log.2 …, and who still reads one has it by its descriptor.
+#
+# Python is slow where it takes a call for each line; so both ways, all lines that there
+# are at the moment, up to 64 kB or 1 MB, are made into text or into objects by one.
 
 NEWLINE = "\udc0a"  # in a text that was decoded, nothing else is this
 
@@ -8797,6 +8899,14 @@ class LogReader:
             return found
 
 # ── the shim ──
+#
+# A turn is one poll() and what it makes possible.  There is a limit to what waits in
+# memory: while a client has messages that its socket would not take, the container's
+# output is not read, and while there is input that the container does not take, no
+# client is.  Who only wants to know of the end says so (q) and is sent nothing else.
+#
+#       client → shim   i input, its end   w window   s signal   c close output   q
+#       shim → client   r runs, or f failed   o and e output   x the end: what is known
 
 class Shim:
     """Who stays with a container until it has ended, and what it knows.
@@ -8842,7 +8952,8 @@ class Shim:
         except (OSError, Fail, LookupError) as error:  # it has nobody else: it ends
             self.trouble = diagnose(error).message
             kill_and_wait(self.c)
-        os.close(self.signals)
+        if self.signals >= 0:
+            os.close(self.signals)
         news = to_json(self.ended(self)).encode()
         for peer in self.peers:
             peer.send(b"x", news)
@@ -9014,7 +9125,120 @@ def leave_to(shim):
         os._exit(0)
 
 
+# ── the relay ──
+#
+# What is sent to 127.0.0.1 cannot be sent on: an address that means "myself" leaves the
+# machine by no cable.  So for those who call a published port there the shim is one who
+# calls the container and passes on what both say.
+
+
+class End:
+    """One end of a connection that is passed on: its socket, and what it is to get."""
+
+    def __init__(self, socket):
+        self.socket, self.other = socket, None
+        self.waiting = b""  # for it, from the other
+        self.over = False  # it says nothing more
+        self.told = False  # that the other says nothing more
+
+
+class Relay:
+    """Who listens on the loopback addresses for a container's published ports."""
+
+    def __init__(self, address, ports):
+        import _socket
+
+        self.api, self.address = _socket, address
+        self.doors, self.ends = {}, {}  # descriptor: (socket, port inside); its End
+        for kind, outer, port, inner in ports:
+            here = {"0.0.0.0": ["127.0.0.1", "::1"], "127.0.0.1": ["127.0.0.1"]}
+            for host in here.get(outer, ()) if kind == "tcp" else ():
+                self.listen(host, port, inner)
+
+    def socket(self, family):
+        """A stream that waits for nothing."""
+        return self.api.socket(family, self.api.SOCK_STREAM | self.api.SOCK_NONBLOCK
+                               | self.api.SOCK_CLOEXEC)
+
+    def listen(self, host, port, inner):
+        """Open a door; a Fail if somebody else has the port."""
+        try:
+            door = self.socket(self.api.AF_INET6 if ":" in host else self.api.AF_INET)
+            door.setsockopt(self.api.SOL_SOCKET, self.api.SO_REUSEADDR, 1)
+            door.bind((host, port))
+            door.listen(128)
+            self.doors[door.fileno()] = door, inner
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise Fail(f"Bind for {host}:{port} failed: port is already allocated",
+                           "another port, or stop what has this one") from None
+            if host != "::1":  # which not every machine has
+                raise
+
+    def wanted(self):
+        """Who is listened to: nobody whose last words are still on their way."""
+        wanted = dict.fromkeys(self.doors, select.POLLIN)
+        for fd, end_ in self.ends.items():
+            events = select.POLLOUT if end_.waiting else 0
+            if not end_.over and not end_.other.waiting:
+                events |= select.POLLIN
+            if events:
+                wanted[fd] = events
+        return wanted
+
+    def act(self, ready):
+        """Let in who is at a door, and pass on what was said."""
+        for fd in ready.keys() & self.doors.keys():
+            self.let_in(*self.doors[fd])
+        for fd in ready.keys() & self.ends.keys():
+            if end_ := self.ends.get(fd):
+                self.serve(end_)
+
+    def let_in(self, door, port):
+        """Call the container for somebody."""
+        try:
+            fd, _ = door._accept()
+        except OSError:  # has left again
+            return
+        pair = [End(self.api.socket(fileno=fd)), End(self.socket(self.api.AF_INET))]
+        pair[0].socket.setblocking(False)
+        pair[1].socket.connect_ex((self.address, port))  # serve() hears how it ends
+        for one, other in (pair, pair[::-1]):
+            one.other = other
+            self.ends[one.socket.fileno()] = one
+
+    def serve(self, end_):
+        """Send and receive what can be, at one end; both are closed when it is over."""
+        other = end_.other
+        try:
+            if end_.waiting:
+                end_.waiting = end_.waiting[end_.socket.send(end_.waiting):]
+            if not end_.over and not other.waiting:
+                other.waiting = end_.socket.recv(MOST)
+                end_.over = not other.waiting
+        except BlockingIOError:
+            pass
+        except OSError:  # refused, or broken off
+            end_.told = other.told = True
+        for one in (end_, other):
+            if one.other.over and not one.waiting and not one.told:
+                one.told = True
+                try:
+                    one.socket.shutdown(self.api.SHUT_WR)
+                except OSError:  # has left already
+                    other.told = end_.told = True
+        if end_.told and other.told:
+            for one in (end_, other):
+                del self.ends[one.socket.fileno()]
+                one.socket.close()
+
+
 # ── the client ──
+#
+# What a person's `run`, `start -a`, `attach` and `exec` are once there is a shim.  It
+# knows nothing of the container: it shows bytes, and sends bytes, signals and the size
+# of its window.  If it is alone, and has no terminal that it could leave by keys, it
+# plays the shim itself: client and shim are two parties of the same turns then.
 
 class raw_terminal:
     """The terminal at `fd`, passing every byte on as it is, until it is restored."""
@@ -9113,6 +9337,7 @@ class Client:
     def wanted(self):
         """What it waits for: from the shim nothing that there is no room for."""
         wanted = {self.signals: select.POLLIN}
+        # There is no end of signals, but of messages: one is shown before the next.
         if self.shown:
             wanted[self.shown[0][0]] = select.POLLOUT
         elif self.peer and self.end is None:
@@ -9233,8 +9458,21 @@ def detach_keys(text):
 # for a moment by whoever changes the record, which is then replaced by rename: all
 # others see it as it was or as it is.
 #
-# created ──start──▶ running ◀──pause, unpause──▶ paused
-#                       └──ends──▶ exited ──start──▶ running …       any ──rm──▶ gone
+#       created ──start──▶ running ◀──pause, unpause──▶ paused
+#                           │    ▲
+#                        it ends └──── restarting      if its policy says so
+#                           ▼              ▲
+#                         exited ◀─────────┘           any of them ──rm──▶ gone
+#
+# And this is who does what, of `run -d`:
+#
+#       the command          its shim, a fork                        process 1
+#       create: record … ──▶ start (chapter 6) ────────────────────▶ lives
+#       prints the id ◀── r  record: running                           │
+#                            takes what it writes to the log ◀──────── │
+#                            record: exited ◀───────────────────────── ends
+#                            undoes what start did; frees the lock
+#       wait, attach … ◀── x
 
 CONTAINER_IDS = 0x70000000, 65536, 4093  # first id, ids each, ranges: below 2**31
 
@@ -9285,6 +9523,11 @@ RUN_OPTIONS = (
 
 
 # ── the record ──
+#
+# One JSON file says what a container is and how it fares; the spec beside it says how
+# it is made.  Nothing is kept anywhere else, and nothing in memory between commands, so
+# a machine that was switched off in the middle finds all as it was: what was created
+# can be started, and what ran has ended.
 
 RUNNING = "running", "paused"
 LIVE = *RUNNING, "restarting"  # somebody looks after it
@@ -9309,7 +9552,7 @@ class Record:
         self.stop_signal = "SIGTERM"  # what `stop` sends
         self.stop_timeout = 10  # and how long it waits then, in seconds
         self.log = {}  # max-size and max-file of its log; None: it keeps none
-        self.restart = "no"  # or always, unless-stopped, on-failure
+        self.restart = "no"  # --restart: always, unless-stopped, on-failure
         self.tries = 0  # of on-failure, at most; 0: ever again
         self.health = {}  # HEALTHCHECK: Test, Interval, Timeout, Retries, StartPeriod
         self.checked = {}  # Status, FailingStreak, Log: what it has found
@@ -9429,7 +9672,7 @@ def events_command(options):
     since = moment("--since", options.since) if options.since else time.time_ns()
     until_ = moment("--until", options.until) if options.until else 1 << 62
     wanted = filters_of(options.filter, EVENT_FILTERS)
-    watch = watch_directory(store("events", ""))
+    watch = watch_directory(store("events", ""))  # before the first read, here too
     reader = LogReader(store("events", "log"))
 
     def show(event):
@@ -9455,6 +9698,10 @@ def events_command(options):
 
 
 # ── names ──
+#
+# A name, and a range of user ids, is taken by making a symlink, which only one can
+# make; where it leads says whose it is, so that what a killed command has left is seen
+# to be nobody's.
 
 FIRST_WORDS = """able bold calm deft eager fair glad hardy idle jolly keen lucid mild
     neat open plain quiet ready sound tidy upbeat vivid warm young""".split()
@@ -9471,6 +9718,7 @@ def take_name(name, id):
     path = store("names", name)
     guard = lock(os.path.dirname(path), fcntl.LOCK_EX)
     try:
+        # Two may want a name whose owner is gone, and only one of them may have it.
         if os.path.islink(path):
             owner = os.readlink(path)
             if os.path.exists(store("containers", owner)):
@@ -9579,6 +9827,10 @@ def find(text):
 
 
 # ── making and removing ──
+#
+# Whoever makes or removes has the lock of the directory from its first moment to its
+# last.  record.json comes last, and without it there is no such container; a directory
+# without one, and without a holder of its lock, is what `system prune` clears away.
 
 
 def take_ids(id):
@@ -9841,7 +10093,7 @@ def choose(options):
     """The program and its arguments; options get what the image says of them."""
     args, options.like = options.words or ["/bin/sh"] * bool(options.stop_after), None
     options.image, options.own_labels = " ".join(options.rootfs) or "default", {}
-    options.health = {}
+    options.health, options.exposed = {}, []
     if options.rootfs:
         layers = [layer_of(path) for path in options.rootfs]
     elif args[0].startswith("/"):
@@ -9857,6 +10109,7 @@ def choose(options):
             say(f"volumes of the image ({volumes}) are kept with the container's other "
                 "changes, unless -v or --tmpfs puts something there")
         options.own_labels = image.settings.get("Labels") or {}
+        options.exposed = list(image.settings.get("ExposedPorts") or {})
         options.health = image.settings.get("Healthcheck") or {}
         options.stop_signal = options.stop_signal or image.settings.get("StopSignal")
     options.stop_signal = options.stop_signal or "SIGTERM"
@@ -9918,6 +10171,15 @@ def choose_steps(options):
 
 
 # ── starting and ending ──
+#
+# The end of process 1 is heard by its shim, who does everything in this order: what it
+# still wrote goes to the log, the record is written and is on disk, what it had is
+# undone, and then those who wait are told.  So whoever has seen `run` return, or its
+# output end, finds the truth in `inspect`.
+#
+# If the shim is killed instead, process 1 dies with it by the kernel's hand, and the
+# lock is free: the next command that looks finds a record that says "running" and
+# nobody behind it.
 
 
 def shim_inside(record, spec, target, interactive):
@@ -9931,6 +10193,12 @@ def shim_inside(record, spec, target, interactive):
         if not interactive and "stdin" in c.outer:
             os.close(c.outer.pop("stdin"))
     return Shim(c, begin_inside, lambda shim: {"code": c.wait()})
+
+
+# A health check is a second program in the container, now and then, and the shim is
+# the one who is there to run it.  Docker's rules: it is "starting" until a first check
+# has succeeded, or until so many in a row have failed; failures before StartPeriod is
+# over do not count.
 
 
 class HealthCheck:
@@ -10033,10 +10301,14 @@ def begin(shim, record, steps):
             shim.door = open_door(record)
         if record.health:
             shim.parties.append(HealthCheck(record, c))
+        wish = from_json(c.spec["annotations"].get(NETWORK, "null"))
+        if wish and wish["ports"]:
+            shim.parties.append(Relay(endpoint_of(c.id)["ip"], wish["ports"]))
         if not record.interactive and "stdin" in c.outer:
             os.close(c.outer.pop("stdin"))
         with changing(c.id) as now:
             now.status, now.pid, now.started = "running", c.pid, time.time_ns()
+            # How the last life ended is no news of this one.
             now.exit_code, now.oom_killed, now.error = 0, False, ""
             now.checked = {"Status": "starting", "FailingStreak": 0, "Log": []} if (
                 now.health) else {}
@@ -10047,31 +10319,36 @@ def begin(shim, record, steps):
         raise
 
 
+def write_end(shim, record, code, used):
+    """Keep the rest of the log, and say in the record how it ended; then it is true."""
+    now, failed = record, ""
+    if shim.log:
+        shim.log.close()
+        failed = shim.log.failed
+    if not record.throw_away:
+        with changing(record.id, lasting=True) as now:
+            now.pid, now.finished, now.exit_code = 0, time.time_ns(), code
+            now.error = shim.trouble or failed
+            now.oom_killed = code == 137 and bool(used.get("oom_kills"))
+            now.status = "restarting" if now.wants_again() else "exited"
+    if used.get("oom_kills"):
+        announce(now, "oom")
+    announce(now, "die", exitCode=str(code))
+
+
 def ended(shim, record):
     """In the shim, when process 1 has ended: the record first, then all is undone; what
     the clients are told."""
-    c, code, used, error = shim.c, shim.c.wait(), {}, shim.trouble
-    now = record
-    try:
-        used = c.cgroup.measure()
-        if shim.log:
-            shim.log.close()
-            error = error or shim.log.failed
-        if not record.throw_away:
-            with changing(c.id, lasting=True) as now:
-                now.pid, now.finished, now.exit_code = 0, time.time_ns(), code
-                now.error, now.oom_killed = error, code == 137 and used["oom_kills"] > 0
-                now.status = "restarting" if now.wants_again() else "exited"
-        if used["oom_kills"]:
-            announce(now, "oom")
-        announce(now, "die", exitCode=str(code))
-        end(c)
-        disconnect(c.id)
-        if record.throw_away:
-            discard(load(c.id))
-    except (OSError, Fail) as failed:
-        error = diagnose(failed).message
-    return {"code": code, "used": used, "error": error}
+    c, code, used = shim.c, shim.c.wait(), {}
+    for do in (lambda: used.update(c.cgroup.measure()),  # while there is something
+               lambda: write_end(shim, record, code, used),
+               lambda: end(c), lambda: disconnect(c.id),
+               lambda: record.throw_away and discard(record)):
+        try:
+            do()
+        except (OSError, Fail) as failed:  # the others are done all the same
+            shim.trouble = diagnose(failed).message
+    return {"code": code, "used": used, "error": shim.trouble}
 
 
 def rest(record, delay):
@@ -10176,16 +10453,17 @@ OF_CREATE = (*CREATE_OPTIONS, *PROCESS_OPTIONS, *NAMESPACE_OPTIONS, *ENDPOINT_OP
                  "system"))
 
 
-def run_it(options, made, steps, keys):
-    """Start what create() has made, and stay with it or not; the exit code."""
-    (record, spec, held), typing = made, options.interactive and not options.detach
-    shim = shim_of(record, spec, held, steps, keep=False, typing=typing)
-    if options.detach:
-        see_start(leave_to(shim))
-        print(record.id)
-        return 0
-    return accompany(Client(options.tty, typing, keys, owner=True), shim, options,
-                     record.name)
+def run_it(options, made, steps, client):
+    """Start what create() has made, and stay with it if there is a client; the exit
+    code."""
+    record, spec, held_ = made
+    shim = shim_of(record, spec, held_, steps, keep=False,
+                   typing=client and client.typing)
+    if client:
+        return accompany(client, shim, options, record.name)
+    see_start(leave_to(shim))
+    print(record.id)
+    return 0
 
 
 @command("run", *RUN_OPTIONS, *OF_CREATE)
@@ -10206,9 +10484,11 @@ def run_command(options):
         if options.tty and open_console not in steps[-1]:
             options.tty = False
             args += ["-i", "+m"] * (not options.words)  # --stop-after: a prompt even so
+        client = None if options.detach else Client(options.tty, options.interactive,
+                                                    keys, owner=True)
         made = create(options, args)
     try:
-        return run_it(options, made, steps, keys)
+        return run_it(options, made, steps, client)
     except CannotMapIds as error:
         if narration.style == "sh":  # half of another script has been told
             raise Fail(error.message, "--userns host does without") from None
@@ -10217,7 +10497,7 @@ def run_command(options):
         options.userns = "host"
         take_away_file(options.cidfile or "")
         made = create(options, args)  # starts anew, sealed, and comes by again
-        return run_it(options, made, steps, keys)
+        return run_it(options, made, steps, client)
 
 
 @command("create", *OF_CREATE)
@@ -10234,6 +10514,11 @@ def create_command(options):
 
 
 # ── containers by name ──
+#
+# Each of these finds the record, and then works on what lives: a signal goes to a pidfd
+# that was compared with the container's control group, for a number alone may be
+# somebody else's by now; "has ended" is the lock that can be had; and what a person has
+# stopped is marked so before it is stopped, or its policy would start it again.
 
 CONTAINERS = arg("containers", nargs="+", metavar="CONTAINER…",
                  help="names, ids, or what ids begin with")
@@ -10259,7 +10544,9 @@ def for_containers(names, act):
 
 
 def claim(record):
-    """The lock of its directory; None if it runs."""
+    """The lock of its directory; None if it runs.
+
+    Between the two, when it is just starting or just ending, is a moment to wait."""
     got = []
 
     def settled():
@@ -10492,6 +10779,8 @@ def wait_command(options):
 
 
 # ── what there is to see ──
+#
+# Lists and facts, under the titles, keys and templates that scripts know from Docker.
 
 
 def command_line(record, spec):
@@ -10507,6 +10796,37 @@ def sizes(record, spec):
     return own, own + sum(map(bytes_in, record.layers(spec)))
 
 
+def ports_of(spec):
+    """[protocol, address, port of the host, port inside] of what it publishes."""
+    wish = from_json(spec["annotations"].get(NETWORK, "null"))
+    return wish["ports"] if wish else []
+
+
+def port_bindings(spec):
+    """The same as Docker's JSON has it."""
+    found = {}
+    for kind, address, port, inner in ports_of(spec):
+        found.setdefault(f"{inner}/{kind}", []).append(
+            {"HostIp": address, "HostPort": str(port)})
+    return found
+
+
+def network_settings(record, spec):
+    """The part of `inspect` that is about the network."""
+    settings, mode = {}, record.asked["network"]
+    with held("networks", fcntl.LOCK_EX):
+        for endpoint in endpoints():
+            if endpoint["id"] == record.id:
+                network = find_network(endpoint["network"])
+                settings = {"NetworkID": network["id"], "Gateway": network["gateway"],
+                            "IPAddress": endpoint["ip"], "MacAddress": endpoint["mac"],
+                            "IPPrefixLen": int(network["subnet"].partition("/")[2]),
+                            "Aliases": endpoint["names"][1:]}
+    return {"Ports": port_bindings(spec) if record.status in LIVE else {},
+            "IPAddress": settings.get("IPAddress", ""),
+            "Gateway": settings.get("Gateway", ""), "Networks": {mode: settings}}
+
+
 def container_row(record, options):
     """What `ps` shows of a container."""
     spec, whole_ = record.spec(), options.no_trunc
@@ -10518,7 +10838,8 @@ def container_row(record, options):
         "Command": f'"{short(command_line(record, spec), 20)}"',
         "CreatedAt": time.strftime("%Y-%m-%d %H:%M:%S +0000 UTC",
                                    time.gmtime(record.created // 10 ** 9)),
-        "RunningFor": ago(record.created / 10 ** 9), "Ports": "",
+        "RunningFor": ago(record.created / 10 ** 9),
+        "Ports": ports_text(ports_of(spec)) if record.status in LIVE else "",
         "State": record.status, "Status": record.state(), "Names": record.name,
         "Labels": ",".join(f"{key}={text}" for key, text in record.labels.items()),
         "Mounts": ",".join(short(mount["source"], 15) for mount in spec["mounts"]
@@ -10628,7 +10949,7 @@ def host_config(record, spec):
         "Binds": asked.get("volume"), "ContainerIDFile": asked.get("cidfile", ""),
         "LogConfig": {"Type": asked["log_driver"], "Config": dict(
             text.partition("=")[::2] for text in asked.get("log_opt", ()))},
-        "NetworkMode": asked["network"], "PortBindings": {},
+        "NetworkMode": asked["network"], "PortBindings": port_bindings(spec),
         "RestartPolicy": {"Name": record.restart, "MaximumRetryCount": record.tries},
         "AutoRemove": record.throw_away, "CapAdd": asked.get("cap_add"),
         "CapDrop": asked.get("cap_drop"), "GroupAdd": asked.get("group_add"),
@@ -10655,7 +10976,9 @@ def date(moment_):
 
 
 def container_facts(record, with_sizes=False):
-    """What `inspect` tells of a container, under Docker's keys."""
+    """What `inspect` tells of a container, under Docker's keys.
+
+    What Docker has besides, and a container here has not, is left out, not made up."""
     spec, asked = record.spec(), record.asked
     process, entry = spec["process"], asked.get("entry") or []
     found = {
@@ -10687,7 +11010,7 @@ def container_facts(record, with_sizes=False):
             "Cmd": process["args"][len(entry):], "Image": record.image,
             "WorkingDir": process["cwd"], "Labels": record.labels,
             "StopSignal": record.stop_signal, "StopTimeout": record.stop_timeout},
-        "NetworkSettings": {"Ports": {}, "Networks": {asked["network"]: {}}}}
+        "NetworkSettings": network_settings(record, spec)}
     if with_sizes:
         found["SizeRw"], found["SizeRootFs"] = sizes(record, spec)
     return found
@@ -10717,6 +11040,28 @@ def inspect_command(options):
         raise Fail(f"No such {options.type or 'object'}: {name}",
                    "`ps -a` and `images` list them", 1)
     show_facts(options.names, look, options.format)
+
+
+# `top` reads /proc, where the line NSpid of a process has its number in each namespace
+# that it is in, ours first.  `stats` takes two samples, since the kernel counts and it
+# is a rate that is wanted: CPU % is of one processor, as in Docker.
+
+
+@command("port", CONTAINER, arg("port", nargs="?", metavar="PORT[/PROTOCOL]",
+                                help="only of this one of the container's"))
+def port_command(options):
+    """Show which ports of the host lead to a container."""
+    record = find(options.container)
+    found = [(f"{inner}/{kind}", f"{address}:{port}") for kind, address, port, inner in
+             (ports_of(record.spec()) if record.status in LIVE else ())]
+    wanted = options.port and (options.port if "/" in options.port
+                               else f"{options.port}/tcp")
+    if wanted and wanted not in dict(found):
+        raise Fail(f"no public port {wanted!r} published for {record.name}",
+                   "see `port` without it", 1)
+    for inner, outer in found:
+        if wanted in (None, inner):
+            print(outer if wanted else f"{inner} -> {outer}")
 
 
 @command("top", CONTAINER, arg("words", nargs="A*", metavar="PS-OPTIONS",
@@ -10812,7 +11157,7 @@ def stats_command(options):
             sys.stdout.flush()
             if options.no_stream:
                 return
-        before = now
+        before = now  # a rate takes two looks
         time.sleep(0.2 if options.no_stream else 1)
 
 
@@ -10833,7 +11178,7 @@ def update_command(options):
             if options.restart:
                 now.restart, now.tries = restart_policy(options)
             spec = now.spec()
-            kept = spec["linux"]["resources"]
+            kept = spec["linux"]["resources"]  # of the next start, too
             for key, section in resources.items():
                 kept[key] = {**kept.get(key, {}), **section}
             if now.status in RUNNING:
@@ -10892,8 +11237,10 @@ def version_command(options):
 
 
 def show_entries(entries, options, since, until_):
-    """Write entries of a log to where they had been written to."""
-    parts = []  # [stream, text], one for all that goes to the same in a row
+    """Write entries of a log to where they had been written to.
+
+    Times in one form and one zone compare as text."""
+    parts = []  # [stream, text …], one for all that goes to the same in a row
     for entry in entries:
         when, stream = entry["time"], entry["stream"]
         if since <= when <= until_:
@@ -10909,8 +11256,11 @@ def show_entries(entries, options, since, until_):
 
 
 def follow_log(record, reader, show):
-    """Show what comes, until the container ends: its shim says so when all is there."""
-    watch = watch_directory(record.path())
+    """Show what comes, until the container ends: its shim says so when all is there.
+
+    The file is watched, and not the output: who reads a log slowly, or not at all, is
+    waited for by nobody."""
+    watch = watch_directory(record.path())  # before the first read: nothing is missed
     try:
         peer = visit(record)
     except (ConnectionRefusedError, FileNotFoundError):  # its shim was killed
@@ -11029,9 +11379,8 @@ def start_command(options):
 def attach_command(options):
     """Show what a running container writes from now on, and pass on what is typed."""
     need_root()
-    record = find(options.container)
-    return attach_to(record, detach_keys(options.detach_keys),
-                     record.interactive and not options.no_stdin)
+    keys, record = detach_keys(options.detach_keys), find(options.container)
+    return attach_to(record, keys, record.interactive and not options.no_stdin)
 
 
 @command("exec", arg("-d", "--detach", action="store_true", help="do not wait for it"),
@@ -11497,7 +11846,7 @@ def as_shell(name, args, at, took, result, why):
     if not tell or not (result.isdecimal() or name == "execve"):
         return ""
     hand.result = int(result) if result.isdecimal() else 0
-    lines, id = announce(*args) or "", os.path.basename(hand.made[0])
+    lines, id = tell(*args) or "", os.path.basename(hand.made[0])
     why = f"  # {why}" * bool(lines and why and "\n" not in lines)
     return lines.replace(id, "$id").replace("id=$id", f"id={id}") + why
 
@@ -11558,14 +11907,150 @@ def steps_command(options):
 # "Unchecked" bytecode is not compared with the file, so that a start never compiles,
 # whoever it is for: a change takes `install`.
 
+LAUNCHER_FLAG = "-ISXutf8"
 LAUNCHER = """\
-#!{python} -ISXutf8
+#!{python} {flag}
 # minicontainer install: runs the bytecode of the file named here
 import gc; gc.set_threshold(100_000); __file__ = {file!r}
 exec(type(__loader__)("__main__", __file__).get_code("__main__"))
 """
 PREFIX_OPTION = arg("--prefix", metavar="DIR", default="/usr/local",
                     help="files go to DIR/bin and DIR/lib (default: /usr/local)")
+
+
+# minirunc has one more in front of that.  A Python that seals itself (chapter 5) starts
+# twice, which is long for an `exec`; so what does it first is a program of 25 words of
+# the processor's:
+#
+#       fd = open_tree(AT_FDCWD, "/usr/bin", OPEN_TREE_CLONE …)       else: plain
+#       mount_setattr(fd, "", AT_EMPTY_PATH …, {MOUNT_ATTR_RDONLY})   else: plain
+#       execveat(fd, "python3", {"python3", "-IS…", launcher, argv[1] …}, envp)
+#     plain:
+#       execve("/usr/bin/python3", …)                and that one says what is amiss
+#       exit(127)
+#
+# When a program begins, its stack holds argc, argv[0], argv[1] … 0, envp[0] …: with
+# Python, its flag and the launcher over what is before argv[1], that is Python's argv.
+
+calls(execveat=(322, 281, "dirfd path argv envp AT_"), exit=(60, 93, "status"))
+SEALED_START = (  # put, copy: into the first to fifth argument of the next call
+    ("put", 0, AT_FDCWD), ("put", 1, "directory"),
+    ("put", 2, OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | AT_RECURSIVE),
+    ("call", "open_tree"), ("unless_failed",), ("keep",),
+    ("copy", 0, "fd"), ("put", 1, "empty"), ("put", 2, AT_EMPTY_PATH | AT_RECURSIVE),
+    ("put", 3, "attr"), ("put", 4, ctypes.sizeof(mount_attr)),
+    ("call", "mount_setattr"), ("unless_failed",),
+    ("copy", 0, "fd"), ("put", 1, "name"), ("copy", 2, "argv"), ("copy", 3, "envp"),
+    ("put", 4, 0), ("call", "execveat"),
+    ("plain",), ("put", 0, "python"), ("copy", 1, "argv"), ("copy", 2, "envp"),
+    ("call", "execve"), ("put", 0, 127), ("call", "exit"))
+
+
+class x86_64_words:
+    """How x86_64 is told them; fd, argv and envp are kept in r15, r14 and r13."""
+
+    machine, kept = 62, {"fd": 7, "argv": 6, "envp": 5}
+    argument = 7, 6, 2, 10, 8  # rdi, rsi, rdx, r10, r8
+
+    def begin(self, python, flag, launcher):
+        """The stack as it is to be, and where argv and envp are in it."""
+        return (bytes.fromhex("4c8b2424 4e8d6ce410")  # r13 = rsp + 8 * [rsp] + 16
+                + b"\x68" + struct.pack("<i", python)  # push
+                + b"\x48\xc7\x44\x24\x08" + struct.pack("<i", flag)  # mov [rsp+8]
+                + b"\x48\xc7\x44\x24\x10" + struct.pack("<i", launcher)
+                + b"\x49\x89\xe6")  # r14 = rsp
+
+    def put(self, place, value):
+        """mov register, constant"""
+        register = self.argument[place]
+        prefix = b"\x41" if register > 7 else b""
+        return prefix + struct.pack("<Bi", 0xB8 | register & 7, value)
+
+    def copy(self, place, what):
+        """mov register, register"""
+        register = self.argument[place]
+        return bytes((0x4C | register >> 3, 0x89, 0xC0 | self.kept[what] << 3
+                      | register & 7))
+
+    def call(self, number):
+        """mov eax, number; syscall"""
+        return struct.pack("<Bi2s", 0xB8, number, b"\x0f\x05")
+
+    def unless_failed(self, distance):
+        """test eax, eax; js plain"""
+        return b"\x85\xc0\x0f\x88" + struct.pack("<i", distance - 8)
+
+    def keep(self):
+        """mov r15, rax"""
+        return b"\x49\x89\xc7"
+
+
+class aarch64_words:
+    """How aarch64 is told them; fd, argv and envp are kept in x22, x21 and x20."""
+
+    machine, kept = 183, {"fd": 22, "argv": 21, "envp": 20}
+
+    def begin(self, python, flag, launcher):
+        """The stack as it is to be, and where argv and envp are in it."""
+        words = [0xF94003F3, 0x8B336FF4, 0x91004294,  # x20 = sp + 8 * [sp] + 16
+                 0xD10023F5]  # x21 = sp - 8
+        code = struct.pack("<4I", *words)
+        for at, address in enumerate((python, flag, launcher)):  # str x0, [x21, 8 * at]
+            code += self.put(0, address) + struct.pack("<I", 0xF90002A0 | at << 10)
+        return code
+
+    def put(self, place, value):
+        """movz register, low half; movk register, high half"""
+        return struct.pack("<2I", 0xD2800000 | (value & 0xFFFF) << 5 | place,
+                           0xF2A00000 | (value >> 16 & 0xFFFF) << 5 | place)
+
+    def copy(self, place, what):
+        """mov register, register"""
+        return struct.pack("<I", 0xAA0003E0 | self.kept[what] << 16 | place)
+
+    def call(self, number):
+        """mov x8, number; svc"""
+        return self.put(8, number) + struct.pack("<I", 0xD4000001)
+
+    def unless_failed(self, distance):
+        """tbnz x0, 63, plain"""
+        return struct.pack("<I", 0xB7F80000 | (distance // 4 & 0x3FFF) << 5)
+
+    def keep(self):
+        """mov x22, x0"""
+        return struct.pack("<I", 0xAA0003F6)
+
+
+def sealed_start(python, launcher, words=None):
+    """The bytes of an ELF program that starts a launcher in a sealed interpreter."""
+    base, head, data = 0x400000, 64 + 56, b""
+    words = words or {"x86_64": x86_64_words, "aarch64": aarch64_words}[
+        os.uname().machine]()
+    at = {name: number for name, (number, _) in CALLS.items()}
+    for name, text in (("mark", "# minicontainer install:"), ("python", python),
+                       ("flag", LAUNCHER_FLAG), ("launcher", launcher), ("empty", ""),
+                       ("directory", os.path.dirname(python)),
+                       ("name", os.path.basename(python))):
+        at[name] = base + head + len(data)
+        data += os.fsencode(text) + b"\0"
+    data += bytes(-len(data) % 8)
+    at["attr"] = base + head + len(data)
+    data += bytes(mount_attr(attr_set=MOUNT_ATTR_RDONLY))
+    at["plain"] = 0
+    for _ in "found", "used":  # where `plain` is
+        code = words.begin(at["python"], at["flag"], at["launcher"])
+        for how, *operands in SEALED_START:
+            if how == "plain":
+                at["plain"] = len(code)
+            elif how == "unless_failed":
+                code += words.unless_failed(at["plain"] - len(code))
+            else:
+                code += getattr(words, how)(*(at.get(name, name) for name in operands))
+    size_ = head + len(data) + len(code)
+    return struct.pack(  # elf(5): the file's header, and that of its one segment
+        "<4s3B9xHHIQQQIHHHHHHIIQQQQQQ", b"\x7fELF", 2, 1, 1, 2, words.machine, 1,
+        base + head + len(data), 64, 0, 0, 64, 56, 1, 0, 0, 0,
+        1, 5, 0, base, base, size_, size_, 0x10000) + data + code
 
 
 def installed(prefix):
@@ -11578,7 +12063,8 @@ def installed(prefix):
     top = os.path.abspath(prefix)
     file = f"{top}/lib/minicontainer/minicontainer.py"
     return [file, importlib.util.cache_from_source(file), f"{file[:-3]}.directories",
-            f"{top}/bin/minicontainer", f"{top}/bin/minirunc"]
+            f"{top}/bin/minirunc", f"{top}/lib/minicontainer/minirunc",
+            f"{top}/bin/minicontainer"]
 
 
 def check_ours(paths):
@@ -11609,7 +12095,9 @@ def install_command(options):
 
     python = os.path.realpath("/proc/self/exe")  # what a link or a shim has led to
     file, bytecode, record, *launchers = paths = installed(options.prefix)
-    text = LAUNCHER.format(python=python, file=file)
+    text = LAUNCHER.format(python=python, flag=LAUNCHER_FLAG, file=file)
+    contents = {path: os.fsencode(text) for path in launchers}
+    contents[launchers[0]] = sealed_start(python, launchers[1])
     if text.index("\n") > 254 or any(map(str.isspace, python)):
         raise Fail(f"the kernel takes no #! line with {python!r}",
                    "use a Python with a shorter path, without spaces", 1)
@@ -11625,8 +12113,8 @@ def install_command(options):
                            invalidation_mode=unchecked)
         earlier = read_file(record).splitlines() if os.path.exists(record) else []
         write_file(f"{record}.new", "\n".join([*earlier, *made]), create=0o644)
-        for path in launchers:
-            write_file(f"{path}.new", text, create=0o755)
+        for path, content in contents.items():
+            write_file(f"{path}.new", os.fsdecode(content), create=0o755)
         for path in paths:  # a start in this moment finds the old one or the new (P3)
             os.replace(f"{path}.new", path)
             print(f"installed {path}")
