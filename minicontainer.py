@@ -7871,6 +7871,16 @@ ENDPOINT_OPTIONS = (
 
 
 # ── rtnetlink ──
+#
+# A message is a header, a struct that depends on its kind, and attributes, each with
+# its own length and kind, of which some hold attributes again:
+#
+#       length kind flags number port │ struct ifinfomsg │ length kind value… │ …
+#       ──────── 16 bytes ─────────── │ ── RTM_…LINK ─── │ ── padded to 4 ───
+#
+# The kernel answers each with an error, whose number is 0 where all went well; what was
+# asked for comes before that.  It also says in words what it did not like, if we ask
+# for it (an extended acknowledgement), which is more than the name of an errno tells.
 
 
 def attribute(kind, value):
@@ -8017,6 +8027,10 @@ def plug_in(c, network, endpoint):
 
 
 # ── networks ──
+#
+# A network is a file until somebody is on it.  Its subnet must be nobody else's: not
+# another network's, and nothing that this host has a route to, or what is sent there
+# would end in the bridge.
 
 
 def number_of(address):
@@ -8105,7 +8119,7 @@ def new_network(name, subnet="", gateway="", ip_range="", internal=False, labels
     return network
 
 
-def find_network(text):
+def find_network(text, code=1):
     """The network of a name or the beginning of an id; the default one is made when it
     is first asked for.  Caller must hold the lock of networks/."""
     networks = all_networks()
@@ -8115,12 +8129,23 @@ def find_network(text):
         return new_network("bridge")
     if len(found) != 1:
         raise Fail(f"network {text} not found" if not found else
-                   f"network {text} is ambiguous", "see `network ls`", 1)
+                   f"network {text} is ambiguous", "see `network ls`", code)
     return found[0]
 
 
 # ── nf_tables ──
 
+
+# Four chains, each hooked in where the kernel asks what to do with a packet:
+#
+#       arrives ─▶ arriving ─▶ routing ─▶ passing ─▶ leaving ─▶ goes out
+#                                 ▲
+#       a program of the host ─▶ own
+#
+# arriving and own give what is for a published port a new destination; passing keeps
+# networks apart; leaving gives what a container sends into the world the address of
+# the host, since nobody out there knows the way to its own.  Later packets of the same
+# connection, both ways, are changed alike: the kernel remembers it.
 
 RULES = """
 table inet minicontainer {
@@ -8407,7 +8432,7 @@ def network_spec(options, id, name, hostname):
                        "--network bridge, or one that `network create` has made")
         return None
     with held("networks", fcntl.LOCK_EX):
-        network = find_network(options.network)["name"]
+        network = find_network(options.network, 125)["name"]
     hosts = []
     for text in options.add_host:
         host, _, address = text.partition(":")

@@ -1421,10 +1421,12 @@ def test_a_resolver_that_only_the_host_can_reach_is_left_out(monkeypatch):
     files = {"/etc/resolv.conf": "nameserver 127.0.0.53\n",
              "/run/systemd/resolve/resolv.conf": "search x\nnameserver 9.9.9.9\n"}
     monkeypatch.setattr(m, "read_file", lambda path: files[path])
-    spec = {"hostname": "box"}
-    assert m.etc_files(spec, "none")["resolv.conf"] == "search x\nnameserver 9.9.9.9\n"
+    spec, options = {"hostname": "box"}, m.parse("run", ["/bin/true"])[1]
+    assert m.etc_files(spec, options)["resolv.conf"] == "search x\nnameserver 9.9.9.9\n"
     files["/etc/resolv.conf"] = "nameserver  127.0.0.1\nnameserver 8.8.8.8\n"
-    assert m.etc_files(spec, "none")["resolv.conf"] == "nameserver 8.8.8.8\n"
+    assert m.etc_files(spec, options)["resolv.conf"] == "nameserver 8.8.8.8\n"
+    options = m.parse("run", ["--dns", "1.1.1.1", "--dns-search", "y", "/bin/true"])[1]
+    assert m.etc_files(spec, options)["resolv.conf"] == "nameserver 1.1.1.1\nsearch y\n"
 
 
 @root
