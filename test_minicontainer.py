@@ -2844,7 +2844,7 @@ def test_an_unknown_command_or_flag_is_refused_in_one_line():
                  ["run", "--memory"], ["ns", "1", "2"], ["run", "--rm"]):
         message = refused(*args)
         assert message.count("\n") == 2 and "--help" in message
-    for args in (["--network", "moon"], ["--rm=perhaps"]):
+    for args in (["--userns", "moon"], ["--rm=perhaps"]):
         assert "one of" in refused("run", *args, "/x") or "true or false" in (
             refused("run", *args, "/x"))
 
@@ -5327,6 +5327,7 @@ def test_a_published_port_leads_to_the_container_and_is_its_alone(networks):
         assert "port is already allocated" in refused(
             "run", "--rm", "--network", "one", "-p", "18080:81", "/bin/true")
     assert "without a network" in refused("run", "--rm", "-p", "1:1", "/bin/true")
+    assert "network moon not found" in refused("run", "--network", "moon", "/x")
 
 
 def test_a_relay_passes_on_both_ways_to_the_last_byte_and_survives_who_leaves():
