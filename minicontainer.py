@@ -8438,7 +8438,7 @@ class raw_terminal:
                 termios.tcsetattr(self.fd, termios.TCSANOW, self.saved)
             os._exit(0)
         os.close(read_end)
-        tty.setraw(self.fd)
+        tty.setraw(self.fd, termios.TCSADRAIN)  # what was typed already is kept
 
     def restore(self):
         """Make it what it was."""
