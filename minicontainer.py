@@ -1855,12 +1855,9 @@ def volume_mount(text):
     """The mount that Docker's -v SRC:DST[:OPTIONS] means."""
     source, _, rest = text.partition(":")
     target, _, words = rest.partition(":")
-    if not source.startswith("/"):
-        what = f"-v {text}: " + ("named volumes do not exist yet" if target
-                                 else "anonymous volumes do not exist yet")
-        raise Fail(what, "name a directory of the host: -v /SRC:/DST")
-    if not target:
-        raise Fail(f"-v {text}: no target", "-v /SRC:/DST[:ro]")
+    if not source.startswith("/") or not target:
+        raise Fail(f"-v {text}: not a directory of the host and a place for it",
+                   "-v /SRC:/DST[:ro]")
     return bind_mount(f"-v {text}", source, target, words.split(",") if words else [])
 
 
@@ -1900,8 +1897,8 @@ def long_mount(text):
         words.append(f"mode={keys.get('tmpfs-mode', '1777')}")
         return tmpfs_mount(f"--mount {text}", target, ",".join(words))
     if kind != "bind":
-        raise Fail(f"--mount {text}: type {kind!r} does not exist yet",
-                   "type=bind or type=tmpfs")
+        raise Fail(f"--mount {text}: type {kind!r} is not known",
+                   "type=bind, type=tmpfs or type=volume")
     if not os.path.isabs(keys.get("source", "")):
         raise Fail(f"--mount {text}: the source must be absolute", "source=/…")
     if not os.path.lexists(keys["source"]):
@@ -5657,18 +5654,20 @@ def shifted(name, value, base):
     return value
 
 
-def layer_entries(layer, base):
-    """(tarball, entry) for all that is in a layer, as unpack_member() takes them, with
-    owners from `base` on; outer first, and nothing that is mounted in it."""
+def tree_entries(parent, begin, base):
+    """(tarball, entry) for what a directory, a descriptor, has under one name, as
+    unpack_member() takes them, with owners from `base` on; outer first."""
     import io
     import tarfile
 
     tar = tarfile.TarFile(fileobj=io.BytesIO(), mode="w")  # knows hard links, types
-    tree = syscall("open_tree", AT_FDCWD, layer, OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC)
-    for top, directories, files, fd in os.fwalk(".", dir_fd=tree):
-        for name in ["."] * (top == ".") + directories + files:
+    is_tree = stat.S_ISDIR(os.stat(begin, dir_fd=parent, follow_symlinks=False).st_mode)
+    for top, directories, files, fd in os.fwalk(begin, dir_fd=parent) if is_tree else [
+            (begin, [], [begin], parent)]:
+        for name in ["."] * (is_tree and top == begin) + directories + files:
             path = f"/proc/self/fd/{fd}/{name}"
-            entry = tar.gettarinfo(path, os.path.normpath(f"{top}/{name}"))
+            inner = os.path.normpath(f"{top[len(begin):]}/{name}".lstrip("/"))
+            entry = tar.gettarinfo(path, inner if is_tree else ".")
             if entry is None:  # a socket, that nobody listens at any more
                 continue
             when = os.lstat(path).st_mtime_ns
@@ -5681,6 +5680,13 @@ def layer_entries(layer, base):
                     "utf-8", "surrogateescape")
             tar.extractfile = lambda _, path=path: open(path, "rb")
             yield tar, entry
+
+
+def layer_entries(layer, base):
+    """tree_entries() of all that is in a layer, and of nothing that is mounted in it.
+    """
+    tree = syscall("open_tree", AT_FDCWD, layer, OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC)
+    yield from tree_entries(tree, ".", base)
     os.close(tree)
 
 
@@ -6935,6 +6941,29 @@ def keep_layer(stream, title):
             "size": os.path.getsize(blob_path(digest))}, diff_id[0], bytes_in(top)
 
 
+def new_image(config, below, made, refs, step):
+    """The id of an image of the layers `below`, [(descriptor, diff_id, bytes), …], and
+    one more that keep_layer() has made; `step` is what `history` tells of that.
+
+    Caller must be adding()."""
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    layers, diff_ids, sizes_ = zip(*below, made, strict=True)
+    raw = to_json({
+        **config, "created": now,
+        "rootfs": {"type": "layers", "diff_ids": list(diff_ids)},
+        "history": [*(config.get("history") or [{} for _ in below]),
+                    {"created": now, **step}]}).encode()
+    id = keep(raw)
+    manifest = oci_manifest({"mediaType": OCI_CONFIG, "digest": id, "size": len(raw)},
+                            list(layers))
+    entry = {"mediaType": OCI_MANIFEST, "digest": keep(manifest),
+             "size": len(manifest), "annotations": {SIZES: " ".join(map(str, sizes_))}}
+    with changed_index() as entries:
+        for ref in refs:
+            point(entries, ref, entry)
+    return id
+
+
 @command("import",
          arg("-c", "--change", metavar="LINE", action="append", default=[],
              help="a line of a Dockerfile, as 'CMD [\"sh\"]'"),
@@ -6949,26 +6978,13 @@ def import_command(options):
     settings = {}
     for text in options.change:
         take_change(settings, text)
-    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     with adding():
         with open_import(options.file) as stream:
-            layer, diff_id, size_ = keep_layer(stream, options.file)
-        comment = options.message or f"Imported from {options.file}"
-        keys = "os", "architecture", "variant"
-        config = to_json({
-            "created": now, **dict(zip(keys, platform_of(options.platform),
-                                       strict=False)), "config": settings,
-            "rootfs": {"type": "layers", "diff_ids": [diff_id]},
-            "history": [{"created": now, "comment": comment}]}).encode()
-        id = keep(config)
-        raw = oci_manifest({"mediaType": OCI_CONFIG, "digest": id, "size": len(config)},
-                           [layer])
-        entry = {"mediaType": OCI_MANIFEST, "digest": keep(raw), "size": len(raw),
-                 "annotations": {SIZES: str(size_)}}
-        with changed_index() as entries:
-            for ref in refs:
-                point(entries, ref, entry)
-    print(id)
+            made = keep_layer(stream, options.file)
+        config = dict(zip(("os", "architecture", "variant"),
+                          platform_of(options.platform), strict=False))
+        print(new_image({**config, "config": settings}, [], made, refs, {
+            "comment": options.message or f"Imported from {options.file}"}))
 
 
 @command("tag", arg("source", metavar="IMAGE", help="its name or id"),
@@ -9285,7 +9301,7 @@ class raw_terminal:
                 termios.tcsetattr(self.fd, termios.TCSANOW, self.saved)
             os._exit(0)
         os.close(read_end)
-        tty.setraw(self.fd)
+        tty.setraw(self.fd, termios.TCSADRAIN)  # what was typed already is kept
 
     def restore(self):
         """Make it what it was."""
@@ -9571,6 +9587,7 @@ class Record:
         self.labels = {}  # KEY: VALUE, the image's and of --label
         self.first_id = 0  # its root's user id on the host; 0 if that is the host's
         self.asked = {}  # all options, as they were given: for `inspect`
+        self.volumes = {}  # NAME: where it is mounted
         self.throw_away = False  # --rm
         self.wants_reaper = False  # --init
         self.interactive = False  # -i: it has an input
@@ -9626,6 +9643,15 @@ class Record:
 def load(id):
     """The record of a container; FileNotFoundError if there is none."""
     return Record(**from_json(read_file(f"{store('containers', id)}/record.json")))
+
+
+def known():
+    """All records, as they are written."""
+    for id in os.listdir(store("containers", "")):
+        try:
+            yield load(id)
+        except (FileNotFoundError, NotADirectoryError):  # being made, or removed
+            pass
 
 
 class changing:
@@ -9722,6 +9748,206 @@ def events_command(options):
             os.read(watch, MOST)
 
 
+# ── volumes ──
+#
+# A volume is a directory of the store with a name, which outlives containers.  It is
+# mounted like one of the host's, id-mapped, so that it has the owners that containers
+# see, whatever range of ids each has.  When the first one gets it, still empty, it is
+# filled with what the image has at that place.  One without a name of a person's
+# (`-v /DIR`, or VOLUME of an image) goes with its container: --rm, `rm -v`.
+
+VOLUME_NAME = "_data"  # of the directory in which its files are, as Docker calls it
+
+
+def volume_facts(name):
+    """What `volume inspect` tells; a Fail if there is none."""
+    try:
+        return from_json(read_file(store("volumes", f"{name}/volume.json")))
+    except FileNotFoundError:
+        raise Fail(f"get {name}: no such volume", "`volume ls` lists them", 1) from None
+
+
+def is_volume(name):
+    """Whether there is a volume of that name."""
+    return os.path.exists(store("volumes", name, "volume.json")) if name and (
+        "/" not in name) else False
+
+
+def make_volume(name, labels=None, anonymous=False):
+    """Make a volume, unless there is one of that name."""
+    if not name[:1].isalnum() or not name.isascii() or not all(
+            letter.isalnum() or letter in "_.-" for letter in name):
+        raise Fail(f"{name!r} includes invalid characters for a local volume name, "
+                   "only [a-zA-Z0-9][a-zA-Z0-9_.-] are allowed",
+                   "or a directory: -v /SRC:…")
+    with held("volumes", fcntl.LOCK_EX):
+        if not is_volume(name):
+            path = store("volumes", name, VOLUME_NAME)
+            os.makedirs(path, 0o755, exist_ok=True)
+            os.chmod(os.path.dirname(path), 0o711)
+            save(store("volumes", name, "volume.json"), {
+                "CreatedAt": timestamp(time.time_ns())[:19] + "Z", "Driver": "local",
+                "Labels": labels or None, "Mountpoint": path, "Name": name,
+                "Options": None, "Scope": "local", "Anonymous": anonymous})
+
+
+def users_of(name):
+    """The containers that have a volume."""
+    return [record for record in known() if name in record.volumes]
+
+
+def remove_volume(name):
+    """Remove a volume that no container has; the bytes that were in it."""
+    facts = volume_facts(name)
+    with held("volumes", fcntl.LOCK_EX):
+        if users := users_of(name):
+            raise Fail(f"remove {name}: volume is in use - "
+                       f"[{', '.join(record.id for record in users)}]",
+                       "`rm` removes containers", 1)
+        freed = bytes_in(facts["Mountpoint"])
+        remove_tree(store("volumes", name))
+    return freed
+
+
+def split_mount(text):
+    """The source, target and options of a --mount of a volume; None of another."""
+    keys = dict(part.partition("=")[::2] for part in text.split(","))
+    target = next((keys[key] for key in ("target", "dst", "destination")
+                   if key in keys), "")
+    if keys.get("type", "volume") != "volume":
+        return None, target, ""
+    ro = next((keys[key] for key in ("ro", "readonly") if key in keys), "false")
+    return keys.get("source", keys.get("src", "")), target, (
+        "ro" if ro in ("", "true", "1") else "")
+
+
+def find_volumes(options):
+    """(options in which each volume is a directory of the host, {name: place, …}, those
+    of the names that are nobody's): of -v, of --mount, and of the image."""
+    asked = [(text, *(text.split(":", 2) + ["", ""])[:3]) for text in options.volume]
+    asked = [(text, "" if not target else source, target or source, words)
+             for text, source, target, words in asked]
+    asked += [(text, *split_mount(text)) for text in options.mount]
+    taken = {os.path.normpath(target) for _, _, target, _ in asked}
+    taken |= {os.path.normpath(text.partition(":")[0]) for text in options.tmpfs}
+    asked += [("", "", path, "") for path in options.own_volumes
+              if os.path.normpath(path) not in taken]
+    wish, named, nameless = type(options)(), {}, []
+    vars(wish).update(vars(options), volume=[], mount=[])
+    for text, source, target, words in asked:
+        if source is None or source.startswith("/"):
+            (wish.mount if text in options.mount else wish.volume).append(text)
+            continue
+        if not target.startswith("/"):
+            raise Fail(f"invalid volume {text!r}: its place must be absolute",
+                       "-v NAME:/DST or -v /DST")
+        name = source or os.urandom(32).hex()
+        nameless += [] if source else [name]
+        named[name] = os.path.normpath(target)
+        kept = ",".join(word for word in words.split(",") if word != "nocopy")
+        path = f"{store('volumes', name, VOLUME_NAME)}:{target}{kept and ':' + kept}"
+        wish.volume.append(path)
+    return wish, named, nameless
+
+
+def mount_merged(c, directories):
+    """Mount what an overlay of directories shows, in the workshop and read-only."""
+    if len(directories) == 1:
+        attach(directories[0], "rootfs", MOUNT_ATTR_RDONLY, -1)
+    else:
+        for number, layer in enumerate(directories):
+            attach(layer, str(number), 0, -1)
+        syscall("mkdirat", AT_FDCWD, "rootfs", 0o755)
+        lower = ":".join(map(str, reversed(range(len(directories)))))
+        syscall("mount", "overlay", "rootfs", "overlay", MS_RDONLY, f"lowerdir={lower}",
+                why="as it is seen inside, for us to read")
+    c.root_fd = open_fd("rootfs", O_PATH | O_DIRECTORY)
+
+
+def fill_volume(record, spec, name, target):
+    """Copy what an image has at a place into the volume that goes there, if that is
+    empty."""
+    layers, path = from_json(spec["annotations"][OF_LAYERS]), target.lstrip("/")
+    with held(f"volumes/{name}", fcntl.LOCK_EX):
+        place = store("volumes", name, VOLUME_NAME)
+        if os.listdir(place) or not any(os.path.lexists(f"{layer}/{path}")
+                                        for layer in layers):
+            return
+        c = Container(record.id, spec, record.path())
+        c.workshop = store("workshop", "")
+        open_workshop(c)
+        try:
+            mount_merged(c, layers)
+            fd = open_inside(c, target, O_PATH | O_DIRECTORY)
+            copy_layers([f"/proc/self/fd/{fd}"], place, 0)
+            os.close(fd)
+        except (FileNotFoundError, NotADirectoryError):  # a file, or a link to nowhere
+            pass
+        finally:
+            leave_workshop(c)
+
+
+@command("volume create", arg("--label", metavar="KEY=VALUE", action="append",
+                              default=[], help="a note that `ls --filter` finds"),
+         arg("name", nargs="?", metavar="NAME", help="or it gets a random one"))
+def volume_create_command(options):
+    """Make a volume."""
+    need_root()
+    name = options.name or os.urandom(32).hex()
+    make_volume(name, dict(text.partition("=")[::2] for text in options.label),
+                not options.name)
+    print(name)
+
+
+VOLUME_FILTERS = {  # of `volume ls`: whether one passes for one of the values
+    "name": lambda facts, text: text in facts["Name"],
+    "label": lambda facts, text: has_label(facts["Labels"] or {}, text),
+    "dangling": lambda facts, text: (text in ("1", "true")) == (
+        not users_of(facts["Name"]))}
+
+
+def all_volumes():
+    """The facts of every volume, by name."""
+    names = filter(is_volume, sorted(os.listdir(store("volumes", ""))))
+    return [volume_facts(name) for name in names]
+
+
+@command("volume ls", QUIET, FILTER, FORMAT)
+def volume_ls_command(options):
+    """List volumes."""
+    need_root()
+    wanted = filters_of(options.filter, VOLUME_FILTERS)
+    print_list({"DRIVER": "Driver", "VOLUME NAME": "Name"}, [
+        facts for facts in all_volumes() if all(
+            any(VOLUME_FILTERS[key](facts, text) for text in values)
+            for key, values in wanted.items())], options.format,
+        "Name" if options.quiet else "")
+
+
+VOLUMES = arg("volumes", nargs="+", metavar="VOLUME", help="names")
+
+
+@command("volume inspect", arg("-f", "--format", metavar="FORM", help="'{{.A.B}}'"),
+         VOLUMES)
+def volume_inspect_command(options):
+    """Show all that is known of volumes, as JSON."""
+    need_root()
+    show_facts(options.volumes, volume_facts, options.format)
+
+
+@command("volume rm", arg("-f", "--force", action="store_true",
+                          help="no error if there is none"), VOLUMES)
+def volume_rm_command(options):
+    """Remove volumes that no container has."""
+    need_root()
+
+    def remove(name):
+        if is_volume(name) or not options.force:
+            remove_volume(name)
+        print(name)
+    for_each(options.volumes, remove)
+
+
 # ── names ──
 #
 # A name, and a range of user ids, is taken by making a symlink, which only one can
@@ -9772,11 +9998,16 @@ def take_any_name(id):
     raise Fail("there is no free name", "--name takes any")
 
 
-def discard(record):
-    """Remove a container that has ended, with its ids and its name.
+def discard(record, volumes=True):
+    """Remove a container that has ended, with its ids, its name, and the volumes that
+    nobody has named.
 
     Caller must hold the lock of its directory."""
+    # The directory first: what leads to no directory is seen to be nobody's.
     remove_tree(record.path())
+    for name in record.volumes if volumes else ():
+        if is_volume(name) and volume_facts(name)["Anonymous"] and not users_of(name):
+            remove_volume(name)
     announce(record, "destroy")
     slot = (record.first_id - CONTAINER_IDS[0]) // CONTAINER_IDS[1]
     for kind, name in (("ids", str(slot)), ("names", record.name)):
@@ -9817,15 +10048,10 @@ def settle(record):
 
 
 def records():
-    """All records, the newest first."""
-    found = []
-    for id in os.listdir(os.path.dirname(store("containers", "x"))):
-        try:
-            record = settle(load(id))
-            found += [record] * os.path.exists(record.path())
-        except FileNotFoundError:  # is being made, or removed
-            pass
-    return sorted(found, key=lambda record: -record.created)
+    """All records as they are true, the newest first."""
+    found = [settle(record) for record in known()]
+    return sorted((record for record in found if os.path.exists(record.path())),
+                  key=lambda record: -record.created)
 
 
 class NoContainer(Fail):
@@ -10042,11 +10268,12 @@ def make_files(record, options, spec, base):
 def create(options, args):
     """A container that has everything but a life: its record, its spec, and the lock of
     its directory, which is the caller's now."""
-    id = os.urandom(32).hex()
+    id, (wish, volumes, nameless) = os.urandom(32).hex(), find_volumes(options)
     if options.cidfile and os.path.lexists(options.cidfile):
         raise Fail("container ID file found, make sure the other container isn't "
                    f"running or delete {options.cidfile}", f"rm {options.cidfile}")
-    spec, record = make_spec(options, id, args), new_record(options, id)
+    spec, record = make_spec(wish, id, args), new_record(options, id)
+    record.volumes = volumes
     seal_interpreter(spec)
     hold_signals()
     guard = lock(os.path.dirname(record.path()), fcntl.LOCK_SH)  # prune waits for us
@@ -10067,6 +10294,9 @@ def create(options, args):
         make_files(record, options, spec, base)
         if wish := network_spec(options, id, record.name, spec.get("hostname", "")):
             spec["annotations"] = {**spec["annotations"], NETWORK: to_json(wish)}
+        for name, target in volumes.items():
+            make_volume(name, anonymous=name in nameless)
+            fill_volume(record, spec, name, target)
         save(record.path("config.json"), spec)
         save(record.path("record.json"), vars(record))
         announce(record, "create")
@@ -10118,7 +10348,7 @@ def choose(options):
     """The program and its arguments; options get what the image says of them."""
     args, options.like = options.words or ["/bin/sh"] * bool(options.stop_after), None
     options.image, options.own_labels = " ".join(options.rootfs) or "default", {}
-    options.health, options.exposed = {}, []
+    options.health, options.own_volumes, options.exposed = {}, [], []
     if options.rootfs:
         layers = [layer_of(path) for path in options.rootfs]
     elif args[0].startswith("/"):
@@ -10130,12 +10360,10 @@ def choose(options):
         args = image_command(image, options.entrypoint, args[1:])
         options.entry = ([options.entrypoint] if options.entrypoint else [
             ] if options.entrypoint == "" else image.settings.get("Entrypoint") or [])
-        if volumes := ", ".join(image.settings.get("Volumes") or {}):
-            say(f"volumes of the image ({volumes}) are kept with the container's other "
-                "changes, unless -v or --tmpfs puts something there")
         options.own_labels = image.settings.get("Labels") or {}
         options.exposed = list(image.settings.get("ExposedPorts") or {})
         options.health = image.settings.get("Healthcheck") or {}
+        options.own_volumes = list(image.settings.get("Volumes") or {})
         options.stop_signal = options.stop_signal or image.settings.get("StopSignal")
     options.stop_signal = options.stop_signal or "SIGTERM"
     options.notes = {OF_LAYERS: to_json(layers), **(image_notes(image) if
@@ -10712,7 +10940,7 @@ def sealed(names):
             pass
 
 
-def remove_it(record, force=False):
+def remove_it(record, force=False, volumes=True):
     """Remove a container; one that runs only by force."""
     if record.status in LIVE:
         if not force:
@@ -10726,7 +10954,7 @@ def remove_it(record, force=False):
         return
     if held is None:
         raise Fail(f"container {record.id} was started meanwhile", "rm -f", 1)
-    discard(record)
+    discard(record, volumes)
     os.close(held)
 
 
@@ -10852,6 +11080,22 @@ def network_settings(record, spec):
             "Gateway": settings.get("Gateway", ""), "Networks": {mode: settings}}
 
 
+PROPAGATION = "shared", "slave", "private"
+
+
+def mount_facts(record, mounts):
+    """What `inspect` tells of the mounts that were asked for."""
+    for mount in mounts:
+        words, target = mount["options"], mount["destination"]
+        name = next((name for name, at in record.volumes.items() if at == target), "")
+        if "ridmap" in words:  # what was asked for; not what every container has
+            yield {"Type": "volume" if name else "bind", "Source": mount["source"],
+                   **({"Name": name, "Driver": "local"} if name else {}),
+                   "Destination": target, "Mode": "", "RW": "rro" not in words,
+                   "Propagation": next((word for word in words
+                                        if word.endswith(PROPAGATION)), "rprivate")}
+
+
 def container_row(record, options):
     """What `ps` shows of a container."""
     spec, whole_ = record.spec(), options.no_trunc
@@ -10867,10 +11111,10 @@ def container_row(record, options):
         "Ports": ports_text(ports_of(spec)) if record.status in LIVE else "",
         "State": record.status, "Status": record.state(), "Names": record.name,
         "Labels": ",".join(f"{key}={text}" for key, text in record.labels.items()),
-        "Mounts": ",".join(short(mount["source"], 15) for mount in spec["mounts"]
-                           if "bind" in mount["options"] and not
-                           mount["source"].startswith(record.path())),
-        "LocalVolumes": "0", "Networks": record.asked.get("network", "none")}
+        "Mounts": ",".join(short(facts.get("Name", facts["Source"]), 15)
+                           for facts in mount_facts(record, spec["mounts"])),
+        "LocalVolumes": str(len(record.volumes)),
+        "Networks": record.asked.get("network", "none")}
     if options.size or "{{.Size" in (options.format or ""):
         own, all_of_it = sizes(record, spec)
         row["Size"] = f"{decimal(own)} (virtual {decimal(all_of_it)})"
@@ -10905,8 +11149,9 @@ FILTERS = {  # of `ps`: whether a record passes for one of the values
     "since": lambda record, text: record.created > find(text).created,
     "health": lambda record, text: record.checked.get("Status", "none") == text,
     "network": lambda record, text: record.asked.get("network") == text,
-    "volume": lambda record, text: any(text in (mount["source"], mount["destination"])
-                                       for mount in record.spec()["mounts"]),
+    "volume": lambda record, text: text in record.volumes or any(
+        text in (facts["Source"], facts["Destination"])
+        for facts in mount_facts(record, record.spec()["mounts"])),
 }
 
 
@@ -10946,23 +11191,6 @@ def ps_command(options):
         except FileNotFoundError:  # has just been removed
             pass
     print_list(columns, rows, options.format, "ID" if options.quiet else "")
-
-
-PROPAGATION = "shared", "slave", "private"
-
-
-def mount_facts(record, mounts):
-    """What `inspect` tells of the mounts that were asked for."""
-    for mount in mounts:
-        words, own = mount["options"], mount["source"].startswith(f"{record.path()}/")
-        if {"bind", "rbind"} & set(words) and not own and mount["destination"][:5] not \
-                in ("/dev/", "/proc", "/sys/"):
-            yield {"Type": "bind", "Source": mount["source"],
-                   "Destination": mount["destination"], "Mode": ",".join(
-                       word for word in words if word not in ("bind", "rbind", "ro")),
-                   "RW": "ro" not in words, "Propagation": next(
-                       (word for word in words if word.endswith(PROPAGATION)),
-                       "rprivate")}
 
 
 def host_config(record, spec):
@@ -11329,15 +11557,16 @@ def logs_command(options):
 
 
 @command("rm", arg("-f", "--force", action="store_true", help="also one that runs"),
-         arg("-v", "--volumes", action="store_true", help="nothing: there are no "
-             "anonymous volumes here"), CONTAINERS)
+         arg("-v", "--volumes", action="store_true", help="also its volumes that have "
+             "no name of yours"), CONTAINERS)
 def rm_command(options):
     """Remove containers that have ended, with all that they wrote."""
     need_root()
 
     def remove(name):
         try:
-            do_to(name, lambda record: remove_it(record, options.force))
+            do_to(name, lambda record: remove_it(record, options.force,
+                                                 options.volumes))
         except NoContainer as fail:
             if not options.force:
                 raise
@@ -11453,31 +11682,351 @@ def free_links(kind, still):
             pass
 
 
-@command("export", arg("-o", "--output", metavar="FILE", help="not to standard output"),
-         arg("container", metavar="CONTAINER", help="its id, or the beginning of it"))
-def export_command(options):
-    """Write all files of a container to a tarball.
+# ── the files of a container ──
+#
+# What a container has changed lies in `upper`, with overlay's marks for what is gone;
+# what it sees is an overlay of that and its layers.  A container that runs has one
+# mounted, and is looked at through /proc/PID/root; for another one is mounted in the
+# workshop, which nobody else sees.  Paths are resolved inside by openat2 (P4), and no
+# program of the container takes part.  Ids are counted from the container's first.
 
-    It is what an overlay of its layers and changes shows, where nobody else sees it."""
-    need_root()
-    record = find(options.container)
+
+def write_files(record, file):
+    """Write all files of a container to a tarball, but for what is mounted in it."""
     spec, top = record.spec(), record.path("rootfs")
     c = Container(record.id, spec, record.path(), record.layers(spec))
     c.workshop = store("workshop", "")
+    open_workshop(c)
+    try:
+        if c.layers:
+            top = "rootfs"
+            mount_merged(c, [*c.layers, record.path("upper")])
+        pack(top, file, record.first_id)
+    finally:
+        leave_workshop(c)
+
+
+@command("export", arg("-o", "--output", metavar="FILE", help="not to standard output"),
+         CONTAINER)
+def export_command(options):
+    """Write all files of a container to a tarball."""
+    need_root()
+    record = find(options.container)
     with output(options.output) as file:
-        open_workshop(c)
+        write_files(record, file)
+
+
+def changes(record):
+    """{path: A, C or D} of all that a container has added, changed or deleted."""
+    spec, found, upper = record.spec(), {}, record.path("upper")
+    c = Container(record.id, spec, record.path(), record.layers(spec))
+    c.workshop = store("workshop", "")
+    if not c.layers:
+        raise Fail("what a copy (--storage-driver vfs) has changed is not known",
+                   "`export` writes all of it", 1)
+    open_workshop(c)
+    try:
+        mount_merged(c, c.layers)
+        for top, directories, files in os.walk(upper):
+            for path in (os.path.join(top, name) for name in directories + files):
+                inner, facts, there = path[len(upper):], os.lstat(path), False
+                try:
+                    parent = open_inside(c, os.path.dirname(inner), O_PATH)
+                    there = exists_at(parent, os.path.basename(inner))
+                    os.close(parent)
+                except (FileNotFoundError, NotADirectoryError):
+                    pass
+                gone = stat.S_ISCHR(facts.st_mode) and facts.st_rdev == 0
+                found[inner] = "D" if gone else "C" if there else "A"
+    finally:
+        leave_workshop(c)
+    for mount in spec["mounts"]:  # a place to mount on, and the way there, do not count
+        place = mount["destination"]
+        while found.get(place, "D") != "D" and not any(
+                path.startswith(f"{place}/") for path in found):
+            del found[place]
+            place = os.path.dirname(place)
+    return found
+
+
+@command("diff", CONTAINER)
+def diff_command(options):
+    """Show what a container has added (A), changed (C) and deleted (D)."""
+    need_root()
+    found = changes(find(options.container))
+    print("".join(f"{found[path]} {path}\n" for path in sorted(found)), end="")
+
+
+class still:
+    """A context in which a container that runs is paused."""
+
+    def __init__(self, record, wanted=True):
+        self.record, self.paused = record, wanted and record.status == "running"
+
+    def __enter__(self):
+        if self.paused:
+            set_frozen(self.record, True)
+
+    def __exit__(self, *_):
+        if self.paused:
+            set_frozen(self.record, False)
+
+
+@command("commit",
+         arg("-a", "--author", metavar="TEXT", default="", help="who made it"),
+         arg("-c", "--change", metavar="LINE", action="append", default=[],
+             help="a line of a Dockerfile, as 'CMD [\"sh\"]'"),
+         arg("-m", "--message", metavar="TEXT", default="", help="shown by history"),
+         arg("-p", "--pause", metavar="BOOL", optional="true", default="true",
+             help="pause the container meanwhile (true)"), CONTAINER,
+         arg("name", nargs="?", metavar="NAME[:TAG]", help="of the new image"))
+def commit_command(options):
+    """Make an image of what a container has changed, on top of its own."""
+    need_root()
+    record = find(options.container)
+    refs, spec = [full_name(options.name)] if options.name else [""], record.spec()
+    base = spec["annotations"].get(OF_IMAGE)
+    image = find_image(base) if base and record.layers(spec) else None
+    settings = {**(image.settings if image else {"Cmd": spec["process"]["args"]})}
+    for text in options.change:
+        take_change(settings, text)
+    with adding():
+        path = f"{store('ingest', '')}.new-{os.getpid()}-commit"
         try:
-            if not os.path.isdir(top):
-                top = "rootfs"
-                for number, layer in enumerate([*c.layers, record.path("upper")]):
-                    attach(layer, str(number), 0, -1)
-                syscall("mkdirat", AT_FDCWD, top, 0o755)
-                lower = ":".join(map(str, range(len(c.layers), -1, -1)))
-                syscall("mount", "overlay", top, "overlay", MS_RDONLY,
-                        f"lowerdir={lower}", why="as it is seen inside, for us to read")
-            pack(top, file, record.first_id)
+            with open(path, "wb") as file, still(record, options.pause != "false"):
+                if image:
+                    pack(record.path("upper"), file, record.first_id)
+                else:
+                    write_files(record, file)
+            with open(path, "rb") as file:
+                made = keep_layer(file, record.name)
         finally:
-            leave_workshop(c)
+            take_away_file(path)
+        below = list(zip(image.layers, image.diff_ids, image.sizes, strict=True)
+                     ) if image else []
+        config = image.config if image else dict(zip(
+            ("os", "architecture", "variant"), platform_of(), strict=False))
+        print(new_image({**config, "config": settings, "author": options.author},
+                        below, made, refs, {"created_by": " ".join(
+                            spec["process"]["args"]), "comment": options.message}))
+
+
+class looking_into:
+    """A context that gives (open, base): open(path, flags) opens a path as a container
+    has it, and base is the id of its root there."""
+
+    def __init__(self, record, path):
+        self.path = os.path.normpath(f"/{path.lstrip('/')}")
+        self.lock = claim(record)
+        self.record = record if self.lock is not None else load(record.id)
+
+    def __enter__(self):
+        record, spec, cut = self.record, self.record.spec(), ""
+        self.c = c = Container(record.id, spec, record.path(), record.layers(spec))
+        c.workshop, base = store("workshop", ""), record.first_id
+        for mount in spec["mounts"]:  # what is mounted there, or will be
+            if f"{self.path}/".startswith(f"{mount['destination']}/") and (
+                    "ridmap" in mount["options"] and os.path.isdir(mount["source"])):
+                top, base, cut = mount["source"], 0, mount["destination"]
+        if not cut and record.status in RUNNING:
+            top = f"/proc/{record.pid}/root"
+        elif not cut:
+            open_workshop(c)
+            top = "rootfs"
+            build_rootfs(c)
+        c.root_fd = open_fd(top, O_PATH | O_DIRECTORY)
+        return lambda path, flags: open_inside(c, path[len(cut):] or "/", flags), base
+
+    def __exit__(self, *_):
+        os.close(self.c.root_fd)
+        leave_workshop(self.c)
+        if self.lock is not None:
+            os.close(self.lock)
+
+
+# Docker's rules of `cp`, which are not quite those of cp(1):
+#
+#       what there is        copied to a directory     to what is not there, or a file
+#       a file               into it, by its name      as that; not if it ends with /
+#       a directory          into it, by its name      as that; not over a file
+#       a directory, DIR/.   all that is in it         as that
+#
+# On the way a copy is a stream of (tarball, entry), whatever it comes from and goes to,
+# and what unpacks layers writes it: below a descriptor, and through no symlink.
+
+
+def read_tree(open_, path):
+    """(name, only what is in it, entries) of what there is to copy at a path."""
+    inside_only = path.endswith("/.") or path == "."
+    whole_ = os.path.normpath(path)
+    parent = open_(os.path.dirname(whole_) or ".", O_PATH | O_DIRECTORY)
+    name = os.path.basename(whole_) or "."
+    os.stat(name, dir_fd=parent, follow_symlinks=False)
+    return name, inside_only or name == ".", tree_entries(parent, name, 0)
+
+
+def write_tree(open_, path, name, inside_only, entries):
+    """Put entries at a path, by Docker's rules: into a directory, or as that name."""
+    times, is_new = [], False
+    try:
+        top = open_(path, O_PATH | O_DIRECTORY)
+        name = "" if inside_only else name
+    except (FileNotFoundError, NotADirectoryError) as error:
+        name, is_new = os.path.basename(path.rstrip("/")), True
+        exists = isinstance(error, NotADirectoryError)
+        top = open_(os.path.dirname(path.rstrip("/")) or ".", O_PATH | O_DIRECTORY)
+    for number, (tar, entry) in enumerate(entries):
+        if not number and is_new and (path.endswith("/") and not entry.isdir() or (
+                exists and entry.isdir())):
+            raise Fail("not a directory" if exists else "no such directory",
+                       f"{path} is not one", 1)
+        entry.name = os.path.normpath(f"{name}/{entry.name}") if name else entry.name
+        if name and entry.islnk():
+            entry.linkname = f"{name}/{entry.linkname}"
+        if name or entry.name != ".":
+            unpack_named(path, tar, entry, top, times)
+    set_times(top, times)
+    os.close(top)
+
+
+def owned(entries, owner, change):
+    """Entries with other owners: `owner` plus what change(id) returns."""
+    for tar, entry in entries:
+        entry.uid, entry.gid = owner + change(entry.uid), owner + change(entry.gid)
+        yield tar, entry
+
+
+def copy_outside(record, path, target, as_it_is):
+    """Copy from a container to a path of the host, or to a tarball."""
+    import tarfile
+
+    with looking_into(record, path) as (open_, base):
+        try:
+            name, inside_only, entries = read_tree(open_, f"/{path.lstrip('/')}")
+        except (FileNotFoundError, NotADirectoryError):
+            raise Fail(f"Could not find the file {path} in container {record.name}",
+                       "see `diff` and `export`", 1) from None
+        kept = as_it_is or target == "-"
+        entries = owned(entries, 0, lambda id: (id - base * (id >= base)) * kept)
+        if target != "-":
+            home = os.path.abspath(target) + "/" * target.endswith("/")
+            write_tree(os.open, home, name, inside_only, entries)
+            return
+        with output("") as file, tarfile.open(fileobj=file, mode="w|",
+                                              format=tarfile.PAX_FORMAT) as out:
+            for tar, entry in entries:
+                entry.name = os.path.normpath(f"{name}/{entry.name}")
+                entry.linkname = (f"{name}/" if entry.islnk() else "") + entry.linkname
+                out.addfile(entry, tar.extractfile(entry) if entry.isreg() else None)
+
+
+def copy_inside(record, source, path, as_it_is):
+    """Copy from a path of the host, or from a tarball, to a container."""
+    import tarfile
+
+    with looking_into(record, path) as (open_, base):
+        if source == "-":
+            tar = tarfile.open(fileobj=sys.stdin.buffer, mode="r|*")
+            name, inside_only, entries = "", True, ((tar, entry) for entry in tar)
+        else:
+            name, inside_only, entries = read_tree(os.open, os.path.abspath(source) +
+                                                   "/." * source.endswith(("/.", "/")))
+        entries = owned(entries, base, lambda id: id * (as_it_is or source == "-"))
+        write_tree(open_, f"/{path.lstrip('/')}", name, inside_only, entries)
+
+
+@command("cp", arg("-a", "--archive", action="store_true", help="keep owners"),
+         arg("-q", "--quiet", action="store_true", help="there is no progress here"),
+         arg("source", metavar="CONTAINER:PATH|PATH|-", help="what"),
+         arg("target", metavar="CONTAINER:PATH|PATH|-", help="where to"))
+def cp_command(options):
+    """Copy files between a container and the host; - is a tarball."""
+    need_root()
+    ends = [("", text) if text.startswith(("/", ".", "-")) or ":" not in text else
+            text.split(":", 1) for text in (options.source, options.target)]
+    (name, source), (other, target) = ends
+    if bool(name) == bool(other):
+        raise Fail("copying between containers is not supported" if name else
+                   "must specify at least one container source", "NAME:PATH", 1)
+    try:
+        if name:
+            copy_outside(find(name), source, target, options.archive)
+        else:
+            copy_inside(find(other), source, target, options.archive)
+    except (Fail, OSError) as error:
+        fail = diagnose(error)
+        fail.code = 1
+        raise fail from None
+
+
+# ── clearing up ──
+
+
+def confirm(options, what):
+    """Ask the person, unless --force; whether the answer is yes."""
+    if not options.force:
+        print(f"WARNING! This will remove {what}.\nAre you sure you want to continue? "
+              "[y/N] ", end="", flush=True)
+    return options.force or sys.stdin.readline().strip().lower() == "y"
+
+
+FORCE = arg("-f", "--force", action="store_true", help="do not ask")
+
+
+@command("container prune", FORCE)
+def container_prune_command(options):
+    """Remove all containers that have ended."""
+    need_root()
+    if not confirm(options, "all stopped containers"):
+        return
+    gone, freed = [], 0
+    for record in records():
+        if record.status not in LIVE:
+            own = sizes(record, record.spec())[0]
+            try:
+                remove_it(record)
+            except Fail:  # it was started meanwhile
+                continue
+            gone.append(record.id)
+            freed += own
+    print("".join(["Deleted Containers:\n", *(f"{id}\n" for id in gone), "\n"]) * bool(
+        gone) + f"Total reclaimed space: {decimal(freed)}")
+
+
+@command("volume prune", arg("-a", "--all", action="store_true", help="named ones too"),
+         FORCE)
+def volume_prune_command(options):
+    """Remove volumes that no container has."""
+    need_root()
+    kind = "all local volumes" if options.all else "anonymous local volumes"
+    if not confirm(options, f"{kind} not used by at least one container"):
+        return
+    gone = {facts["Name"]: remove_volume(facts["Name"]) for facts in all_volumes()
+            if (options.all or facts["Anonymous"]) and not users_of(facts["Name"])}
+    print("".join(["Deleted Volumes:\n", *(f"{name}\n" for name in gone), "\n"]) * bool(
+        gone) + f"Total reclaimed space: {decimal(sum(gone.values()))}")
+
+
+@command("system df", FORMAT)
+def system_df_command(options):
+    """Show what takes how much of the disk."""
+    need_root()
+    all_, rows = records(), []
+    notes = [record.spec()["annotations"] for record in all_]
+    used = {note.get(OF_IMAGE) for note in notes}
+    images = [(image.id in used, sum(image.sizes)) for image in all_images()]
+    own = [(record.status in LIVE, sizes(record, record.spec())[0]) for record in all_]
+    volumes = [(bool(users_of(facts["Name"])), bytes_in(facts["Mountpoint"]))
+               for facts in all_volumes()]
+    for kind, found in (("Images", images), ("Containers", own),
+                        ("Local Volumes", volumes), ("Build Cache", [])):
+        total = sum(length for _, length in found)
+        free = sum(length for active, length in found if not active)
+        rows.append({"Type": kind, "TotalCount": str(len(found)), "Active": str(sum(
+            active for active, _ in found)), "Size": decimal(total), "Reclaimable":
+            decimal(free) + (f" ({100 * free // total}%)" if total else "")})
+    print_list({"TYPE": "Type", "TOTAL": "TotalCount", "ACTIVE": "Active",
+                "SIZE": "Size", "RECLAIMABLE": "Reclaimable"}, rows, options.format)
 
 
 @command("system prune")
@@ -11493,7 +12042,10 @@ def system_prune_command(options):
                 alive.add(id)
                 continue
             Cgroup(f"/minicontainer-{id}").remove()
-            remove_tree(store("containers", id))
+            try:
+                discard(load(id))
+            except FileNotFoundError:  # it was never finished, or is half removed
+                remove_tree(store("containers", id))
             os.close(held)
             print(id)
         except FileNotFoundError:  # a run --rm has just ended

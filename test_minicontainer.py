@@ -1185,7 +1185,7 @@ def test_a_tmpfs_is_empty_and_as_large_as_asked():
 
 
 @pytest.mark.parametrize("options, words", [
-    (["-v", "name:/x"], "named volumes"), (["-v", "/x"], "no target"),
+    (["-v", "name:/x"], "a directory of the host"), (["-v", "/x"], "and a place"),
     (["-v", "/tmp:x"], "invalid target"), (["-v", "/tmp:/"], "invalid target"),
     (["-v", "/tmp:/x:fast"], "unknown option 'fast'"),
     (["--mount", "type=bind,src=/nosuch,dst=/x"], "does not exist"),
@@ -6084,6 +6084,137 @@ def test_the_host_is_described():
     facts = json.loads(quietly("info", "--format", "json"))
     assert facts["NCPU"] == os.cpu_count() and facts["DockerRootDir"] == STORE
     assert quietly("version", "-f", "{{.Version}}") == f"{m.VERSION}\n"
+
+
+@root
+def test_a_named_volume_is_filled_from_the_image_and_outlives_containers(image):
+    sh_ = ("--entrypoint", "/bin/sh", "-u", "0")
+    out = run(*sh_, "-v", "kept:/srv", "thing:1", "-c", "cat /srv/page; echo x > /srv/new")
+    assert out == "hello\n"
+    assert run(*sh_, "-v", "kept:/v:ro", "thing:1", "-c", "cat /v/new; ls /v") == (
+        "x\nnew\npage\n")
+    facts = json.loads(quietly("volume", "inspect", "kept"))[0]
+    assert os.listdir(facts["Mountpoint"]) and os.stat(
+        f"{facts['Mountpoint']}/new").st_uid == 0
+    assert quietly("volume", "ls", "-q", "--filter", "name=ep") == "kept\n"
+    with detached("-v", "kept:/v") as id:
+        assert "volume is in use" in refused("volume", "rm", "kept", code=1)
+        assert quietly("ps", "-q", "--filter", "volume=kept") == f"{id[:12]}\n"
+        mount = json.loads(quietly("inspect", id))[0]["Mounts"][0]
+        assert (mount["Type"], mount["Name"], mount["Destination"]) == ("volume", "kept", "/v")
+    assert quietly("volume", "rm", "kept") == "kept\n"
+    assert "get kept: no such volume" in refused("volume", "inspect", "kept", code=1)
+    assert quietly("volume", "rm", "-f", "kept") == "kept\n"
+
+
+@root
+def test_a_volume_without_a_name_goes_with_its_container(image):
+    def volumes():
+        return quietly("volume", "ls", "-q").split()
+    run("--entrypoint", "/bin/true", "thing:1")
+    assert volumes() == []
+    run("-v", "/x", "--mount", "type=volume,dst=/y", "/bin/true")
+    assert volumes() == []
+    id = quietly("create", "-v", "/x", "--entrypoint", "/bin/true", "thing:1").strip()
+    assert len(volumes()) == 2 and sorted(m.load(id).volumes.values()) == ["/data", "/x"]
+    quietly("rm", id)
+    assert len(volumes()) == 2
+    assert quietly("volume", "prune", "-f").count("\n") == 5 and volumes() == []
+    id = quietly("create", "-v", "/x", "/bin/true").strip()
+    quietly("rm", "-v", id)
+    assert volumes() == []
+    name = quietly("volume", "create", "--label", "a=b").strip()
+    assert quietly("volume", "ls", "--filter", "label=a", "--format", "{{.Name}}") == (
+        f"{name}\n")
+    quietly("volume", "rm", name)
+    for text, words in (("../x:/y", "invalid characters"), ("a:b", "must be absolute")):
+        assert words in refused("run", "-v", text, "/bin/true")
+
+
+@root
+def test_files_are_copied_out_and_in_whether_it_runs_or_not(tmp_path):
+    script = "echo new > /tmp/f; ln -s /etc/passwd /tmp/out; chown 7:8 /tmp/f; echo; sleep 1000"
+    with detached("--name", "files", "-v", "store:/v", script=script) as id:
+        until(lambda: mini("logs", id).stdout)
+        (tmp_path / "d/e").mkdir(parents=True)
+        (tmp_path / "d/e/page").write_text("text\n")
+        for _ in range(2):
+            quietly("cp", "files:/tmp/f", tmp_path / "got")
+            assert (tmp_path / "got").read_text() == "new\n"
+            assert os.stat(tmp_path / "got").st_uid == 0
+            quietly("cp", "-a", "files:/tmp", tmp_path / "all")
+            assert os.stat(tmp_path / "all/f").st_uid == 7
+            assert os.readlink(tmp_path / "all/out") == "/etc/passwd"
+            shutil.rmtree(tmp_path / "all")
+            quietly("cp", tmp_path / "d", "files:/srv")
+            quietly("cp", f"{tmp_path}/d/.", "files:/tmp")
+            quietly("cp", tmp_path / "got", "files:/v/in")
+            tar = subprocess.run(command("cp", "files:/srv", "-"), capture_output=True).stdout
+            names = tarfile.open(fileobj=io.BytesIO(tar)).getnames()
+            assert names[0] == "srv" and names[-1].endswith("/page")
+            done = subprocess.run(command("cp", "-", "files:/srv"), input=tar)
+            assert done.returncode == 0
+            for path, words in (("files:/nosuch", "Could not find the file /nosuch"),
+                                ("nosuch:/x", "No such container: nosuch")):
+                assert words in refused("cp", path, tmp_path, code=1)
+            quietly("kill", "files") if _ == 0 else None
+        quietly("start", "files")
+        assert quietly("exec", "files", "/bin/cat", "/srv/e/page", "/tmp/e/page", "/v/in",
+                       "/srv/srv/e/page") == "text\ntext\nnew\ntext\n"
+        assert quietly("exec", "files", "/bin/sh", "-c", "ls -n /srv/e/page | cut -c1-20"
+                       ).split()[2] == "0"
+    quietly("volume", "rm", "store")
+
+
+@root
+def test_a_link_of_the_container_leads_nowhere_on_the_host(tmp_path):
+    (tmp_path / "secret").write_text("secret\n")
+    (tmp_path / "mine").write_text("mine\n")
+    with detached(script=f"ln -s {tmp_path} /tmp/l; ln -s / /tmp/r; echo; sleep 1000") as id:
+        until(lambda: mini("logs", id).stdout)
+        assert "Could not find" in refused("cp", f"{id}:/tmp/l/secret", tmp_path / "x", code=1)
+        assert mini("cp", tmp_path / "mine", f"{id}:/tmp/l/secret").returncode == 1
+        assert (tmp_path / "secret").read_text() == "secret\n"
+        quietly("cp", tmp_path / "mine", f"{id}:/tmp/r/tmp/here")
+        assert quietly("exec", id, "/bin/cat", "/tmp/here") == "mine\n"
+
+
+@root
+def test_what_was_changed_is_shown_and_becomes_an_image(image):
+    script = "mkdir -p /srv; echo x > /srv/new; rm /etc/group; echo; sleep 1000"
+    id = quietly("run", "-d", "-u", "0", "-e", "SEEN=1", "--entrypoint", "/bin/sh",
+                 "thing:1", "-c", "echo more >> /srv/page; echo x > /new; echo").strip()
+    quietly("wait", id)
+    assert quietly("diff", id).splitlines() == ["A /new", "C /srv", "C /srv/page"]
+    made = quietly("commit", "-m", "why", "-a", "me", "-c", 'ENTRYPOINT ["/bin/cat"]', "-c",
+                   'CMD ["/srv/page", "/new"]', id, "made:1").strip()
+    assert run("made:1") == "hello\nmore\nx\n"
+    facts = json.loads(quietly("image", "inspect", made))[0]
+    assert len(facts["RootFS"]["Layers"]) == 2 and facts["Author"] == "me"
+    assert "why" in quietly("history", "made:1")
+    with detached(script=script) as other:
+        until(lambda: mini("logs", other).stdout)
+        quietly("commit", other, "whole:1")
+        assert m.load(other).status == "running"
+        assert "D /etc/group" in quietly("diff", other)
+    assert run("whole:1", "/bin/cat", "/srv/new") == "x\n"
+    quietly("rm", "-v", id)
+    quietly("rmi", "made:1", "whole:1")
+
+
+@root
+def test_prune_and_df_count_what_nobody_uses(image):
+    id = quietly("run", "-d", "/bin/sh", "-c", "head -c 5000 /dev/zero > /tmp/x").strip()
+    quietly("wait", id)
+    quietly("volume", "create", "idle")
+    rows = {row.split("  ")[0]: row.split() for row in quietly("system", "df").splitlines()}
+    assert rows["Containers"][1:] == ["1", "0", "5kB", "5kB", "(100%)"]
+    assert rows["Local Volumes"][2:4] == ["1", "0"] and rows["Images"][1:3] == ["1", "0"]
+    assert quietly("container", "prune", "-f") == (
+        f"Deleted Containers:\n{id}\n\nTotal reclaimed space: 5kB\n")
+    assert quietly("volume", "prune", "-f") == "Total reclaimed space: 0B\n"
+    assert quietly("volume", "prune", "-a", "-f").startswith("Deleted Volumes:\nidle\n")
+    assert mini("container", "prune", stdin="n\n").returncode == 0
 
 
 @root
