@@ -4710,7 +4710,7 @@ def test_run_pulls_an_image_that_is_missing_as_pull_says(image, registry):
     forked_mini("rmi", name)
     assert "No such image" in refused("run", "--rm", "--pull", "never", name)
     result = mini("run", "--rm", name)
-    assert result.stdout == "I am the default\n" and "volumes of the image (/data)" in result.stderr
+    assert result.stdout == "I am the default\n"
     assert result.stderr.startswith(f"Unable to find image '{name}' locally\n1: Pulling from for-run")
     assert "Pulling" not in mini("run", "--rm", name).stderr
     assert "Image is up to date" in mini("run", "--rm", "--pull=always", name).stderr
@@ -6001,6 +6001,23 @@ def test_prune_and_df_count_what_nobody_uses(image):
 
 
 @root
+def test_at_boot_those_are_started_whose_policy_says_so():
+    made = {policy: quietly("create", "--name", f"of_{policy}", "--restart", policy,
+                            "/bin/sleep", "100").strip()
+            for policy in ("no", "always", "unless-stopped", "on-failure")}
+    made["never"] = quietly("create", "--restart", "always", "/bin/true").strip()
+    for policy, id in made.items():
+        with m.changing(id) as record:  # as if the machine had been switched off
+            if policy != "never":
+                record.status, record.pid, record.started = "running", 1, 1
+            record.stopped = policy == "always"
+    assert quietly("system", "start-restart-policies").split() == [
+        "of_always", "of_unless-stopped", "of_on-failure"]
+    assert quietly("ps", "-q").count("\n") == 3
+    quietly("rm", "-f", *made.values())
+
+
+@root
 def test_after_a_reboot_the_records_tell_the_truth():
     id = quietly("create", "--name", "old", "/bin/true").strip()
     with m.changing(id) as record:
@@ -6163,6 +6180,25 @@ def test_a_script_is_printed_for_run_alone():
 
 
 # ══ 16. COMMAND LINE ══
+
+def test_tab_offers_what_the_table_of_commands_has():
+    def offered(line):
+        *before, begun = line.split(" ")
+        return m.candidates(before, begun)
+    assert {"run", "volume", "system"} < set(offered("")) and offered("ren") == ["rename"]
+    assert offered("volume p") == ["prune"] and offered("ps --no") == ["--no-trunc"]
+    for shell in ("bash", "zsh", "fish"):
+        text = forked(main("completion", shell))[1]
+        assert "completion words" in text
+        if shutil.which(shell) and shell != "fish":
+            subprocess.run([shell, "-n"], input=text, text=True, check=True)
+    script = (f"PATH={os.path.dirname(LAUNCHER)}:$PATH; eval \"$(minicontainer completion "
+              "bash)\"; COMP_WORDS=(minicontainer system d); COMP_CWORD=2; _minicontainer; "
+              "echo ${COMPREPLY[*]}")
+    assert subprocess.run(["bash", "-c", script], capture_output=True,
+                          text=True).stdout == "df\n"
+    assert "no completion for" in refused("completion", "ksh", code=1)
+
 
 def test_a_mistake_of_ours_is_no_traceback_either(monkeypatch, capsys):
     monkeypatch.setitem(m.COMMANDS, "ns", (lambda o: 1 // 0, ()))
