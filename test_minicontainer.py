@@ -602,7 +602,7 @@ def test_every_line_of_json_is_an_object_also_what_is_said():
     code, _, err = forked(main("run", "--explain=json", "--rm", "--without", "seccomp",
                                "/nosuch"))
     said = [row["say"] for row in map(json.loads, err.splitlines()) if "say" in row]
-    assert code == 127 and said[0].startswith("without seccomp") and "hint:" in said[1]
+    assert code == 127 and said[0].startswith("without seccomp") and "hint:" in said[-1]
 
 
 @root
@@ -3207,11 +3207,11 @@ def test_a_user_namespace_and_namespaces_by_path_are_those_asked_for():
 
 @root
 def test_it_gets_the_processor_the_disk_and_the_machine_that_its_config_says():
-    out = oci_run("uname -m; chrt -p $$ || grep policy /proc/self/sched; ionice -p $$",
+    out = oci_run("cat /proc/self/personality; chrt -p $$ || grep policy /proc/self/sched; ionice -p $$",
                   process__scheduler={"policy": "SCHED_BATCH", "nice": 5},
                   process__ioPriority={"class": "IOPRIO_CLASS_BE", "priority": 6},
                   linux__personality={"domain": "LINUX32"})
-    assert out.split("\n")[0] in ("i686", "armv8l")
+    assert out.startswith("00000008\n")
     assert "BATCH" in out or re.search(r"policy *: *3", out)
     assert "best-effort: prio 6" in out
 
@@ -3255,7 +3255,7 @@ def test_the_root_propagates_as_its_config_says(wish, seen):
     kinds = {tag.partition(":")[0] for tag in tags}
     assert ("shared" in kinds) == (seen == "shared"), root_line
     assert ("unbindable" in kinds) == (seen == "unbindable"), root_line
-    assert "master" not in kinds or seen == "slave-or-private", root_line
+    assert "master" not in kinds or seen in ("slave-or-private", "shared"), root_line
 
 
 @root
@@ -3317,7 +3317,10 @@ def test_exec_may_go_to_a_group_below_that_of_the_container():
         oci("start", "c1")
         group = m.cgroup_of({"linux": {"cgroupsPath": "/minicontainer-c1/sub"}})
         assert "has no such group" in oci("exec", "--cgroup", "sub", "c1", "true").stderr
-        group.create({})
+        if V2:  # and no controllers: its parent has processes
+            os.mkdir(group.directory())
+        else:
+            group.create({})
         try:
             ran = oci("exec", "--cgroup", "/sub", "c1", "/bin/cat", "/proc/self/cgroup")
             assert ran.returncode == 0 and ":/sub\n" in ran.stdout, ran
