@@ -8414,6 +8414,7 @@ def leave_to(shim):
     try:
         os.close(ours)
         os.setsid()  # Ctrl-C and a hang-up are for the client
+        os.chdir("/")  # and nobody's file system is in use because of us
         shim.live(Peer(theirs))
         while after := shim.again():
             after.peers = [peer for peer in shim.peers if peer.waiting]
@@ -8575,7 +8576,9 @@ class Client:
             pass
         except OSError:  # nobody reads it
             data = b""
-            if self.owner and self.peer:
+            if not self.owner:
+                self.end, self.shown = {}, []
+            elif self.peer:
                 self.peer.send(b"c", b"o" if fd == 1 else b"e")
         if data:
             self.shown.insert(0, (fd, data))

@@ -5511,6 +5511,15 @@ def test_detach_keys_leave_a_container_running_and_attach_comes_back():
 
 
 @root
+def test_who_looks_on_and_is_not_read_any_more_leaves():
+    with detached(script="while :; do echo x; done") as id:
+        line = " ".join(command("attach", "--no-stdin", id))
+        assert subprocess.run(f"{line} | head -1", shell=True, capture_output=True,
+                              timeout=60).stdout == b"x\n"
+        assert m.load(id).status == "running"
+
+
+@root
 def test_a_client_that_is_killed_has_only_left():
     with detached("-i", script="read x; echo $x; read x") as id:
         with subprocess.Popen(command("attach", id), stdin=subprocess.PIPE,
@@ -6001,6 +6010,34 @@ def test_prune_and_df_count_what_nobody_uses(image):
     assert quietly("volume", "prune", "-f") == "Total reclaimed space: 0B\n"
     assert quietly("volume", "prune", "-a", "-f").startswith("Deleted Volumes:\nidle\n")
     assert mini("container", "prune", stdin="n\n").returncode == 0
+
+
+@root
+def test_whoever_is_killed_at_whatever_moment_the_records_tell_the_truth():
+    source = random.Random(5)
+    for _ in range(9 if "IN_TEST_VM" not in os.environ else 3):
+        run_ = subprocess.Popen(command("run", "-d", "/bin/sh", "-c", "while :; do echo x; "
+                                        "done"), stdout=subprocess.PIPE)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            run_.wait(source.random() / 5)
+        victim = source.choice(["command", "shim", "process 1"])
+        for record in m.known():
+            if record.pid and victim != "command":
+                with contextlib.suppress(OSError):
+                    os.kill(record.pid if victim == "process 1" else parent_of(record.pid),
+                            signal.SIGKILL)
+        run_.kill()
+        run_.communicate()
+        until(lambda: all(record.status not in m.LIVE or m.is_held(record.path())
+                          for record in m.records()))
+        for record in m.records():
+            if record.status == "running":
+                assert mini("exec", record.id, "/bin/true").returncode == 0
+            with contextlib.suppress(FileNotFoundError):
+                for line in open(record.path("log")):
+                    assert json.loads(line)["log"] == "x\n"
+            assert mini("rm", "-f", record.id).returncode == 0
+    mini("system", "prune")
 
 
 @root
