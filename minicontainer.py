@@ -11139,10 +11139,8 @@ def start_restart_policies_command(options):
     for_containers(reversed(names), start_it)
 
 
-@command("system prune")
-def system_prune_command(options):
-    """Remove all containers that have ended, and what killed commands left behind."""
-    need_root()
+def clear_up():
+    """Remove what nobody looks after; prints the ids of the containers."""
     guard = lock(os.path.dirname(store("containers", "x")), fcntl.LOCK_EX)
     alive, failed = set(), None
     for id in os.listdir(os.path.dirname(store("containers", "x"))):
@@ -11153,7 +11151,7 @@ def system_prune_command(options):
                 continue
             Cgroup(f"/minicontainer-{id}").remove()
             try:
-                discard(load(id))
+                discard(load(id), volumes=False)
             except FileNotFoundError:  # it was never finished, or is half removed
                 remove_tree(store("containers", id))
             os.close(held)
@@ -11174,6 +11172,21 @@ def system_prune_command(options):
     os.close(guard)
     if failed:
         raise failed
+
+
+@command("system prune", FORCE, arg("-a", "--all", action="store_true",
+                                    help="also images that no container uses"),
+         arg("--volumes", action="store_true", help="also volumes without a name"))
+def system_prune_command(options):
+    """Remove all containers that have ended, and what killed commands left behind."""
+    need_root()
+    clear_up()
+    options.force = True  # what was asked for in words needs no question
+    if options.all:
+        image_prune_command(options)
+    options.all = False
+    if options.volumes:
+        volume_prune_command(options)
 
 # ══ 15. THE CLASSROOM ═════════════════════════════════════════════════════════════
 #
@@ -12055,6 +12068,8 @@ def dispatch(argv):
     if not argv or argv[0] in ("help", "--help", "-h"):
         print(usage())
         return 0
+    if argv[0] in ("container", "image") and " ".join(argv[:2]) not in COMMANDS:
+        argv = argv[1:] if argv[1:] and argv[1] in COMMANDS else argv  # the long form
     words = " ".join(argv[:2]) if " ".join(argv[:2]) in COMMANDS else argv[0]
     if words not in COMMANDS:
         raise Fail(f"{words!r} is not a minicontainer command",

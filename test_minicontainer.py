@@ -5636,7 +5636,7 @@ def test_a_container_has_a_life_in_dockers_words():
     id = quietly("create", "--name", "life", "--label", "a=b", "-e", "X=1", "/bin/sh", "-c",
                  "trap 'exit 9' TERM; echo up; while :; do sleep 0.05; done").strip()
     assert m.load(id).state() == "Created" and quietly("wait", "life") == "0\n"
-    assert quietly("start", "life", id[:12]) == f"life\n{id[:12]}\n"
+    assert quietly("container", "start", "life", id[:12]) == f"life\n{id[:12]}\n"
     assert quietly("exec", "life", "/bin/echo", "hi") == "hi\n"
     until(lambda: mini("logs", "life").stdout == "up\n")
     assert quietly("pause", "life") == "life\n"
@@ -6009,6 +6009,9 @@ def test_prune_and_df_count_what_nobody_uses(image):
         f"Deleted Containers:\n{id}\n\nTotal reclaimed space: 5kB\n")
     assert quietly("volume", "prune", "-f") == "Total reclaimed space: 0B\n"
     assert quietly("volume", "prune", "-a", "-f").startswith("Deleted Volumes:\nidle\n")
+    quietly("volume", "create")
+    assert quietly("system", "prune", "--volumes", "-a").count("Total reclaimed space") == 2
+    assert quietly("volume", "ls", "-q") == ""
     assert mini("container", "prune", stdin="n\n").returncode == 0
 
 
