@@ -9750,13 +9750,14 @@ def rest(record, delay):
     The pause is 0.1 s, then twice as long each time, 1 minute at most; what has run for
     10 s begins with 0.1 s again."""
     try:
+        watch = watch_directory(record.path())  # first, or a `stop` might be missed
         now = load(record.id)
     except FileNotFoundError:  # --rm
         return None
     if now.status != "restarting":
         return None
     delay = 0.1 if now.finished - now.started > 10 ** 10 else min(2 * delay, 60)
-    watch, end_ = watch_directory(record.path()), time.monotonic() + delay
+    end_ = time.monotonic() + delay
     while not now.stopped and (left := end_ - time.monotonic()) > 0:
         if select.select([watch], [], [], left)[0]:
             os.read(watch, MOST)
