@@ -8219,6 +8219,7 @@ class Shim:
     """
 
     OUTPUTS = {"stdout": b"o", "stderr": b"e", "console": b"o"}
+    CROWD = 100  # clients at the same time; more have to wait at the door
 
     def __init__(self, c, begin, ended, failed=lambda error: None, keep_input=False):
         self.c, self.begin, self.ended, self.failed = c, begin, ended, failed
@@ -8269,7 +8270,7 @@ class Shim:
             return wanted
         for peer in self.peers:
             wanted.update(peer.wanted(not self.typed))
-        for fd in (self.signals, self.door):
+        for fd in (self.signals, self.door if len(self.peers) < self.CROWD else -1):
             if fd >= 0:
                 wanted[fd] = select.POLLIN
         if self.typed and self.input() >= 0:
