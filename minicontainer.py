@@ -8958,6 +8958,7 @@ class Shim:
     """
 
     OUTPUTS = {"stdout": b"o", "stderr": b"e", "console": b"o"}
+    CROWD = 100  # clients at the same time; more have to wait at the door
 
     def __init__(self, c, begin, ended, failed=lambda error: None, keep_input=False):
         self.c, self.begin, self.ended, self.failed = c, begin, ended, failed
@@ -9008,7 +9009,7 @@ class Shim:
             return wanted
         for peer in self.peers:
             wanted.update(peer.wanted(not self.typed))
-        for fd in (self.signals, self.door):
+        for fd in (self.signals, self.door if len(self.peers) < self.CROWD else -1):
             if fd >= 0:
                 wanted[fd] = select.POLLIN
         if self.typed and self.input() >= 0:
@@ -9153,6 +9154,7 @@ def leave_to(shim):
     try:
         os.close(ours)
         os.setsid()  # Ctrl-C and a hang-up are for the client
+        os.chdir("/")  # and nobody's file system is in use because of us
         shim.live(Peer(theirs))
         while after := shim.again():
             after.peers = [peer for peer in shim.peers if peer.waiting]
@@ -9422,7 +9424,9 @@ class Client:
             pass
         except OSError:  # nobody reads it
             data = b""
-            if self.owner and self.peer:
+            if not self.owner:
+                self.end, self.shown = {}, []
+            elif self.peer:
                 self.peer.send(b"c", b"o" if fd == 1 else b"e")
         if data:
             self.shown.insert(0, (fd, data))
@@ -9824,10 +9828,12 @@ def split_mount(text):
 def find_volumes(options):
     """(options in which each volume is a directory of the host, {name: place, …}, those
     of the names that are nobody's): of -v, of --mount, and of the image."""
+    # (as it was given, source, place, options); without a source, one is to be made
     asked = [(text, *(text.split(":", 2) + ["", ""])[:3]) for text in options.volume]
     asked = [(text, "" if not target else source, target or source, words)
              for text, source, target, words in asked]
     asked += [(text, *split_mount(text)) for text in options.mount]
+    # What a person puts somewhere is there in place of the image's volume.
     taken = {os.path.normpath(target) for _, _, target, _ in asked}
     taken |= {os.path.normpath(text.partition(":")[0]) for text in options.tmpfs}
     asked += [("", "", path, "") for path in options.own_volumes
@@ -9835,7 +9841,7 @@ def find_volumes(options):
     wish, named, nameless = type(options)(), {}, []
     vars(wish).update(vars(options), volume=[], mount=[])
     for text, source, target, words in asked:
-        if source is None or source.startswith("/"):
+        if source is None or source.startswith("/"):  # chapter 4 knows what that is
             (wish.mount if text in options.mount else wish.volume).append(text)
             continue
         if not target.startswith("/"):
@@ -10476,7 +10482,7 @@ class HealthCheck:
         """Begin a check, or take note of what it says; too late is ill."""
         if self.timer in ready:
             os.read(self.timer, 8)
-            if self.peer:
+            if self.peer:  # it was set to the timeout
                 self.peer.send(b"s", bytes([signal.SIGKILL]))
                 seconds = self.record.health["Timeout"] / 10 ** 9
                 self.output = f"Health check exceeded timeout ({seconds:g}s)".encode()
@@ -10611,13 +10617,14 @@ def rest(record, delay):
     The pause is 0.1 s, then twice as long each time, 1 minute at most; what has run for
     10 s begins with 0.1 s again."""
     try:
+        watch = watch_directory(record.path())  # first, or a `stop` might be missed
         now = load(record.id)
     except FileNotFoundError:  # --rm
         return None
     if now.status != "restarting":
         return None
     delay = 0.1 if now.finished - now.started > 10 ** 10 else min(2 * delay, 60)
-    watch, end_ = watch_directory(record.path()), time.monotonic() + delay
+    end_ = time.monotonic() + delay
     while not now.stopped and (left := end_ - time.monotonic()) > 0:
         if select.select([watch], [], [], left)[0]:
             os.read(watch, MOST)
@@ -11026,8 +11033,10 @@ def wait_command(options):
 
     def wait(name):
         record = find(name)
-        news = hear_end(record) if record.status in LIVE else None
-        print(news["code"] if news else settle(record).exit_code, flush=True)
+        if record.status in LIVE and not (news := hear_end(record)):
+            await_end(record)  # that the kernel has taken its shim down
+            news = {"code": settle(load(record.id)).exit_code}
+        print(news["code"] if record.status in LIVE else record.exit_code, flush=True)
     for_each(options.containers, wait)
 
 
@@ -11184,7 +11193,7 @@ def ps_command(options):
     columns = {"CONTAINER ID": "ID", "IMAGE": "Image", "COMMAND": "Command",
                "CREATED": "RunningFor", "STATUS": "Status", "PORTS": "Ports",
                "NAMES": "Names", **({"SIZE": "Size"} if options.size else {})}
-    rows = []
+    rows = []  # of those that are there: others may be removed meanwhile
     for record in found[:last if last > 0 else None]:
         try:
             rows.append(container_row(record, options))
@@ -11375,8 +11384,8 @@ def sample(record):
 
 def stats_row(record, before, now):
     """What `stats` shows of a container, of two samples."""
-    span, host = now["at"] - before["at"], os.sysconf("SC_PHYS_PAGES") * os.sysconf(
-        "SC_PAGE_SIZE")
+    span = now["at"] - before["at"]
+    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # or no limit
     cpu = ((now["cpu_usec"] or 0) - (before["cpu_usec"] or 0)) / 10 ** 4 / span
     memory, limit = now["memory"] or 0, now["memory_limit"] or host
     return {"ID": record.id[:12], "Container": record.id[:12], "Name": record.name,
@@ -11742,6 +11751,7 @@ def changes(record):
         leave_workshop(c)
     for mount in spec["mounts"]:  # a place to mount on, and the way there, do not count
         place = mount["destination"]
+        # Making /a/b to mount on has copied /a up, too, if nothing else has.
         while found.get(place, "D") != "D" and not any(
                 path.startswith(f"{place}/") for path in found):
             del found[place]
@@ -11794,6 +11804,7 @@ def commit_command(options):
         path = f"{store('ingest', '')}.new-{os.getpid()}-commit"
         try:
             with open(path, "wb") as file, still(record, options.pause != "false"):
+                # The default root file system is no image: then all becomes one layer.
                 if image:
                     pack(record.path("upper"), file, record.first_id)
                 else:
@@ -11813,7 +11824,10 @@ def commit_command(options):
 
 class looking_into:
     """A context that gives (open, base): open(path, flags) opens a path as a container
-    has it, and base is the id of its root there."""
+    has it, and base is the id of its root there.
+
+    A path below a volume is looked up in the volume itself, with its own owners: seen
+    from the container's mounts, nobody outside has an id that could write to it."""
 
     def __init__(self, record, path):
         self.path = os.path.normpath(f"/{path.lstrip('/')}")
@@ -11868,6 +11882,7 @@ def read_tree(open_, path):
 def write_tree(open_, path, name, inside_only, entries):
     """Put entries at a path, by Docker's rules: into a directory, or as that name."""
     times, is_new = [], False
+    # What is not there, or is a file, is to be made anew in the directory above.
     try:
         top = open_(path, O_PATH | O_DIRECTORY)
         name = "" if inside_only else name
@@ -12029,10 +12044,21 @@ def system_df_command(options):
                 "SIZE": "Size", "RECLAIMABLE": "Reclaimable"}, rows, options.format)
 
 
-@command("system prune")
-def system_prune_command(options):
-    """Remove all containers that have ended, and what killed commands left behind."""
+@command("system start-restart-policies")
+def start_restart_policies_command(options):
+    """Start what its policy wants to run, after the machine was switched on.
+
+    Docker's rule: `always` means that, also if a person had stopped it before."""
     need_root()
+    names = [record.name for record in records()
+             if record.status not in LIVE and record.started and (
+                 record.restart == "always" or record.wants_again())]
+    sealed(names)
+    for_containers(reversed(names), start_it)
+
+
+def clear_up():
+    """Remove what nobody looks after; prints the ids of the containers."""
     guard = lock(os.path.dirname(store("containers", "x")), fcntl.LOCK_EX)
     alive, failed = set(), None
     for id in os.listdir(os.path.dirname(store("containers", "x"))):
@@ -12043,7 +12069,7 @@ def system_prune_command(options):
                 continue
             Cgroup(f"/minicontainer-{id}").remove()
             try:
-                discard(load(id))
+                discard(load(id), volumes=False)
             except FileNotFoundError:  # it was never finished, or is half removed
                 remove_tree(store("containers", id))
             os.close(held)
@@ -12064,6 +12090,21 @@ def system_prune_command(options):
     os.close(guard)
     if failed:
         raise failed
+
+
+@command("system prune", FORCE, arg("-a", "--all", action="store_true",
+                                    help="also images that no container uses"),
+         arg("--volumes", action="store_true", help="also volumes without a name"))
+def system_prune_command(options):
+    """Remove all containers that have ended, and what killed commands left behind."""
+    need_root()
+    clear_up()
+    options.force = True  # what was asked for in words needs no question
+    if options.all:
+        image_prune_command(options)
+    options.all = False
+    if options.volumes:
+        volume_prune_command(options)
 
 # ══ 15. THE CLASSROOM ═════════════════════════════════════════════════════════════
 #
@@ -12475,6 +12516,76 @@ def steps_command(options):
 # a hint that says what to do, and Docker's exit code.
 
 
+COMMON_OPTIONS = (
+    arg("--explain", optional="text", choices=list(STYLES), metavar="STYLE",
+        help="narrate every request to the kernel; bpf: disassemble filters; json; sh: "
+             "print `run` as a shell script"),
+    arg("--help", action="store_true", help="show this"),
+)
+
+
+# ── what the Tab key offers ──
+#
+# The shells' part is a line that asks us: the table of commands is here, and so are the
+# names of containers, images and volumes.
+
+COMPLETION = {
+    "bash": """\
+_minicontainer() {
+    mapfile -t COMPREPLY < <(minicontainer completion words \
+        "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null)
+}
+complete -o bashdefault -o default -F _minicontainer minicontainer
+""",
+    "zsh": """\
+#compdef minicontainer
+_minicontainer() {
+    compadd -- ${(f)"$(minicontainer completion words "${(@)words[2,CURRENT]}" 2>&-)"}
+}
+compdef _minicontainer minicontainer
+""",
+    "fish": """\
+complete -c minicontainer -a '(minicontainer completion words \
+    (commandline -opc)[2..] (commandline -ct | string collect -a) 2>/dev/null)'
+"""}
+NAMED = {  # what an operand of that name may be
+    "CONTAINER": lambda: [record.name for record in known()],
+    "IMAGE": lambda: [tag for image in all_images() for tag in image.tags()],
+    "VOLUME": lambda: [facts["Name"] for facts in all_volumes()],
+}
+
+
+def candidates(before, begun):
+    """The words that may stand after others and begin like this."""
+    words = next((" ".join(before[:n]) for n in (2, 1)
+                  if " ".join(before[:n]) in COMMANDS), None)
+    if words is None or before == [words.split()[0]] != words.split():
+        found = {text.split()[len(before)] for text in COMMANDS
+                 if text.split()[:len(before)] == before != text.split()}
+    elif begun.startswith("-"):
+        found = {name for names, _ in (*COMMANDS[words][1], *COMMON_OPTIONS)
+                 for name in names if name.startswith("-")}
+    else:
+        wanted = " ".join(how.get("metavar", "") for _, how in COMMANDS[words][1])
+        found = {name for kind, list_ in NAMED.items()
+                 if kind in wanted and os.geteuid() == 0 for name in list_()}
+    return sorted(word for word in found if word.startswith(begun))
+
+
+@command("completion", arg("shell", choices=[*COMPLETION, "words"],
+                           metavar="bash|zsh|fish", help="for which shell"),
+         arg("words", nargs="A*", metavar="WORD", help="asked by what it prints"))
+def completion_command(options):
+    """Print what makes a shell complete our commands: source <(… completion bash)."""
+    if options.shell == "words":
+        *before, begun = options.words or [""]
+        print("".join(f"{word}\n" for word in candidates(before, begun)), end="")
+    elif options.shell in COMPLETION:
+        print(COMPLETION[options.shell], end="")
+    else:
+        raise Fail(f"no completion for {options.shell!r}", ", ".join(COMPLETION), 1)
+
+
 # ── on the PATH ──
 #
 # Of a start as a file, more than half is spent compiling it; `python3 -m minicontainer`
@@ -12630,6 +12741,21 @@ def sealed_start(python, launcher, words=None):
         1, 5, 0, base, base, size_, size_, 0x10000) + data + code
 
 
+UNIT = """\
+# minicontainer install: starts containers whose --restart says so
+[Unit]
+Description=Containers that are to run whenever the machine does
+After=network.target
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+KillMode=none
+ExecStart={launcher} system start-restart-policies
+[Install]
+WantedBy=multi-user.target
+"""
+
+
 def installed(prefix):
     """What `install` puts under a prefix: the file, its bytecode, a record of the
     directories that were made for them, and the launchers."""
@@ -12641,7 +12767,8 @@ def installed(prefix):
     file = f"{top}/lib/minicontainer/minicontainer.py"
     return [file, importlib.util.cache_from_source(file), f"{file[:-3]}.directories",
             f"{top}/bin/minirunc", f"{top}/lib/minicontainer/minirunc",
-            f"{top}/bin/minicontainer"]
+            f"{top}/bin/minicontainer",
+            f"{top}/lib/systemd/system/minicontainer.service"]
 
 
 def check_ours(paths):
@@ -12663,7 +12790,9 @@ def take_away(files, directories):
             os.rmdir(path)
 
 
-@command("install", PREFIX_OPTION)
+@command("install", PREFIX_OPTION,
+         arg("--unit", action="store_true", help="and a unit of systemd's, that starts "
+             "at boot what --restart says"))
 def install_command(options):
     """Put minicontainer and minirunc on the PATH, compiled."""
     import pathlib
@@ -12671,16 +12800,20 @@ def install_command(options):
     import shutil
 
     python = os.path.realpath("/proc/self/exe")  # what a link or a shim has led to
-    file, bytecode, record, *launchers = paths = installed(options.prefix)
+    file, bytecode, record, *launchers, unit = paths = installed(options.prefix)
     text = LAUNCHER.format(python=python, flag=LAUNCHER_FLAG, file=file)
     contents = {path: os.fsencode(text) for path in launchers}
     contents[launchers[0]] = sealed_start(python, launchers[1])
+    if options.unit:
+        contents[unit] = UNIT.format(launcher=launchers[-1]).encode()
+    else:
+        paths.remove(unit)
     if text.index("\n") > 254 or any(map(str.isspace, python)):
         raise Fail(f"the kernel takes no #! line with {python!r}",
                    "use a Python with a shorter path, without spaces", 1)
     unchecked, made = py_compile.PycInvalidationMode.UNCHECKED_HASH, set()
     try:
-        check_ours([file, *launchers])
+        check_ours([file, *launchers, unit])
         made.update(str(top) for path in paths for top in pathlib.Path(path).parents
                     if not top.exists())
         for path in paths:
@@ -12691,7 +12824,8 @@ def install_command(options):
         earlier = read_file(record).splitlines() if os.path.exists(record) else []
         write_file(f"{record}.new", "\n".join([*earlier, *made]), create=0o644)
         for path, content in contents.items():
-            write_file(f"{path}.new", os.fsdecode(content), create=0o755)
+            write_file(f"{path}.new", os.fsdecode(content),
+                       create=0o644 if path == unit else 0o755)
         for path in paths:  # a start in this moment finds the old one or the new (P3)
             os.replace(f"{path}.new", path)
             print(f"installed {path}")
@@ -12708,29 +12842,21 @@ def install_command(options):
 @command("uninstall", PREFIX_OPTION)
 def uninstall_command(options):
     """Remove what `install` has put under a prefix, and nothing else."""
-    file, bytecode, record, *launchers = installed(options.prefix)
+    file, bytecode, record, *launchers, unit = installed(options.prefix)
     if not os.path.exists(record):
         raise Fail(f"nothing is installed under {options.prefix}",
                    "--prefix as it was given to `install`", 1)
-    check_ours([file, *launchers])
+    check_ours([file, *launchers, unit])
     cache = os.path.dirname(bytecode)
     names = os.listdir(cache) if os.path.isdir(cache) else []
     files = list(filter(os.path.lexists, (
-        *launchers, *(f"{cache}/{name}" for name in names
+        *launchers, unit, *(f"{cache}/{name}" for name in names
                       if name.startswith("minicontainer.")), file, record)))
     take_away(files, read_file(record).splitlines())
     print("\n".join(f"removed {path}" for path in files))
 
 
 # ── the words of the command line ──
-
-COMMON_OPTIONS = (
-    arg("--explain", optional="text", choices=list(STYLES), metavar="STYLE",
-        help="narrate every request to the kernel; bpf: disassemble filters; json; sh: "
-             "print `run` as a shell script"),
-    arg("--help", action="store_true", help="show this"),
-)
-
 
 class Options:
     """What the command line says: an attribute for each option and operand."""
@@ -12860,6 +12986,8 @@ def dispatch(argv):
     if not argv or argv[0] in ("help", "--help", "-h"):
         print(usage())
         return 0
+    if argv[0] in ("container", "image") and " ".join(argv[:2]) not in COMMANDS:
+        argv = argv[1:] if argv[1:] and argv[1] in COMMANDS else argv  # the long form
     words = " ".join(argv[:2]) if " ".join(argv[:2]) in COMMANDS else argv[0]
     if words not in COMMANDS:
         raise Fail(f"{words!r} is not a minicontainer command",

@@ -602,7 +602,7 @@ def test_every_line_of_json_is_an_object_also_what_is_said():
     code, _, err = forked(main("run", "--explain=json", "--rm", "--without", "seccomp",
                                "/nosuch"))
     said = [row["say"] for row in map(json.loads, err.splitlines()) if "say" in row]
-    assert code == 127 and said[0].startswith("without seccomp") and "hint:" in said[1]
+    assert code == 127 and said[0].startswith("without seccomp") and "hint:" in said[-1]
 
 
 @root
@@ -3209,11 +3209,11 @@ def test_a_user_namespace_and_namespaces_by_path_are_those_asked_for():
 
 @root
 def test_it_gets_the_processor_the_disk_and_the_machine_that_its_config_says():
-    out = oci_run("uname -m; chrt -p $$ || grep policy /proc/self/sched; ionice -p $$",
+    out = oci_run("cat /proc/self/personality; chrt -p $$ || grep policy /proc/self/sched; ionice -p $$",
                   process__scheduler={"policy": "SCHED_BATCH", "nice": 5},
                   process__ioPriority={"class": "IOPRIO_CLASS_BE", "priority": 6},
                   linux__personality={"domain": "LINUX32"})
-    assert out.split("\n")[0] in ("i686", "armv8l")
+    assert out.startswith("00000008\n")
     assert "BATCH" in out or re.search(r"policy *: *3", out)
     assert "best-effort: prio 6" in out
 
@@ -3257,7 +3257,7 @@ def test_the_root_propagates_as_its_config_says(wish, seen):
     kinds = {tag.partition(":")[0] for tag in tags}
     assert ("shared" in kinds) == (seen == "shared"), root_line
     assert ("unbindable" in kinds) == (seen == "unbindable"), root_line
-    assert "master" not in kinds or seen == "slave-or-private", root_line
+    assert "master" not in kinds or seen in ("slave-or-private", "shared"), root_line
 
 
 @root
@@ -3319,7 +3319,10 @@ def test_exec_may_go_to_a_group_below_that_of_the_container():
         oci("start", "c1")
         group = m.cgroup_of({"linux": {"cgroupsPath": "/minicontainer-c1/sub"}})
         assert "has no such group" in oci("exec", "--cgroup", "sub", "c1", "true").stderr
-        group.create({})
+        if V2:  # and no controllers: its parent has processes
+            os.mkdir(group.directory())
+        else:
+            group.create({})
         try:
             ran = oci("exec", "--cgroup", "/sub", "c1", "/bin/cat", "/proc/self/cgroup")
             assert ran.returncode == 0 and ":/sub\n" in ran.stdout, ran
@@ -4712,7 +4715,7 @@ def test_run_pulls_an_image_that_is_missing_as_pull_says(image, registry):
     forked_mini("rmi", name)
     assert "No such image" in refused("run", "--rm", "--pull", "never", name)
     result = mini("run", "--rm", name)
-    assert result.stdout == "I am the default\n" and "volumes of the image (/data)" in result.stderr
+    assert result.stdout == "I am the default\n"
     assert result.stderr.startswith(f"Unable to find image '{name}' locally\n1: Pulling from for-run")
     assert "Pulling" not in mini("run", "--rm", name).stderr
     assert "Image is up to date" in mini("run", "--rm", "--pull=always", name).stderr
@@ -5725,6 +5728,15 @@ def test_detach_keys_leave_a_container_running_and_attach_comes_back():
 
 
 @root
+def test_who_looks_on_and_is_not_read_any_more_leaves():
+    with detached(script="while :; do echo x; done") as id:
+        line = " ".join(command("attach", "--no-stdin", id))
+        assert subprocess.run(f"{line} | head -1", shell=True, capture_output=True,
+                              timeout=60).stdout == b"x\n"
+        assert m.load(id).status == "running"
+
+
+@root
 def test_a_client_that_is_killed_has_only_left():
     with detached("-i", script="read x; echo $x; read x") as id:
         with subprocess.Popen(command("attach", id), stdin=subprocess.PIPE,
@@ -5841,7 +5853,7 @@ def test_a_container_has_a_life_in_dockers_words():
     id = quietly("create", "--name", "life", "--label", "a=b", "-e", "X=1", "/bin/sh", "-c",
                  "trap 'exit 9' TERM; echo up; while :; do sleep 0.05; done").strip()
     assert m.load(id).state() == "Created" and quietly("wait", "life") == "0\n"
-    assert quietly("start", "life", id[:12]) == f"life\n{id[:12]}\n"
+    assert quietly("container", "start", "life", id[:12]) == f"life\n{id[:12]}\n"
     assert quietly("exec", "life", "/bin/echo", "hi") == "hi\n"
     until(lambda: mini("logs", "life").stdout == "up\n")
     assert quietly("pause", "life") == "life\n"
@@ -6214,7 +6226,55 @@ def test_prune_and_df_count_what_nobody_uses(image):
         f"Deleted Containers:\n{id}\n\nTotal reclaimed space: 5kB\n")
     assert quietly("volume", "prune", "-f") == "Total reclaimed space: 0B\n"
     assert quietly("volume", "prune", "-a", "-f").startswith("Deleted Volumes:\nidle\n")
+    quietly("volume", "create")
+    assert quietly("system", "prune", "--volumes", "-a").count("Total reclaimed space") == 2
+    assert quietly("volume", "ls", "-q") == ""
     assert mini("container", "prune", stdin="n\n").returncode == 0
+
+
+@root
+def test_whoever_is_killed_at_whatever_moment_the_records_tell_the_truth():
+    source = random.Random(5)
+    for _ in range(9 if "IN_TEST_VM" not in os.environ else 3):
+        run_ = subprocess.Popen(command("run", "-d", "/bin/sh", "-c", "while :; do echo x; "
+                                        "done"), stdout=subprocess.PIPE)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            run_.wait(source.random() / 5)
+        victim = source.choice(["command", "shim", "process 1"])
+        for record in m.known():
+            if record.pid and victim != "command":
+                with contextlib.suppress(OSError):
+                    os.kill(record.pid if victim == "process 1" else parent_of(record.pid),
+                            signal.SIGKILL)
+        run_.kill()
+        run_.communicate()
+        until(lambda: all(record.status not in m.LIVE or m.is_held(record.path())
+                          for record in m.records()))
+        for record in m.records():
+            if record.status == "running":
+                assert mini("exec", record.id, "/bin/true").returncode == 0
+            with contextlib.suppress(FileNotFoundError):
+                for line in open(record.path("log")):
+                    assert json.loads(line)["log"] == "x\n"
+            assert mini("rm", "-f", record.id).returncode == 0
+    mini("system", "prune")
+
+
+@root
+def test_at_boot_those_are_started_whose_policy_says_so():
+    made = {policy: quietly("create", "--name", f"of_{policy}", "--restart", policy,
+                            "/bin/sleep", "100").strip()
+            for policy in ("no", "always", "unless-stopped", "on-failure")}
+    made["never"] = quietly("create", "--restart", "always", "/bin/true").strip()
+    for policy, id in made.items():
+        with m.changing(id) as record:  # as if the machine had been switched off
+            if policy != "never":
+                record.status, record.pid, record.started = "running", 1, 1
+            record.stopped = policy == "always"
+    assert quietly("system", "start-restart-policies").split() == [
+        "of_always", "of_unless-stopped", "of_on-failure"]
+    assert quietly("ps", "-q").count("\n") == 3
+    quietly("rm", "-f", *made.values())
 
 
 @root
@@ -6380,6 +6440,25 @@ def test_a_script_is_printed_for_run_alone():
 
 
 # ══ 16. COMMAND LINE ══
+
+def test_tab_offers_what_the_table_of_commands_has():
+    def offered(line):
+        *before, begun = line.split(" ")
+        return m.candidates(before, begun)
+    assert {"run", "volume", "system"} < set(offered("")) and offered("ren") == ["rename"]
+    assert offered("volume p") == ["prune"] and offered("ps --no") == ["--no-trunc"]
+    for shell in ("bash", "zsh", "fish"):
+        text = forked(main("completion", shell))[1]
+        assert "completion words" in text
+        if shutil.which(shell) and shell != "fish":
+            subprocess.run([shell, "-n"], input=text, text=True, check=True)
+    script = (f"PATH={os.path.dirname(LAUNCHER)}:$PATH; eval \"$(minicontainer completion "
+              "bash)\"; COMP_WORDS=(minicontainer system d); COMP_CWORD=2; _minicontainer; "
+              "echo ${COMPREPLY[*]}")
+    assert subprocess.run(["bash", "-c", script], capture_output=True,
+                          text=True).stdout == "df\n"
+    assert "no completion for" in refused("completion", "ksh", code=1)
+
 
 def test_a_mistake_of_ours_is_no_traceback_either(monkeypatch, capsys):
     monkeypatch.setitem(m.COMMANDS, "ns", (lambda o: 1 // 0, ()))
