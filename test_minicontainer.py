@@ -293,10 +293,10 @@ def running(*options, script="echo up; read x"):
             process.stderr.close()
 
 
-def make_tar(path, *members, mode="w"):
+def make_tar(path, *members, mode="w", form=tarfile.PAX_FORMAT):
     """A tarball of (name, content or dict of TarInfo's attributes) entries."""
     quick = {"w": {}, "w:xz": {"preset": 0}}.get(mode, {"compresslevel": 1})
-    with tarfile.open(path, mode, format=tarfile.PAX_FORMAT, **quick) as tar:
+    with tarfile.open(path, mode, format=form, **quick) as tar:
         for name, what in members:
             info = tarfile.TarInfo(name)
             data = None
@@ -3928,14 +3928,59 @@ def test_many_entries_take_no_more_memory_than_few(tmp_path, monkeypatch):
         tarfile.TarInfo("same").tobuf(), 3000)) + bytes(1024))
     seen = []
 
-    def entry(path, tar, member, top, times):
-        seen.append(member.name)
+    def entry(layer, entry):
+        seen.append(entry.name)
         if len(seen) == 3000:
-            seen.append(sum(type(o) is tarfile.TarInfo for o in gc.get_objects()))
-    monkeypatch.setattr(m, "unpack_named", entry)
+            seen.append(sum(type(o) is m.Entry for o in gc.get_objects()))
+    monkeypatch.setattr(m.Layer, "add", entry)
     gc.collect()  # of other tests'
     m.remove_tree(m.layer_of(str(tmp_path / "many.tar")))
     assert seen[:2] == ["same", "same"] and seen[-1] < 10
+
+
+@root
+@pytest.mark.parametrize("seed", range(4))
+def test_no_tarball_makes_a_traceback_or_reaches_outside(tmp_path, seed):
+    """Real tarballs with a few bytes changed, half of them with a right checksum again."""
+    source, outside, top = random.Random(seed), tmp_path / "outside", tmp_path / "top"
+    outside.mkdir()
+    (outside / "victim").write_text("untouched")
+    entries = [
+        ("d", {"type": tarfile.DIRTYPE, "mode": 0o755}), ("d/" + "long" * 40, b"x" * 700),
+        ("d/l", {"type": tarfile.SYMTYPE, "linkname": str(outside)}), ("d/.wh.x", b""),
+        ("d/h", {"type": tarfile.LNKTYPE, "linkname": "d/l"}),
+        ("d/attr", binary(b"y", pax_headers={"SCHILY.xattr.user.a": "b", "mtime": "1.5"})),
+        ("d/null", {"type": tarfile.CHRTYPE, "devmajor": 1, "devminor": 3}), ("last", b"z")]
+    forms = [make_tar(tmp_path / "x.tar", *entries, form=form).read_bytes()[:9 << 10]
+             for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT)] + [
+        header(**{**HOLE, "GNU.sparse.map": "0,512,1024,512"}, size=1024) + bytes(2048)]
+    interesting = [b"../../outside/victim\0", os.fsencode(outside) + b"\0", b"-1", b"\xff" * 8,
+                   b"\0", b"x", b"g", b"L", b"K", b"S", b"5", b"2", b"1", b"7777777\0", b"\x80"]
+    refused_ = 0
+    for _ in range(50):
+        data = bytearray(source.choice(forms))
+        for _ in range(source.randrange(1, 4)):
+            block = source.randrange(len(data) // 512) * 512
+            at = block + source.choice([0, 100, 108, 116, 124, 136, 156, 157, 257, 345,
+                                        386, source.randrange(512)])
+            new = source.choice(interesting)[:block + 512 - at]
+            data[at:at + len(new)] = new
+            if source.randrange(2):
+                total = sum(data[block:block + 512]) - sum(data[block + 148:block + 156]) + 256
+                data[block + 148:block + 156] = b"%06o\0 " % total
+        (tmp_path / "x.tar").write_bytes(source.choice([bytes, gzip.compress])(bytes(data)))
+        top.mkdir()
+        try:
+            m.unpack(str(tmp_path / "x.tar"), str(top))
+        except m.Fail as fail:
+            refused_ += 1
+            assert "internal error" not in fail.message and "x.tar" in fail.message
+            assert "\n" not in fail.message
+        m.remove_tree(str(top))
+        assert sorted(os.listdir(tmp_path)) == ["outside", "x.tar"]
+        assert os.listdir(outside) == ["victim"] and os.lstat(outside / "victim").st_nlink == 1
+        assert (outside / "victim").read_text() == "untouched"
+    assert 0 < refused_ < 50
 
 
 @root
