@@ -460,6 +460,12 @@ def start_narration(words):
     narration.aside = "# " if words == "sh" else ""
 
 
+class Options:
+    """What the command line says: an attribute for each option and operand."""
+
+    like, notes = None, {}  # what the image of a `run` adds: process, annotations
+
+
 # A command is declared beside its meaning, with the options it takes; chapter 16
 # builds the parser of the one that was asked for.
 COMMANDS = {}  # words: (function, options)
@@ -3031,9 +3037,14 @@ def check_form(value, form, place):
         raise Fail(f"{place}: {value!r:.60} is not possible", f"wanted: {wanted}")
     for number, item in enumerate(value if isinstance(form, list) else ()):
         check_form(item, form[0], f"{place}[{number}]")
+    if isinstance(form, dict) and str in form:  # any names, whose values have a form
+        form = dict.fromkeys(value, form[str])
     for key in form if isinstance(form, dict) else ():
-        if value.get(key) is not None or isinstance(form[key], tuple):
-            check_form(value.get(key), form[key], f"{place}.{key}")
+        if key.endswith("!") and value.get(key[:-1]) is None:
+            raise Fail(f"{place}.{key[:-1]} is missing", "it has to be there")
+        key, wanted = key.rstrip("!"), form[key]
+        if value.get(key) is not None or isinstance(wanted, tuple):
+            check_form(value.get(key), wanted, f"{place}.{key}")
 
 
 def kernel_version(text):
@@ -4072,6 +4083,17 @@ ID = arg("id", metavar="ID", help="the container's name")
 # ── errors, as callers want to hear them ──
 
 
+def open_log(options):
+    """The log, to append to; if it cannot be, there is none to say so in."""
+    path, options.log = options.log, ""
+    try:
+        file = open(path, "a", encoding="utf-8", errors="surrogateescape")
+    except OSError as error:
+        raise Fail(f"--log {path}: {error.strerror}", "a file to append to") from None
+    options.log = path
+    return file
+
+
 def log_error(options, fail):
     """One line on standard error, which some callers read; and in the log, others."""
     message = fail.message + (f" ({fail.hint})" if fail.hint else "")
@@ -4081,7 +4103,7 @@ def log_error(options, fail):
         line = to_json({"level": "error", "msg": message, "time": now})
     print(f"minirunc: {message}", file=sys.stderr, flush=True)
     if options.log:
-        with open(options.log, "a", encoding="utf-8", errors="surrogateescape") as log:
+        with open_log(options) as log:
             log.write(line + "\n")
 
 
@@ -4090,6 +4112,8 @@ def oci(word, *declared):
     def declare(function):
         def run(options):
             try:
+                if options.log:
+                    open_log(options).close()
                 if options.systemd_cgroup:
                     raise Fail("--systemd-cgroup is not offered",
                                "have the caller use cgroupfs")
@@ -4102,7 +4126,7 @@ def oci(word, *declared):
                 return function(options) or 0
             except Exception as error:
                 log_error(options, diagnose(error))
-                return 1
+                return 255 if word == "exec" else 1  # as runc
         run.__doc__ = function.__doc__
         names = [names for names, _ in declared]
         usual = [option for option in OCI_GLOBALS if option[0] not in names]
@@ -4119,6 +4143,18 @@ def oci_command(options):
           else "minirunc: see `minicontainer --help` for the commands of `oci`")
 
 
+def refuse_words(words, fail):
+    """Tell what is wrong with a command line where its --log says, if it says so."""
+    options = Options()
+    for name, default in (("--log", ""), ("--log-format", "text")):
+        given = [word.partition("=")[2] if "=" in word else following
+                 for word, following in zip(words, [*words[1:], ""], strict=True)
+                 if word.partition("=")[0] == name]
+        setattr(options, name[2:].replace("-", "_"), [default, *given][-1])
+    log_error(options, fail)
+    return 1
+
+
 def oci_words(words):
     """`oci --root DIR create ID` in our order: a command, and what belongs to it."""
     flags = {name: how for names, how in OCI_GLOBALS for name in names}
@@ -4131,8 +4167,8 @@ def oci_words(words):
 
 # ── config.json ──
 
-TEXTS, IDS = [str], range(1 << 32)
-MAPPINGS = [{"containerID": IDS, "hostID": IDS, "size": range(1, 1 << 32)}]
+TEXTS, IDS, MAP = [str], range(1 << 32), {str: str}
+MAPPINGS = [{"containerID!": IDS, "hostID!": IDS, "size!": range(1, 1 << 32)}]
 HOOKS = "prestart", "createRuntime", "createContainer", "startContainer", "poststart", \
     "poststop"
 RLIMIT_TYPES = tuple(f"RLIMIT_{name.upper()}" for name in RLIMITS)
@@ -4142,14 +4178,15 @@ PROCESS_FORM = {
     "consoleSize": {"height": range(1 << 16), "width": range(1 << 16)},
     "user": {"uid": IDS, "gid": IDS, "umask": range(0o1000), "additionalGids": [IDS]},
     "capabilities": dict.fromkeys(CAPABILITY_SETS, [CAPABILITIES]),
-    "rlimits": [{"type": RLIMIT_TYPES, "soft": range(1 << 64), "hard": range(1 << 64)}],
+    "rlimits": [{"type": RLIMIT_TYPES, "soft!": range(1 << 64),
+                 "hard!": range(1 << 64)}],
     "noNewPrivileges": bool, "oomScoreAdj": range(-1000, 1001),
     "ioPriority": {"class": IOPRIO_CLASSES, "priority": range(8)},
     "scheduler": {"policy": SCHED_POLICIES, "flags": [SCHED_FLAGS],
                   "nice": range(-20, 20), "priority": range(100),
                   **dict.fromkeys(("runtime", "deadline", "period"), range(1 << 64))},
     "apparmorProfile": str, "selinuxLabel": str}
-RATES = [{"major": IDS, "minor": IDS, "rate": range(1 << 64)}]
+RATES = [{"major!": IDS, "minor!": IDS, "rate!": range(1 << 64)}]
 SIGNED = range(-1, 1 << 63)
 RESOURCES_FORM = {
     "memory": {"limit": SIGNED, "swap": SIGNED, "reservation": SIGNED,
@@ -4158,27 +4195,28 @@ RESOURCES_FORM = {
             "period": range(1 << 64), "burst": range(1 << 64), "idle": range(2),
             "realtimeRuntime": range(-1, 1 << 63), "realtimePeriod": range(1 << 64),
             "cpus": str, "mems": str},
-    "hugepageLimits": [{"pageSize": str, "limit": range(1 << 64)}],
-    "network": {"classID": IDS, "priorities": [{"name": str, "priority": IDS}]},
-    "unified": dict,
+    "hugepageLimits": [{"pageSize!": str, "limit!": range(1 << 64)}],
+    "network": {"classID": IDS, "priorities": [{"name!": str, "priority!": IDS}]},
+    "unified": MAP,
     "pids": {"limit": range(-(1 << 63), 1 << 63)},
     "blockIO": {"weight": range(1001), **{key: RATES for *_, key in THROTTLES},
-                "weightDevice": [{"major": IDS, "minor": IDS, "weight": range(1001)}]},
+                "weightDevice": [{"major!": IDS, "minor!": IDS,
+                                   "weight!": range(1001)}]},
     "devices": [{"allow": bool, "type": ("a", "b", "c", None, ""), "access": str,
                  "major": SIGNED, "minor": SIGNED}]}
 SPEC_FORM = {
     "ociVersion": str, "process": PROCESS_FORM, "root": {"path": str, "readonly": bool},
-    "hostname": str, "domainname": str, "annotations": dict,
-    "mounts": [{"destination": str, "type": str, "source": str, "options": TEXTS,
+    "hostname": str, "domainname": str, "annotations": MAP,
+    "mounts": [{"destination!": str, "type": str, "source": str, "options": TEXTS,
                 "uidMappings": MAPPINGS, "gidMappings": MAPPINGS}],
-    "hooks": dict.fromkeys(HOOKS, [{"path": str, "args": TEXTS, "env": TEXTS,
+    "hooks": dict.fromkeys(HOOKS, [{"path!": str, "args": TEXTS, "env": TEXTS,
                                     "timeout": range(1, 1 << 31)}]),
     "linux": {
         "namespaces": [{"type": tuple(NAMESPACES), "path": str}],
         "uidMappings": MAPPINGS, "gidMappings": MAPPINGS, "cgroupsPath": str,
-        "devices": [{"path": str, "type": ("b", "c", "u"), "major": IDS, "minor": IDS,
-                     "fileMode": IDS, "uid": IDS, "gid": IDS}],
-        "resources": RESOURCES_FORM, "sysctl": dict, "maskedPaths": TEXTS,
+        "devices": [{"path!": str, "type": ("b", "c", "u"), "major!": IDS,
+                     "minor!": IDS, "fileMode": IDS, "uid": IDS, "gid": IDS}],
+        "resources": RESOURCES_FORM, "sysctl": MAP, "maskedPaths": TEXTS,
         "readonlyPaths": TEXTS, "rootfsPropagation": (*PROPAGATIONS, None, ""),
         "timeOffsets": dict.fromkeys(CLOCKS, {"secs": range(-(1 << 63), 1 << 63),
                                               "nanosecs": range(10 ** 9)}),
@@ -4248,7 +4286,7 @@ def complete_process(process, place):
         refuse(f"{place}.cwd", process.get("cwd"), "an absolute path")
 
 
-def complete_mounts(mounts):
+def complete_mounts(mounts, bundle):
     """Mounts in the form that our steps know: "bind" for every bind mount."""
     known = [OPTION_WORDS, CLEARING_WORDS, PROPAGATIONS, NEUTRAL_WORDS, ATTRIBUTES,
              DEEP_WORDS]
@@ -4261,7 +4299,8 @@ def complete_mounts(mounts):
             refuse(f"{place}.destination", mount["destination"], "a path below /")
         if {"bind", "rbind"} & {*words} or mount.get("type") == "bind":
             mount["type"] = "bind"
-            if not os.path.exists(mount.get("source", "")):
+            mount["source"] = os.path.join(bundle, mount.get("source") or "?")
+            if not os.path.exists(mount["source"]):
                 raise Fail(f"{place}.source: {mount.get('source')!r}: no such file or "
                            "directory", "a path of the host")
             for at, word in enumerate(words):
@@ -4276,14 +4315,16 @@ def complete_mounts(mounts):
         mount["type"] = mount.get("type") or "none"
 
 
-def complete_resources(resources):
-    """Resources without what is not set: to the OCI, 0 and null are that."""
+def complete_resources(resources, zeros=()):
+    """Resources without what is not set: to the OCI, 0 and null are that, but for a 0
+    of what is only changed by one."""
     pages = {item.get("pageSize"): item.get("limit")
              for item in resources.get("hugepageLimits") or ()}
     for file in (*(resources.get("unified") or ()), *pages):
         if not file or "/" in file:
             refuse("config.linux.resources", file, "the name of a file or a page size")
-    return {name: {key: value for key, value in section.items() if value}
+    return {name: {key: value for key, value in section.items()
+                   if value or value == 0 and key in zeros}
             if isinstance(section, dict) else section
             for name, section in {**resources, "hugepageLimits": pages}.items()
             if section}
@@ -4294,6 +4335,10 @@ def complete_linux(spec, id):
     linux = spec["linux"] = spec.get("linux") or {}
     linux["namespaces"] = linux.get("namespaces") or []
     kinds = [namespace["type"] for namespace in linux["namespaces"]]
+    for number, namespace in enumerate(linux["namespaces"]):
+        if namespace["type"] == "mount" and namespace.get("path"):
+            refuse(f"config.linux.namespaces[{number}].path", namespace["path"],
+                   "none: a container has mounts of its own")
     if not new_namespaces(spec) & CLONE_NEWNS or len({*kinds}) < len(kinds):
         refuse("config.linux.namespaces", kinds,
                "each once, and among them a new mount namespace")
@@ -4307,6 +4352,8 @@ def complete_linux(spec, id):
                "none, without a new time namespace")
     for name in linux.get("sysctl") or ():
         kind = "network" if name.startswith("net.") else "ipc"
+        if name in ("kernel.hostname", "kernel.domainname") and "uts" in kinds:
+            continue
         if not name.replace("/", ".").startswith(SYSCTLS) or kind not in kinds:
             refuse("config.linux.sysctl", name, f"a setting of its {kind} namespace")
     path = linux.get("cgroupsPath") or f"/minicontainer-{id}"
@@ -4336,7 +4383,7 @@ def read_spec(bundle, id):
         refuse("config", sorted(spec), "an object with a process and a root.path")
     complete_process(spec["process"], "config.process")
     spec["mounts"] = spec.get("mounts") or []
-    complete_mounts(spec["mounts"])
+    complete_mounts(spec["mounts"], bundle)
     complete_linux(spec, id)
     if not os.path.isdir(os.path.join(bundle, spec["root"]["path"])):
         raise Fail(f"config.root.path: {spec['root']['path']!r}: no such file or "
@@ -4361,7 +4408,7 @@ def read_record(options):
     directory = record_directory(options)
     try:
         return {**from_json(read_file(f"{directory}/state.json")), "where": directory}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise Fail(f"container {options.id!r} does not exist", "see `list`") from None
 
 
@@ -4416,7 +4463,9 @@ def forget(directory):
 def run_hook(hook, state, what):
     """Run a program of the caller's with the state on its standard input; a Fail
     unless it ends well, and in time."""
-    ours, its = os.pipe()[::-1]
+    its = os.memfd_create("state")  # a pipe would wait for a hook that does not read
+    os.write(its, to_json(state).encode())
+    os.lseek(its, 0, os.SEEK_SET)
     pid = os.fork()
     if pid == 0:
         try:
@@ -4430,11 +4479,6 @@ def run_hook(hook, state, what):
         finally:
             os._exit(127)
     os.close(its)
-    try:
-        os.write(ours, to_json(state).encode())
-    except BrokenPipeError:  # it does not care
-        pass
-    os.close(ours)
     poll, pidfd = select.poll(), syscall("pidfd_open", pid, 0, why=f"a {what} hook")
     poll.register(pidfd, select.POLLIN)
     in_time = poll.poll(hook["timeout"] * 1000 if hook.get("timeout") else None)
@@ -4613,15 +4657,18 @@ def create_container(options, stays=False):
     try:
         os.mkdir(c.workshop)
         save(f"{directory}/state.json", record)
+        def note(c):  # so that `delete` finds it, were we killed now
+            record.update(pid=max(c.pid, 0), began=process_facts(c.pid)[1], made=True)
+            save(f"{directory}/state.json", record)
+
         before = [open_fifos, *(step for step in BEFORE if step != open_stdio)]
+        before.insert(before.index(make_cgroup) + 1, note)
         birth = oci_steps(BIRTH, await_start)
         if options.no_new_keyring:
             birth.remove(new_keyring)
         if options.no_pivot:
             birth[birth.index(pivot)] = move_root
-        start(c, before, OUTSIDE, birth)
-        record.update(pid=c.pid, began=process_facts(c.pid)[1])
-        save(f"{directory}/state.json", record)
+        start(c, before, (note, *OUTSIDE), birth)
         hand_over(c, options)
     except BaseException:
         end(c)
@@ -4649,12 +4696,15 @@ def start_container(record):
         c.answer("go")
         c.listen()
         os.unlink(f"{where}/exec.fifo")
-        run_hooks(c, "poststart", status="running", pid=record["pid"])
     except BaseException:
         os.kill(record["pid"], signal.SIGKILL)
         raise
     finally:
         c.close()
+    try:
+        run_hooks(c, "poststart", status="running", pid=record["pid"])
+    except Fail as fail:  # too late to undo anything, says the specification
+        say(fail.message)
 
 
 def stay_at_terminal(c):
@@ -4670,6 +4720,8 @@ def stay_at_terminal(c):
                     fcntl.ioctl(0, termios.TIOCGWINSZ, size_of))
 
     poll, before = select.poll(), termios.tcgetattr(0) if os.isatty(0) else None
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
+        signal.signal(number, lambda number, _: os.kill(c.pid, number))
     if before:
         tty.setraw(0)
         resize()
@@ -4718,7 +4770,7 @@ def delete_container(record):
     cgroup = cgroup_of(record["spec"])
     if status_of(record) != "stopped":
         os.kill(record["pid"], signal.SIGKILL)
-    if record["pid"]:  # or it was never more than a record
+    if record.get("made"):  # or it was never more than a record
         cgroup.remove()
     wait_for(lambda: status_of(record) == "stopped")
     forget(record["where"])
@@ -4771,7 +4823,8 @@ def exec_process(options, spec):
         process["env"] += options.env
         user, _, group = options.user.partition(":")
         if user:
-            process["user"] = {"uid": whole("--user", user, 0, 1 << 32),
+            process["user"] = {**process["user"],
+                               "uid": whole("--user", user, 0, 1 << 32),
                                "gid": whole("--user", group or "0", 0, 1 << 32)}
         more = [whole("--additional-gids", gid, 0, 1 << 32)
                 for gid in options.additional_gids]
@@ -4845,6 +4898,7 @@ def signal_number(text):
     """The signal that a number or a name means; 0 asks whether there is a process."""
     name = text.upper()
     number = getattr(signal, f"SIG{name.removeprefix('SIG')}", None)
+    number = None if "_" in name else number  # SIG_IGN and its like are none
     if number is None and name.isdecimal() and int(name) <= 64:
         number = int(name)
     if number is None:
@@ -4861,6 +4915,9 @@ def kill_command_oci(options):
     pids = cgroup.pids() if options.all else [record["pid"]]
     if status == "stopped" and not options.all:
         raise Fail("container not running", "it has ended")
+    if options.all and number == signal.SIGKILL:
+        cgroup.kill()  # also those that are just being born
+        return
     for pid in pids:
         try:
             os.kill(pid, number)
@@ -4975,6 +5032,7 @@ LIMIT_OPTIONS = {  # of `update`: where in the resources each is
     "--memory": "memory limit", "--memory-swap": "memory swap",
     "--memory-reservation": "memory reservation", "--cpu-period": "cpu period",
     "--cpu-quota": "cpu quota", "--cpu-share": "cpu shares", "--cpu-burst": "cpu burst",
+    "--cpu-rt-period": "cpu realtimePeriod", "--cpu-rt-runtime": "cpu realtimeRuntime",
     "--cpu-idle": "cpu idle", "--cpuset-cpus": "cpu cpus", "--cpuset-mems": "cpu mems",
     "--pids-limit": "pids limit", "--blkio-weight": "blockIO weight"}
 
@@ -4982,9 +5040,13 @@ LIMIT_OPTIONS = {  # of `update`: where in the resources each is
 @oci("update", arg("-r", "--resources", metavar="FILE", default="",
                    help="resources as in config.json; - is standard input"),
      *(arg(name, metavar="N", help=f"set the limit {where}")
-       for name, where in LIMIT_OPTIONS.items()), ID)
+       for name, where in LIMIT_OPTIONS.items()),
+     *(arg(name, metavar="X", help="refused: see intelRdt")
+       for name in ("--l3-cache-schema", "--mem-bw-schema")), ID)
 def update_command_oci(options):
     """Change a container's limits."""
+    if options.l3_cache_schema or options.mem_bw_schema:
+        raise Fail("linux.intelRdt is not offered", "leave out its two options")
     record, resources = read_record(options), {}
     if options.resources:
         resources = read_json(options.resources, RESOURCES_FORM, "resources")
@@ -4996,7 +5058,8 @@ def update_command_oci(options):
             sizes, lists = section == "memory" and text != "-1", key in ("cpus", "mems")
             resources.setdefault(section, {})[key] = (
                 text if lists else size(text) if sizes else whole(name, text, -1))
-    resources = complete_resources(resources)
+    resources = complete_resources(resources, ("idle", "burst", "swappiness"))
+    resources.pop("devices", None)  # as runc: they stay what they were
     if status_of(record) == "stopped":
         raise Fail("container not running", "it has ended")
     change_limits(cgroup_of(record["spec"]), resources)
@@ -13067,12 +13130,6 @@ def uninstall_command(options):
 
 # ── the words of the command line ──
 
-class Options:
-    """What the command line says: an attribute for each option and operand."""
-
-    like, notes = None, {}  # what the image of a `run` adds: process, annotations
-
-
 def usage():
     """What `minicontainer --help` prints."""
     lines = ["Usage: minicontainer [--explain] COMMAND [OPTIONS]", "",
@@ -13204,7 +13261,12 @@ def dispatch(argv):
     if os.uname().machine not in KERNEL_NAMES:
         raise Fail(f"the system calls of {os.uname().machine} are not known here",
                    f"known are {' and '.join(KERNEL_NAMES)}")
-    function, options = parse(words, argv[len(words.split()):])
+    try:
+        function, options = parse(words, argv[len(words.split()):])
+    except Fail as fail:
+        if argv[0] == "oci":
+            return refuse_words(argv, fail)
+        raise
     style = options.explain or style
     if style not in ("", *STYLES):
         raise Fail(f"invalid argument {style!r} for --explain",

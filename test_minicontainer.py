@@ -3068,6 +3068,14 @@ def oci_created(script="sleep 1000", **changes):
     ({"linux__namespaces": [{"type": "moon"}]}, "config.linux.namespaces[0].type"),
     ({"linux__namespaces": [{"type": "uts"}]}, "config.linux.namespaces"),
     ({"linux__intelRdt": {"closID": "x"}}, "config.linux.intelRdt"),
+    ({"process__rlimits": [{"type": "RLIMIT_CPU", "soft": 1}]},
+     "config.process.rlimits[0].hard is missing"),
+    ({"annotations": {"a": 5}}, "config.annotations.a"),
+    ({"linux__sysctl": {"net.x": 5}}, "config.linux.sysctl.net.x"),
+    ({"linux__devices": [{"path": "/dev/x", "type": "c"}]},
+     "config.linux.devices[0].major is missing"),
+    ({"linux__namespaces": [{"type": "mount", "path": "/proc/1/ns/mnt"}]},
+     "config.linux.namespaces[0].path"),
     ({"linux__sysctl": {"kernel.panic": "1"}}, "config.linux.sysctl"),
     ({"linux__resources": {"pids": {"limit": "9"}}}, "config.linux.resources.pids"),
     ({"linux__seccomp": {"defaultAction": "SCMP_ACT_NOTIFY"}},
@@ -3168,6 +3176,42 @@ def test_nothing_is_left_of_a_container_that_could_not_be_created(tmp_path):
     assert result.returncode == 1 and "no such file or directory" in result.stderr
     assert json.loads(log.read_text())["level"] == "error"
     assert not os.listdir(f"{STORE}/oci")
+
+
+@root
+def test_errors_of_a_command_line_and_of_the_log_itself_are_told_where_callers_look(
+        tmp_path):
+    log = tmp_path / "log"
+    for words in (["create", "--bogus", "x"], ["create"], ["state", "nosuch"]):
+        result = oci("--log", log, "--log-format=json", *words)
+        last = json.loads(log.read_text().splitlines()[-1])
+        assert result.returncode == 1 and last["level"] == "error"
+        assert last["msg"].partition(" (")[0] in result.stderr.splitlines()[-1]
+    result = oci("--log", "/nosuch/x", "state", "nosuch")
+    assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
+    assert "--log /nosuch/x: No such file" in result.stderr
+
+
+@root
+def test_whenever_a_create_is_killed_delete_finds_all_that_it_has_made():
+    hook = {"path": "/bin/sh", "args": ["sh", "-c", "kill -9 $PPID"]}
+    bundle(hooks={"createRuntime": [hook]})
+    assert oci("create", "-b", BUNDLE, "c1").returncode == -9
+    assert our_cgroups()
+    assert oci("delete", "--force", "c1").returncode == 0
+    assert not our_cgroups() and not os.listdir(f"{STORE}/oci")
+
+
+@root
+def test_a_hook_that_reads_nothing_is_given_its_time_and_no_more():
+    hook = {"path": "/bin/sleep", "args": ["sleep", "100"], "timeout": 1}
+    bundle(hooks={"createRuntime": [hook]}, annotations={"much": "x" * 200_000})
+    assert "took too long" in oci("run", "-b", BUNDLE, "c1").stderr
+    fails = {"path": "/bin/false", "args": ["false"]}
+    with oci_created(hooks={"poststart": [fails]}):  # is told, and changes nothing
+        started = oci("start", "c1")
+        assert started.returncode == 0 and "poststart" in started.stderr
+        assert json.loads(oci("state", "c1").stdout)["status"] == "running"
 
 
 @root
