@@ -3408,7 +3408,7 @@ def test_exec_ps_pause_resume_update_and_events_find_a_running_container():
         assert json.loads(oci("ps", "-f", "json", "c1").stdout)[0] == state["pid"]
         assert oci("pause", "c1").returncode == 0
         assert json.loads(oci("state", "c1").stdout)["status"] == "paused"
-        assert oci("exec", "c1", "/bin/true").returncode == 1
+        assert oci("exec", "c1", "/bin/true").returncode == 255
         assert oci("resume", "c1").returncode == 0
         assert oci("update", "--memory", "64m", "--pids-limit", "9", "c1").stderr == ""
         stats = json.loads(oci("events", "--stats", "c1").stdout)["data"]
@@ -5493,6 +5493,9 @@ def test_addresses_are_never_given_twice_under_a_race(networks):
 
 # ══ 11. THE SHIM ══
 
+BEFORE_ENGINE = set(globals())
+
+
 @root
 def test_a_terminal_is_real_and_follows_the_windows_size():
     t = Terminal("run", "--rm", "-it", "/bin/sh")
@@ -6526,6 +6529,11 @@ def test_a_script_is_printed_for_run_alone():
     assert code == 125 and "--explain=sh prints the script of a `run`" in err
     code, _, err = forked(main("--explain=verse", "ns"))
     assert code == 125 and "invalid argument 'verse' for --explain" in err
+
+
+for name in set(globals()) - BEFORE_ENGINE:
+    if name.startswith("test_"):
+        pytest.mark.engine(globals()[name])
 
 
 # ══ 16. COMMAND LINE ══
