@@ -11759,6 +11759,10 @@ def show_entries(entries, options, since, until_):
 
     Times in one form and one zone compare as text."""
     parts = []  # [stream, text …], one for all that goes to the same in a row
+    if not options.timestamps and since == "" and until_ == "~" and (
+            len({entry["stream"] for entry in entries}) == 1):  # mostly so: be quick
+        parts.append([entries[0]["stream"], *[entry["log"] for entry in entries]])
+        entries = ()
     for entry in entries:
         when, stream = entry["time"], entry["stream"]
         if since <= when <= until_:

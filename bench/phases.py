@@ -122,6 +122,9 @@ for name, function in vars(posix).items():
 m.start.__defaults__ = tuple(
     tuple(timed(f"{group}: {step.__name__}", step) for step in steps)
     for group, steps in zip(("before", "outside", "birth"), m.start.__defaults__))
+for group in ("BEFORE", "OUTSIDE", "BIRTH"):  # what `run` chooses from
+    setattr(m, group, tuple(timed(f"{group.lower()}: {step.__name__}", step)
+                            for step in getattr(m, group)))
 for name in FUNCTIONS:
     if name in vars(m):
         setattr(m, name, timed(name, getattr(m, name)))
@@ -137,9 +140,10 @@ os._exit(status)
 
 # The functions that make up a start beside its steps, by name; those of them that a
 # version of the program does not have are left out.
-FUNCTIONS = ("parse", "choose", "create", "clone3", "save", "attend", "end", "remove")
+FUNCTIONS = ("parse", "choose", "create", "clone3", "turn", "write_end", "end",
+             "discard")
 NO_FLOOR = {  # waits for another process, or is over before a clock could be looked at
-    "birth: wait_for_go", "attend", "birth: execute", "exit"}
+    "birth: wait_for_go", "turn", "birth: execute", "exit"}
 
 
 def one_start(argv: list[str]) -> dict[str, tuple[float, float, int]]:
@@ -177,8 +181,8 @@ GROUPS = (  # what is printed, in the order in which it happens
     ("birth", ("clone3",)),
     ("the parent, outside", ("outside:",)),
     ("init, until it is the program", ("birth:",)),
-    ("the program, and the end", ("save", "attend", "measure", "end",
-                                "remove", "exit")),
+    ("the program, and the end", ("turn", "measure", "write_end", "end",
+                                "discard", "exit")),
 )
 
 
