@@ -5577,20 +5577,21 @@ class Tarball:
         self.title = title
         self.common = {}  # what a header of kind g has said
         self.left = 0  # bytes of the content that are still to be read
-        pipe, theirs = os.pipe()
+        ours, theirs = os.pipe()
         fcntl.fcntl(theirs, fcntl.F_SETPIPE_SZ, 16 * BLOCK)
-        self.pid, self.news = begin_job(lambda tell: self.pour(path, theirs))
+        self.pid, self.news = begin_job(lambda tell: self.pour(path, ours, theirs))
         os.close(theirs)
-        self.file = open(pipe, "rb", 2 * BLOCK)
+        self.file = open(ours, "rb", 2 * BLOCK)
 
-    def pour(self, path, pipe):
-        """What that process does: all into a pipe; the digest."""
+    def pour(self, path, ours, theirs):
+        """What that process does: all into the pipe; the digest."""
         import hashlib
 
+        os.close(ours)  # so that it ends when nobody reads any more
         found = hashlib.sha256()
         for part in plain_pieces(path, self.title):
             found.update(part)
-            write_all(pipe, part)
+            write_all(theirs, part)
         return f"sha256:{found.hexdigest()}"
 
     def digest(self):
@@ -5611,7 +5612,6 @@ class Tarball:
     def __exit__(self, *_):
         self.file.close()
         os.close(self.news)
-        os.kill(self.pid, signal.SIGTERM)
         os.waitpid(self.pid, 0)
 
     def exactly(self, length):
@@ -6518,17 +6518,33 @@ def fetch(source, descriptor, tell=lambda *_: None):
     return blob_path(digest)
 
 
-def keep(raw):
-    """Put some bytes into the store as a blob; their digest."""
+def spool(parts):
+    """Bring a stream into the store as a file, for now: (its path, its digest)."""
     import hashlib
 
-    digest = f"sha256:{hashlib.sha256(raw).hexdigest()}"
-    new = store("ingest", f".new-{os.getpid()}-{hex_of(digest)}")
-    with open(new, "wb") as file:
-        file.write(raw)
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(new, blob_path(digest))
+    path = store("ingest", f".new-{os.getpid()}-{os.urandom(4).hex()}")
+    digest, most = hashlib.sha256(), layer_bytes()
+    try:
+        with open(path, "wb") as file:
+            for part in parts:
+                if file.tell() + len(part) > most:
+                    raise Fail(f"more than {human(most)} are coming",
+                               "MINICONTAINER_LAYER_BYTES sets another bound than what "
+                               "is free on the disk")
+                file.write(part)
+                digest.update(part)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        take_away_file(path)
+        raise
+    return path, f"sha256:{digest.hexdigest()}"
+
+
+def keep(raw):
+    """Put some bytes into the store as a blob; their digest."""
+    path, digest = spool([raw])
+    os.rename(path, blob_path(digest))
     return digest
 
 
@@ -6850,29 +6866,6 @@ def write_archive(chosen, file):
         } for image, names in chosen])
 
 
-def spool(parts):
-    """Bring a stream into the store as a file, for now: (its path, its digest)."""
-    import hashlib
-
-    path = store("ingest", f".new-{os.getpid()}-{os.urandom(4).hex()}")
-    digest, most = hashlib.sha256(), layer_bytes()
-    try:
-        with open(path, "wb") as file:
-            for part in parts:
-                if file.tell() + len(part) > most:
-                    raise Fail(f"more than {human(most)} are coming",
-                               "MINICONTAINER_LAYER_BYTES sets another bound than what "
-                               "is free on the disk")
-                file.write(part)
-                digest.update(part)
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        take_away_file(path)
-        raise
-    return path, f"sha256:{digest.hexdigest()}"
-
-
 # ── lists, as Docker prints them ──
 
 
@@ -6989,14 +6982,41 @@ NO_TRUNC = arg("--no-trunc", action="store_true", help="show all of everything")
 PLATFORM = arg("--platform", metavar="OS/ARCH", help="of several, the one for this")
 
 
+def moment_of(text):
+    """The Unix time of a date, or of so long ago: 90m, 24h, 1h30m."""
+    import re
+
+    ago_ = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
+    if text and ago_:
+        hours, minutes, seconds = (int(part or 0) for part in ago_.groups())
+        return time.time() - hours * 3600 - minutes * 60 - seconds
+    if not (moment := seconds_of(text)):
+        raise Fail(f"no date and no duration: {text!r}",
+                   "as in 2026-01-31T12:00:00Z or 24h", 1)
+    return moment
+
+
+def has_label(image, text):
+    """Whether an image has the label KEY, or KEY=VALUE."""
+    key, equals, value = text.partition("=")
+    labels = image.settings.get("Labels") or {}
+    return key in labels and (not equals or labels[key] == value)
+
+
+FILTERS = {  # of images: whether one passes KEY=text
+    "dangling": lambda image, text: (text == "true") == (not image.names),
+    "label": has_label,
+    "label!": lambda image, text: not has_label(image, text),
+    "before": lambda image, text: image.created < find_image(text).created,
+    "since": lambda image, text: image.created > find_image(text).created,
+    "until": lambda image, text: image.created < moment_of(text),
+}
+
+
 def matches(image, wanted):
     """Whether an image passes --filter."""
-    labels = image.settings.get("Labels") or {}
-    asked = [text.partition("=") for text in wanted.get("label", ())]
-    return all((value == "true") == (not image.names)
-               for value in wanted.get("dangling", ())) and all(
-        key in labels and (not equals or labels[key] == value)
-        for key, equals, value in asked)
+    return all(FILTERS[key](image, text) for key, texts in wanted.items()
+               if key in FILTERS for text in texts)
 
 
 def is_like(row, patterns):
@@ -7035,7 +7055,7 @@ LIST_OPTIONS = (
 @command("images", *LIST_OPTIONS)
 def images_command(options):
     """List the images of the store."""
-    wanted = filters_of(options.filter, ("dangling", "label", "reference"))
+    wanted = filters_of(options.filter, (*FILTERS, "reference"))
     like = wanted.get("reference", []) + [options.repository] * bool(options.repository)
     columns = {"REPOSITORY": "Repository", "TAG": "Tag", "DIGEST": "Digest",
                "IMAGE ID": "ID", "CREATED": "CreatedSince", "SIZE": "Size"}
@@ -7368,10 +7388,13 @@ def rmi_command(options):
 
 @command("image prune",
          arg("-a", "--all", action="store_true", help="all that no container uses"),
-         arg("-f", "--force", action="store_true", help="do not ask"))
+         arg("-f", "--force", action="store_true", help="do not ask"),
+         arg("--filter", metavar="KEY=VALUE", action="append", default=[],
+             help="only such: until, label, label!"))
 def image_prune_command(options):
     """Remove images that have no name, and what no image needs."""
     need_root()
+    wanted = filters_of(options.filter, ("until", "label", "label!"))
     what = "all images without at least one container associated to them" if (
         options.all) else "all dangling images"
     if not options.force:
@@ -7381,7 +7404,8 @@ def image_prune_command(options):
             return
     used = {notes.get(OF_IMAGE) for _, notes in containers()}
     for image in all_images():
-        if (options.all or not image.names) and image.id not in used:
+        if (options.all or not image.names) and image.id not in used and matches(
+                image, wanted):
             remove_image(image.id, True)
     print(f"Total reclaimed space: {decimal(sweep(True))}")
 
@@ -7557,7 +7581,8 @@ def helper_of(config, key):
 
 
 def credentials(host):
-    """[name, password] for a registry, or None."""
+    """[name, password] for a registry, or None; Docker's name for who has an identity
+    token instead is "<token>"."""
     import base64
 
     key, (path, config) = HUB_KEY if host == "docker.io" else host, docker_config()
@@ -7567,11 +7592,13 @@ def credentials(host):
             "Username": str, "Secret": str}) if said else {}
         return [said["Username"], said["Secret"]] if said.get("Secret") else None
     try:
-        auth = config["auths"][key]["auth"]
-        return base64.b64decode(auth).decode().split(":", 1)
+        kept = config["auths"][key]
+        if token := kept.get("identitytoken"):
+            return ["<token>", token]
+        return base64.b64decode(kept["auth"]).decode().split(":", 1)
     except KeyError:
         return None
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, AttributeError):
         raise Fail(f"{path}: no name and password for {key}", "log in again", 1
                    ) from None
 
@@ -7807,7 +7834,7 @@ class Registry:
 
         kind, fields = challenge.partition(" ")[0].lower(), dict(
             re.findall(r'(\w+)="([^"]*)"', challenge))
-        basic = self.user and "Basic " + base64.b64encode(
+        basic = self.user and self.user[0] != "<token>" and "Basic " + base64.b64encode(
             ":".join(self.user).encode()).decode()
         if kind == "basic" and basic:
             self.authorization = basic
@@ -7817,11 +7844,16 @@ class Registry:
                 ("https://", f"{self.scheme}://")):
             raise Refused("unauthorized: authentication required",
                           f"minicontainer login {self.host}", 1)
-        query = urllib.parse.urlencode([
-            (key, fields[key]) for key in ("service", "scope") if key in fields])
-        asked = urllib.request.Request(realm + ("&" if "?" in realm else "?") + query)
-        if basic:
-            asked.add_unredirected_header("Authorization", basic)
+        query = [(key, fields[key]) for key in ("service", "scope") if key in fields]
+        if self.user and self.user[0] == "<token>":  # OAuth 2: in a body, by POST
+            form = [*query, ("grant_type", "refresh_token"),
+                    ("client_id", "minicontainer"), ("refresh_token", self.user[1])]
+            asked = urllib.request.Request(realm, urllib.parse.urlencode(form).encode())
+        else:
+            asked = urllib.request.Request(realm + ("&" if "?" in realm else "?")
+                                           + urllib.parse.urlencode(query))
+            if basic:
+                asked.add_unredirected_header("Authorization", basic)
         try:
             with self.open_url(asked) as answer:
                 said = parsed(answer.read(1 << 20), "token", {

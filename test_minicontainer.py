@@ -3860,6 +3860,11 @@ def test_a_layer_can_take_away_what_is_below_it(tmp_path):
     [("l", {"type": tarfile.SYMTYPE, "linkname": "OUTSIDE/victim"}), ("l", b"x")],
     [("l", {"type": tarfile.SYMTYPE, "linkname": "OUTSIDE"}), ("l/.wh.victim", b"")],
     [("OUTSIDE/escaped", b"x")], [("d/.wh..", b"")], [(".wh...", b"")],
+    [("../.wh.outside", b"")], [("../outside/.wh.victim", b"")],
+    [("../outside/.wh..wh..opq", b"")], [(".", b"x")], [("", {"type": tarfile.SYMTYPE})],
+    [("n", binary(b"", pax_headers={"size": "-512"}))],
+    [("n", binary(b"", pax_headers={"uid": "-5"}))],
+    [("n", binary(b"", pax_headers={"mtime": "9" * 30}))], [("n\0/../../x", b"x")],
     [("d", {"type": tarfile.DIRTYPE}), ("d/f", b"x"),
      ("d", {"type": tarfile.SYMTYPE, "linkname": "OUTSIDE"}), ("d/escaped", b"x")],
 ])
@@ -3873,8 +3878,11 @@ def test_a_hostile_tarball_reaches_nothing_outside_its_layer(tmp_path, members):
                for k, v in w.items()}) for n, w in members]
     path = make_tar(tmp_path / "evil.tar", *fixed)
     made = None
-    with contextlib.suppress(m.Fail, OSError):
+    try:
         made = m.layer_of(str(path))
+    except m.Fail as fail:
+        assert "evil.tar" in fail.message and "\n" not in fail.message and fail.code == 125
+        assert "internal error" not in fail.message
     assert os.listdir(outside) == ["victim"]
     assert (outside / "victim").read_text() == "untouched"
     assert not os.path.exists(tmp_path / "escaped")
@@ -3980,6 +3988,41 @@ def test_many_entries_take_no_more_memory_than_few(tmp_path, monkeypatch):
     gc.collect()  # of other tests'
     m.remove_tree(m.layer_of(str(tmp_path / "many.tar")))
     assert seen[:2] == ["same", "same"] and seen[-1] < 10
+
+
+@root
+@pytest.mark.parametrize("words", [
+    ["--format=gnu", "-S"], ["--format=oldgnu", "-S"], ["--format=ustar"], ["--format=v7"],
+    *(["--format=pax", f"--sparse-version={v}", "-S"] for v in ("0.0", "0.1", "1.0"))])
+def test_what_gnu_tar_writes_in_any_of_its_formats_is_unpacked_with_its_holes(tmp_path, words):
+    tree_, top = tmp_path / "tree", tmp_path / "top"
+    (tree_ / "d").mkdir(parents=True)
+    top.mkdir()
+    with open(tree_ / "d/holes", "wb") as file:
+        for n in range(60):
+            file.seek(n << 16)
+            file.write(b"%d" % n)
+        file.truncate(5 << 20)
+    (tree_ / "d/after").write_text("after")
+    os.utime(tree_ / "d/after", ns=(10**18 + 5, 10**18 + 5))
+    os.link(tree_ / "d/after", tree_ / "d/hard")
+    os.symlink("after", tree_ / "d/soft")
+    if "ustar" not in words[0] and "v7" not in words[0]:
+        (tree_ / ("n" * 200)).write_text("long")
+        os.symlink("x" * 150, tree_ / "to-long")
+    subprocess.run(["tar", *words, "-cf", tmp_path / "x.tar", "-C", tree_, "."],
+                   check=True)
+    m.unpack(str(tmp_path / "x.tar"), str(top))
+    for path in tree_.rglob("*"):
+        found, want = top / path.relative_to(tree_), os.lstat(path)
+        got = os.lstat(found)
+        assert (got.st_mode, got.st_size, got.st_nlink) == (want.st_mode, want.st_size, want.st_nlink)
+        assert got.st_mtime_ns // 10**9 == want.st_mtime_ns // 10**9
+        assert os.readlink(found) == os.readlink(path) if path.is_symlink() else (
+            path.is_dir() or found.read_bytes() == path.read_bytes())
+    if "pax" in words[0]:
+        assert os.stat(top / "d/after").st_mtime_ns == 10**18 + 5
+    assert os.stat(top / "d/holes").st_blocks * 512 < 1 << 20 or "-S" not in words
 
 
 @root
@@ -4444,6 +4487,31 @@ def test_a_name_that_moves_on_leaves_an_image_without_one(image, rootfs_tar):
 
 
 @root
+def test_images_are_filtered_and_pruned_as_in_docker(image, rootfs_tar, images):
+    """The ages are those of configs: one is from 2001, one from now."""
+    path = docker_archive(rootfs_tar.with_name("old.tar"), [rootfs_tar.read_bytes()],
+                          created="2001-02-03T04:05:06Z", Labels={"keep": "yes"})
+    forked_mini("load", "-i", path)
+
+    def ids(*filters):
+        words = [word for text in filters for word in ("--filter", text)]
+        return forked_mini("images", "--format", "{{.Repository}}", *words).split()
+
+    assert ids("before=thing:1") == ids("until=24h") == ["old"]
+    assert ids("until=2002-01-01T00:00:00Z") == ids("label=keep") == ["old"]
+    assert ids("since=old:1") == ids("label!=keep") == ids("label=a.b") == ["thing"]
+    assert ids("before=old:1") == ids("label=keep=no") == ids("dangling=true") == []
+    assert ids("reference=o*", "before=thing:1") == ["old"]
+    assert "no date" in forked_mini("images", "-f", "until=soon", code=1)
+    assert "No such image" in forked_mini("images", "-f", "since=nosuch", code=1)
+    assert "invalid filter" in forked_mini("image", "prune", "-f", "--filter", "x=y", code=1)
+    assert "Untagged" not in forked_mini("image", "prune", "-af", "--filter", "label!=keep",
+                                         "--filter", "until=1h")
+    assert "Untagged: old:1" in forked_mini("image", "prune", "-af", "--filter", "until=1h")
+    assert ids() == ["thing"]
+
+
+@root
 def test_the_store_is_an_oci_layout_that_others_read(image, images, tmp_path):
     said = json.loads(peer("skopeo", "inspect", "--config",
                            f"oci:{images}:docker.io/library/thing:1"))
@@ -4557,10 +4625,11 @@ def test_podman_loads_what_is_saved(image, images, tmp_path, request):
     assert m.find_image("thing:1").id == image
 
 
-def docker_archive(path, layers, links=(), **config):
+def docker_archive(path, layers, links=(), created="", **config):
     """An archive as Docker wrote it before it knew OCI: a directory for each layer, and
     some of them a symlink to another one's."""
-    raw = json.dumps({"architecture": "amd64", "os": "linux", "config": config, "rootfs": {
+    raw = json.dumps({"architecture": "amd64", "os": "linux", "created": created,
+                      "config": config, "rootfs": {
         "type": "layers", "diff_ids": ["sha256:" + hashlib.sha256(layer).hexdigest()
                                        for layer in layers]}}).encode()
     members = [(f"{n}/layer.tar", {"type": tarfile.SYMTYPE, "linkname":
@@ -4620,6 +4689,33 @@ def test_a_lie_about_what_is_inside_a_layer_is_found_out(images, rootfs_tar, tmp
     make_tar(path, ("0/layer.tar", packed), *documents.items())
     assert "that the image's config promises" in forked_mini("load", "-i", path, code=125)
     assert index() == {} and m.sweep(True) > 0
+
+
+@root
+def test_a_load_killed_at_any_moment_leaves_nothing_visible_and_can_be_repeated(
+        image, images, tmp_path):
+    forked_mini("save", "-o", tmp_path / "x.tar", "thing:1")
+    forked_mini("rmi", "thing:1")
+    data = (tmp_path / "x.tar").read_bytes()
+
+    for part, awaited in ((data[:len(data) // 2], "ingest/.new-*"), (data, "layers/.new-*"),
+                          (data, "images/blobs/sha256/*")):
+        process = subprocess.Popen(command("load"), stdin=subprocess.PIPE,
+                                   stdout=subprocess.DEVNULL)
+        process.stdin.write(part)
+        if part is data:
+            process.stdin.close()
+        until(lambda: glob.glob(f"{STORE}/{awaited}") or process.poll() is not None)
+        process.kill()
+        process.wait()
+        until(lambda: not our_processes())
+        assert index() == {} or process.returncode == 0
+    with open(tmp_path / "x.tar") as stdin:
+        assert "Loaded image: thing:1" in forked_mini("load", stdin=stdin.fileno())
+    assert run("thing:1") == "I am the default\n"
+    mini("system", "prune")
+    forked_mini("image", "prune", "-f")
+    assert os.listdir(f"{STORE}/ingest") == [] and not glob.glob(f"{STORE}/layers/.new-*")
 
 
 @root
@@ -5022,6 +5118,14 @@ def lies():
                                          "manifests": list(entries)}, blobs)
     here = {"os": "linux", "architecture": m.platform_of()[1]}
     itself = {"mediaType": m.OCI_INDEX, "digest": "sha256:" + "a" * 64, "size": 300, "platform": here}
+
+    def nested(manifest, blobs):
+        for _ in range(4):
+            raw = json.dumps(manifest).encode()
+            blobs = {**blobs, digest_of(raw): raw}
+            manifest = {"schemaVersion": 2, "manifests": [
+                {**described(raw, m.OCI_INDEX), "platform": here}]}
+        return manifest, blobs
     return {
         "a blob is another": (same, of_blobs(200, {}, b"y" * 300), "that were announced"),
         "a layer has another digest": (
@@ -5055,6 +5159,7 @@ def lies():
         "the list has nothing for us": (listed({**itself, "platform": {"os": "plan9"}}), None,
                                         "no matching manifest for linux/"),
         "the list lists itself": (listed(itself), None, ("wrong digest", "that were announced", "have come")),
+        "a list in a list in a list in a list": (nested, None, "no matching manifest for"),
         "the digest in the header is another": (
             same, lambda request, number: "/manifests/" in request.path and (
                 200, {"Docker-Content-Digest": "sha256:" + "0" * 64}, b"{}"), "wrong digest"),
@@ -5198,6 +5303,44 @@ def test_http_is_only_for_this_machine_or_by_configuration(tmp_path, monkeypatch
     assert not any(map(m.may_be_insecure, ("docker.io", "a.b:5000", "x", "localhost.x")))
     (tmp_path / "daemon.json").write_text('{"insecure-registries": ["a.b:5000"]}')
     assert m.may_be_insecure("a.b:5000") and not m.may_be_insecure("a.b")
+
+
+@root
+def test_an_identity_token_is_exchanged_for_a_token_and_no_password_is_sent(images,
+                                                                           docker_config):
+    manifest, blobs = an_image(small_layer())
+
+    def oauth(request, number):
+        if request.path == "/token" and request.command == "POST":
+            form = request.rfile.read(int(request.headers["Content-Length"])).decode()
+            right = "grant_type=refresh_token" in form and "refresh_token=long-lived" in form
+            return (200, {}, b'{"access_token": "short"}') if right else (400, {}, b"")
+        if request.headers.get("Authorization") != "Bearer short":
+            return 401, {"WWW-Authenticate": f'Bearer realm="http://{request.headers["Host"]}'
+                         '/token",service="s"'}, b""
+
+    with fake_registry(serving(manifest, blobs, oauth)) as (host, asked):
+        docker_config.parent.mkdir()
+        docker_config.write_text(json.dumps({"auths": {host: {
+            "auth": "YWxpY2U6", "identitytoken": "long-lived"}}}))
+        assert "Downloaded newer image" in forked_mini("pull", f"{host}/x:1")
+        assert not any("Basic" in headers.get("Authorization", "") for _, _, headers in asked())
+
+
+@root
+def test_an_image_is_imported_from_a_url(images, rootfs_tar):
+    def web(request, number):
+        return (200, {}, rootfs_tar.read_bytes()) if request.path == "/rootfs.tar" else (
+            404, {}, b"no")
+
+    with fake_registry(web) as (host, _):
+        forked_mini("import", f"http://{host}/rootfs.tar", "web:1")
+        assert run("web:1", "/bin/echo", "hello") == "hello\n"
+        assert m.find_image("web:1").config["history"][0]["comment"] == (
+            f"Imported from http://{host}/rootfs.tar")
+        assert f"http://{host}/none: Not Found" in forked_mini(
+            "import", f"http://{host}/none", "web:2", code=1)
+    assert "refused" in forked_mini("import", f"http://127.0.0.1:{free_port()}/x", code=1)
 
 
 @root

@@ -227,34 +227,37 @@ def held_together(argv) -> float:
     return most / 1024
 
 
-def measure(able: dict, archive: str, jobs, rounds: int, host: str,
-            scratch: Path) -> dict:
-    """{(contender, job): its starts}, in turns."""
+def measure(able: dict, archive: str, rounds: int, scratch: Path) -> dict:
+    """{(contender, job): its starts}, in turns.
+
+    Each has a registry of its own: podman and skopeo remember what a registry has
+    been sent, and would send nothing a second time."""
     starts, starter = {}, startup.Starter([])
     for number in range(rounds):
         names = list(able)
         for who in names[number % len(names):] + names[:number % len(names)]:
             at = Path(tempfile.mkdtemp(dir=scratch, prefix="s-"))
-            name = f"{host}/{at.name.lower().replace('_', '')}:1"
-            for job in jobs:
-                if job == "push":
-                    starter.measure(able[who](at, "tag", archive, name))
-                os.sync()  # what the last one wrote is not this one's to wait for
-                start = starter.measure(able[who](at, job, archive, name))
-                starts.setdefault((who, job), []).append(start)
-                if start["exit"]:
-                    print(f"{who}: {job} ended with {start['exit']}", file=sys.stderr)
+            with registry(at) as host:
+                for job in JOBS if host else JOBS[:2]:
+                    name = f"{host}/bench:1"
+                    if job == "push":
+                        starter.measure(able[who](at, "tag", archive, name))
+                    os.sync()  # what the last one wrote is not this one's to wait for
+                    start = starter.measure(able[who](at, job, archive, name))
+                    starts.setdefault((who, job), []).append(start)
+                    if start["exit"]:
+                        print(f"{who}: {job}: exit {start['exit']}", file=sys.stderr)
             (at / "saved.tar").unlink(missing_ok=True)
     starter.close()
     return starts
 
 
-def print_table(starts: dict, together: dict, jobs) -> dict:
+def print_table(starts: dict, together: dict) -> dict:
     """One line for each job and contender; the same as a dict."""
     print(f"{'':6}{'':15}{'wall s':>8}{'middle half':>14}{'× podman':>10}{'cpu s':>7}"
           f"{'peak MB':>9}{'together':>10}")
     table = {}
-    for job in jobs:
+    for job in dict.fromkeys(job for _, job in starts):
         for who in dict.fromkeys(who for who, _ in starts):
             good = [s for s in starts[who, job] if s["exit"] == 0]
             if not good:
@@ -272,7 +275,7 @@ def print_table(starts: dict, together: dict, jobs) -> dict:
             first, third = row["quartiles"]
             print(f"{job:6}{who:15}{row['wall']:8.2f}{first:8.2f} –{third:5.2f}"
                   f"{row['ratio'] or 0:10.2f}{row['cpu']:7.2f}{row['peak']:9.0f}"
-                  f"{row['together'] or 0:10.0f}")
+                  + (f"{row['together']:10.0f}" if row["together"] else ""))
     return table
 
 
@@ -317,8 +320,7 @@ def main() -> int:
     if os.geteuid():
         sys.exit("images.py: needs root")
     kept = {}
-    with tempfile.TemporaryDirectory(prefix="bench-") as scratch, \
-            registry(Path(scratch)) as host:
+    with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
         scratch = Path(scratch)
         tarball, what = options.tar or scratch / "rootfs.tar", str(options.tar)
         if not options.tar:
@@ -329,20 +331,19 @@ def main() -> int:
             print(f"{what}: {sum(1 for _ in tar)} entries, "
                   f"{tarball.stat().st_size / 1e6:.0f} MB")
         print(", ".join(f"{k} {v}" for k, v in startup.describe_machine().items()))
-        jobs = JOBS if host else JOBS[:2]
         for count in options.layers:
             archive = scratch / f"{count}.tar"
             make_archive(dealt(tarball, count) if count > 1 else [tarball.read_bytes()],
                          archive)
             print(f"\n{count} layer{'s' * (count > 1)}, "
                   f"{archive.stat().st_size / 1e6:.0f} MB as an archive", flush=True)
-            starts = measure(able, str(archive), jobs, options.rounds, host, scratch)
+            starts = measure(able, str(archive), options.rounds, scratch)
             together = {}
             for who, command in able.items():
                 at = Path(tempfile.mkdtemp(dir=scratch, prefix="s-"))
                 together[who, "load"] = held_together(
                     command(at, "load", str(archive), ""))
-            kept[count] = print_table(starts, together, jobs)
+            kept[count] = print_table(starts, together)
             second_container(launcher, str(archive),
                              Path(tempfile.mkdtemp(dir=scratch, prefix="s-")))
         for name, why in missing.items():
