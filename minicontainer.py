@@ -8982,8 +8982,8 @@ class Peer:
             message = os.read(self.fd, MOST + 1)
         except BlockingIOError:
             return None
-        except ConnectionError:
-            message = b""
+        except ConnectionResetError:  # it has not read all of ours; its own is there
+            return self.receive()
         return message[:1], message[1:]
 
     def wanted(self, listening=True):

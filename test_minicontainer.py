@@ -6026,6 +6026,16 @@ def test_a_shim_is_small():
         assert private <= 6 << 10
 
 
+def test_the_last_word_is_heard_though_not_all_of_ours_was_read():
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    peer = m.Peer(ours.fileno())
+    peer.send(b"i", b"typed, and never read")
+    theirs.send(b"xend")
+    theirs.close()
+    assert (peer.receive(), peer.receive()) == ((b"x", b"end"), (b"", b""))
+    ours.close()
+
+
 def test_a_log_holds_any_bytes_and_no_half_line(tmp_path):
     log = m.Log(str(tmp_path / "log"))
     log.add("stdout", b'be"gun')
