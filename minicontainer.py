@@ -6996,17 +6996,21 @@ def moment_of(text):
     return moment
 
 
-def has_label(image, text):
-    """Whether an image has the label KEY, or KEY=VALUE."""
-    key, equals, value = text.partition("=")
-    labels = image.settings.get("Labels") or {}
+def has_label(labels, asked):
+    """Whether there is a label KEY, or KEY=VALUE, of that value."""
+    key, equals, value = asked.partition("=")
     return key in labels and (not equals or labels[key] == value)
 
 
-FILTERS = {  # of images: whether one passes KEY=text
+def labels_of(image):
+    """An image's labels."""
+    return image.settings.get("Labels") or {}
+
+
+IMAGE_FILTERS = {  # whether one passes KEY=text
     "dangling": lambda image, text: (text == "true") == (not image.names),
-    "label": has_label,
-    "label!": lambda image, text: not has_label(image, text),
+    "label": lambda image, text: has_label(labels_of(image), text),
+    "label!": lambda image, text: not has_label(labels_of(image), text),
     "before": lambda image, text: image.created < find_image(text).created,
     "since": lambda image, text: image.created > find_image(text).created,
     "until": lambda image, text: image.created < moment_of(text),
@@ -7015,8 +7019,8 @@ FILTERS = {  # of images: whether one passes KEY=text
 
 def matches(image, wanted):
     """Whether an image passes --filter."""
-    return all(FILTERS[key](image, text) for key, texts in wanted.items()
-               if key in FILTERS for text in texts)
+    return all(IMAGE_FILTERS[key](image, text) for key, texts in wanted.items()
+               if key in IMAGE_FILTERS for text in texts)
 
 
 def is_like(row, patterns):
@@ -7055,7 +7059,7 @@ LIST_OPTIONS = (
 @command("images", *LIST_OPTIONS)
 def images_command(options):
     """List the images of the store."""
-    wanted = filters_of(options.filter, (*FILTERS, "reference"))
+    wanted = filters_of(options.filter, (*IMAGE_FILTERS, "reference"))
     like = wanted.get("reference", []) + [options.repository] * bool(options.repository)
     columns = {"REPOSITORY": "Repository", "TAG": "Tag", "DIGEST": "Digest",
                "IMAGE ID": "ID", "CREATED": "CreatedSince", "SIZE": "Size"}
@@ -9990,12 +9994,6 @@ def announce(record, action, **more):
         log.close()
 
 
-def has_label(labels, asked):
-    """Whether there is a label KEY, or KEY=VALUE, of that value."""
-    key, equals, value = asked.partition("=")
-    return key in labels and (not equals or labels[key] == value)
-
-
 EVENT_FILTERS = {  # of `events`: whether one passes for one of the values
     "container": lambda event, text: text == event["Actor"]["Attributes"]["name"]
         or event["id"].startswith(text),
@@ -12408,6 +12406,7 @@ def system_prune_command(options):
     need_root()
     clear_up()
     options.force = True  # what was asked for in words needs no question
+    options.filter = []
     if options.all:
         image_prune_command(options)
     options.all = False

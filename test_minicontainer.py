@@ -6497,7 +6497,8 @@ def test_whoever_is_killed_at_whatever_moment_the_records_tell_the_truth():
                           for record in m.records()))
         for record in m.records():
             if record.status == "running":
-                assert mini("exec", record.id, "/bin/true").returncode == 0
+                until(lambda id=record.id: m.load(id).status != "running"
+                      or mini("exec", id, "/bin/true").returncode == 0)
             with contextlib.suppress(FileNotFoundError):
                 for line in open(record.path("log")):
                     assert json.loads(line)["log"] == "x\n"
