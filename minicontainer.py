@@ -4669,6 +4669,7 @@ def create_container(options, stays=False):
         if options.no_pivot:
             birth[birth.index(pivot)] = move_root
         start(c, before, (note, *OUTSIDE), birth)
+        note(c)  # once more: it may have been born again, see be_born_again
         hand_over(c, options)
     except BaseException:
         end(c)
