@@ -15,8 +15,8 @@ What is measured is what startup.py says, per command: wall, cpu, and the larges
 resident set of a process.  Beside it stands, from one more load that is not timed, what
 all its processes held together (the sum of their proportional sets, 50 times a second).
 
-Every store is a new directory, and all are removed only at the end: ext4 is slow to
-reuse the inodes of what has just been removed, and whoever comes next would pay for it.
+Every store is a new directory, and all are removed only at the end: ext4 can be slow to
+find inodes after many have just been removed, and whoever comes next would pay for it.
 """
 
 from __future__ import annotations
