@@ -9232,6 +9232,15 @@ class LogReader:
                     pass
             return found
 
+def let_go():
+    """Hold nothing of what a command was given as 0, 1 and 2: whoever reads its output
+    would wait for us to end."""
+    null = os.open("/dev/null", os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    os.close(null)
+
+
 # ── the shim ──
 #
 # A turn is one poll() and what it makes possible.  There is a limit to what waits in
@@ -9376,12 +9385,9 @@ class Shim:
             self.MEANINGS[letter](self, peer, data)
 
     def first_has_left(self):
-        """Hold nothing of what the command was given, since whoever reads its output
-        would wait for us to end; nor, perhaps, what only it could have typed into."""
-        null = os.open("/dev/null", os.O_RDWR)
-        for fd in (0, 1, 2):
-            os.dup2(null, fd)
-        os.close(null)
+        """Hold nothing of what the command was given, and perhaps nothing that only it
+        could have typed into."""
+        let_go()
         if not self.keep_input and "stdin" in self.c.outer:
             self.take_input(None, b"")
 
@@ -9449,6 +9455,7 @@ def leave_to(shim):
         os.setsid()  # Ctrl-C and a hang-up are for the client
         os.chdir("/")  # and nobody's file system is in use because of us
         shim.live(Peer(theirs))
+        let_go()  # if that was so short that we have not heard it leave
         while after := shim.again():
             after.peers = [peer for peer in shim.peers if peer.waiting]
             for peer in set(shim.peers) - {*after.peers, NOBODY}:
