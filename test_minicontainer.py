@@ -1600,6 +1600,9 @@ def test_a_kernel_without_mount_setattr_gets_the_hosts_user_namespace(volume):
 
 # ══ 5. PRIVILEGES ══
 
+BEFORE_WALLS = set(globals())
+
+
 def status(*options, keys="CapInh CapPrm CapEff CapBnd CapAmb NoNewPrivs Groups"):
     text = sh("cat /proc/self/status", *options)
     found = dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line)
@@ -2773,6 +2776,11 @@ def test_an_error_says_what_can_be_done_about_it(name, code, says):
     assert says in m.diagnose(OSError(code, os.strerror(code), m.Asked(name, ()))).hint
 
 
+for name in set(globals()) - BEFORE_WALLS:
+    if name.startswith("test_"):
+        pytest.mark.walls(globals()[name])
+
+
 # ══ 6. THE CONTAINER ══
 
 @root
@@ -3783,6 +3791,9 @@ def test_dockerd_drives_it(tmp_path):
 
 # ══ 8. IMAGES ══
 
+BEFORE_IMAGES = set(globals())
+
+
 @root
 def test_a_tarball_is_unpacked_once_and_kept_by_its_digest(tmp_path, busybox):
     for mode, suffix in (("w", ".tar"), ("w:gz", ".tar.gz"), ("w:xz", ".tar.xz"),
@@ -4300,9 +4311,6 @@ def forked_mini(*args, stdin=None, code=0):
 
 # From here on to the end of chapter 9 nothing is asked of a kernel that the chapters
 # before do not ask; it is left out where an emulated machine would take too long for it.
-BEFORE_IMAGES = set(globals())
-
-
 @pytest.fixture
 def images():
     """The store's images, none at first; all that is made is swept away again."""
