@@ -2212,7 +2212,7 @@ def own_the_mounts(c):
     wish = (c.spec["linux"].get("rootfsPropagation") or "private").lstrip("r")
     how = MS_PRIVATE if wish == "private" else MS_SLAVE  # that it is, in the workshop
     syscall("mount", None, "/", None, MS_REC | how, None,
-            why="nothing from here on reaches the host, or comes from there")
+            why="nothing that is mounted from here on reaches the host")
 
 
 def hold_rootfs(c):
@@ -2544,14 +2544,6 @@ def pivot(c):
     syscall("chdir", "/", why="into the new root")
     os.close(c.root_fd)
     c.root_fd = open_fd("/", O_PATH | O_DIRECTORY, "the container's root")
-
-
-def make_cwd(c):
-    """Step: the working directory, if the image has none such."""
-    try:
-        inside(c, c.spec["process"]["cwd"], "dir").close()
-    except OSError:
-        pass  # what is in the way is told by enter_cwd
 
 
 def move_root(c):
@@ -3938,7 +3930,7 @@ BIRTH = (               # init, from "go" until it is your program
     set_sysctls,        # while the host's /proc is there
     mask_paths,         # after all mounts that could lie on top of a mask
     pivot,              # after every step that needs a path of the host
-    make_cwd, seal_root,  # after every step that makes a place to mount on
+    seal_root,          # after every step that makes a place to mount on
     *(TAIL := (         # what `exec` does too
         find_user,      # names mean what the image says: its files are / now
         enter_cwd,      # while we may still enter every directory
@@ -4553,12 +4545,21 @@ def tell_runs(c):
     c.tell_parent()
 
 
+def make_cwd(c):
+    """Step: the working directory, if the root file system has none such, as runc does;
+    of a `run` of ours it is the person's mistake."""
+    try:
+        inside(c, c.spec["process"]["cwd"], "dir").close()
+    except OSError:
+        pass  # what is in the way is told by enter_cwd
+
+
 def oci_steps(steps, last):
     """BIRTH or JOIN as a caller of ours needs it; `last` is in place of what makes a
     program die with us."""
     instead = {
         die_with_parent: (find_program, last),  # `create` tells if there is none
-        pivot: (run_create_hooks, pivot, share_root),
+        pivot: (run_create_hooks, pivot, make_cwd, share_root),
         become_user: (own_stdio, become_user)}
     return [new for step in steps for new in instead.get(step, (step,))]
 
