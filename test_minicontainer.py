@@ -120,6 +120,15 @@ def until(condition, seconds=30):
     return found
 
 
+def opened_by(pid):
+    """What a process has open, in one string; what it closes meanwhile is left out."""
+    names = []
+    for link in glob.glob(f"/proc/{pid}/fd/*"):
+        with contextlib.suppress(FileNotFoundError):
+            names.append(os.readlink(link))
+    return " ".join(names)
+
+
 def tree(top):
     """Every path below a directory, without following links."""
     return sorted(os.path.join(at, name) for at, dirs, files in os.walk(top)
@@ -6339,8 +6348,7 @@ def test_stats_are_of_now_and_update_changes_the_limits():
 def test_events_tell_what_has_happened_and_what_does():
     with subprocess.Popen(command("events", "--filter", "container=told"), text=True,
                           stdout=subprocess.PIPE) as now:
-        until(lambda: "inotify" in str(list(map(os.readlink, glob.glob(
-            f"/proc/{now.pid}/fd/*")))))
+        until(lambda: "inotify" in opened_by(now.pid))
         with detached("--name", "told", "--label", "a=b", script="exit 3") as id:
             quietly("wait", "told")
         seen = [now.stdout.readline().split(None, 4) for _ in range(4)]
