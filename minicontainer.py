@@ -12798,6 +12798,8 @@ class Expansion:
             sign, value = self.take(), value or None  # empty is as good as unset
         elif sign and sign in "#%/" and self.ahead() == sign:
             sign += self.take()
+        if not sign:
+            raise ValueError("syntax error: missing '}'")
         if sign not in ("+", "-", "?", "#", "##", "%", "%%", "/", "//"):
             raise ValueError(f"unsupported modifier ({sign}) in substitution")
         word = self.word("/}" if sign[0] == "/" else "}")
@@ -12888,7 +12890,7 @@ def ignore_pattern(pattern):
             found += "(?:.*/)?" if at < len(pattern) else ".*"
         elif letter in "*?":
             found += "[^/]" + "*" * (letter == "*")
-        elif letter in "[]":
+        elif letter in "[]" or letter == "^" and found.endswith("["):
             found += letter
         else:
             at += letter == "\\"
@@ -12985,23 +12987,25 @@ class Tree:
         except OSError:
             return
         try:
-            names = sorted(os.listdir(fd))
+            names = sorted((entry.name, entry.is_dir(follow_symlinks=False))
+                           for entry in os.scandir(fd))
         finally:
             os.close(fd)
-        for found in names:
-            if name == "**":
-                yield from self.matching(os.path.join(above, found), parts)
-            elif go_match(name, found):
-                yield from self.matching(os.path.join(above, found), rest)
+        for found, goes_on in names:
+            if goes_on if name == "**" else go_match(name, found):
+                yield from self.matching(os.path.join(above, found),
+                                         parts if name == "**" else rest)
 
     def entries(self, path, fd, excluding=()):
         """An Entry for each file at a place, in the order of their names."""
         whole = stat.S_ISDIR(os.fstat(fd).st_mode)
         base = "" if path == "." else path
+        if not whole and is_excluded(excluding, os.path.basename(path)):
+            return
 
         def left_out(inner):
-            return is_excluded(self.rules, os.path.normpath(f"{base}/{inner}")) or (
-                is_excluded(excluding, inner if whole else os.path.basename(path)))
+            return is_excluded(self.rules, os.path.normpath(os.path.join(base, inner))
+                               ) or is_excluded(excluding, inner)
 
         def worth_a_look(inner):  # with a ! among the rules anything may come back
             return any(back for _, back in (*self.rules, *excluding)) or (
@@ -13181,14 +13185,14 @@ def with_files(state, write, when):
 
 
 def make_way(c, path, owner=(0, 0), links=0):
-    """(descriptor of a directory of the container, whether it was made just now); those
-    that are missing above it are made too, and belong to the same owner."""
+    """A descriptor of a directory of the container; it is made if it is missing, and
+    so are those above it, which belong to the same owner."""
     try:
-        return open_inside(c, path, O_PATH | O_DIRECTORY), False
+        return open_inside(c, path, O_PATH | O_DIRECTORY)
     except NotADirectoryError:
         raise Fail(f"cannot copy to non-directory: {path}", "", 1) from None
     except FileNotFoundError:
-        above, name = make_way(c, os.path.dirname(path), owner, links)[0], path
+        above = make_way(c, os.path.dirname(path), owner, links)
     try:
         os.mkdir(os.path.basename(path), 0o755, dir_fd=above)
         os.chown(os.path.basename(path), *owner, dir_fd=above)
@@ -13200,7 +13204,7 @@ def make_way(c, path, owner=(0, 0), links=0):
         return make_way(c, os.path.normpath(name), owner, links + 1)
     finally:
         os.close(above)
-    return open_inside(c, path, O_PATH | O_DIRECTORY), True
+    return open_inside(c, path, O_PATH | O_DIRECTORY)
 
 
 def owner_of(c, text):
@@ -13263,9 +13267,9 @@ class Copying:
             elif not (path.endswith("/") or self.parents or len(self.items) > 1 or
                       self.is_directory(c, path)):
                 path, name = os.path.split(path)
-            fd, is_new = make_way(c, path.rstrip("/") or "/", owner or (0, 0))
+            fd = make_way(c, path.rstrip("/") or "/", owner or (0, 0))
             with Target(c, path, fd) as target:
-                self.copy(item, target, name, owner, is_new)
+                self.copy(item, target, name, owner)
             os.close(fd)
 
     def is_directory(self, c, path):
@@ -13276,23 +13280,24 @@ class Copying:
         except (FileNotFoundError, NotADirectoryError):
             return False
 
-    def copy(self, item, target, name, owner, is_new):
+    def copy(self, item, target, name, owner):
         """Copy one item into a directory, by a name or what is in it."""
         def placed(entries):
             for entry in entries:
-                if os.path.basename(entry.name).startswith(".wh."):
-                    raise Fail(f"{entry.name}: a name that layers keep to themselves",
-                               "it says that a file is gone: call it otherwise", 1)
                 if owner:
                     entry.uid, entry.gid = owner
                 if self.mode is not None and not stat.S_ISLNK(entry.mode):
                     entry.mode = stat.S_IFMT(entry.mode) | self.mode
                 entry.name = os.path.normpath(f"{name}/{entry.name}".lstrip("/"))
                 entry.hard = entry.hard and f"{name}/{entry.hard}".lstrip("/")
-                if not item.unpacks and entry.name != ".":
+                if entry.name == ".":  # the directory itself is not copied
+                    continue
+                if os.path.basename(entry.name).startswith(".wh."):
+                    raise Fail(f"{entry.name}: a name that layers keep to themselves",
+                               "it says that a file is gone: call it otherwise", 1)
+                if not item.unpacks:
                     target.check(entry)
-                if entry.name != "." or is_new or item.unpacks:
-                    yield entry
+                yield entry
         if not item.unpacks:
             target.add_all(placed(item.entries()), item.name)
             return
@@ -13945,7 +13950,7 @@ def workdir(w, step):
     path = w.path(w.words(step)[0]).rstrip("/") or "/"
     w.set("WorkingDir", path)
     return w.change(f"WORKDIR {path}", {}, lambda: with_files(
-        w.state, lambda c: os.close(make_way(c, path)[0]), w.build.epoch))
+        w.state, lambda c: os.close(make_way(c, path)), w.build.epoch))
 
 
 @instruction("RUN", as_command, flags="mount network security")
@@ -13987,13 +13992,14 @@ def run_(w, step):
                                      f"{args[0]},readonly")
             code, layer = run_in(options, args, build.report, build.epoch)
         if code:
-            fail = step.fail(f"The command {' '.join(args)!r} returned a non-zero code: "
-                             f"{code}")
+            fail = step.fail(f"The command {' '.join(args)!r} returned a non-zero "
+                             f"code: {code}")
             fail.code = code
             raise fail
         return layer
-    return w.change(text, {**mounts.digests(), "network": network,
-                           "here-document": script}, make)
+    return w.change(text, {
+        **mounts.digests(), "the network": network, "the here-document": script,
+        "the mounts": [value for name, value in step.flags if name == "mount"]}, make)
 
 
 def run_documents(w, step):
@@ -14450,7 +14456,7 @@ class Context:
         its own beside it."""
         if not self.tree:
             fd, text = os.open(self.path, O_PATH | O_DIRECTORY | O_CLOEXEC), ""
-            for name in (f"{self.file or 'Dockerfile'}.dockerignore",
+            for name in (f"{self.file or f'{self.path}/Dockerfile'}.dockerignore",
                          f"{self.path}/.dockerignore"):
                 if os.path.isfile(name) and not text:
                     text = read_file(name)
