@@ -12472,6 +12472,15 @@ def system_prune_command(options):
 # https://docs.docker.com/reference/dockerfile; the OCI image specification, config.md.
 
 # ── reading ──
+INSTRUCTIONS = {}  # name: (form, at least so many words, flags, function)
+
+
+def instruction(name, form, least=1, flags=""):
+    """Declare that the decorated function is what `name` means."""
+    def declare(function):
+        INSTRUCTIONS[name] = form, least, flags.split(), function
+        return function
+    return declare
 
 
 class Instruction:
@@ -12524,6 +12533,103 @@ class Instruction:
         for _, word in self.words():
             if match := re.fullmatch(r"\d*<<(-?)(['\"]?)([A-Za-z_][\w.]*)\2", word):
                 yield match[3], bool(match[1]), not match[2]
+
+
+def quoted(word, escape):
+    """A word as it has to be written to mean itself, but for its variables."""
+    return "".join(escape + c if c in f"'\"{escape}" else c for c in word)
+
+
+def exec_form(step, at=None):
+    """The list that JSON gives, or None where it is none: then it is a shell's."""
+    text = step.text if at is None else step.whole[at:].strip()
+    try:
+        words = from_json(text) if text.startswith("[") else None
+    except (ValueError, RecursionError):
+        return None
+    return words if isinstance(words, list) and all(
+        isinstance(word, str) for word in words) else None
+
+
+def understand(step):
+    """Take an instruction apart, as the table says; or say where it is wrong."""
+    form, least, flags, _ = INSTRUCTIONS[step.name]
+    known = {flag.rstrip("!"): flag.endswith("!") for flag in flags}  # !: yes or no
+    for at, word in step.words() if flags else ():
+        if not word.startswith("--"):
+            break
+        name, equals, value = word[2:].partition("=")
+        if name not in known:
+            raise step.fail(f"unknown flag: --{name}",
+                            f"{step.name} has --{', --'.join(known)}", at)
+        if not equals and not known[name]:
+            raise step.fail(f"missing a value on flag: --{name}", f"--{name}=…", at)
+        step.flags.append((name, value or "true" * known[name]))
+        step.at = at + len(word)
+        step.at += len(step.whole[step.at:]) - len(step.whole[step.at:].lstrip())
+    if len(step.words()) < least:
+        raise step.fail(f"{step.name} requires at least {least} argument"
+                        f"{'s' * (least > 1)}", "", step.at)
+    step.value = form(step)
+
+
+def as_command(step):
+    """Form: a list to execute, or a text for the shell."""
+    words = exec_form(step)
+    return step.text if words is None else words
+
+
+def as_words(step):
+    """Form: (where, word) each; JSON where there are spaces in one."""
+    words = exec_form(step)
+    if words is None:
+        return step.words()
+    if len(words) < INSTRUCTIONS[step.name][1]:
+        raise step.fail(f"{step.name} requires at least {INSTRUCTIONS[step.name][1]} "
+                        "arguments", "", step.at)
+    return [(step.at, quoted(word, step.file.escape)) for word in words]
+
+
+def as_one(step):
+    """Form: all of it, one word."""
+    return [(step.at, step.text)]
+
+
+def as_pairs(step):
+    """Form: (where, name, value) each of NAME=VALUE …, or of the older NAME VALUE."""
+    words = step.words()
+    if "=" not in words[0][1]:
+        at, name = words[0]
+        if len(words) == 1:
+            raise step.fail(f"{step.name} must have two arguments", f"{name}=VALUE", at)
+        return [(at, name, step.whole[words[1][0]:].strip())]
+    for at, word in words:
+        if "=" not in word:
+            raise step.fail(f"Syntax error - can't find = in {word!r}. Must be of the "
+                            "form: name=value", "quotes keep spaces together", at)
+    return [(at, *word.partition("=")[::2]) for at, word in words]
+
+
+def as_names(step):
+    """Form: (where, name, value or None) each of NAME or NAME=VALUE."""
+    return [(at, name, value if equals else None)
+            for at, word in step.words() for name, equals, value in [
+                word.partition("=")]]
+
+
+def as_trigger(step):
+    """Form: an instruction, for those who build on the image."""
+    name = step.text.split()[0].upper()
+    if name in ("ONBUILD", "FROM", "MAINTAINER"):
+        raise step.fail(f"{name} isn't allowed as an ONBUILD trigger", "", step.at)
+    if name not in INSTRUCTIONS:
+        raise step.fail(f"unknown instruction: {name}", "", step.at)
+    understand(Instruction(step.file, step.text, [
+        (at - step.at, line, column) for at, line, column in step.spots]))
+    return step.text
+
+
+# ── variables ──
 
 
 class Dockerfile:
@@ -12615,113 +12721,6 @@ class Dockerfile:
 
 # The table of instructions.  A form makes a value of the text that follows the flags,
 # without knowing any variable yet; flags are named with what they are in Docker's help.
-
-INSTRUCTIONS = {}  # name: (form, at least so many words, flags, function)
-
-
-def instruction(name, form, least=1, flags=""):
-    """Declare that the decorated function is what `name` means."""
-    def declare(function):
-        INSTRUCTIONS[name] = form, least, flags.split(), function
-        return function
-    return declare
-
-
-def understand(step):
-    """Take an instruction apart, as the table says; or say where it is wrong."""
-    form, least, flags, _ = INSTRUCTIONS[step.name]
-    known = {flag.rstrip("!"): flag.endswith("!") for flag in flags}  # !: yes or no
-    for at, word in step.words() if flags else ():
-        if not word.startswith("--"):
-            break
-        name, equals, value = word[2:].partition("=")
-        if name not in known:
-            raise step.fail(f"unknown flag: --{name}",
-                            f"{step.name} has --{', --'.join(known)}", at)
-        if not equals and not known[name]:
-            raise step.fail(f"missing a value on flag: --{name}", f"--{name}=…", at)
-        step.flags.append((name, value or "true" * known[name]))
-        step.at = at + len(word)
-        step.at += len(step.whole[step.at:]) - len(step.whole[step.at:].lstrip())
-    if len(step.words()) < least:
-        raise step.fail(f"{step.name} requires at least {least} argument"
-                        f"{'s' * (least > 1)}", "", step.at)
-    step.value = form(step)
-
-
-def exec_form(step, at=None):
-    """The list that JSON gives, or None where it is none: then it is a shell's."""
-    text = step.text if at is None else step.whole[at:].strip()
-    try:
-        words = from_json(text) if text.startswith("[") else None
-    except (ValueError, RecursionError):
-        return None
-    return words if isinstance(words, list) and all(
-        isinstance(word, str) for word in words) else None
-
-
-def as_command(step):
-    """Form: a list to execute, or a text for the shell."""
-    words = exec_form(step)
-    return step.text if words is None else words
-
-
-def as_words(step):
-    """Form: (where, word) each; JSON where there are spaces in one."""
-    words = exec_form(step)
-    if words is None:
-        return step.words()
-    if len(words) < INSTRUCTIONS[step.name][1]:
-        raise step.fail(f"{step.name} requires at least {INSTRUCTIONS[step.name][1]} "
-                        "arguments", "", step.at)
-    return [(step.at, quoted(word, step.file.escape)) for word in words]
-
-
-def quoted(word, escape):
-    """A word as it has to be written to mean itself, but for its variables."""
-    return "".join(escape + c if c in f"'\"{escape}" else c for c in word)
-
-
-def as_one(step):
-    """Form: all of it, one word."""
-    return [(step.at, step.text)]
-
-
-def as_pairs(step):
-    """Form: (where, name, value) each of NAME=VALUE …, or of the older NAME VALUE."""
-    words = step.words()
-    if "=" not in words[0][1]:
-        at, name = words[0]
-        if len(words) == 1:
-            raise step.fail(f"{step.name} must have two arguments", f"{name}=VALUE", at)
-        return [(at, name, step.whole[words[1][0]:].strip())]
-    for at, word in words:
-        if "=" not in word:
-            raise step.fail(f"Syntax error - can't find = in {word!r}. Must be of the "
-                            "form: name=value", "quotes keep spaces together", at)
-    return [(at, *word.partition("=")[::2]) for at, word in words]
-
-
-def as_names(step):
-    """Form: (where, name, value or None) each of NAME or NAME=VALUE."""
-    return [(at, name, value if equals else None)
-            for at, word in step.words() for name, equals, value in [
-                word.partition("=")]]
-
-
-def as_trigger(step):
-    """Form: an instruction, for those who build on the image."""
-    name = step.text.split()[0].upper()
-    if name in ("ONBUILD", "FROM", "MAINTAINER"):
-        raise step.fail(f"{name} isn't allowed as an ONBUILD trigger", "", step.at)
-    if name not in INSTRUCTIONS:
-        raise step.fail(f"unknown instruction: {name}", "", step.at)
-    understand(Instruction(step.file, step.text, [
-        (at - step.at, line, column) for at, line, column in step.spots]))
-    return step.text
-
-
-# ── variables ──
 
 
 class Expansion:
@@ -12857,25 +12856,6 @@ def expand(step, at, text, known, documents=False):
 # ── what is copied from ──
 
 
-def rules_of(text):
-    """What a .dockerignore says: (a pattern to match, whether it takes back)."""
-    import re
-
-    rules = []
-    for line in text.removeprefix("\ufeff").splitlines():
-        pattern = "" if line.startswith("#") else line.strip()
-        back = pattern.startswith("!")
-        pattern = os.path.normpath(pattern[back:].strip()).lstrip("/") if (
-            pattern[back:].strip()) else ""
-        if pattern:
-            try:
-                rules.append((re.compile(ignore_pattern(pattern), re.S), back))
-            except re.error:
-                raise Fail(f".dockerignore: syntax error in pattern {line!r}",
-                           "[ ] and \\ are special", 1) from None
-    return rules
-
-
 def ignore_pattern(pattern):
     """The regular expression of a pattern: * and ? stay in one directory, ** does not,
     and what is matched takes with it all that is in it."""
@@ -12898,6 +12878,25 @@ def ignore_pattern(pattern):
     return f"{found}(?:/.*)?"
 
 
+def rules_of(text):
+    """What a .dockerignore says: (a pattern to match, whether it takes back)."""
+    import re
+
+    rules = []
+    for line in text.removeprefix("\ufeff").splitlines():
+        pattern = "" if line.startswith("#") else line.strip()
+        back = pattern.startswith("!")
+        pattern = os.path.normpath(pattern[back:].strip()).lstrip("/") if (
+            pattern[back:].strip()) else ""
+        if pattern:
+            try:
+                rules.append((re.compile(ignore_pattern(pattern), re.S), back))
+            except re.error:
+                raise Fail(f".dockerignore: syntax error in pattern {line!r}",
+                           "[ ] and \\ are special", 1) from None
+    return rules
+
+
 def is_excluded(rules, path):
     """Whether rules leave out a path: the last one that matches decides."""
     return path != "." and next((not back for pattern, back in reversed(rules)
@@ -12907,6 +12906,48 @@ def is_excluded(rules, path):
 def has_wildcard(text):
     """Whether a name in a path means several."""
     return any(letter in text for letter in "*?[\\")
+
+
+def go_match(pattern, name):
+    """Whether a name matches a pattern as Go's filepath.Match has it."""
+    import fnmatch
+    import re
+
+    pattern = re.sub(r"\\(.)", lambda match: f"[{match[1]}]", pattern)
+    return fnmatch.fnmatchcase(name, pattern.replace("[^", "[!"))
+
+
+def file_entry(fd):
+    """The Entry of one file, by its descriptor."""
+    status, path = os.fstat(fd), f"/proc/self/fd/{fd}"
+    entry = Entry(".", status.st_mode, (status.st_uid, status.st_gid),
+                  status.st_size * stat.S_ISREG(status.st_mode), status.st_mtime_ns)
+    entry.device = status.st_rdev
+    entry.xattrs = {key: os.getxattr(path, key) for key in sorted(os.listxattr(path))}
+    entry.stream = open(path if entry.size else os.devnull, "rb")
+    return entry
+
+
+def text_entry(text, mode=0o644):
+    """The Entry of a file with that text."""
+    import io
+
+    data = text.encode("utf-8", "surrogateescape")
+    entry = Entry(".", stat.S_IFREG | mode, (0, 0), len(data), time.time_ns())
+    entry.stream = io.BytesIO(data)
+    return entry
+
+
+def is_archive(path):
+    """Whether ADD unpacks a file: a tarball, compressed or not."""
+    try:
+        parts = plain_pieces(path, path)
+        head = next(parts, b"")[:512]
+        parts.close()
+        return len(head) == 512 and tar_number(head[148:156]) == (
+            sum(head) - sum(head[148:156]) + 8 * 32)
+    except (Fail, ValueError):
+        return False
 
 
 class Tree:
@@ -13025,48 +13066,6 @@ class Tree:
                 entry.uid = entry.gid = 0
                 entry.xattrs = {}
             yield entry
-
-
-def go_match(pattern, name):
-    """Whether a name matches a pattern as Go's filepath.Match has it."""
-    import fnmatch
-    import re
-
-    pattern = re.sub(r"\\(.)", lambda match: f"[{match[1]}]", pattern)
-    return fnmatch.fnmatchcase(name, pattern.replace("[^", "[!"))
-
-
-def file_entry(fd):
-    """The Entry of one file, by its descriptor."""
-    status, path = os.fstat(fd), f"/proc/self/fd/{fd}"
-    entry = Entry(".", status.st_mode, (status.st_uid, status.st_gid),
-                  status.st_size * stat.S_ISREG(status.st_mode), status.st_mtime_ns)
-    entry.device = status.st_rdev
-    entry.xattrs = {key: os.getxattr(path, key) for key in sorted(os.listxattr(path))}
-    entry.stream = open(path if entry.size else os.devnull, "rb")
-    return entry
-
-
-def text_entry(text, mode=0o644):
-    """The Entry of a file with that text."""
-    import io
-
-    data = text.encode("utf-8", "surrogateescape")
-    entry = Entry(".", stat.S_IFREG | mode, (0, 0), len(data), time.time_ns())
-    entry.stream = io.BytesIO(data)
-    return entry
-
-
-def is_archive(path):
-    """Whether ADD unpacks a file: a tarball, compressed or not."""
-    try:
-        parts = plain_pieces(path, path)
-        head = next(parts, b"")[:512]
-        parts.close()
-        return len(head) == 512 and tar_number(head[148:156]) == (
-            sum(head) - sum(head[148:156]) + 8 * 32)
-    except (Fail, ValueError):
-        return False
 
 
 class Item:
@@ -13466,14 +13465,19 @@ class Listener(Client):
 
 # ── RUN ──
 
+
 # Which of the options of `run` a build has too, for each of its containers.
 LIMITS_OF_RUN = tuple(option for option in OF_CREATE if {*option[0]} & {*"""
     --memory --memory-swap --cpu-shares --cpus --cpuset-cpus --cpuset-mems --shm-size
     --pids-limit --ulimit --add-host --dns --network --security-opt""".split()})
+
+
 MOUNT_WORDS = {  # of --mount of RUN: the keys that each type may have
     "bind": "target from source rw", "tmpfs": "target size",
     "cache": "target id ro sharing mode uid gid",
     "secret": "target id required mode uid gid env"}
+
+
 SAME_WORDS = {"dst": "target", "destination": "target", "src": "source",
               "readwrite": "rw", "readonly": "ro"}
 
@@ -13571,6 +13575,16 @@ def run_in(options, args, report, when):
         discard(record)
         os.close(held_)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def tree_item(tree, path, fd, name="", excluding=()):
+    """The Item of a place in a Tree."""
+    return Item(name or os.path.basename(path),
+                lambda: tree.entries(path, fd, excluding), f"/proc/self/fd/{fd}",
+                stat.S_ISDIR(os.fstat(fd).st_mode))
+
+
+# ── a stage, step by step ──
 
 
 class Mounts:
@@ -13672,16 +13686,6 @@ class Mounts:
         os.fchmod(fd, int(words.get("mode", "400"), 8))
         os.close(fd)
         return place
-
-
-def tree_item(tree, path, fd, name="", excluding=()):
-    """The Item of a place in a Tree."""
-    return Item(name or os.path.basename(path),
-                lambda: tree.entries(path, fd, excluding), f"/proc/self/fd/{fd}",
-                stat.S_ISDIR(os.fstat(fd).st_mode))
-
-
-# ── a stage, step by step ──
 
 
 class Worker:
@@ -13953,6 +13957,18 @@ def workdir(w, step):
         w.state, lambda c: os.close(make_way(c, path)), w.build.epoch))
 
 
+def run_documents(w, step):
+    """(args, script) of a RUN with here-documents: what stands alone is the program, a
+    script with an interpreter of its own, or the shell's; else the shell reads them."""
+    name, text, _ = step.documents[0]
+    if len(step.documents) > 1 or len(step.words()) > 1:
+        return w.shell("".join([step.text, "\n", *(
+            f"{text}{name}\n" for name, text, _ in step.documents)])), ""
+    if text.startswith("#!"):
+        return [f"/dev/pipes/{name}"], text
+    return w.shell(text), ""
+
+
 @instruction("RUN", as_command, flags="mount network security")
 def run_(w, step):
     """Run a command in a container, and keep what it has changed."""
@@ -14002,16 +14018,33 @@ def run_(w, step):
         "the mounts": [value for name, value in step.flags if name == "mount"]}, make)
 
 
-def run_documents(w, step):
-    """(args, script) of a RUN with here-documents: what stands alone is the program, a
-    script with an interpreter of its own, or the shell's; else the shell reads them."""
-    name, text, _ = step.documents[0]
-    if len(step.documents) > 1 or len(step.words()) > 1:
-        return w.shell("".join([step.text, "\n", *(
-            f"{text}{name}\n" for name, text, _ in step.documents)])), ""
-    if text.startswith("#!"):
-        return [f"/dev/pipes/{name}"], text
-    return w.shell(text), ""
+def remote_item(w, step, at, url):
+    """What ADD gets from elsewhere; its digest is checked if --checksum has one."""
+    if not url.startswith(("http://", "https://")) or url.endswith(".git"):
+        raise step.fail(f"ADD {url}: only http and https", "git clone, then COPY", at)
+    with open_import(url) as stream:
+        when = stream.headers.get("Last-Modified")
+        path, digest = spool(pieces(stream))
+    w.build.spooled.append(path)
+    wanted = w.flag(step, "checksum", digest)
+    if wanted != digest:
+        raise step.fail(f"ADD {url}: wrong digest, what has come is {digest}",
+                        f"--checksum says {wanted}", at)
+    name = os.path.basename(url.partition("?")[0])
+    if not name and step.value[-1][1].endswith("/"):
+        raise step.fail(f"cannot determine filename for source {url!r}",
+                        "name the file, not the directory", at)
+
+    def entries():
+        with open(path, "rb") as file:
+            entry = file_entry(file.fileno())
+        entry.mode, entry.xattrs = stat.S_IFREG | 0o600, {}
+        if when:
+            import email.utils
+
+            entry.when = int(email.utils.parsedate_to_datetime(when).timestamp() * 1e9)
+        return [entry]
+    return Item(name, entries, path)
 
 
 def items_of(w, step, sources):
@@ -14043,35 +14076,6 @@ def items_of(w, step, sources):
     return items
 
 
-def remote_item(w, step, at, url):
-    """What ADD gets from elsewhere; its digest is checked if --checksum has one."""
-    if not url.startswith(("http://", "https://")) or url.endswith(".git"):
-        raise step.fail(f"ADD {url}: only http and https", "git clone, then COPY", at)
-    with open_import(url) as stream:
-        when = stream.headers.get("Last-Modified")
-        path, digest = spool(pieces(stream))
-    w.build.spooled.append(path)
-    wanted = w.flag(step, "checksum", digest)
-    if wanted != digest:
-        raise step.fail(f"ADD {url}: wrong digest, what has come is {digest}",
-                        f"--checksum says {wanted}", at)
-    name = os.path.basename(url.partition("?")[0])
-    if not name and step.value[-1][1].endswith("/"):
-        raise step.fail(f"cannot determine filename for source {url!r}",
-                        "name the file, not the directory", at)
-
-    def entries():
-        with open(path, "rb") as file:
-            entry = file_entry(file.fileno())
-        entry.mode, entry.xattrs = stat.S_IFREG | 0o600, {}
-        if when:
-            import email.utils
-
-            entry.when = int(email.utils.parsedate_to_datetime(when).timestamp() * 1e9)
-        return [entry]
-    return Item(name, entries, path)
-
-
 @instruction("COPY", as_words, 2, "from chown chmod link! parents! exclude")
 @instruction("ADD", as_words, 2, "chown chmod link! checksum keep-git-dir! exclude")
 def copy_(w, step):
@@ -14098,6 +14102,14 @@ def copy_(w, step):
 
 
 # ── all stages ──
+
+
+def stage_named(text, stages, by_number=True):
+    """The last stage of that name, or number; None if it is an image's name."""
+    for stage in reversed(stages):
+        if text.lower() == stage.name or by_number and text == str(stage.number):
+            return stage
+    return None
 
 
 class Stage:
@@ -14127,12 +14139,39 @@ class Stage:
         return {stage.number for stage in found if stage}
 
 
-def stage_named(text, stages, by_number=True):
-    """The last stage of that name, or number; None if it is an image's name."""
-    for stage in reversed(stages):
-        if text.lower() == stage.name or by_number and text == str(stage.number):
-            return stage
-    return None
+def options_of_pull(options, pull, platform=None):
+    """What image_to_run() wants to know."""
+    found = Options()
+    found.pull, found.platform = pull, platform or options.platform
+    return found
+
+
+def given_pair(option, text):
+    """(name, value) of an option; without a value, the environment's."""
+    name, equals, value = text.partition("=")
+    if not name:
+        raise Fail(f"{option} {text!r}: it has no name", "NAME=VALUE", 1)
+    return name, value if equals else os.environ.get(name, "")
+
+
+def secret_of(text):
+    """(id, its bytes) of --secret id=…,src=FILE, or env=NAME."""
+    words = dict(part.partition("=")[::2] for part in text.split(","))
+    id = words.get("id", "")
+    source = words.get("src") or words.get("source")
+    if not id or set(words) - {"id", "src", "source", "env", "type"}:
+        raise Fail(f"--secret {text!r}: not possible", "id=NAME,src=FILE", 1)
+    if not source and (name := words.get("env", id)) in os.environ:
+        return id, os.environb[os.fsencode(name)]
+    try:
+        with open(source or id, "rb") as file:
+            return id, file.read(1 << 20)
+    except OSError as error:
+        raise Fail(f"--secret {text}: {error.strerror}", "is the file there?", 1
+                   ) from None
+
+
+# ── the command ──
 
 
 class Build:
@@ -14339,41 +14378,6 @@ class Build:
             for ref in refs or [""]:
                 point(entries, ref, entry)
         return id
-
-
-def options_of_pull(options, pull, platform=None):
-    """What image_to_run() wants to know."""
-    found = Options()
-    found.pull, found.platform = pull, platform or options.platform
-    return found
-
-
-def given_pair(option, text):
-    """(name, value) of an option; without a value, the environment's."""
-    name, equals, value = text.partition("=")
-    if not name:
-        raise Fail(f"{option} {text!r}: it has no name", "NAME=VALUE", 1)
-    return name, value if equals else os.environ.get(name, "")
-
-
-def secret_of(text):
-    """(id, its bytes) of --secret id=…,src=FILE, or env=NAME."""
-    words = dict(part.partition("=")[::2] for part in text.split(","))
-    id = words.get("id", "")
-    source = words.get("src") or words.get("source")
-    if not id or set(words) - {"id", "src", "source", "env", "type"}:
-        raise Fail(f"--secret {text!r}: not possible", "id=NAME,src=FILE", 1)
-    if not source and (name := words.get("env", id)) in os.environ:
-        return id, os.environb[os.fsencode(name)]
-    try:
-        with open(source or id, "rb") as file:
-            return id, file.read(1 << 20)
-    except OSError as error:
-        raise Fail(f"--secret {text}: {error.strerror}", "is the file there?", 1
-                   ) from None
-
-
-# ── the command ──
 
 
 def export_files(state, text, when):
