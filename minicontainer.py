@@ -12596,8 +12596,12 @@ def as_one(step):
 
 
 def as_pairs(step):
-    """Form: (where, name, value) each of NAME=VALUE …, or of the older NAME VALUE."""
+    """Form: (where, name, value) each of NAME=VALUE …, or of the older NAME VALUE; for
+    ARG just a NAME is fine, and has no value."""
     words = step.words()
+    if step.name == "ARG":
+        return [(at, name, value if equals else None) for at, word in words
+                for name, equals, value in [word.partition("=")]]
     if "=" not in words[0][1]:
         at, name = words[0]
         if len(words) == 1:
@@ -12608,13 +12612,6 @@ def as_pairs(step):
             raise step.fail(f"Syntax error - can't find = in {word!r}. Must be of the "
                             "form: name=value", "quotes keep spaces together", at)
     return [(at, *word.partition("=")[::2]) for at, word in words]
-
-
-def as_names(step):
-    """Form: (where, name, value or None) each of NAME or NAME=VALUE."""
-    return [(at, name, value if equals else None)
-            for at, word in step.words() for name, equals, value in [
-                word.partition("=")]]
 
 
 def as_trigger(step):
@@ -12938,8 +12935,9 @@ def text_entry(text, mode=0o644):
     return entry
 
 
-def is_archive(path):
+def is_archive(fd):
     """Whether ADD unpacks a file: a tarball, compressed or not."""
+    path = f"/proc/self/fd/{fd}"
     try:
         parts = plain_pieces(path, path)
         head = next(parts, b"")[:512]
@@ -12948,6 +12946,8 @@ def is_archive(path):
             sum(head) - sum(head[148:156]) + 8 * 32)
     except (Fail, ValueError):
         return False
+    finally:
+        os.close(fd)
 
 
 class Tree:
@@ -12971,34 +12971,33 @@ class Tree:
                        ctypes.sizeof(how), why="what is to be copied")
 
     def find(self, step, at, text):
-        """(path, descriptor) of each that a source of COPY means."""
+        """(path, whether it is a directory) of each that a source of COPY means."""
         path = os.path.normpath(f"/{text}")[1:]
         if not self.of_stage and ".." in text.split("/") and os.path.normpath(
                 text.lstrip("/")).startswith(".."):
             raise self.outside(step, at, text)
         found = sorted(self.matching("", path.split("/"))) if has_wildcard(path) else [
             path]
-        opened = []
+        there = []
         for one in found:
             try:
                 fd = self.open(one)
             except OSError as error:
                 if error.errno == errno.EXDEV:
                     raise self.outside(step, at, one) from None
-                if has_wildcard(path):  # a dead link; another may be alive
-                    continue
-            else:
-                if not is_excluded(self.rules, self.real_path(one, fd)):
-                    opened.append((one, fd))
-                    continue
-                os.close(fd)
-        if not opened:
+                continue  # a dead link; another may be alive
+            whole_ = stat.S_ISDIR(os.fstat(fd).st_mode)
+            if not is_excluded(self.rules, self.real_path(one, fd)) or (
+                    whole_ and any(entry.name != "." for entry in self.entries(one))):
+                there.append((one, whole_))
+            os.close(fd)
+        if not there:
             where = "stage" if self.of_stage else "build context or excluded by " \
                 ".dockerignore"
             raise step.fail(f"{step.name} failed: file not found in {where}: stat "
                             f"{text}: file does not exist", "paths are relative to the "
                             "context, not to the Dockerfile", at)
-        return opened
+        return there
 
     def outside(self, step, at, path):
         """What is said of a source that is not in the context."""
@@ -13037,12 +13036,26 @@ class Tree:
                 yield from self.matching(os.path.join(above, found),
                                          parts if name == "**" else rest)
 
-    def entries(self, path, fd, excluding=()):
+    def entries(self, path, excluding=()):
         """An Entry for each file at a place, in the order of their names."""
-        whole = stat.S_ISDIR(os.fstat(fd).st_mode)
-        base = "" if path == "." else path
-        if not whole and is_excluded(excluding, os.path.basename(path)):
-            return
+        fd = self.open(path)
+        try:
+            if stat.S_ISDIR(os.fstat(fd).st_mode):
+                yield from self.entries_in(fd, "" if path == "." else path, excluding)
+            elif not is_excluded(excluding, os.path.basename(path)):
+                yield self.made_ours(file_entry(fd))
+        finally:
+            os.close(fd)
+
+    def made_ours(self, entry):
+        """An entry of the context as if root had made it."""
+        if not self.of_stage:
+            entry.uid = entry.gid = 0
+            entry.xattrs = {}
+        return entry
+
+    def entries_in(self, fd, base, excluding):
+        """The same for a directory, without what is left out."""
 
         def left_out(inner):
             return is_excluded(self.rules, os.path.normpath(os.path.join(base, inner))
@@ -13052,8 +13065,7 @@ class Tree:
             return any(back for _, back in (*self.rules, *excluding)) or (
                 not left_out(inner))
         passed = {}  # directories that are there only for what may be in them
-        for entry in tree_entries(fd, ".", 0, worth_a_look) if whole else [
-                file_entry(fd)]:
+        for entry in tree_entries(fd, ".", 0, worth_a_look):
             if entry.name != "." and left_out(entry.name):
                 if stat.S_ISDIR(entry.mode):
                     passed[entry.name] = entry
@@ -13061,22 +13073,18 @@ class Tree:
             above = os.path.dirname(entry.name)
             for name in [name for name in passed
                          if f"{above}/".startswith(f"{name}/")]:
-                yield passed.pop(name)
-            if not self.of_stage:
-                entry.uid = entry.gid = 0
-                entry.xattrs = {}
-            yield entry
+                yield self.made_ours(passed.pop(name))
+            yield self.made_ours(entry)
 
 
 class Item:
     """One thing to copy: what it is called, and its entries, as often as needed."""
 
-    def __init__(self, name, entries, path="", is_tree=False):
+    def __init__(self, name, entries, is_tree=False, open_archive=None):
         self.name = name  # below the place it goes to, if that is a directory
         self.entries = entries  # a function
-        self.path = path  # where a file is, in case it is an archive
         self.is_tree = is_tree  # a directory, of which the content is copied
-        self.unpacks = False  # whether ADD unpacks it
+        self.open_archive = open_archive  # a function, if its content is unpacked
 
     def digest(self):
         """A digest of all that matters of it: no times."""
@@ -13261,7 +13269,7 @@ class Copying:
         owner = owner_of(c, self.owner) if self.owner else None
         for item in self.items:
             path, name = self.target, item.name
-            if item.is_tree and not self.parents or item.unpacks:
+            if item.is_tree and not self.parents or item.open_archive:
                 name = ""  # it is what is in it that is copied
             elif not (path.endswith("/") or self.parents or len(self.items) > 1 or
                       self.is_directory(c, path)):
@@ -13294,18 +13302,21 @@ class Copying:
                 if os.path.basename(entry.name).startswith(".wh."):
                     raise Fail(f"{entry.name}: a name that layers keep to themselves",
                                "it says that a file is gone: call it otherwise", 1)
-                if not item.unpacks:
+                if not item.open_archive:
                     target.check(entry)
                 yield entry
-        if not item.unpacks:
+        if not item.open_archive:
             target.add_all(placed(item.entries()), item.name)
             return
+        fd = item.open_archive()
         try:
-            with Tarball(item.path, item.name) as tarball:
+            with Tarball(f"/proc/self/fd/{fd}", item.name) as tarball:
                 target.add_all(placed(tarball), item.name)
                 tarball.digest()
         except (ValueError, EOFError) as error:
             raise damaged(item.name, error) from None
+        finally:
+            os.close(fd)
 
 
 # ── the cache ──
@@ -13577,14 +13588,14 @@ def run_in(options, args, report, when):
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def tree_item(tree, path, fd, name="", excluding=()):
+def tree_item(tree, path, is_tree, name="", excluding=(), unpacks=False):
     """The Item of a place in a Tree."""
-    return Item(name or os.path.basename(path),
-                lambda: tree.entries(path, fd, excluding), f"/proc/self/fd/{fd}",
-                stat.S_ISDIR(os.fstat(fd).st_mode))
+    def read():
+        return tree.open(path, os.O_RDONLY | O_NONBLOCK)
 
-
-# ── a stage, step by step ──
+    archive = unpacks and not is_tree and is_archive(read())
+    return Item(name or os.path.basename(path), lambda: tree.entries(path, excluding),
+                is_tree, read if archive else None)
 
 
 class Mounts:
@@ -13707,8 +13718,11 @@ class Worker:
         return expand(step, at, text, self.known())
 
     def words(self, step):
-        """What the words of an instruction mean."""
-        return [self.word(step, at, text) for at, text in step.value]
+        """What the words of an instruction mean; none of them may be empty."""
+        found = [self.word(step, at, text) for at, text in step.value]
+        if not all(found):
+            raise step.fail(f"{step.name} can not be empty", "a variable is?", step.at)
+        return found
 
     def flag(self, step, name, default=None):
         """What a flag says that comes once."""
@@ -13756,8 +13770,9 @@ class Worker:
             entry["empty_layer"] = True
         self.state.history.append(entry)
 
-    def say_that(self, text):
+    def say_that(self, step, meaning):
         """End a step that changes the config and no file."""
+        text = f"{step.name} {meaning}"
         self.state.key = digest_of({"parent": self.state.key, "instruction": text})
         self.note(text)
 
@@ -13799,157 +13814,127 @@ class Worker:
 
 
 @instruction("FROM", as_words, flags="platform")
-def from_(w, step):
+def begin_stage(w, step):
     """Begin with an image, an earlier stage, or nothing; then do what it left to us."""
-    state = w.build.base_of(w.stage)
-    w.state = state
-    triggers = state.settings.pop("OnBuild", None) or []
-    for text in triggers:
+    w.state = w.build.base_of(w.stage)
+    for text in w.state.settings.pop("OnBuild", None) or []:
         for trigger in Dockerfile(f"ONBUILD of {w.stage.base}", text).instructions:
             w.do(trigger)
 
 
-@instruction("ARG", as_names)
-def arg_(w, step):
-    """Name a variable of the build: a value from the command line, from above the first
-    FROM, or the default that stands here."""
+@instruction("ARG", as_pairs)
+def name_argument(w, step):
+    """Name a variable of the build: a value from the command line, or the default that
+    stands here, or one from above the first FROM."""
     for at, name, default in step.value:
-        given = w.build.given_args
-        if name in given:
-            w.args[name] = given[name]
-        elif default is not None:
-            w.args[name] = w.word(step, at, default)
-        elif name in w.build.args:
-            w.args[name] = w.build.args[name]
-    w.note(f"ARG {step.text}")
+        given = w.build.given_args.get(name)
+        if given is None:
+            given = w.build.args.get(name) if default is None else (
+                w.word(step, at, default))
+        if given is not None:
+            w.args[name] = given
+    w.note(f"ARG {step.text}")  # it is part of no key but those of RUN
 
 
 @instruction("ENV", as_pairs)
-def env_(w, step):
-    """Set variables of the build and of the image."""
-    pairs = {w.word(step, at, name): w.word(step, at, value)
-             for at, name, value in step.value}
-    w.set("Env", [f"{k}={v}" for k, v in {**w.state.env(), **pairs}.items()])
-    w.say_that("ENV " + " ".join(f"{k}={v}" for k, v in pairs.items()))
-
-
 @instruction("LABEL", as_pairs)
-def label(w, step):
-    """Add notes to the image."""
+def set_pairs(w, step):
+    """Set variables of the build and of the image, or add notes to it.  What one line
+    sets counts from the next line on."""
     pairs = {w.word(step, at, name): w.word(step, at, value)
              for at, name, value in step.value}
-    w.set("Labels", {**(w.state.settings.get("Labels") or {}), **pairs})
-    w.say_that("LABEL " + " ".join(f"{k}={v}" for k, v in pairs.items()))
-
-
-@instruction("MAINTAINER", as_one)
-def maintainer(w, step):
-    """Say who made it."""
-    w.state.config["author"] = w.words(step)[0]
-    w.say_that(f"MAINTAINER {step.text}")
+    if step.name == "LABEL":
+        w.set("Labels", {**(w.state.settings.get("Labels") or {}), **pairs})
+    else:
+        w.set("Env", [f"{k}={v}" for k, v in {**w.state.env(), **pairs}.items()])
+    w.say_that(step, " ".join(f"{k}={v}" for k, v in pairs.items()))
 
 
 @instruction("CMD", as_command)
-def cmd(w, step):
-    """What to run when nobody says."""
-    w.own_cmd = True
-    w.set("Cmd", w.shell(step.value))
-    w.say_that(f"CMD {to_json(w.shell(step.value))}")
-
-
 @instruction("ENTRYPOINT", as_command)
-def entrypoint(w, step):
-    """What to run in any case.  A CMD of the base's was meant for another program."""
-    w.set("Entrypoint", w.shell(step.value))
-    if not w.own_cmd:
-        w.state.settings.pop("Cmd", None)
-    w.say_that(f"ENTRYPOINT {to_json(w.shell(step.value))}")
-
-
 @instruction("SHELL", as_command)
-def shell(w, step):
-    """What runs a command that is a text."""
-    if isinstance(step.value, str):
+def set_command(w, step):
+    """What to run when nobody says, what to run in any case, and what runs a command
+    that is a text.  A CMD of the base's was meant for another ENTRYPOINT, and goes."""
+    if step.name == "SHELL" and isinstance(step.value, str):
         raise step.fail("SHELL requires the arguments to be in JSON form",
                         'SHELL ["/bin/sh", "-c"]', step.at)
-    w.set("Shell", step.value)
-    w.say_that(f"SHELL {to_json(step.value)}")
+    w.own_cmd = w.own_cmd or step.name == "CMD"
+    if step.name == "ENTRYPOINT" and not w.own_cmd:
+        w.state.settings.pop("Cmd", None)
+    w.set(step.name.title(), w.shell(step.value))
+    w.say_that(step, to_json(w.shell(step.value)))
 
 
 @instruction("USER", as_one)
-def user(w, step):
-    """As whom what follows runs, and the image."""
-    w.set("User", w.words(step)[0])
-    w.say_that(f"USER {w.state.settings['User']}")
-
-
 @instruction("STOPSIGNAL", as_one)
-def stopsignal(w, step):
-    """What `stop` sends."""
-    w.set("StopSignal", w.words(step)[0])
-    signal_number(w.state.settings["StopSignal"])
-    w.say_that(f"STOPSIGNAL {w.state.settings['StopSignal']}")
+@instruction("MAINTAINER", as_one)
+def set_word(w, step):
+    """As whom what follows runs, and the image; what `stop` sends; who made it."""
+    word = w.words(step)[0]
+    if step.name == "MAINTAINER":
+        w.state.config["author"] = word
+    elif step.name == "STOPSIGNAL" and signal_number(word):
+        w.set("StopSignal", word)
+    else:
+        w.set("User", word)
+    w.say_that(step, word)
 
 
 @instruction("EXPOSE", as_words)
 def expose(w, step):
     """Say at which ports it listens."""
     ports = dict(w.state.settings.get("ExposedPorts") or {})
-    for (at, _), word in zip(step.value, w.words(step), strict=True):
-        for one in word.split():
-            span, _, kind = one.partition("/")
+    for word in " ".join(w.words(step)).split():
+        try:
+            span, _, kind = word.partition("/")
             first, _, last = span.partition("-")
-            if not (first.isdecimal() and (last or first).isdecimal()
-                    and 0 < int(first) <= int(last or first) < 1 << 16
-                    and (kind.lower() or "tcp") in ("tcp", "udp", "sctp")):
-                raise step.fail(f"invalid containerPort: {one}", "as in 80/udp", at)
             for port in range(int(first), int(last or first) + 1):
                 ports[f"{port}/{kind.lower() or 'tcp'}"] = {}
+        except ValueError:
+            raise step.fail(f"invalid containerPort: {word}", "80, 80/udp or 80-82",
+                            step.at) from None
     w.set("ExposedPorts", ports)
-    w.say_that(f"EXPOSE {' '.join(w.words(step))}")
+    w.say_that(step, " ".join(w.words(step)))
 
 
 @instruction("VOLUME", as_words)
-def volume(w, step):
-    """Name places that get a volume."""
-    words = w.words(step)
-    if not all(words):
-        raise step.fail("VOLUME specified can not be an empty string", "", step.at)
-    w.set("Volumes", {**(w.state.settings.get("Volumes") or {}),
-                      **{word: {} for word in words}})
-    w.say_that(f"VOLUME {to_json(words)}")
+def name_volumes(w, step):
+    """Name places that get a volume when a container is made."""
+    old = w.state.settings.get("Volumes") or {}
+    w.set("Volumes", {**old, **{word: {} for word in w.words(step)}})
+    w.say_that(step, to_json(w.words(step)))
 
 
 @instruction("HEALTHCHECK", as_one,
              flags="interval timeout start-period start-interval retries")
-def healthcheck(w, step):
+def set_healthcheck(w, step):
     """How to find out whether it is well."""
-    at = step.words()[0]
-    kind, rest = at[1].upper(), step.whole[at[0] + len(at[1]):].strip()
-    found = {"Test": ["NONE"]}
-    if kind == "CMD" and rest:
-        words = exec_form(step, at[0] + len(at[1]))
+    at, kind = step.words()[0]
+    rest, found = step.whole[at + len(kind):].strip(), {"Test": ["NONE"]}
+    if kind.upper() == "CMD" and rest:
+        words = exec_form(step, at + len(kind))
         found["Test"] = ["CMD-SHELL", rest] if words is None else ["CMD", *words]
-    elif kind != "NONE" or rest:
-        raise step.fail(f"Unknown type {at[1]!r} in HEALTHCHECK (try CMD)",
-                        "HEALTHCHECK CMD command, or NONE", at[0])
+    elif kind.upper() != "NONE" or rest:
+        raise step.fail(f"Unknown type {kind!r} in HEALTHCHECK (try CMD)",
+                        "HEALTHCHECK CMD command, or NONE", at)
     for name, value in step.flags:
         value, key = w.word(step, step.at, value), name.title().replace("-", "")
         found[key] = whole(f"--{name}", value, 0) if name == "retries" else (
             nanoseconds(f"--{name}", value))
     w.set("Healthcheck", found)
-    w.say_that(f"HEALTHCHECK {to_json(found)}")
+    w.say_that(step, to_json(found))
 
 
 @instruction("ONBUILD", as_trigger)
-def onbuild(w, step):
+def leave_trigger(w, step):
     """Leave an instruction to those who build on the image."""
     w.set("OnBuild", [*(w.state.settings.get("OnBuild") or []), step.value])
-    w.say_that(f"ONBUILD {step.value}")
+    w.say_that(step, step.value)
 
 
 @instruction("WORKDIR", as_one)
-def workdir(w, step):
+def set_workdir(w, step):
     """Where what follows happens; a directory of root's is made if there is none."""
     path = w.path(w.words(step)[0]).rstrip("/") or "/"
     w.set("WorkingDir", path)
@@ -14044,7 +14029,7 @@ def remote_item(w, step, at, url):
 
             entry.when = int(email.utils.parsedate_to_datetime(when).timestamp() * 1e9)
         return [entry]
-    return Item(name, entries, path)
+    return Item(name, entries)
 
 
 def items_of(w, step, sources):
@@ -14066,13 +14051,10 @@ def items_of(w, step, sources):
         tree = tree or w.tree(step, w.flag(step, "from"))
         text, _, below = text.partition("/./") if w.yes(step, "parents") else (
             text, "", "")
-        for path, fd in tree.find(step, at, f"{text}/{below}" if below else text):
+        for path, is_tree in tree.find(step, at, os.path.join(text, below)):
             name = os.path.relpath(path, text) if below else path
-            item = tree_item(tree, path, fd, name if w.yes(step, "parents") else "",
-                             rules)
-            item.unpacks = (step.name == "ADD" and not item.is_tree and stat.S_ISREG(
-                os.fstat(fd).st_mode) and is_archive(item.path))
-            items.append(item)
+            items.append(tree_item(tree, path, is_tree, name * w.yes(step, "parents"),
+                                   rules, step.name == "ADD"))
     return items
 
 
