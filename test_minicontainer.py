@@ -7322,6 +7322,66 @@ def test_an_image_of_129_instructions_is_built(base, tmp_path):
     assert len(image.layers) == 65 and run(image.id, "cat", "/127") == "f\n"
 
 
+NGINX = r"""FROM debian
+COPY 99* /etc/apt/apt.conf.d/
+RUN --mount=type=cache,target=/var/cache/apt apt-get -qq update && \
+    DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends nginx-light
+RUN echo "daemon off;" >> /etc/nginx/nginx.conf && \
+    sed -i 's/listen 80 /listen PORT /;/\[::\]:80/d' /etc/nginx/sites-enabled/default
+COPY index.html /var/www/html/
+CMD ["nginx"]
+"""
+
+
+@root
+@pytest.mark.callers
+@pytest.mark.timeout(600)
+def test_a_debian_with_nginx_is_built_pushed_and_run_by_podman(images, registry, tmp_path):
+    for program in ("mmdebstrap", "podman"):
+        if not shutil.which(program):
+            pytest.skip(f"needs {program}: apt-get install {program}")
+    suite = re.search(r"VERSION_CODENAME=(\w+)", open("/etc/os-release").read())
+    made = subprocess.run(["mmdebstrap", "--quiet", "--variant=apt", suite[1] if suite else
+                           "stable", tmp_path / "debian.tar"], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"no Debian can be had here: {made.stderr.splitlines()[-1:]}")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    context = tmp_path / "context"
+    context.mkdir()
+    (context / "index.html").write_text("a copied page\n")
+    (context / "Dockerfile").write_text(NGINX.replace("PORT", str(port)))
+    (context / "99none").write_text("")  # and what this machine's apt needs
+    for path in glob.glob("/etc/apt/apt.conf.d/99*"):
+        shutil.copy(path, context)
+    forked_mini("import", tmp_path / "debian.tar", "debian")
+    name = f"{registry}/nginx:built"
+    said = mini("build", "--network", "host", "-t", name, context, timeout=400)
+    assert said.returncode == 0, said.stderr
+    forked_mini("push", name)
+    podman = ["podman", "--root", tmp_path / "p", "--runroot", tmp_path / "r", "--storage-driver",
+              "vfs"]
+    peer(*podman, "pull", "--tls-verify=false", "-q", name)
+    process = subprocess.Popen([*map(str, podman), "run", "--rm", "--name", "web", "--network", "host",
+                                "--cgroups=disabled", name], stderr=subprocess.PIPE, text=True)
+    try:
+        def page():
+            with contextlib.suppress(OSError), socket.create_connection(
+                    ("127.0.0.1", port)) as client:
+                client.sendall(b"GET / HTTP/1.0\r\n\r\n")
+                return b"".join(iter(lambda: client.recv(4096), b""))
+            assert process.poll() is None, process.stderr.read()
+        assert until(page).endswith(b"\r\n\r\na copied page\n")
+    finally:
+        subprocess.run([*podman, "rm", "-f", "-t", "0", "web"], capture_output=True)
+        process.wait(30)
+        process.stderr.close()
+        shutil.rmtree(f"{STORE}/steps")
+        shutil.rmtree(f"{STORE}/mounts")
+        os.makedirs(f"{STORE}/steps")
+        os.makedirs(f"{STORE}/mounts")
+
+
 for name in set(globals()) - BEFORE_BUILD:
     if name.startswith("test_"):
         pytest.mark.build(globals()[name])
