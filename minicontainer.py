@@ -12472,6 +12472,11 @@ def system_prune_command(options):
 # https://docs.docker.com/reference/dockerfile; the OCI image specification, config.md.
 
 # ── reading ──
+
+
+# A form makes a value of the text that follows the flags, without knowing any variable
+# yet.  What an instruction means is a function, far below, that is declared with it.
+
 INSTRUCTIONS = {}  # name: (form, at least so many words, flags, function)
 
 
@@ -12626,9 +12631,6 @@ def as_trigger(step):
     return step.text
 
 
-# ── variables ──
-
-
 class Dockerfile:
     """A Dockerfile: its lines, and the instructions that they are."""
 
@@ -12716,8 +12718,17 @@ class Dockerfile:
                         step.whole.index("<<"))
 
 
-# The table of instructions.  A form makes a value of the text that follows the flags,
-# without knowing any variable yet; flags are named with what they are in Docker's help.
+# ── variables ──
+#
+# Docker expands them itself, in a language that looks like a shell's:
+#
+#       ${x:-y}  y if x is unset or empty      ${x:+y}  y if it is neither
+#       ${x-y}   y if x is unset               ${x+y}   y if it is set
+#       ${x#p}   without the shortest p in front, ## the longest; % and %% at the end
+#       ${x/p/y} with y for the first p, // for each
+#
+# In what is left to a real shell, RUN, CMD, ENTRYPOINT and HEALTHCHECK, it expands
+# nothing.  A line sees what the lines above it have set, and not itself.
 
 
 class Expansion:
@@ -12851,6 +12862,14 @@ def expand(step, at, text, known, documents=False):
 
 
 # ── what is copied from ──
+#
+# A .dockerignore is a list of rules of which the last that matches a path decides; one
+# with a ! takes back.  What matches a directory matches all that is in it, so a rule
+# with ! may bring back a file of a directory that is itself left out.  Wildcards are
+# those of Go's filepath.Match, and ** is any number of directories.
+#
+# A path is opened below the descriptor of a directory, once to be named in the key of
+# the cache and once to be copied.
 
 
 def ignore_pattern(pattern):
@@ -13103,6 +13122,17 @@ class Item:
 
 
 # ── the state, and its files ──
+#
+# Docker's rules of COPY, which are not those of `cp`:
+#
+#       a file         into a target that ends with / or is a directory; else as that
+#       a directory    what is in it, into the target, which becomes one
+#       several        only into a target that ends with /
+#       an archive     with ADD, if it is one by its content: what is in it
+#
+# Directories that are missing are made, and belong to whom --chown says, else to root,
+# with mode 755.  What comes from the context is root's; from a stage it is whose it
+# was.  Modes are kept, also setuid; a directory that is there keeps its own.
 
 
 class State:
@@ -13320,6 +13350,10 @@ class Copying:
 
 
 # ── the cache ──
+#
+# steps/KEY.json holds the parts that the key was made of, to be compared with when a
+# step is not found, and the layer that the step has made.  The layer belongs to the
+# store, as an image's does, and is not swept away while a step leads to it.
 
 
 def digest_of(document):
@@ -13475,6 +13509,11 @@ class Listener(Client):
 
 
 # ── RUN ──
+#
+# The container is one of chapter 12, with its record, its range of ids and its network;
+# only it has no name that anybody asked for, and is removed when its upper directory
+# has become the layer.  To mount something makes a place to mount on in that directory,
+# which is taken out again: /etc/hosts of a build is in no image.
 
 
 # Which of the options of `run` a build has too, for each of its containers.
@@ -13556,24 +13595,21 @@ def clear_stubs(upper, mounts, layers):
     os.close(top)
 
 
-def stay_until(shim, listener):
-    """Be client and shim of a RUN; its end, with signals as they were before."""
-    try:
-        return listener.attend(shim)
-    finally:
-        os.close(listener.signals)
-        os.close(listener.timer)
-
-
 def run_in(options, args, report, when):
-    """Run a command in a container: (exit code, the layer that it leaves or None)."""
+    """Run a command in a container: (exit code, the layer that it leaves or None).
+
+    There will be more after it, so signals are as they were before in the end."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     record, spec, held_ = create(options, args)
     try:
         listener = Listener(report)
         shim = shim_of(record, spec, held_)
         shim.c.throw_away = True  # its overlay need not be synced: we read it at once
-        news = stay_until(shim, listener)
+        try:
+            news = listener.attend(shim)
+        finally:
+            os.close(listener.signals)
+            os.close(listener.timer)
         if listener.stopped:
             raise SystemExit(128 + listener.stopped)
         code = report_end(news, options)
@@ -13697,6 +13733,13 @@ class Mounts:
         os.fchmod(fd, int(words.get("mode", "400"), 8))
         os.close(fd)
         return place
+
+
+# ── a stage, step by step ──
+#
+# A step that changes the config alone is a function of what came before, and costs
+# nothing; it is in no cache, but part of the key of all that follow.  ARG is not: it
+# counts where a RUN can see it, or a word is made of it.
 
 
 class Worker:
@@ -14008,7 +14051,6 @@ def remote_item(w, step, at, url):
     if not url.startswith(("http://", "https://")) or url.endswith(".git"):
         raise step.fail(f"ADD {url}: only http and https", "git clone, then COPY", at)
     with open_import(url) as stream:
-        when = stream.headers.get("Last-Modified")
         path, digest = spool(pieces(stream))
     w.build.spooled.append(path)
     wanted = w.flag(step, "checksum", digest)
@@ -14024,10 +14066,6 @@ def remote_item(w, step, at, url):
         with open(path, "rb") as file:
             entry = file_entry(file.fileno())
         entry.mode, entry.xattrs = stat.S_IFREG | 0o600, {}
-        if when:
-            import email.utils
-
-            entry.when = int(email.utils.parsedate_to_datetime(when).timestamp() * 1e9)
         return [entry]
     return Item(name, entries)
 
@@ -14084,6 +14122,10 @@ def copy_(w, step):
 
 
 # ── all stages ──
+#
+# A stage needs the stage it begins with and those that it copies or mounts from.  So
+# what the target needs is found by following the names, and is built in waves: all
+# stages whose needs are met, each in a process of its own, then the next ones.
 
 
 def stage_named(text, stages, by_number=True):
@@ -14121,13 +14163,6 @@ class Stage:
         return {stage.number for stage in found if stage}
 
 
-def options_of_pull(options, pull, platform=None):
-    """What image_to_run() wants to know."""
-    found = Options()
-    found.pull, found.platform = pull, platform or options.platform
-    return found
-
-
 def given_pair(option, text):
     """(name, value) of an option; without a value, the environment's."""
     name, equals, value = text.partition("=")
@@ -14151,9 +14186,6 @@ def secret_of(text):
     except OSError as error:
         raise Fail(f"--secret {text}: {error.strerror}", "is the file there?", 1
                    ) from None
-
-
-# ── the command ──
 
 
 class Build:
@@ -14225,7 +14257,7 @@ class Build:
         found = {}
         for text in self.options.cache_from:
             try:
-                image = image_to_run(options_of_pull(self.options, "missing"), text)
+                image = self.image(text)
             except Fail as fail:
                 say(f"--cache-from {text}: {fail.message}")
                 continue
@@ -14271,10 +14303,16 @@ class Build:
                             "that stands above, or an image", step.whole.find("--"))
         return self.image_state(text, stage.platform)
 
+    def image(self, text, platform=None):
+        """An Image of the store, pulled if need be, or in any case with --pull."""
+        wish = Options()
+        wish.pull = "always" if self.options.pull else "missing"
+        wish.platform = platform or self.options.platform
+        return image_to_run(wish, text)
+
     def image_state(self, text, platform):
         """The State that an image is."""
-        pull = "always" if self.options.pull else "missing"
-        image = image_to_run(options_of_pull(self.options, pull, platform), text)
+        image = self.image(text, platform)
         config = {key: value for key, value in image.config.items()
                   if key not in ("config", "history", "rootfs", "created")}
         history = image.config.get("history") or [
@@ -14362,6 +14400,9 @@ class Build:
         return id
 
 
+# ── the command ──
+
+
 def export_files(state, text, when):
     """Write the files of a State where -o says."""
     words = dict(part.partition("=")[::2] for part in text.split(","))
@@ -14419,20 +14460,17 @@ class Context:
             "layers", lambda top: unpack(path, top, title))
 
     def dockerfile(self):
-        """The Dockerfile, read."""
+        """The Dockerfile, read.  In an archive it is one of its files; else one that is
+        named is a path like any other, in the context or not."""
         name = self.file or "Dockerfile"
-        if name == "-":
-            return Dockerfile("Dockerfile", sys.stdin.read())
-        if self.text and not self.file:
-            return Dockerfile("Dockerfile", self.text)
-        # One that is named is a path like any other; in an archive it is one inside.
-        place = name if self.file else os.path.join(self.path, name)
+        if name == "-" or self.text and not self.file:
+            return Dockerfile("Dockerfile", self.text or sys.stdin.read())
         try:
-            if self.temporary:
-                fd = Tree(os.open(self.path, O_PATH)).open(name, os.O_RDONLY)
-                with open(fd, errors="surrogateescape") as file:
-                    return Dockerfile(name, file.read())
-            return Dockerfile(os.path.basename(place), read_file(place))
+            if self.file and not self.temporary:
+                return Dockerfile(os.path.basename(name), read_file(name))
+            fd = Tree(os.open(self.path, O_PATH)).open(name, os.O_RDONLY)
+            with open(fd, errors="surrogateescape") as file:
+                return Dockerfile(name, file.read())
         except OSError as error:
             raise Fail(f"failed to read dockerfile: open {name}: {error.strerror}",
                        "-f FILE names another", 1) from None

@@ -4,11 +4,11 @@
     sudo python3 bench/build.py             # 30 steps and 129 instructions
     sudo python3 bench/build.py --big 2048  # and a context of 2048 MB, for its memory
 
-Beside buildah and podman, where they are installed, with their caches on (--layers) and a
-store of its own for each.  The base is a static busybox of this machine; what RUN does is
-next to nothing, so all that is measured is what building costs.  In each round the
-contenders take turns; printed are medians, the ratio to buildah by rounds, and the largest
-resident set of one process.
+Beside buildah and podman, where they are installed, with their caches on (--layers) and
+a store of its own for each.  The base is a static busybox of this machine.  What RUN
+does is next to nothing, so all that is measured is what building costs.  In each round
+the contenders take turns; printed are medians, the ratio to buildah by rounds, and the
+largest resident set of one process.
 """
 import argparse
 import os
