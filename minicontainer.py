@@ -1560,7 +1560,7 @@ class Cgroup:
             else:
                 write_file(f"{self.directory()}/cgroup.kill", "1", why="all at once")
                 wait_for(lambda: not self.table("cgroup.events")["populated"])
-        except (FileNotFoundError, KeyError):
+        except (OSError, KeyError):  # it is gone, and whoever removed it had it empty
             if self.exists():
                 raise
 
