@@ -67,7 +67,6 @@ import _signal as signal  # what Python's own wraps in enums, at 5 ms a start
 if __name__ == "__main__" and callable(signal.getsignal(signal.SIGINT)):
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while we are still being read
 
-import ctypes
 import errno
 import fcntl
 import os
@@ -76,6 +75,9 @@ import stat
 import struct
 import sys
 import time
+from _ctypes import FUNCFLAG_CDECL, FUNCFLAG_PYTHONAPI, FUNCFLAG_USE_ERRNO
+from _ctypes import Array, CFuncPtr, Structure, _SimpleCData
+from _ctypes import addressof, byref, dlopen, dlsym, get_errno, sizeof
 from _json import encode_basestring as quote
 from _json import encode_basestring_ascii as quote_ascii
 from _json import make_scanner
@@ -151,10 +153,39 @@ def say(message):
               flush=True)
 
 
-# PyDLL, unlike CDLL, keeps Python's global lock during the call.  Nothing else may
-# run while clone3 below copies the process.
-LIBC = ctypes.PyDLL(None, use_errno=True)
-LIBC.syscall.restype = ctypes.c_long
+# C's types and functions, from the module below Python's `ctypes`, whose own import
+# would cost every start 4 ms.  The letters are those of `struct`, "z" a string's.
+
+c_char, c_int, c_long, c_ushort, c_uint32, c_uint64, c_char_p, c_void_p = (
+    type(_SimpleCData)(name, (_SimpleCData,), {"_type_": letter}) for name, letter in (
+        ("c_char", "c"), ("c_int", "i"), ("c_long", "l"), ("c_ushort", "H"),
+        ("c_uint32", "I"), ("c_uint64", "L"), ("c_char_p", "z"), ("c_void_p", "P")))
+OURSELVES = dlopen(None, 0)  # the C library, and Python's own
+
+
+class Function(CFuncPtr):
+    """A function of C.
+
+    FUNCFLAG_PYTHONAPI: Python's global lock is kept during the call.  Nothing else may
+    run while clone3 below copies the process.
+    """
+
+    _flags_ = FUNCFLAG_CDECL | FUNCFLAG_PYTHONAPI | FUNCFLAG_USE_ERRNO
+    _restype_ = c_long
+
+
+def c_function(name):
+    """The function of C's library, or of Python's, that is called so."""
+    return Function(dlsym(OURSELVES, name))
+
+
+def c_buffer(content, size=0):
+    """Memory that the kernel may write to: the bytes, and zeros up to `size`."""
+    content = content.ljust(size, b"\0")
+    return (c_char * len(content)).from_buffer_copy(content)
+
+
+C_SYSCALL = c_function("syscall")
 
 
 class Place(str):
@@ -172,24 +203,24 @@ class Place(str):
 
 
 def c_argument(value):
-    """The ctypes form of one argument of a system call."""
+    """The form for C of one argument of a system call."""
     if isinstance(value, Place):
-        return ctypes.c_char_p(b"/proc/self/fd/%d" % value.fd)
+        return c_char_p(b"/proc/self/fd/%d" % value.fd)
     if isinstance(value, str):
         return os.fsencode(value)
     if isinstance(value, list):  # argv and envp end in a null pointer
         strings = [os.fsencode(item) for item in value]
-        return (ctypes.c_char_p * (len(strings) + 1))(*strings)
+        return (c_char_p * (len(strings) + 1))(*strings)
     if isinstance(value, int):
-        return ctypes.c_long(value)
-    return ctypes.byref(value) if isinstance(value, ctypes.Structure) else value
+        return c_long(value)
+    return byref(value) if isinstance(value, Structure) else value
 
 
 def kernel(name, args):
     """What syscall(2) returns, or OSError.  Tests put their own function here."""
-    result = LIBC.syscall(ctypes.c_long(CALLS[name][0]), *map(c_argument, args))
+    result = C_SYSCALL(c_long(CALLS[name][0]), *map(c_argument, args))
     if result < 0:
-        code = ctypes.get_errno()
+        code = get_errno()
         raise OSError(code, os.strerror(code))
     return result
 
@@ -267,9 +298,9 @@ def spell_one(value, word):
         return f"0{value:o}" if value else "0"
     if word.endswith("dirfd") and value == AT_FDCWD:
         return "AT_FDCWD"
-    if isinstance(value, ctypes.Array) and not isinstance(value[:], bytes):
+    if isinstance(value, Array) and not isinstance(value[:], bytes):
         return spell_one(value[:], "")
-    return str(value) if isinstance(value, (int, ctypes.Structure)) else "…"
+    return str(value) if isinstance(value, (int, Structure)) else "…"
 
 
 def spell(name, args):
@@ -785,10 +816,10 @@ def birth_flags(spec):
     return new_namespaces(spec) & ~later
 
 
-class clone_args(ctypes.Structure):
+class clone_args(Structure):
     """struct clone_args of <linux/sched.h>, 88 bytes."""
 
-    _fields_ = [(name, ctypes.c_uint64) for name in (
+    _fields_ = [(name, c_uint64) for name in (
         "flags", "pidfd", "child_tid", "parent_tid", "exit_signal", "stack",
         "stack_size", "tls", "set_tid", "set_tid_size", "cgroup")]
 
@@ -807,30 +838,29 @@ def clone3(flags, cgroup_fd=-1, why=""):
     is born.  Where clone3 is refused (ENOSYS: a seccomp filter around us), the older
     clone does the same but for the time namespace and the cgroup.
     """
-    pidfd, python = ctypes.c_int(-1), ctypes.pythonapi
+    pidfd = c_int(-1)
+    before, in_child, in_parent = map(c_function, (
+        "PyOS_BeforeFork", "PyOS_AfterFork_Child", "PyOS_AfterFork_Parent"))
     args = clone_args(flags=flags | CLONE_PIDFD, exit_signal=signal.SIGCHLD,
-                      pidfd=ctypes.addressof(pidfd))
+                      pidfd=addressof(pidfd))
     if flags & CLONE_PARENT:  # then the parent's signal counts, and pidfd is unused
         args.flags, args.exit_signal = flags, 0
     if cgroup_fd >= 0:
         args.flags, args.cgroup = args.flags | CLONE_INTO_CGROUP, cgroup_fd
-    python.PyOS_BeforeFork()
+    before()
     pid = -1
     try:
-        pid = syscall("clone3", args, ctypes.sizeof(args), why=why)
+        pid = syscall("clone3", args, sizeof(args), why=why)
     except OSError as error:
         if error.errno != errno.ENOSYS:
             raise
         old = args.flags & 0xFFFFFF00 | args.exit_signal  # without _NEWTIME, _INTO_
-        pid = syscall("clone", old, None, ctypes.byref(pidfd), None, None,
+        pid = syscall("clone", old, None, byref(pidfd), None, None,
                       why="clone3 is refused here: no time namespace, then")
         if pid and cgroup_fd >= 0:
             write_file(f"/proc/self/fd/{cgroup_fd}/cgroup.procs", str(pid))
     finally:
-        if pid == 0:
-            python.PyOS_AfterFork_Child()
-        else:
-            python.PyOS_AfterFork_Parent()
+        (in_parent if pid else in_child)()
     return pid, pidfd.value
 
 
@@ -967,7 +997,7 @@ def loopback_up(c):
     if not new_namespaces(c.spec) & CLONE_NEWNET:
         return
     fd = syscall("socket", AF_INET, SOCK_DGRAM, 0, why="any socket will do for ioctl")
-    ifreq = ctypes.create_string_buffer(struct.pack("16sh", b"lo", IFF_UP), 40)
+    ifreq = c_buffer(struct.pack("16sh", b"lo", IFF_UP), 40)
     syscall("ioctl", fd, SIOCSIFFLAGS, ifreq, why="127.0.0.1 works: lo is up")
     os.close(fd)
 
@@ -1355,15 +1385,15 @@ def device_filter(rules_):
 def attach_device_filter(directory, rules_):
     """Load the filter for a group of version 2, in place of the one it may have."""
     BPF_PROG_LOAD, BPF_PROG_ATTACH, PROG_TYPE, ATTACH_TYPE = 5, 8, 15, 6
-    program, licence = device_filter(rules_), ctypes.create_string_buffer(b"MIT")
-    buffer = ctypes.create_string_buffer(program)
-    load = ctypes.create_string_buffer(struct.pack(
-        "=IIQQ", PROG_TYPE, len(program) // 8, ctypes.addressof(buffer),
-        ctypes.addressof(licence)), 128)
+    program, licence = device_filter(rules_), c_buffer(b"MIT", 4)
+    buffer = c_buffer(program)
+    load = c_buffer(struct.pack(
+        "=IIQQ", PROG_TYPE, len(program) // 8, addressof(buffer),
+        addressof(licence)), 128)
     try:
         fd = syscall("bpf", BPF_PROG_LOAD, load, 128, why="which devices work in it")
         group = open_fd(directory, os.O_RDONLY)
-        attach_ = ctypes.create_string_buffer(
+        attach_ = c_buffer(
             struct.pack("=IIII", group, fd, ATTACH_TYPE, 0), 128)
         syscall("bpf", BPF_PROG_ATTACH, attach_, 128, why="and in all groups below")
     except OSError as error:
@@ -1802,20 +1832,20 @@ MOUNT_OPTIONS = (
 )
 
 
-class open_how(ctypes.Structure):
+class open_how(Structure):
     """struct open_how of <linux/openat2.h>."""
 
-    _fields_ = [(name, ctypes.c_uint64) for name in ("flags", "mode", "resolve")]
+    _fields_ = [(name, c_uint64) for name in ("flags", "mode", "resolve")]
 
     def __str__(self):
         return ("{.flags = " + spell_flags(self.flags, "O_") + ", .resolve = "
                 + spell_flags(self.resolve, "RESOLVE_") + "}")
 
 
-class mount_attr(ctypes.Structure):
+class mount_attr(Structure):
     """struct mount_attr of <linux/mount.h>."""
 
-    _fields_ = [(name, ctypes.c_uint64) for name in (
+    _fields_ = [(name, c_uint64) for name in (
         "attr_set", "attr_clr", "propagation", "userns_fd")]
 
     def __str__(self):
@@ -2077,7 +2107,7 @@ def set_attributes(tree, attributes, propagation=0, users=-1, what="",
                       userns_fd=max(users, 0))
     try:
         syscall("mount_setattr", tree, "", AT_EMPTY_PATH | deep, attr,
-                ctypes.sizeof(attr), why=f"how {what} is seen from inside")
+                sizeof(attr), why=f"how {what} is seen from inside")
     except OSError as error:
         if users >= 0 and error.errno in (errno.EINVAL, errno.ENOSYS, errno.EPERM,
                                           errno.EOPNOTSUPP):
@@ -2228,7 +2258,7 @@ def open_inside(c, path, flags=os.O_PATH):
                    resolve=RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS)
     for left in reversed(range(128)):
         try:
-            return syscall("openat2", c.root_fd, path, how, ctypes.sizeof(how))
+            return syscall("openat2", c.root_fd, path, how, sizeof(how))
         except BlockingIOError:  # a rename, anywhere, while there was a ".." on the way
             if not left:
                 raise
@@ -2464,7 +2494,7 @@ def open_console(c):
         return
     master = open_inside(c, "/dev/pts/ptmx", os.O_RDWR | os.O_NOCTTY)
     check_device(master, 5, 2, "/dev/pts/ptmx")
-    syscall("ioctl", master, TIOCSPTLCK, ctypes.byref(ctypes.c_int(0)),
+    syscall("ioctl", master, TIOCSPTLCK, byref(c_int(0)),
             why="unlock the other end")
     terminal = Place("/dev/pts/N")
     terminal.fd = syscall("ioctl", master, TIOCGPTPEER, os.O_RDWR | os.O_NOCTTY,
@@ -3229,10 +3259,10 @@ def seccomp_spec(options, capabilities):
     return {"seccomp": profile}
 
 
-class sock_fprog(ctypes.Structure):
+class sock_fprog(Structure):
     """struct sock_fprog of <linux/filter.h>: a program for the kernel."""
 
-    _fields_ = [("len", ctypes.c_ushort), ("filter", ctypes.c_char_p)]
+    _fields_ = [("len", c_ushort), ("filter", c_char_p)]
 
     def __str__(self):
         return f"{{.len = {self.len}}}"
@@ -3260,7 +3290,7 @@ def seal_interpreter(spec):
         tree = syscall("open_tree", AT_FDCWD, directory, OPEN_TREE_CLONE
                        | OPEN_TREE_CLOEXEC | AT_RECURSIVE, why="attached nowhere")
         syscall("mount_setattr", tree, "", AT_EMPTY_PATH | AT_RECURSIVE, attr,
-                ctypes.sizeof(attr), why="root inside is root outside, but not here")
+                sizeof(attr), why="root inside is root outside, but not here")
     except OSError as error:  # before Linux 5.12
         if error.errno != errno.ENOSYS:
             raise
@@ -3269,7 +3299,7 @@ def seal_interpreter(spec):
         return
     os.environ["MINICONTAINER_SAID"] = "\n".join(SAID)
     syscall("execve", f"/proc/self/fd/{tree}/{name}", sys.orig_argv,
-            ctypes.c_void_p.in_dll(LIBC, "environ"),
+            c_void_p.from_address(dlsym(OURSELVES, "environ")),
             why="start anew, in an interpreter that nobody can write to")
 
 
@@ -3308,7 +3338,7 @@ def wait_for_go(c):
 
 def set_ids(uid, gid, groups):
     """Become a user for good: real, effective and saved ids, and just these groups."""
-    array = (ctypes.c_uint32 * len(groups))(*groups)
+    array = (c_uint32 * len(groups))(*groups)
     syscall("setgroups", len(groups), array, why=f"groups {groups}")
     syscall("setresgid", gid, gid, gid)
     syscall("setresuid", uid, uid, uid, why=f"it runs as {uid}:{gid}")
@@ -3441,7 +3471,7 @@ def set_rlimits(c):
                    "set", "lowering it takes CAP_SYS_RESOURCE") from None
     for limit in c.spec["process"].get("rlimits", ()):
         name = limit["type"].removeprefix("RLIMIT_").lower()
-        pair = (ctypes.c_uint64 * 2)(limit["soft"] % 2**64, limit["hard"] % 2**64)
+        pair = (c_uint64 * 2)(limit["soft"] % 2**64, limit["hard"] % 2**64)
         try:
             syscall("prlimit64", c.pid, RLIMITS.index(name), pair, None,
                     why=f"--ulimit {name}")
@@ -3471,7 +3501,7 @@ def set_priorities(c):
             "nice", "priority", "runtime", "deadline", "period")]
         attr = struct.pack("=IIQiIQQQ", 48, SCHED_POLICIES.index(turn["policy"]), flags,
                            *numbers)  # struct sched_attr, sched_setattr(2)
-        syscall("sched_setattr", 0, ctypes.create_string_buffer(attr), 0,
+        syscall("sched_setattr", 0, c_buffer(attr), 0,
                 why=turn["policy"])
     if persona:
         syscall("personality", PERSONAS[persona["domain"]], why=persona["domain"])
@@ -3502,8 +3532,8 @@ def set_capabilities(c):
         sets = {}
     if c.spec["linux"].get("seccomp") and not process.get("noNewPrivileges"):
         last = ["CAP_SYS_ADMIN"]
-    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3, this process
-    data = (ctypes.c_uint32 * 6)()  # low words of three sets, then their high words
+    header = (c_uint32 * 2)(0x20080522, 0)  # version 3, this process
+    data = (c_uint32 * 6)()  # low words of three sets, then their high words
     syscall("capget", header, data, why="what may be kept")
     have = data[1] | data[4] << 32
     words = []
@@ -3641,7 +3671,7 @@ def label_program(c):
             flags=O_RDWR | O_CLOEXEC, resolve=RESOLVE_BENEATH | RESOLVE_NO_MAGICLINKS)
         try:
             fd = syscall("openat2", c.proc, f"self/attr/{file}", how,
-                         ctypes.sizeof(how), why="ours, whatever pid we have there")
+                         sizeof(how), why="ours, whatever pid we have there")
             write_file(fd, order + label, why="from the next execve on")
             if not order and b":" not in os.pread(fd, 4096, 0):
                 raise OSError(errno.EINVAL, "it has no policy, and knows no label")
@@ -5760,7 +5790,7 @@ def open_beneath(top, path, flags=os.O_RDONLY | os.O_DIRECTORY):
     """A descriptor of a path below `top`, reached through no symlink."""
     how = open_how(flags=flags | os.O_CLOEXEC | os.O_NOFOLLOW,
                    resolve=RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS)
-    return syscall("openat2", top, path, how, ctypes.sizeof(how))
+    return syscall("openat2", top, path, how, sizeof(how))
 
 
 def parts_of(path):
@@ -8917,8 +8947,8 @@ def hold_signals():
 
 def open_signals(numbers):
     """A descriptor to read those signals from."""
-    mask = ctypes.c_uint64(sum(1 << (number - 1) for number in numbers))
-    return syscall("signalfd4", -1, ctypes.byref(mask), 8, O_CLOEXEC | O_NONBLOCK,
+    mask = c_uint64(sum(1 << (number - 1) for number in numbers))
+    return syscall("signalfd4", -1, byref(mask), 8, O_CLOEXEC | O_NONBLOCK,
                    why="signals become messages")
 
 
@@ -9437,7 +9467,7 @@ class Shim:
 
 def leave_to(shim):
     """Fork: the child is the shim from here on.  The client's end of the connection."""
-    ends, c = (ctypes.c_int * 2)(), shim.c
+    ends, c = (c_int * 2)(), shim.c
     try:
         syscall("socketpair", AF_UNIX, MESSAGES, 0, ends, why="client and shim")
         child = os.fork()
@@ -12942,7 +12972,7 @@ SEALED_START = (  # put, copy: into the first to fifth argument of the next call
     ("put", 2, OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | AT_RECURSIVE),
     ("call", "open_tree"), ("unless_failed",), ("keep",),
     ("copy", 0, "fd"), ("put", 1, "empty"), ("put", 2, AT_EMPTY_PATH | AT_RECURSIVE),
-    ("put", 3, "attr"), ("put", 4, ctypes.sizeof(mount_attr)),
+    ("put", 3, "attr"), ("put", 4, sizeof(mount_attr)),
     ("call", "mount_setattr"), ("unless_failed",),
     ("copy", 0, "fd"), ("put", 1, "name"), ("copy", 2, "argv"), ("copy", 3, "envp"),
     ("put", 4, 0), ("call", "execveat"),
