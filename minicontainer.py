@@ -529,6 +529,23 @@ def size(text):
     return int(float(digits) * UNITS[unit])
 
 
+SPANS = {"ns": 1, "us": 1000, "µs": 1000, "ms": 10 ** 6, "s": 10 ** 9,
+         "m": 60 * 10 ** 9, "h": 3600 * 10 ** 9}
+
+
+def nanoseconds(option, text):
+    """A span of time as Go writes it, 1m30s, in nanoseconds."""
+    import re
+
+    parts = re.findall(r"([\d.]+)(ns|us|µs|ms|s|m|h)", text)
+    try:
+        if text == "0" or parts and "".join(map("".join, parts)) == text:
+            return sum(round(float(count) * SPANS[unit]) for count, unit in parts)
+    except ValueError:
+        pass
+    raise Fail(f"invalid duration {text!r} for {option}", "as in 1m30s, 500ms")
+
+
 def human(number):
     """Bytes as Docker writes them, to four digits: 67108864 is 64MiB."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
@@ -1121,8 +1138,9 @@ def cgroup_trees(resources=()):
     return trees
 
 
-THROTTLES = [(way, unit, f"throttle{way.title()}{unit.upper()}Device")
-             for way in ("read", "write") for unit in ("bps", "iops")]
+THROTTLES = [(way, unit, f"throttle{way.title()}{word}Device")
+             for way in ("read", "write")
+             for unit, word in (("bps", "Bps"), ("iops", "IOPS"))]
 
 CGROUP_OPTIONS = (
     arg("-m", "--memory", metavar="BYTES", help="memory limit (64m)"),
@@ -2138,8 +2156,8 @@ def prepare_sources(c):
     """Outside: what root owns in a source is to be the container's root's."""
     for mount in c.spec["mounts"]:
         if mount["type"] == "bind":
-            if "shared" in mount["options"] or "rshared" in mount["options"]:
-                check_shared(mount)
+            if {"shared", "rshared"} & {*mount["options"]} and not c.record:
+                check_shared(mount)  # a runtime's caller means: inside
             deep = AT_RECURSIVE if "ridmap" in mount["options"] else 0
             if mount.get("uidMappings"):
                 users = user_namespace(mount["uidMappings"], mount["gidMappings"])
@@ -2185,8 +2203,8 @@ def make_nodes(c):
         if bits != 6:
             group = host_id(0, linux.get("gidMappings"))
             owner, mode = 0, bits << 3 | mode & bits
-        syscall("mknodat", AT_FDCWD, path,
-                stat.S_IFBLK if device["type"] == "b" else stat.S_IFCHR,
+        kind = {"b": stat.S_IFBLK, "p": stat.S_IFIFO}.get(device["type"], stat.S_IFCHR)
+        syscall("mknodat", AT_FDCWD, path, kind,
                 os.makedev(device["major"], device["minor"]), why=device["path"])
         syscall("fchownat", AT_FDCWD, path, owner, group, 0)
         syscall("fchmodat", AT_FDCWD, path, mode, why="whatever our umask is")
@@ -2214,8 +2232,9 @@ def build_rootfs(c):
     layers, hundreds of them fit, and no path needs its commas and colons escaped.
     """
     if not c.layers:  # one directory with the owners it needs: vfs, or a bundle's
+        kept = c.spec["linux"].get("resources", {}).get("devices")  # by the group
         attach(os.path.join(c.directory, c.spec["root"]["path"]), "rootfs",
-               MOUNT_ATTR_NODEV, -1, AT_RECURSIVE)
+               0 if kept else MOUNT_ATTR_NODEV, -1, AT_RECURSIVE)
         return
     for number, layer in enumerate(c.layers):
         attach(layer, str(number), 0, c.users)
@@ -2296,7 +2315,7 @@ def inside(c, path, make="", links=0):
 def attach_source(c, mount):
     """Put a source that the parent took at its place, read-only, private … as asked."""
     path = mount["destination"]
-    tree, propagation = c.sources[path], 0
+    tree, wish = c.sources[path], MS_PRIVATE
     is_directory = stat.S_ISDIR(os.fstat(tree).st_mode)
     place = inside(c, path, "dir" if is_directory else "file")
     if is_directory != stat.S_ISDIR(os.fstat(place.fd).st_mode):
@@ -2306,15 +2325,11 @@ def attach_source(c, mount):
             MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH,
             why=f"the volume appears at {path}")
     place.close()
+    # trap: where / is shared, a copy of /proc is the host's peer, and what we hide in
+    # ours would be hidden on the host; hence private unless asked for
     for word in mount["options"]:
-        propagation |= PROPAGATIONS.get(word, 0) & ~MS_REC
-    if propagation & MS_SHARED:
-        propagation = 0  # it is shared, or it had been refused
-    else:
-        # trap: where / is shared, a copy of /proc is the host's peer, and what we hide
-        # in ours would be hidden on the host; hence private unless asked for
-        propagation = propagation or MS_PRIVATE
-    set_attributes(tree, 0, propagation, what=path)
+        wish = PROPAGATIONS.get(word, wish) & ~MS_REC
+    set_attributes(tree, 0, wish, what=path)
     for table, deep in ((ATTRIBUTES, 0), (DEEP_WORDS, AT_RECURSIVE)):
         attributes, cleared = 0, 0
         for word in mount["options"]:
@@ -2417,6 +2432,10 @@ def mount_one(c, mount):
         if "tmpcopyup" in mount["options"]:
             fill_tmpfs(c, mount["destination"], place, flags)
         place.close()
+        for word in PROPAGATIONS.keys() & {*mount["options"]}:
+            place = inside(c, mount["destination"])
+            syscall("mount", None, place, None, PROPAGATIONS[word], None, why=word)
+            place.close()
 
 
 def mount_all(c):
@@ -3400,14 +3419,11 @@ def look_up(rows, text, what, fields):
     return None
 
 
-def find_user(c):
-    """Step: what --user and --group-add mean by the image's own files; also HOME."""
-    user = c.spec["process"]["user"]
-    if "username" not in user:
-        return
+def resolve_names(c, user, users):
+    """Set the ids that a user's names mean by the image's own files; its row in passwd,
+    or None if it has none there."""
     name, _, group = user["username"].partition(":")
-    groups = image_table(c, "/etc/group")
-    row = look_up(image_table(c, "/etc/passwd"), name or "0", "user", 4)
+    groups, row = image_table(c, "/etc/group"), look_up(users, name or "0", "user", 4)
     user["uid"] = int(row[2]) if row else int(name or 0)
     user["gid"] = int(row[3]) if row and row[3].isdecimal() else 0
     extra = []
@@ -3425,9 +3441,20 @@ def find_user(c):
     if max(user["uid"], *user["additionalGids"]) >= count:
         raise Fail(f"user {user['uid']} with groups {user['additionalGids']}: beyond "
                    f"the container's {count} ids", "a smaller number, or --userns host")
-    env = c.spec["process"]["env"]
-    if not any(line.startswith("HOME=") for line in env):
-        env.append(f"HOME={row[5] if row and len(row) > 5 and row[5] else '/'}")
+    return row
+
+
+def find_user(c):
+    """Step: who --user and --group-add are, and HOME, unless it is set."""
+    user, env, row = c.spec["process"]["user"], c.spec["process"]["env"], None
+    users = image_table(c, "/etc/passwd")
+    if "username" in user:
+        row = resolve_names(c, user, users)
+    else:
+        row = next((r for r in users if r[2:3] == [str(user["uid"])]), None)
+    if not any(line.startswith("HOME=") and line != "HOME=" for line in env):
+        env[:] = [*(line for line in env if line != "HOME="),
+                  f"HOME={row[5] if row and len(row) > 5 and row[5] else '/'}"]
 
 
 def enter_cwd(c):
@@ -4087,8 +4114,8 @@ OCI_GLOBALS = (
     arg("--debug", action="store_true", help="narrate on standard error, as --explain"),
     arg("--systemd-cgroup", action="store_true", help="refused: groups are made "
         "directly"),
-    arg("--rootless", metavar="BOOL", default="auto", help="true is refused: this "
-        "takes root"),
+    arg("--rootless", choices=["auto", "true", "false"], default="auto",
+        help="true is refused: this takes root"),
 )
 START_OPTIONS = (
     arg("-b", "--bundle", metavar="DIR", default=".", help="with config.json and root"),
@@ -4158,9 +4185,12 @@ def oci(word, *declared):
 
 
 @command("oci", arg("-v", "--version", action="store_true", help="show it"),
-         *OCI_GLOBALS)
+         *OCI_GLOBALS, arg("word", nargs="?", metavar="COMMAND", help="see --help"))
 def oci_command(options):
     """What runc does: create, start, kill, delete …; the same as `minirunc`."""
+    if options.word:
+        raise Fail(f"{options.word!r} is not a command of minirunc",
+                   "see `minicontainer --help` for those of `oci`", 1)
     print(f"minirunc version {VERSION}\nspec: {OCI_VERSION}" if options.version
           else "minirunc: see `minicontainer --help` for the commands of `oci`")
 
@@ -4189,7 +4219,7 @@ def oci_words(words):
 
 # ── config.json ──
 
-TEXTS, IDS, MAP = [str], range(1 << 32), {str: str}
+TEXTS, IDS, MAP = [str], range((1 << 32) - 1), {str: str}  # the last means: unchanged
 MAPPINGS = [{"containerID!": IDS, "hostID!": IDS, "size!": range(1, 1 << 32)}]
 HOOKS = "prestart", "createRuntime", "createContainer", "startContainer", "poststart", \
     "poststop"
@@ -4210,6 +4240,9 @@ PROCESS_FORM = {
     "apparmorProfile": str, "selinuxLabel": str}
 RATES = [{"major!": IDS, "minor!": IDS, "rate!": range(1 << 64)}]
 SIGNED = range(-1, 1 << 63)
+ARCHITECTURES = tuple(f"SCMP_ARCH_{name}" for name in """X86 X86_64 X32 ARM AARCH64
+    MIPS MIPS64 MIPS64N32 MIPSEL MIPSEL64 MIPSEL64N32 PPC PPC64 PPC64LE S390 S390X
+    PARISC PARISC64 RISCV64 LOONGARCH64 M68K SH SHEB NATIVE""".split())
 RESOURCES_FORM = {
     "memory": {"limit": SIGNED, "swap": SIGNED, "reservation": SIGNED,
                "kernelTCP": SIGNED, "swappiness": range(101), "disableOOMKiller": bool},
@@ -4236,15 +4269,15 @@ SPEC_FORM = {
     "linux": {
         "namespaces": [{"type": tuple(NAMESPACES), "path": str}],
         "uidMappings": MAPPINGS, "gidMappings": MAPPINGS, "cgroupsPath": str,
-        "devices": [{"path!": str, "type": ("b", "c", "u"), "major!": IDS,
-                     "minor!": IDS, "fileMode": IDS, "uid": IDS, "gid": IDS}],
+        "devices": [{"path!": str, "type": ("b", "c", "u", "p"), "major": IDS,
+                     "minor": IDS, "fileMode": IDS, "uid": IDS, "gid": IDS}],
         "resources": RESOURCES_FORM, "sysctl": MAP, "maskedPaths": TEXTS,
         "readonlyPaths": TEXTS, "rootfsPropagation": (*PROPAGATIONS, None, ""),
         "timeOffsets": dict.fromkeys(CLOCKS, {"secs": range(-(1 << 63), 1 << 63),
                                               "nanosecs": range(10 ** 9)}),
         "personality": {"domain": tuple(PERSONAS), "flags": [()]},
-        "seccomp": {**PROFILE_FORM, "architectures": TEXTS, "listenerPath": str,
-                    "listenerMetadata": str}}}
+        "seccomp": {**PROFILE_FORM, "architectures": [ARCHITECTURES],
+                    "listenerPath": str, "listenerMetadata": str}}}
 # What would change the container, and is not done; the rest of what we do not know is
 # to be ignored, says the specification.
 REFUSED = """process.execCPUAffinity vm linux.intelRdt linux.mountLabel
@@ -4257,8 +4290,7 @@ USUAL_DEVICES = [{"allow": True, "type": kind, "major": major, "minor": minor,
                   "access": access} for kind, major, minor, access in (
     ("c", None, None, "m"), ("b", None, None, "m"), ("c", 1, 3, "rwm"),
     ("c", 1, 5, "rwm"), ("c", 1, 7, "rwm"), ("c", 1, 8, "rwm"), ("c", 1, 9, "rwm"),
-    ("c", 5, 0, "rwm"), ("c", 5, 1, "rwm"), ("c", 5, 2, "rwm"),
-    ("c", 136, None, "rwm"))]
+    ("c", 5, 0, "rwm"), ("c", 5, 2, "rwm"), ("c", 136, None, "rwm"))]
 
 
 def refuse(place, value, wanted):
@@ -4295,7 +4327,11 @@ def complete_process(process, place):
     user.setdefault("uid", 0)
     user.setdefault("gid", 0)
     process["capabilities"] = {name: sets.get(name) or [] for name in CAPABILITY_SETS}
-    process["env"] = process.get("env") or []
+    for number, line in enumerate(process.get("env") or ()):
+        if "=" not in line[1:]:
+            refuse(f"{place}.env[{number}]", line, "NAME=VALUE")
+    process["env"] = [*{line.partition("=")[0]: line
+                        for line in process.get("env") or ()}.values()]  # the last
     for number, limit in enumerate(process.get("rlimits") or ()):
         if limit["soft"] > limit["hard"]:
             refuse(f"{place}.rlimits[{number}].soft", limit["soft"], "at most its hard")
@@ -4384,7 +4420,12 @@ def complete_linux(spec, id):
     linux["cgroupsPath"] = os.path.normpath(f"/{path}")
     for key in ("sysctl", "devices", "maskedPaths", "readonlyPaths"):
         linux[key] = linux.get(key) or ({} if key == "sysctl" else [])
-    for device in linux["devices"]:
+    for number, device in enumerate(linux["devices"]):
+        if device["type"] == "p":
+            device.update(major=0, minor=0)
+        for key in ("major", "minor"):
+            if device.get(key) is None:
+                refuse(f"config.linux.devices[{number}].{key}", None, "a number")
         device["fileMode"] = (device.get("fileMode") or 0o666) & 0o7777
         device.update(uid=device.get("uid") or 0, gid=device.get("gid") or 0,
                       access="rwm", type=device["type"].replace("u", "c"))
@@ -4449,10 +4490,52 @@ def status_of(record):
     state, began = process_facts(record["pid"])
     if not record["pid"] or state in "ZX" or began != record["began"]:
         return "stopped"
-    if os.path.exists(f"{record['where']}/exec.fifo"):
-        return "created"
-    frozen = cgroup_of(record["spec"]).is_frozen()
-    return "paused" if frozen else "running"
+    if cgroup_of(record["spec"]).is_frozen():
+        return "paused"
+    try:  # whoever would start it may have died before it could remove the FIFO
+        os.close(os.open(f"{record['where']}/exec.fifo", O_WRONLY | O_NONBLOCK))
+    except OSError:  # there is none any more, or nobody waits at it
+        return "running"
+    return "created"
+
+
+def first_process(record):
+    """(a pidfd of a container's first process, or -1; its status).
+
+    In this order: a pid that is looked at first may be another's when it is opened."""
+    try:
+        pidfd = syscall("pidfd_open", record["pid"], 0, why="its process 1, no other")
+    except OSError:  # EINVAL: it was never made
+        return -1, "stopped"
+    return pidfd, status_of(record)
+
+
+def signal_first(record, number):
+    """Send a signal to a container's first process; whether there was one."""
+    pidfd, status = first_process(record)
+    try:
+        if status != "stopped":
+            syscall("pidfd_send_signal", pidfd, number, None, 0, why="to its process 1")
+        return status != "stopped"
+    except ProcessLookupError:
+        return False
+    finally:
+        if pidfd >= 0:
+            os.close(pidfd)
+
+
+def lock_record(directory):
+    """A descriptor that holds a container while it is made, started or removed."""
+    try:
+        fd = open_fd(directory, O_DIRECTORY, "one at a time")
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        if os.fstat(fd).st_nlink:  # else the one before us has removed it
+            return fd
+        os.close(fd)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    raise Fail(f"container {os.path.basename(directory)!r} does not exist",
+               "see `list`")
 
 
 def oci_state(record, status):
@@ -4488,19 +4571,25 @@ def run_hook(hook, state, what):
     its = os.memfd_create("state")  # a pipe would wait for a hook that does not read
     os.write(its, to_json(state).encode())
     os.lseek(its, 0, os.SEEK_SET)
+    refusal = os.pipe()  # closed by execve
     pid = os.fork()
     if pid == 0:
         try:
             os.dup2(its, 0)
             os.dup2(2, 1)  # 1 is the container's
             os.setsid()  # to be killed with what it has begun
-            os.closerange(3, 1 << 16)
+            close_all_but(3, refusal[1])
             reset_signals(None)
             env = dict(line.partition("=")[::2] for line in hook.get("env") or ())
             os.execve(hook["path"], hook.get("args") or [hook["path"]], env)
+        except OSError as error:
+            os.write(refusal[1], error.strerror.encode())
         finally:
             os._exit(127)
     os.close(its)
+    os.close(refusal[1])
+    refused = os.read(refusal[0], 100).decode()
+    os.close(refusal[0])
     poll, pidfd = select.poll(), syscall("pidfd_open", pid, 0, why=f"a {what} hook")
     poll.register(pidfd, select.POLLIN)
     in_time = poll.poll(hook["timeout"] * 1000 if hook.get("timeout") else None)
@@ -4510,7 +4599,8 @@ def run_hook(hook, state, what):
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     if code or not in_time:
         how = f"ended with {code}" if in_time else "took too long"
-        raise Fail(f"the {what} hook {hook['path']} {how}", "see what it printed")
+        raise Fail(f"the {what} hook {hook['path']}"
+                   + (f": {refused}" if refused else f" {how}"), "see what it printed")
 
 
 def run_hooks(c, *kinds, status, pid):
@@ -4681,10 +4771,12 @@ def create_container(options, stays=False):
         os.mkdir(directory, 0o700)
     except FileExistsError:
         raise Fail(f"container with id exists: {options.id}", "see `list`") from None
+    held = lock_record(directory)
     record = {"id": options.id, "pid": 0, "began": 0, "bundle": bundle, "spec": spec,
               "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     c = Container(options.id, spec, bundle)
     c.record, c.workshop, c.preserved = directory, f"{directory}/workshop", preserved
+    c.lock = held
     try:
         os.mkdir(c.workshop)
         save(f"{directory}/state.json", record)
@@ -4712,27 +4804,36 @@ def create_container(options, stays=False):
     return {**record, "where": directory}, c
 
 
-def start_container(record):
-    """Have init become the program; returns when it runs."""
-    c = Container(record["id"], record["spec"], record["bundle"])
+def release(c, record):
+    """Have the init of a container that was created become the program."""
     where = record["where"]
-    if status_of(record) != "created":
-        raise Fail(f"cannot start a container that is {status_of(record)}",
-                   "create makes one that can be started")
-    c.pidfd = syscall("pidfd_open", record["pid"], 0, why="perhaps not our child")
-    news = open_fd(f"{where}/news.fifo", os.O_RDONLY | os.O_NONBLOCK, "what init says")
-    os.set_blocking(news, True)
-    c.news = news, -1
-    c.orders = -1, open_fd(f"{where}/exec.fifo", O_WRONLY, "init waits for a word")
     try:
+        news = open_fd(f"{where}/news.fifo", os.O_RDONLY | O_NONBLOCK, "what init says")
+        os.set_blocking(news, True)
+        c.news = news, -1
+        c.orders = -1, open_fd(f"{where}/exec.fifo", O_WRONLY | O_NONBLOCK,
+                               "init waits for a word, unless it is dead")
         c.answer("go")
         c.listen()
         os.unlink(f"{where}/exec.fifo")
     except BaseException:
-        os.kill(record["pid"], signal.SIGKILL)
+        signal_first(record, signal.SIGKILL)
         raise
+
+
+def start_container(record, held):
+    """Start a container that was created; returns when its program runs, or with an
+    error when it is dead.  `held` is its lock, and is given back."""
+    c = Container(record["id"], record["spec"], record["bundle"])
+    try:
+        c.pidfd, status = first_process(record)
+        if status != "created":
+            raise Fail(f"cannot start a container that is {status}",
+                       "create makes one that can be started")
+        release(c, record)
     finally:
         c.close()
+        os.close(held)  # a hook may want to do something to the container
     try:
         run_hooks(c, "poststart", status="running", pid=record["pid"])
     except Fail as fail:  # too late to undo anything, says the specification
@@ -4797,17 +4898,29 @@ def stay_with(c):
             os.kill(c.pid, told.si_signo)
 
 
-def delete_container(record):
+def delete_container(options, force):
     """Remove all that is left of a container that has ended, or is to end now."""
-    cgroup = cgroup_of(record["spec"])
-    if status_of(record) != "stopped":
-        os.kill(record["pid"], signal.SIGKILL)
-    if record.get("made"):  # or it was never more than a record
-        cgroup.remove()
-    wait_for(lambda: status_of(record) == "stopped")
-    forget(record["where"])
-    c = Container(record["id"], record["spec"], record["bundle"])
-    for hook in (c.spec.get("hooks") or {}).get("poststop") or ():
+    where = record_directory(options)
+    if force and os.path.exists(f"{where}/state.json"):
+        signal_first(read_record(options), signal.SIGKILL)  # who makes it lets go then
+    held = lock_record(where)
+    try:
+        if force and not os.path.exists(f"{where}/state.json"):
+            forget(where)  # its `create` was killed before there was more
+            return
+        record = read_record(options)
+        status = status_of(record)
+        if status not in ("stopped", "created") and not force:
+            raise Fail(f"cannot delete container {options.id} that is not stopped: "
+                       f"{status}", "kill it before, or --force")
+        signal_first(record, signal.SIGKILL)
+        if record.get("made"):  # or it was never more than a record
+            cgroup_of(record["spec"]).remove()
+        wait_for(lambda: status_of(record) == "stopped")
+        forget(where)
+    finally:
+        os.close(held)
+    for hook in (record["spec"].get("hooks") or {}).get("poststop") or ():
         try:
             run_hook(hook, oci_state(record, "stopped"), "poststop")
         except Fail as fail:  # it is over all the same
@@ -4823,7 +4936,8 @@ def create_command_oci(options):
 @oci("start", ID)
 def start_command_oci(options):
     """Start the program of a container that was created."""
-    start_container(read_record(options))
+    held = lock_record(record_directory(options))
+    start_container(read_record(options), held)
 
 
 @oci("run", *START_OPTIONS, arg("-d", "--detach", action="store_true",
@@ -4833,32 +4947,38 @@ def run_command_oci(options):
     """Create a container, start it, and stay with it until it ends."""
     record, c = create_container(options, not options.detach)
     try:
-        start_container(record)
+        start_container(record, c.lock)
         code = 0 if options.detach else stay_with(c)
     except BaseException:
-        delete_container(record)
+        delete_container(options, True)
         raise
     if not (options.detach or options.keep):
-        delete_container(record)
+        delete_container(options, True)
     return code
+
+
+HELD_BACK = "capabilities", "rlimits", "apparmorProfile", "selinuxLabel"
 
 
 def exec_process(options, spec):
     """The process that `exec` is to run: from a file, or the container's with what the
     options say."""
-    if options.process:
-        process = read_json(options.process, PROCESS_FORM, "process")
+    process = from_json(to_json(spec["process"]))
+    if options.process:  # what it leaves out of what holds a process back is as in ours
+        given = read_json(options.process, PROCESS_FORM, "process")
+        process = {**{key: process[key] for key in HELD_BACK if key in process},
+                   **{key: value for key, value in given.items()
+                      if value or key not in HELD_BACK}}
     else:
-        process = from_json(to_json(spec["process"]))
         process.update(args=options.words, terminal=options.tty,
                        cwd=options.cwd or process["cwd"])
         process["env"] += options.env
         user, _, group = options.user.partition(":")
-        if user:
+        if options.user:
             process["user"] = {**process["user"],
-                               "uid": whole("--user", user, 0, 1 << 32),
-                               "gid": whole("--user", group or "0", 0, 1 << 32)}
-        more = [whole("--additional-gids", gid, 0, 1 << 32)
+                               "uid": whole("--user", user, 0, IDS.stop - 1),
+                               "gid": whole("--user", group or "0", 0, IDS.stop - 1)}
+        more = [whole("--additional-gids", gid, 0, IDS.stop - 1)
                 for gid in options.additional_gids]
         process["user"]["additionalGids"] = [
             *(process["user"].get("additionalGids") or ()), *more]
@@ -4894,21 +5014,20 @@ def exec_process(options, spec):
 def exec_command_oci(options):
     """Run one more process in a container."""
     record = read_record(options)
-    status, spec = status_of(record), record["spec"]
-    if status == "stopped" or (status == "paused" and not options.ignore_paused):
-        raise Fail(f"cannot exec in a {status} container", "container not running")
-    process = exec_process(options, spec)
+    process = exec_process(options, spec := record["spec"])
     check_console(process, options, not options.detach)
     seal_interpreter(spec)
     preserved = whole("--preserve-fds", options.preserve_fds, 0, 1 << 10)
     close_others(preserved)
+    target, status = first_process(record)
+    if status == "stopped" or (status == "paused" and not options.ignore_paused):
+        raise Fail(f"cannot exec in a {status} container", "container not running")
     c = Container(options.id, {**spec, "process": process}, record["bundle"])
-    c.is_new, c.preserved = False, preserved
-    c.target = syscall("pidfd_open", record["pid"], 0, why="its process 1")
+    c.is_new, c.preserved, c.target = False, preserved, target
     c.cgroup = cgroup_of(spec)
     if options.cgroup:
         c.cgroup.path += os.path.normpath(f"/{options.cgroup}")
-        if not c.cgroup.exists():
+        if ".." in options.cgroup.split("/") or not c.cgroup.exists():
             raise Fail(f"--cgroup {options.cgroup}: the container has no such group",
                        "make it first, below its own")
     enter(c, (open_cgroup,), oci_steps(JOIN, tell_runs))
@@ -4943,46 +5062,45 @@ def signal_number(text):
 def kill_command_oci(options):
     """Send a signal to a container's first process, or to all."""
     record, number = read_record(options), signal_number(options.signal or "TERM")
-    status, cgroup = status_of(record), cgroup_of(record["spec"])
-    pids = cgroup.pids() if options.all else [record["pid"]]
-    if status == "stopped" and not options.all:
-        raise Fail("container not running", "it has ended")
-    if options.all and number == signal.SIGKILL:
+    cgroup = cgroup_of(record["spec"])
+    if not options.all:
+        if not signal_first(record, number):
+            raise Fail("container not running", "it has ended")
+        if number == signal.SIGKILL and status_of(record) == "paused":
+            cgroup.freeze(False)
+    elif number == signal.SIGKILL:
         cgroup.kill()  # also those that are just being born
-        return
-    for pid in pids:
-        try:
-            os.kill(pid, number)
-        except ProcessLookupError:
-            if not options.all:
-                raise Fail("process already finished", "it has just ended") from None
-    if number == signal.SIGKILL and status == "paused":
-        cgroup.freeze(False)
+    else:
+        for pid in cgroup.pids():
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:  # it has just ended
+                pass
 
 
 @oci("delete", arg("-f", "--force", action="store_true",
                    help="kill it if it runs; and no error if there is none"), ID)
 def delete_command_oci(options):
     """Remove a container that has ended."""
-    if options.force and not os.path.exists(
-            f"{record_directory(options)}/state.json"):
-        if os.path.isdir(record_directory(options)):
-            forget(record_directory(options))
-        return
+    try:
+        delete_container(options, options.force)
+    except Fail:
+        if not options.force or os.path.isdir(record_directory(options)):
+            raise  # else there is none, or somebody has just removed it
+
+
+def full_state(options):
+    """A container's state as runc tells it."""
     record = read_record(options)
-    if status_of(record) not in ("stopped", "created") and not options.force:
-        raise Fail(f"cannot delete container {options.id} that is not stopped: "
-                   f"{status_of(record)}", "kill it before, or --force")
-    delete_container(record)
+    rootfs = os.path.join(record["bundle"], record["spec"]["root"]["path"])
+    return {**oci_state(record, status_of(record)), "rootfs": rootfs,
+            "created": record["created"], "owner": "root"}
 
 
 @oci("state", ID)
 def state_command_oci(options):
     """Print a container's state as JSON."""
-    record = read_record(options)
-    rootfs = os.path.join(record["bundle"], record["spec"]["root"]["path"])
-    print(to_json({**oci_state(record, status_of(record)), "rootfs": rootfs,
-                   "created": record["created"], "owner": "root"}))
+    print(to_json(full_state(options)))
 
 
 @oci("list", arg("-f", "--format", choices=["table", "json"], default="table",
@@ -4995,11 +5113,9 @@ def list_command_oci(options):
     for id in sorted(there):
         options.id = id
         try:
-            record = read_record(options)
+            rows.append(full_state(options))
         except Fail:  # it is just being made, or deleted
             continue
-        rows.append({**oci_state(record, status_of(record)),
-                     "created": record["created"], "owner": "root"})
     if options.quiet:
         print("".join(f"{row['id']}\n" for row in rows), end="")
     elif options.format == "json":
@@ -5012,7 +5128,8 @@ def list_command_oci(options):
 
 
 @oci("ps", arg("-f", "--format", choices=["table", "json"], default="table",
-               help="table, as `ps -ef`, or the pids as json"), ID)
+               help="table, or the pids as json"), ID,
+     arg("words", nargs="A*", metavar="OPTION", help="of ps; -ef, if there is none"))
 def ps_command_oci(options):
     """Show the processes of a container."""
     pids = cgroup_of(read_record(options)["spec"]).pids()
@@ -5021,23 +5138,28 @@ def ps_command_oci(options):
         return
     import subprocess
 
-    title, *rows = subprocess.run(["ps", "-ef"], capture_output=True, text=True,
-                                  check=True).stdout.splitlines()
-    print("\n".join([title, *(row for row in rows if int(row.split()[1]) in pids)]))
+    words = ["ps", *(options.words or ["-ef"])]
+    shown = subprocess.run(words, capture_output=True, text=True, check=False)
+    title, *rows = shown.stdout.splitlines() or [""]
+    if shown.returncode or "PID" not in title.split():
+        raise Fail(f"{' '.join(words)}: {shown.stderr.strip() or 'no column PID'}",
+                   "options of ps(1) that show one")
+    at = title.split().index("PID")
+    print("\n".join([title, *(row for row in rows if int(row.split()[at]) in pids)]))
 
 
-def freeze_container(options, frozen, wanted):
-    """Freeze or thaw a container that is in the status `wanted`."""
+def freeze_container(options, frozen, *wanted):
+    """Freeze or thaw a container that is in one of the statuses `wanted`."""
     record = read_record(options)
-    if status_of(record) != wanted:
-        raise Fail(f"container not {wanted}", f"it is {status_of(record)}")
+    if (status := status_of(record)) not in wanted:
+        raise Fail(f"container not {wanted[0]}", f"it is {status}")
     cgroup_of(record["spec"]).freeze(frozen)
 
 
 @oci("pause", ID)
 def pause_command_oci(options):
     """Stop all processes of a container where they stand."""
-    freeze_container(options, True, "running")
+    freeze_container(options, True, "running", "created")
 
 
 @oci("resume", ID)
@@ -5098,12 +5220,14 @@ def update_command_oci(options):
 
 
 @oci("events", arg("--stats", action="store_true", help="once, and no more"),
-     arg("--interval", metavar="SECONDS", default="5", help="time between two"), ID)
+     arg("--interval", metavar="TIME", default="5s", help="between two, as 500ms"), ID)
 def events_command_oci(options):
     """Print what a container has used, as JSON, again and again."""
     record = read_record(options)
     cgroup, poll = cgroup_of(record["spec"]), select.poll()
-    interval = whole("--interval", options.interval.removesuffix("s"), 1, 1 << 20)
+    interval = nanoseconds("--interval", options.interval)
+    if not interval:
+        raise Fail("--interval has to be more than 0", "as in 5s")
     killed = None
     while status_of(record) != "stopped":
         used = cgroup.measure()
@@ -5119,11 +5243,12 @@ def events_command_oci(options):
             flush=True)
         if options.stats:
             return
-        pidfd = syscall("pidfd_open", record["pid"], 0, why="to hear of its end")
-        poll.register(pidfd, select.POLLIN)
-        poll.poll(interval * 1000)
-        poll.unregister(pidfd)
-        os.close(pidfd)
+        pidfd, _ = first_process(record)
+        if pidfd >= 0:  # to hear of its end
+            poll.register(pidfd, select.POLLIN)
+            poll.poll(interval / 1e6)
+            poll.unregister(pidfd)
+            os.close(pidfd)
     if options.stats:
         raise Fail("container not running", "it has ended")
 
@@ -9073,23 +9198,6 @@ def timestamp(moment):
     """A Unix time in nanoseconds as RFC 3339 has it, in UTC."""
     seconds, rest = divmod(moment, 10 ** 9)
     return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{rest:09}Z"
-
-
-SPANS = {"ns": 1, "us": 1000, "µs": 1000, "ms": 10 ** 6, "s": 10 ** 9,
-         "m": 60 * 10 ** 9, "h": 3600 * 10 ** 9}
-
-
-def nanoseconds(option, text):
-    """A span of time as Go writes it, 1m30s, in nanoseconds."""
-    import re
-
-    parts = re.findall(r"([\d.]+)(ns|us|µs|ms|s|m|h)", text)
-    try:
-        if text == "0" or parts and "".join(map("".join, parts)) == text:
-            return sum(round(float(count) * SPANS[unit]) for count, unit in parts)
-    except ValueError:
-        pass
-    raise Fail(f"invalid duration {text!r} for {option}", "as in 1m30s, 500ms")
 
 
 def moment(option, text):

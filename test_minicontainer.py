@@ -3089,7 +3089,18 @@ def oci_created(script="sleep 1000", **changes):
     ({"annotations": {"a": 5}}, "config.annotations.a"),
     ({"linux__sysctl": {"net.x": 5}}, "config.linux.sysctl.net.x"),
     ({"linux__devices": [{"path": "/dev/x", "type": "c"}]},
-     "config.linux.devices[0].major is missing"),
+     "config.linux.devices[0].major: None"),
+    ({"process__user": {"uid": 0xFFFFFFFF}}, "config.process.user.uid"),
+    ({"process__env": ["A=b", "C"]}, "config.process.env[1]"),
+    ({"linux__seccomp": {"defaultAction": "SCMP_ACT_ALLOW",
+                         "architectures": ["SCMP_ARCH_X"]}},
+     "config.linux.seccomp.architectures[0]"),
+    ({"linux__resources": {"rdma": {"x": {}}}}, "config.linux.resources.rdma"),
+    ({"linux__resources": {"blockIO": {"leafWeight": 5}}},
+     "config.linux.resources.blockIO.leafWeight"),
+    ({"linux__resources": {"memory": {"checkBeforeUpdate": True}}},
+     "config.linux.resources.memory.checkBeforeUpdate"),
+    ({"process__execCPUAffinity": {"initial": "0"}}, "config.process.execCPUAffinity"),
     ({"linux__namespaces": [{"type": "mount", "path": "/proc/1/ns/mnt"}]},
      "config.linux.namespaces[0].path"),
     ({"linux__sysctl": {"kernel.panic": "1"}}, "config.linux.sysctl"),
@@ -3217,6 +3228,142 @@ def test_whenever_a_create_is_killed_delete_finds_all_that_it_has_made():
     assert our_cgroups() != before
     assert oci("delete", "--force", "c1").returncode == 0
     assert our_cgroups() == before and not os.listdir(f"{STORE}/oci")
+
+
+@root
+def test_of_two_that_start_a_container_one_is_refused_and_the_container_lives():
+    """Each time, however they meet; and whoever removes it meanwhile removes all."""
+    bundle("sleep 1000")
+    for other, words in (("start", "cannot start a container that is running"),
+                         ("delete", "does not exist|not stopped: running")):
+        for _ in range(4):
+            with oci_created() as state:
+                both = [subprocess.Popen(
+                    [f"{STORE}/bin/minirunc", "--root", f"{STORE}/oci", word, "c1"],
+                    stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+                    for word in ("start", other)]
+                errors = sorted(process.communicate(timeout=30)[1] for process in both)
+                assert sorted(process.returncode for process in both) == [0, 1], errors
+                assert errors[0] == "" and re.search(words, errors[1]), errors
+                alive = os.path.exists(f"/proc/{state['pid']}")
+                assert alive == (json.loads(oci("list", "-f", "json").stdout) != [])
+                assert alive or not os.path.exists(f"{STORE}/oci/c1")
+
+
+@root
+def test_what_runs_is_running_though_its_start_was_killed_before_it_could_say_so():
+    with oci_created():
+        assert oci("start", "c1").returncode == 0
+        os.mkfifo(f"{STORE}/oci/c1/exec.fifo")  # as it would have been left
+        assert json.loads(oci("state", "c1").stdout)["status"] == "running"
+        assert "that is running" in oci("start", "c1").stderr
+
+
+@root
+def test_what_is_created_can_be_paused_and_is_not_started_before_it_is_resumed():
+    with oci_created():
+        assert oci("pause", "c1").returncode == 0
+        assert json.loads(oci("state", "c1").stdout)["status"] == "paused"
+        assert "that is paused" in oci("start", "c1").stderr
+        assert oci("resume", "c1").returncode == 0
+        assert oci("start", "c1").returncode == 0
+
+
+@root
+def test_a_signal_goes_to_the_process_that_was_meant_not_to_a_later_one_of_its_number():
+    with oci_created() as state:
+        path = f"{STORE}/oci/c1/state.json"
+        with open(path) as file:
+            record = json.load(file)
+        with subprocess.Popen(["sleep", "1000"]) as other:
+            m.save(path, {**record, "pid": other.pid})
+            assert "container not running" in oci("kill", "c1", "KILL").stderr
+            assert oci("exec", "c1", "true").returncode == 255
+            assert other.poll() is None
+            m.save(path, record)
+            other.kill()
+        assert oci("kill", "c1", "KILL").returncode == 0
+        until(lambda: m.process_facts(state["pid"])[0] in "ZX")
+
+
+@root
+def test_home_and_the_variables_are_as_runc_has_them():
+    path = "PATH=/bin:/usr/bin"
+    for user, home in (({"uid": 0, "gid": 0}, "/root"), ({"uid": 7777, "gid": 1}, "/")):
+        assert oci_run("echo $HOME", process__user=user, process__env=[path]) == (
+            f"{home}\n")
+    assert oci_run("echo $HOME $A", process__env=[path, "A=1", "HOME=/x", "A=2"]) == (
+        "/x 2\n")
+
+
+@root
+def test_a_process_file_says_nothing_of_what_holds_its_container_back_and_is_held_back():
+    with oci_created(process__capabilities=m.capability_sets(["CAP_KILL"])):
+        oci("start", "c1")
+        process = {"args": ["/bin/grep", "CapBnd", "/proc/self/status"], "cwd": "/",
+                   "env": ["PATH=/bin"]}
+        for more, mask in (({}, 0x20), ({"capabilities": {"bounding": ["CAP_CHOWN"]}}, 1)):
+            with open(f"{STORE}/process.json", "w") as file:
+                json.dump({**process, **more}, file)
+            ran = oci("exec", "-p", f"{STORE}/process.json", "c1")
+            assert int(ran.stdout.split()[1], 16) == mask, ran
+        for words in (["-u", ":7"], ["-u", "4294967295"], ["-e", "A"], ["--cgroup", ".."]):
+            ran = oci("exec", *words, "c1", "true")
+            assert ran.returncode == 255 and len(ran.stderr.splitlines()) == 1, ran
+
+
+@root
+def test_devices_of_a_bundle_are_kept_by_its_control_group_wherever_a_node_is(tmp_path):
+    shutil.copytree(m.default_rootfs(), tmp_path / "root", symlinks=True)
+    kept = {"linux__resources": {"devices": [{"allow": False, "access": "rwm"}]},
+            "process__capabilities": m.capability_sets(["CAP_MKNOD"]),
+            "process__noNewPrivileges": False, "root": {"path": str(tmp_path / "root")}}
+    out = oci_run("mknod /n c 1 3; mknod /k c 1 11; cat /n && echo null; "
+                  "cat /k || echo refused; stat -c %F /dev/pipe",
+                  linux__devices=[{"path": "/dev/pipe", "type": "p"}], **kept)
+    assert out == "null\nrefused\nfifo\n"
+
+
+@root
+@pytest.mark.parametrize("word, seen", [
+    ("shared", "shared"), ("rshared", "shared"), ("unbindable", "unbindable"),
+    ("private", "")])
+def test_a_mount_of_a_bundle_propagates_inside_whatever_the_host_shares(word, seen,
+                                                                          tmp_path):
+    out = oci_run("grep -E ' /(tmp|mnt) ' /proc/self/mountinfo", mounts=[
+        *m.example_spec()["mounts"],
+        {"destination": "/tmp", "type": "tmpfs", "source": "tmpfs", "options": [word]},
+        {"destination": "/mnt", "type": "bind", "source": str(tmp_path),
+         "options": ["bind", word]}])
+    for line in out.splitlines():
+        tags = line.partition(" - ")[0].split()[6:]
+        assert [tag.partition(":")[0] for tag in tags] == [seen] * bool(seen), line
+    assert len(out.splitlines()) == 2
+
+
+@root
+def test_rates_of_a_disk_are_set_by_the_names_that_the_specification_gives_them():
+    devices = [file.read().split(":") for file in map(open, glob.glob("/sys/block/*/dev"))]
+    names = "throttleReadBpsDevice", "throttleWriteIOPSDevice"
+    rates = {name: [{"major": int(major), "minor": int(minor), "rate": 1 << 20}
+                    for major, minor in devices[:1]] for name in names}
+    bundle(linux__resources={"blockIO": rates})
+    ran = oci("run", "-b", BUNDLE, "c1")
+    if not devices or "blkio controller" in ran.stderr:
+        pytest.skip(f"nothing to be throttled: {ran.stderr}")
+    with oci_created(linux__resources={"blockIO": rates}):
+        group = m.cgroup_of({"linux": {"cgroupsPath": "/minicontainer-c1"}})
+        set_ = (group.read("io.max") if V2 else "".join(group.read(
+            f"blkio.throttle.{name}_device", "blkio") for name in (
+                "read_bps", "write_iops")))
+        assert set_.count("1048576") == 2, set_
+
+
+@root
+def test_a_hook_that_cannot_be_executed_is_told_with_its_reason():
+    for path, reason in (("/nosuch", "No such file"), ("/etc/passwd", "Permission denied")):
+        bundle(hooks={"createRuntime": [{"path": path}]})
+        assert f"hook {path}: {reason}" in oci("run", "-b", BUNDLE, "c1").stderr
 
 
 @root
@@ -3431,11 +3578,21 @@ def test_exec_ps_pause_resume_update_and_events_find_a_running_container():
                    "echo $A $(id -u) $(id -g)").stdout == "b 5 6\n"
         assert "not found" in oci("exec", "c1", "nosuch").stderr
         assert json.loads(oci("ps", "-f", "json", "c1").stdout)[0] == state["pid"]
+        shown = oci("ps", "c1", "-A", "-o", "comm,pid").stdout.split()
+        assert shown == ["COMMAND", "PID", "sleep", str(state["pid"])]
+        assert "no column PID" in oci("ps", "c1", "-A", "-o", "comm").stderr
         assert oci("pause", "c1").returncode == 0
         assert json.loads(oci("state", "c1").stdout)["status"] == "paused"
         assert oci("exec", "c1", "/bin/true").returncode == 255
         assert oci("resume", "c1").returncode == 0
         assert oci("update", "--memory", "64m", "--pids-limit", "9", "c1").stderr == ""
+        assert "invalid duration" in oci("events", "--interval", "5x", "c1").stderr
+        with subprocess.Popen([f"{STORE}/bin/minirunc", "--root", f"{STORE}/oci",
+                               "events", "--interval", "20ms", "c1"],
+                              stdout=subprocess.PIPE, text=True) as events:
+            assert [json.loads(events.stdout.readline())["type"] for _ in "12"] == (
+                ["stats"] * 2)
+            events.kill()
         stats = json.loads(oci("events", "--stats", "c1").stdout)["data"]
         assert stats["memory"]["usage"]["limit"] == 64 << 20
         assert stats["pids"]["limit"] == 9
