@@ -5203,11 +5203,10 @@ def features_command_oci(options):
 # directory hides all of them; overlay says it with a device 0,0 and an attribute.
 #
 # The default root file system needs no tarball and no network: it is made of what the
-# host has, a static busybox or else its shell and common tools with the libraries
-# that their headers ask for.  We read those headers ourselves: ldd would run the
-# program.
+# host has, a static busybox or else its shell and common tools, with the libraries
+# that the dynamic linker says it would load for them.
 #
-# Man pages: tar(5), elf(5), ld.so(8); the OCI image specification.
+# Man pages: tar(5), ld.so(8); the OCI image specification.
 
 STORE = os.path.abspath(os.environ.get("MINICONTAINER_ROOT")
                         or "/var/lib/minicontainer")
@@ -5758,10 +5757,9 @@ def write_content(entry, fd):
         os.ftruncate(fd, entry.size)
 
 
-def open_beneath(top, path, flags=os.O_RDONLY | os.O_DIRECTORY):
-    """A descriptor of a path below `top`, reached through no symlink."""
-    how = open_how(flags=flags | os.O_CLOEXEC | os.O_NOFOLLOW,
-                   resolve=RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS)
+def open_beneath(top, path):
+    """A descriptor of a directory below `top`, reached through no symlink."""
+    how = open_how(flags=FOLDER, resolve=RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS)
     return syscall("openat2", top, path, how, ctypes.sizeof(how))
 
 
@@ -5777,28 +5775,36 @@ class Layer:
     """A directory that entries are unpacked into; a later one replaces an earlier one.
 
     Neighbours in a tarball mostly share their directory, so the last one stays open:
-    then its path is walked once for all of them, and safely.
+    then its path is walked once for all of them, and safely.  What is made in it
+    changes its time, which is set back when it is left: so no list of a million
+    directories has to be kept until the end.
     """
 
     def __init__(self, path):
-        self.top = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        self.fd, self.above = os.dup(self.top), []
-        self.times = {}  # of directories: set last, since a file made in one changes it
+        self.top = os.open(path, os.O_RDONLY | O_DIRECTORY | O_CLOEXEC)
+        self.fd, self.above, self.when = -1, None, 0  # the last one: its names, time
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        os.close(self.fd)
+        self.leave()
         os.close(self.top)
+
+    def leave(self):
+        """Be done with the directory that was open."""
+        if self.fd >= 0:
+            os.utime(self.fd, ns=(self.when, self.when))
+            os.close(self.fd)
+        self.fd, self.above = -1, None
 
     def parent(self, path):
         """(descriptor of the directory that an entry goes into, its name there)."""
         *above, name = parts_of(path) or ["."]
         if above != self.above:
-            fd = self.walk(above)
-            os.close(self.fd)
-            self.fd, self.above = fd, above
+            self.leave()
+            self.fd, self.above = self.walk(above), above
+            self.when = os.fstat(self.fd).st_mtime_ns
         return self.fd, name
 
     def walk(self, parts):
@@ -5809,6 +5815,7 @@ class Layer:
         except OSError:
             fd = os.dup(self.top)  # name by name, then
         for part in parts:
+            when = os.fstat(fd).st_mtime_ns
             try:
                 below = open_beneath(fd, part)
             except OSError as error:
@@ -5817,6 +5824,7 @@ class Layer:
                 elif error.errno != errno.ENOENT:
                     raise
                 os.mkdir(part, 0o755, dir_fd=fd)
+                os.utime(fd, ns=(when, when))
                 below = open_beneath(fd, part)
             os.close(fd)
             fd = below
@@ -5832,7 +5840,6 @@ class Layer:
             if name == ".":
                 raise ValueError("the top of a layer is a directory") from None
             remove_tree(f"/proc/self/fd/{parent}/{name}")
-            self.above = None  # it may have been in there
 
     def add(self, entry):
         """Make the file that an entry tells of."""
@@ -5857,6 +5864,7 @@ class Layer:
 
     def create(self, entry, parent, name):
         """Make a file of an entry's kind, with its content; never one that exists."""
+        kind = stat.S_IFMT(entry.mode)
         if entry.hard:
             *above, old = parts_of(entry.hard)
             source = self.walk(above)
@@ -5865,11 +5873,11 @@ class Layer:
                         follow_symlinks=False)
             finally:
                 os.close(source)
-        elif stat.S_ISDIR(entry.mode):
+        elif kind == stat.S_IFDIR:
             os.mkdir(name, 0o700, dir_fd=parent)
-        elif stat.S_ISLNK(entry.mode):
+        elif kind == stat.S_IFLNK:
             os.symlink(entry.link, name, dir_fd=parent)
-        elif stat.S_ISREG(entry.mode):
+        elif kind == stat.S_IFREG:
             fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
                          | os.O_CLOEXEC, 0o600, dir_fd=parent)
             try:
@@ -5877,7 +5885,7 @@ class Layer:
             finally:
                 os.close(fd)
         else:
-            os.mknod(name, stat.S_IFMT(entry.mode) | 0o600, entry.device, dir_fd=parent)
+            os.mknod(name, kind | 0o600, entry.device, dir_fd=parent)
 
     def set_metadata(self, entry, parent, name):
         """Owner, mode, extended attributes and times, in the order that keeps them all:
@@ -5888,33 +5896,20 @@ class Layer:
             for key, value in entry.xattrs.items():
                 os.setxattr(f"/proc/self/fd/{parent}/{name}", key, value,
                             follow_symlinks=False)
-        if stat.S_ISDIR(entry.mode):
-            self.times["/".join(parts_of(entry.name)) or "."] = entry.when
-        else:
-            os.utime(name, ns=(entry.when, entry.when), dir_fd=parent,
-                     follow_symlinks=False)
+        os.utime(name, ns=(entry.when, entry.when), dir_fd=parent,
+                 follow_symlinks=False)
+        if name == ".":
+            self.when = entry.when
 
     def add_all(self, entries, title):
-        """Make every file, and set the times of directories; errors name the entry."""
+        """Make every file; errors name the entry."""
         for entry in entries:
             try:
                 self.add(entry)
-            except (ValueError, OverflowError) as error:
-                raise Fail(f"{title}: {entry.name!r}: {error}",
-                           "the tarball is damaged or hostile: do not use it") from None
-            except OSError as error:
-                raise Fail(f"{title}: {entry.name!r}: {error.strerror}",
-                           "is the disk full, or the tarball damaged?") from None
-        for directory, when in self.times.items():
-            try:
-                handle = open_beneath(self.top, directory)
-            except OSError as error:
-                if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-                    raise
-                continue  # a later entry has replaced it
-            os.utime(handle, ns=(when, when))
-            os.close(handle)
-        self.times.clear()
+            except (ValueError, OverflowError, OSError) as error:
+                reason = getattr(error, "strerror", None) or error
+                raise Fail(f"{title}: {entry.name!r}: {reason}", "is the disk full, or "
+                           "the tarball damaged or hostile?") from None
 
 
 def unpack(path, top, title=None):
@@ -6091,75 +6086,26 @@ def copy_in(source, top, target):
         shutil.copy2(os.path.realpath(source), top + target)
 
 
-def library_directories():
-    """What /etc/ld.so.conf says, and the directories that are always searched."""
-    import glob
-
-    found, files = [], ["/etc/ld.so.conf"]
-    for file in files:  # grows while we read it
-        try:
-            lines = read_file(file).splitlines()
-        except FileNotFoundError:
-            continue
-        for line in lines:
-            if line.startswith("include "):
-                files.extend(sorted(glob.glob(line.split()[1])))
-            elif line.startswith("/"):
-                found.append(line.strip())
-    triplet = f"{os.uname().machine}-linux-gnu"
-    return [*found, f"/lib/{triplet}", f"/usr/lib/{triplet}", "/lib64", "/usr/lib64",
-            "/lib", "/usr/lib", *glob.glob("/lib/*-linux-musl*")]
-
-
-def find_library(name, first, machine):
-    """Where the dynamic linker would find a library for `machine`; "" if nowhere."""
-    for directory in [*first, *library_directories()]:
-        path = f"{directory}/{name}"
-        if os.path.isfile(path) and elf_machine(open_program(path)) == machine:
-            return os.path.normpath(path)
-    return ""
-
-
 def libraries_of(path):
-    """The paths of the libraries that an ELF file names in its dynamic section."""
-    PT_LOAD, PT_DYNAMIC = 1, 2
-    DT_NEEDED, DT_STRTAB, DT_RPATH, DT_RUNPATH = 1, 5, 15, 29
-    with open(path, "rb") as file:
-        data = file.read()
-    if not any(kind == PT_DYNAMIC for kind, *_ in elf_segments(data)):
+    """What the dynamic linker would load for a program of the host, and itself; or
+    what a script's interpreter needs."""
+    import re
+    import subprocess
+
+    head = open_program(os.path.realpath(path))
+    if not os.path.exists(loader := interpreter_of(head)):
         return []
-    segments, values = elf_segments(data), {}
-    order = "<" if data[5] == 1 else ">"
-    for kind, offset, _, length in segments:
-        if kind == PT_DYNAMIC:
-            for tag, value in struct.iter_unpack(order + "qQ",
-                                                 data[offset:offset + length]):
-                values.setdefault(tag, []).append(value)
-    strings = next(offset + values[DT_STRTAB][0] - address
-                   for kind, offset, address, length in segments if kind == PT_LOAD
-                   and address <= values[DT_STRTAB][0] < address + length)
-
-    def text(tag):
-        return [os.fsdecode(data[strings + at:data.index(b"\0", strings + at)])
-                for at in values.get(tag, ())]
-
-    own = [directory.replace("$ORIGIN", os.path.dirname(os.path.realpath(path)))
-           for joined in text(DT_RUNPATH) + text(DT_RPATH)
-           for directory in joined.split(":")]
-    return [found for name in text(DT_NEEDED)
-            if (found := find_library(name, own, elf_machine(data)))]
+    if head[:2] == b"#!":
+        return [loader, *libraries_of(loader)]
+    said = subprocess.run([loader, "--list", path], capture_output=True, text=True)
+    return list(dict.fromkeys([loader, *re.findall(r"(/\S+) \(0x", said.stdout)]))
 
 
 def copy_program(path, top, target):
-    """Copy a program, its interpreter, and every library that these ask for."""
+    """Copy a program, and every library that it asks for."""
     copy_in(path, top, target)
-    interpreter = interpreter_of(open_program(os.path.realpath(path)))
-    if interpreter and os.path.exists(interpreter):
-        if not os.path.exists(top + interpreter):
-            copy_program(interpreter, top, interpreter)
     for library in libraries_of(path):
-        if not os.path.exists(top + library):
-            copy_program(library, top, library)
+        copy_in(library, top, library)
 
 
 def make_host_rootfs(top):
