@@ -7257,7 +7257,6 @@ def new_image(config, below, made, refs, step):
          arg("name", nargs="?", metavar="NAME[:TAG]", help="of the new image"))
 def import_command(options):
     """Make an image of a tarball."""
-    need_root()
     refs = [full_name(options.name)] if options.name else [""]
     settings = {}
     for text in options.change:
@@ -7275,7 +7274,6 @@ def import_command(options):
          arg("name", metavar="NAME[:TAG]", help="the new one"))
 def tag_command(options):
     """Give an image one more name."""
-    need_root()
     ref = full_name(options.name)
     if "@" in ref:
         raise Fail("refusing to create a tag with a digest reference", "NAME:TAG", 1)
@@ -7388,7 +7386,6 @@ RMI_OPTIONS = (
 @command("rmi", *RMI_OPTIONS)
 def rmi_command(options):
     """Remove images."""
-    need_root()
     for_each(options.images, lambda text: remove_image(text, options.force))
 
 
@@ -7399,7 +7396,6 @@ def rmi_command(options):
              help="only such: until, label, label!"))
 def image_prune_command(options):
     """Remove images that have no name, and what no image needs."""
-    need_root()
     wanted = filters_of(options.filter, ("until", "label", "label!"))
     what = "all images without at least one container associated to them" if (
         options.all) else "all dangling images"
@@ -7435,7 +7431,6 @@ def save_command(options):
          arg("-q", "--quiet", action="store_true", help="no progress"), PLATFORM)
 def load_command(options):
     """Bring in the images of a tarball that `save` wrote, here or elsewhere."""
-    need_root()
     if not options.input and os.isatty(0):
         raise Fail("requested load from stdin, but stdin is empty", "-i FILE, or <", 1)
     title, temporary = options.input or "standard input", []
@@ -8026,7 +8021,6 @@ def asked_name(text):
          PLATFORM, arg("name", metavar="NAME[:TAG|@DIGEST]", help="of the image"))
 def pull_command(options):
     """Fetch an image from a registry."""
-    need_root()
     ref = full_name(options.name) if options.quiet else asked_name(options.name)
     with open(os.devnull if options.quiet else 1, "w", closefd=options.quiet) as out:
         pull_image(ref, platform_of(options.platform), out)
@@ -8058,7 +8052,6 @@ def push_image(image, ref):
          arg("name", metavar="NAME[:TAG]", help="of the image"))
 def push_command(options):
     """Send an image to a registry."""
-    need_root()
     ref = full_name(options.name) if options.all_tags else asked_name(options.name)
     host, path, tag = split_name(ref)
     print(f"The push refers to repository [{host}/{path}]", flush=True)
@@ -8775,7 +8768,6 @@ def network_spec(options, id, name, hostname):
          arg("name", metavar="NAME", help="what to call it"))
 def network_create_command(options):
     """Make a network for containers that shall reach each other."""
-    need_root()
     pairs = [[text.partition("=")[::2] for text in texts]
              for texts in (options.label, options.opt)]
     with held("networks", fcntl.LOCK_EX):
@@ -8802,7 +8794,6 @@ def network_document(network, there):
 @command("network ls", QUIET, NO_TRUNC, FORMAT)
 def network_ls_command(options):
     """List the networks."""
-    need_root()
     with held("networks", fcntl.LOCK_EX):
         find_network("bridge")
         rows = [(n["name"], n["id"], "bridge") for n in all_networks()]
@@ -8820,7 +8811,6 @@ def network_inspect_command(options):
     """Show all about networks, and who is on them, as JSON."""
     import json
 
-    need_root()
     with held("networks", fcntl.LOCK_EX):
         there = endpoints()
         print(json.dumps([network_document(find_network(name), there)
@@ -8831,7 +8821,6 @@ def network_inspect_command(options):
                            help="names, or the beginning of ids"))
 def network_rm_command(options):
     """Remove networks that nobody is on."""
-    need_root()
     with held("networks", fcntl.LOCK_EX):
         for text in options.names:
             name = find_network(text)["name"]
@@ -8848,7 +8837,6 @@ def network_rm_command(options):
 @command("network prune")
 def network_prune_command(options):
     """Remove all networks that nobody is on."""
-    need_root()
     with held("networks", fcntl.LOCK_EX):
         used = {e["network"] for e in endpoints()} | {"bridge"}
         for network in all_networks():
@@ -10018,7 +10006,6 @@ EVENT_FILTERS = {  # of `events`: whether one passes for one of the values
          arg("--until", metavar="WHEN", help="end when it is that late"))
 def events_command(options):
     """Show what happens to containers, while it does."""
-    need_root()
     since = moment("--since", options.since) if options.since else time.time_ns()
     until_ = moment("--until", options.until) if options.until else 1 << 62
     wanted = filters_of(options.filter, EVENT_FILTERS)
@@ -10193,7 +10180,6 @@ def fill_volume(record, spec, name, target):
          arg("name", nargs="?", metavar="NAME", help="or it gets a random one"))
 def volume_create_command(options):
     """Make a volume."""
-    need_root()
     name = options.name or os.urandom(32).hex()
     make_volume(name, dict(text.partition("=")[::2] for text in options.label),
                 not options.name)
@@ -10216,7 +10202,6 @@ def all_volumes():
 @command("volume ls", QUIET, FILTER, FORMAT)
 def volume_ls_command(options):
     """List volumes."""
-    need_root()
     wanted = filters_of(options.filter, VOLUME_FILTERS)
     print_list({"DRIVER": "Driver", "VOLUME NAME": "Name"}, [
         facts for facts in all_volumes() if all(
@@ -10232,7 +10217,6 @@ VOLUMES = arg("volumes", nargs="+", metavar="VOLUME", help="names")
          VOLUMES)
 def volume_inspect_command(options):
     """Show all that is known of volumes, as JSON."""
-    need_root()
     show_facts(options.volumes, volume_facts, options.format)
 
 
@@ -10240,8 +10224,6 @@ def volume_inspect_command(options):
                           help="no error if there is none"), VOLUMES)
 def volume_rm_command(options):
     """Remove volumes that no container has."""
-    need_root()
-
     def remove(name):
         if is_volume(name) or not options.force:
             remove_volume(name)
@@ -11003,9 +10985,9 @@ def accompany(client, shim, options, name):
 OF_CREATE = (*CREATE_OPTIONS, *PROCESS_OPTIONS, *NAMESPACE_OPTIONS, *ENDPOINT_OPTIONS,
              *CGROUP_OPTIONS,
              *MOUNT_OPTIONS, *PRIVILEGE_OPTIONS, arg(
-                 "words", nargs="A*", metavar="IMAGE|COMMAND", help="an image and its "
-                 "command; or a command, with its path, of the default root file "
-                 "system"))
+                 "words", nargs="A...", unless="stop_after", metavar="IMAGE|COMMAND",
+                 help="an image and its command; or a command, with its path, of the "
+                 "default root file system"))
 
 
 def run_it(options, made, steps, client):
@@ -11024,9 +11006,6 @@ def run_it(options, made, steps, client):
 @command("run", *RUN_OPTIONS, *OF_CREATE)
 def run_command(options):
     """Run a command in a new container."""
-    if not options.words and not options.stop_after:
-        raise Fail("IMAGE or COMMAND is missing", options.hint)
-    need_root()
     keys = detach_keys(options.detach_keys)
     if not options.detach:
         check_terminal(options)
@@ -11059,9 +11038,6 @@ def run_command(options):
 def create_command(options):
     """Make a container, without starting it; prints its id."""
     options.stop_after, options.without = None, []
-    if not options.words:
-        raise Fail("IMAGE or COMMAND is missing", options.hint)
-    need_root()
     with adding():
         record, _, held = create(options, choose(options))
     os.close(held)
@@ -11268,14 +11244,12 @@ STOP_OPTIONS = (
 @command("stop", *STOP_OPTIONS)
 def stop_command(options):
     """Ask containers to end, and kill those that do not."""
-    need_root()
     return for_containers(options.containers, lambda record: stop_it(record, options))
 
 
 @command("restart", *STOP_OPTIONS)
 def restart_command(options):
     """Stop containers and start them again."""
-    need_root()
     sealed(options.containers)
 
     def restart(record):
@@ -11289,8 +11263,6 @@ def restart_command(options):
                      help="another signal than KILL"), CONTAINERS)
 def kill_command(options):
     """Send a signal to process 1 of containers."""
-    need_root()
-
     def kill(record):
         number = signal_number(options.signal)
         if number in (signal.SIGKILL, signal_number(record.stop_signal)):
@@ -11310,22 +11282,18 @@ def kill_command(options):
 @command("pause", CONTAINERS)
 def pause_command(options):
     """Stop all processes of containers where they stand."""
-    need_root()
     return for_containers(options.containers, lambda record: set_frozen(record, True))
 
 
 @command("unpause", CONTAINERS)
 def unpause_command(options):
     """Let paused containers go on."""
-    need_root()
     return for_containers(options.containers, lambda record: set_frozen(record, False))
 
 
 @command("wait", CONTAINERS)
 def wait_command(options):
     """Wait until containers have ended; prints their exit codes."""
-    need_root()
-
     def wait(name):
         record = find(name)
         if record.status in LIVE and not (news := hear_end(record)):
@@ -11480,7 +11448,6 @@ PS_OPTIONS = (
 @command("ps", *PS_OPTIONS)
 def ps_command(options):
     """List containers."""
-    need_root()
     last = 1 if options.latest else whole("--last", options.last or "-1", -1)
     asked = any(text.startswith(("status=", "exited=")) for text in options.filter)
     found = [record for record in chosen(options.filter)
@@ -11584,7 +11551,6 @@ INSPECT_OPTIONS = (
 @command("inspect", *INSPECT_OPTIONS)
 def inspect_command(options):
     """Show all that is known of containers and images, as JSON."""
-    need_root()
     kinds = {"container": lambda name: container_facts(find(name), options.size),
              "image": lambda name: inspected(find_image(name))}
 
@@ -11625,7 +11591,6 @@ def port_command(options):
                                help="show what the host's `ps` shows, with these"))
 def top_command(options):
     """Show the processes of a container, with their numbers outside and inside."""
-    need_root()
     record = find(options.container)
     if record.status not in RUNNING:
         raise Fail(f"Container {record.id} is not running", "`start` starts it", 1)
@@ -11696,7 +11661,6 @@ def stats_row(record, before, now):
          arg("containers", nargs="*", metavar="CONTAINER", help="else all"))
 def stats_command(options):
     """Show what containers use, each second anew."""
-    need_root()
     columns = {"CONTAINER ID": "ID", "NAME": "Name", "CPU %": "CPUPerc",
                "MEM USAGE / LIMIT": "MemUsage", "MEM %": "MemPerc", "NET I/O": "NetIO",
                "BLOCK I/O": "BlockIO", "PIDS": "PIDs"}
@@ -11722,7 +11686,6 @@ def stats_command(options):
                                         help="what to do when it ends"), CONTAINERS)
 def update_command(options):
     """Change the limits of containers, also of those that run."""
-    need_root()
     options.rm = False
     resources = {key: section for key, section in resources_spec(options).items()
                  if section and key != "devices"}
@@ -11780,7 +11743,6 @@ def show_document(document, form):
 @command("info", arg("-f", "--format", metavar="FORM", help="json, or '{{.NCPU}}'"))
 def info_command(options):
     """Show what is known of this host and its containers."""
-    need_root()
     show_document(about_host(), options.format)
 
 
@@ -11845,7 +11807,6 @@ def follow_log(record, reader, show):
          arg("-t", "--timestamps", action="store_true", help="show when"), CONTAINER)
 def logs_command(options):
     """Show what a container has written."""
-    need_root()
     record = find(options.container)
     if record.log is None:
         raise Fail("configured logging driver does not support reading",
@@ -11869,8 +11830,6 @@ def logs_command(options):
              "no name of yours"), CONTAINERS)
 def rm_command(options):
     """Remove containers that have ended, with all that they wrote."""
-    need_root()
-
     def remove(name):
         try:
             do_to(name, lambda record: remove_it(record, options.force,
@@ -11885,7 +11844,6 @@ def rm_command(options):
 @command("rename", CONTAINER, arg("name", metavar="NAME", help="its new name"))
 def rename_command(options):
     """Give a container another name."""
-    need_root()
     record, name = find(options.container), options.name.removeprefix("/")
     if name == record.name:
         raise Fail("Renaming a container with the same name as its current name", "", 1)
@@ -11920,7 +11878,6 @@ def attach_to(record, keys, typing):
          DETACH_KEYS, CONTAINERS)
 def start_command(options):
     """Start containers that were made or that have ended."""
-    need_root()
     sealed(options.containers)
     keys = detach_keys(options.detach_keys)
     if not (options.attach or options.interactive):
@@ -11940,7 +11897,6 @@ def start_command(options):
          DETACH_KEYS, CONTAINER)
 def attach_command(options):
     """Show what a running container writes from now on, and pass on what is typed."""
-    need_root()
     keys, record = detach_keys(options.detach_keys), find(options.container)
     return attach_to(record, keys, record.interactive and not options.no_stdin)
 
@@ -11950,7 +11906,6 @@ def attach_command(options):
          arg("words", nargs="A...", metavar="COMMAND", help="program and arguments"))
 def exec_command(options):
     """Run a command in a running container."""
-    need_root()
     keys = detach_keys(options.detach_keys)
     if not options.detach:
         check_terminal(options)
@@ -12018,7 +11973,6 @@ def write_files(record, file):
          CONTAINER)
 def export_command(options):
     """Write all files of a container to a tarball."""
-    need_root()
     record = find(options.container)
     with output(options.output) as file:
         write_files(record, file)
@@ -12065,7 +12019,6 @@ def changes(record):
 @command("diff", CONTAINER)
 def diff_command(options):
     """Show what a container has added (A), changed (C) and deleted (D)."""
-    need_root()
     found = changes(find(options.container))
     print("".join(f"{found[path]} {path}\n" for path in sorted(found)), end="")
 
@@ -12095,7 +12048,6 @@ class still:
          arg("name", nargs="?", metavar="NAME[:TAG]", help="of the new image"))
 def commit_command(options):
     """Make an image of what a container has changed, on top of its own."""
-    need_root()
     record = find(options.container)
     refs, spec = [full_name(options.name)] if options.name else [""], record.spec()
     base = spec["annotations"].get(OF_IMAGE)
@@ -12271,7 +12223,6 @@ def copy_inside(record, source, path, as_it_is):
          arg("target", metavar="CONTAINER:PATH|PATH|-", help="where to"))
 def cp_command(options):
     """Copy files between a container and the host; - is a tarball."""
-    need_root()
     ends = [("", text) if text.startswith(("/", ".", "-")) or ":" not in text else
             text.split(":", 1) for text in (options.source, options.target)]
     (name, source), (other, target) = ends
@@ -12306,7 +12257,6 @@ FORCE = arg("-f", "--force", action="store_true", help="do not ask")
 @command("container prune", FORCE)
 def container_prune_command(options):
     """Remove all containers that have ended."""
-    need_root()
     if not confirm(options, "all stopped containers"):
         return
     gone, freed = [], 0
@@ -12327,7 +12277,6 @@ def container_prune_command(options):
          FORCE)
 def volume_prune_command(options):
     """Remove volumes that no container has."""
-    need_root()
     kind = "all local volumes" if options.all else "anonymous local volumes"
     if not confirm(options, f"{kind} not used by at least one container"):
         return
@@ -12340,7 +12289,6 @@ def volume_prune_command(options):
 @command("system df", FORMAT)
 def system_df_command(options):
     """Show what takes how much of the disk."""
-    need_root()
     all_, rows = records(), []
     notes = [record.spec()["annotations"] for record in all_]
     used = {note.get(OF_IMAGE) for note in notes}
@@ -12364,7 +12312,6 @@ def start_restart_policies_command(options):
     """Start what its policy wants to run, after the machine was switched on.
 
     Docker's rule: `always` means that, also if a person had stopped it before."""
-    need_root()
     names = [record.name for record in records()
              if record.status not in LIVE and record.started and (
                  record.restart == "always" or record.wants_again())]
@@ -12412,7 +12359,6 @@ def clear_up():
          arg("--volumes", action="store_true", help="also volumes without a name"))
 def system_prune_command(options):
     """Remove all containers that have ended, and what killed commands left behind."""
-    need_root()
     clear_up()
     options.force = True  # what was asked for in words needs no question
     options.filter = []
@@ -13239,7 +13185,8 @@ def take_operands(options, operands, given):
     """Give each operand its share of the words that are no options."""
     for name, how in operands:
         many = how.get("nargs") in ("A...", "A*", "+", "*")
-        if not given and how.get("nargs") not in ("?", "*", "A*"):
+        if not given and how.get("nargs") not in ("?", "*", "A*") and not getattr(
+                options, how.get("unless", ""), None):
             raise Fail(f"{how['metavar']} is missing", options.hint)
         if given:
             setattr(options, name, given if many else given[0])
@@ -13283,6 +13230,10 @@ def parse(words, argv):
     return function, options
 
 
+# Commands that touch nothing of the store; minirunc says itself what it may not.
+FOR_ANYBODY = "completion install login logout ns oci steps uninstall version".split()
+
+
 def dispatch(argv):
     """Do what the command line asks; its exit code."""
     if os.path.basename(sys.argv[0]) == "minirunc":
@@ -13315,6 +13266,8 @@ def dispatch(argv):
     if style not in ("", *STYLES):
         raise Fail(f"invalid argument {style!r} for --explain",
                    "one of: " + ", ".join(STYLES))
+    if words.split()[0] not in FOR_ANYBODY and not options.help:
+        need_root()
     if style == "sh":
         check_script(words, options)
     if style:
