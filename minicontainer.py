@@ -10141,48 +10141,6 @@ def mount_facts(record, mounts):
                                         if word.endswith(PROPAGATION)), "rprivate")}
 
 
-def volumes_of(text):
-    """What --volumes-from CONTAINER[:ro] asks for, as -v would."""
-    name, _, words = text.partition(":")
-    record = find(name)
-    for facts in mount_facts(record, record.spec()["mounts"]):
-        how = words or ("rw" if facts["RW"] else "ro")
-        yield f"{facts.get('Name', facts['Source'])}:{facts['Destination']}:{how}"
-
-
-def find_volumes(options):
-    """(options in which each volume is a directory of the host, {name: place, …}, those
-    of the names that are nobody's): of -v, --mount, --volumes-from, and the image."""
-    # (as it was given, source, place, options)
-    asked = [(text, *split_volume(text)) for text in options.volume]
-    asked += [(text, *split_mount(text)) for text in options.mount]
-    # What a person puts somewhere is there in place of what others have there.
-    taken = {os.path.normpath(target) for _, _, target, _ in asked}
-    taken |= {os.path.normpath(text.partition(":")[0]) for text in options.tmpfs}
-    for text in (*(text for name in options.volumes_from for text in volumes_of(name)),
-                 *options.own_volumes):
-        source, target, words = split_volume(text)
-        if os.path.normpath(target) not in taken:
-            taken.add(os.path.normpath(target))
-            asked.append((text, source, target, words))
-    wish, named, nameless = type(options)(), {}, []
-    vars(wish).update(vars(options), volume=[], mount=[])
-    for text, source, target, words in asked:
-        if source is None or source.startswith("/"):  # chapter 4 knows what that is
-            (wish.mount if text in options.mount else wish.volume).append(text)
-            continue
-        if not target.startswith("/"):
-            raise Fail(f"invalid volume {text!r}: its place must be absolute",
-                       "-v NAME:/DST or -v /DST")
-        name = source or os.urandom(32).hex()
-        nameless += [] if source else [name]
-        named[name] = os.path.normpath(target)
-        kept = ",".join(word for word in words.split(",") if word != "nocopy")
-        path = f"{store('volumes', name, VOLUME_NAME)}:{target}{kept and ':' + kept}"
-        wish.volume.append(path)
-    return wish, named, nameless
-
-
 def container_of(record, spec=None):
     """The Container, as the chapters below need it, that a record is about."""
     spec = spec or record.spec()
@@ -10421,6 +10379,48 @@ def find(text):
         return settle(load(name if name in ids else ids[0]))
     except (IndexError, FileNotFoundError):
         raise NoContainer(text) from None
+
+
+def volumes_of(text):
+    """What --volumes-from CONTAINER[:ro] asks for, as -v would."""
+    name, _, words = text.partition(":")
+    record = find(name)
+    for facts in mount_facts(record, record.spec()["mounts"]):
+        how = words or ("rw" if facts["RW"] else "ro")
+        yield f"{facts.get('Name', facts['Source'])}:{facts['Destination']}:{how}"
+
+
+def find_volumes(options):
+    """(options in which each volume is a directory of the host, {name: place, …}, those
+    of the names that are nobody's): of -v, --mount, --volumes-from, and the image."""
+    # (as it was given, source, place, options)
+    asked = [(text, *split_volume(text)) for text in options.volume]
+    asked += [(text, *split_mount(text)) for text in options.mount]
+    # What a person puts somewhere is there in place of what others have there.
+    taken = {os.path.normpath(target) for _, _, target, _ in asked}
+    taken |= {os.path.normpath(text.partition(":")[0]) for text in options.tmpfs}
+    for text in (*(text for name in options.volumes_from for text in volumes_of(name)),
+                 *options.own_volumes):
+        source, target, words = split_volume(text)
+        if os.path.normpath(target) not in taken:
+            taken.add(os.path.normpath(target))
+            asked.append((text, source, target, words))
+    wish, named, nameless = type(options)(), {}, []
+    vars(wish).update(vars(options), volume=[], mount=[])
+    for text, source, target, words in asked:
+        if source is None or source.startswith("/"):  # chapter 4 knows what that is
+            (wish.mount if text in options.mount else wish.volume).append(text)
+            continue
+        if not target.startswith("/"):
+            raise Fail(f"invalid volume {text!r}: its place must be absolute",
+                       "-v NAME:/DST or -v /DST")
+        name = source or os.urandom(32).hex()
+        nameless += [] if source else [name]
+        named[name] = os.path.normpath(target)
+        kept = ",".join(word for word in words.split(",") if word != "nocopy")
+        path = f"{store('volumes', name, VOLUME_NAME)}:{target}{kept and ':' + kept}"
+        wish.volume.append(path)
+    return wish, named, nameless
 
 
 # ── making and removing ──
@@ -11130,18 +11130,6 @@ CONTAINER = arg("container", metavar="CONTAINER",
                 help="its name, its id, or the beginning of it")
 
 
-def on_each(words, *options):
-    """Declare a command that does something to each CONTAINER, also if it fails with
-    some, and prints what it has done it to."""
-    def declare(act):
-        def do(options):
-            for_containers(options.containers, lambda record: act(record, options))
-        do.__doc__ = act.__doc__
-        command(words, *options, CONTAINERS)(do)
-        return act
-    return declare
-
-
 def do_to(name, act):
     """Do act(record) to the container of that name, and print the name."""
     record = find(name)
@@ -11157,6 +11145,18 @@ def do_to(name, act):
 def for_containers(names, act):
     """Do act(record) to each container and print its name, also if some fail."""
     for_each(names, lambda name: do_to(name, act))
+
+
+def on_each(words, *options):
+    """Declare a command that does something to each CONTAINER, also if it fails with
+    some, and prints what it has done it to."""
+    def declare(act):
+        def do(options):
+            for_containers(options.containers, lambda record: act(record, options))
+        do.__doc__ = act.__doc__
+        command(words, *options, CONTAINERS)(do)
+        return act
+    return declare
 
 
 def claim(record):
@@ -12059,21 +12059,6 @@ def diff_command(options):
     print("".join(f"{found[path]} {path}\n" for path in sorted(found)), end="")
 
 
-class still:
-    """A context in which a container that runs is paused."""
-
-    def __init__(self, record, wanted=True):
-        self.record, self.paused = record, wanted and record.status == "running"
-
-    def __enter__(self):
-        if self.paused:
-            set_frozen(self.record, True)
-
-    def __exit__(self, *_):
-        if self.paused:
-            set_frozen(self.record, False)
-
-
 @command("commit",
          arg("-a", "--author", metavar="TEXT", default="", help="who made it"),
          arg("-c", "--change", metavar="LINE", action="append", default=[],
@@ -12094,12 +12079,17 @@ def commit_command(options):
     with adding():
         path = f"{store('ingest', '')}.new-{os.getpid()}-commit"
         try:
-            with open(path, "wb") as file, still(record, options.pause != "false"):
-                # The default root file system is no image: then all becomes one layer.
-                if image:
-                    pack(record.path("upper"), file, record.first_id)
-                else:
-                    write_files(record, file)
+            if still := options.pause != "false" and record.status == "running":
+                set_frozen(record, True)
+            try:
+                with open(path, "wb") as file:
+                    if image:
+                        pack(record.path("upper"), file, record.first_id)
+                    else:  # the default root file system is none: all is one layer
+                        write_files(record, file)
+            finally:
+                if still:
+                    set_frozen(record, False)
             with open(path, "rb") as file:
                 made = keep_layer(file, record.name)
         finally:
