@@ -9462,14 +9462,34 @@ def leave_to(shim):
 # calls the container and passes on what both say.
 
 
-class End:
-    """One end of a connection that is passed on: its socket, and what it is to get."""
+class Pump:
+    """One direction of a connection that is passed on."""
 
-    def __init__(self, socket):
-        self.socket, self.other = socket, None
-        self.waiting = b""  # for it, from the other
-        self.over = False  # it says nothing more
-        self.told = False  # that the other says nothing more
+    def __init__(self, source, target):
+        self.source, self.target, self.data = source, target, b""
+        self.over = self.broken = False  # nothing more is said; or can be
+
+    def wanted(self):
+        """Who is listened to: nobody whose last words are still on their way."""
+        if self.over:
+            return {}
+        return {self.target.fileno(): select.POLLOUT} if self.data else {
+            self.source.fileno(): select.POLLIN}
+
+    def act(self, ready):
+        """Send or receive what can be; that no more is said is passed on, too."""
+        try:
+            if self.data and self.target.fileno() in ready:
+                self.data = self.data[self.target.send(self.data):]
+            elif not (self.data or self.over) and self.source.fileno() in ready:
+                self.data = self.source.recv(MOST)
+                if not self.data:
+                    self.over = True
+                    self.target.shutdown(1)  # SHUT_WR
+        except BlockingIOError:
+            pass
+        except OSError:  # refused, or broken off
+            self.broken = True
 
 
 class Relay:
@@ -9479,7 +9499,7 @@ class Relay:
         import _socket
 
         self.api, self.address = _socket, address
-        self.doors, self.ends = {}, {}  # descriptor: (socket, port inside); its End
+        self.doors, self.pairs = {}, []  # descriptor: (socket, port inside); Pumps
         for kind, outer, port, inner in ports:
             here = {"0.0.0.0": ["127.0.0.1", "::1"], "127.0.0.1": ["127.0.0.1"]}
             for host in here.get(outer, ()) if kind == "tcp" else ():
@@ -9506,23 +9526,24 @@ class Relay:
                 raise
 
     def wanted(self):
-        """Who is listened to: nobody whose last words are still on their way."""
+        """Who may knock, and what the Pumps wait for."""
         wanted = dict.fromkeys(self.doors, select.POLLIN)
-        for fd, end_ in self.ends.items():
-            events = select.POLLOUT if end_.waiting else 0
-            if not end_.over and not end_.other.waiting:
-                events |= select.POLLIN
-            if events:
-                wanted[fd] = events
+        for pump in (pump for pair in self.pairs for pump in pair):
+            for fd, events in pump.wanted().items():
+                wanted[fd] = wanted.get(fd, 0) | events
         return wanted
 
     def act(self, ready):
         """Let in who is at a door, and pass on what was said."""
+        for pair in list(self.pairs):
+            for pump in pair:
+                pump.act(ready)
+            if any(pump.broken for pump in pair) or all(pump.over for pump in pair):
+                self.pairs.remove(pair)
+                for pump in pair:
+                    pump.source.close()
         for fd in ready.keys() & self.doors.keys():
             self.let_in(*self.doors[fd])
-        for fd in ready.keys() & self.ends.keys():
-            if end_ := self.ends.get(fd):
-                self.serve(end_)
 
     def let_in(self, door, port):
         """Call the container for somebody."""
@@ -9530,37 +9551,10 @@ class Relay:
             fd, _ = door._accept()
         except OSError:  # has left again
             return
-        pair = [End(self.api.socket(fileno=fd)), End(self.socket(self.api.AF_INET))]
-        pair[0].socket.setblocking(False)
-        pair[1].socket.connect_ex((self.address, port))  # serve() hears how it ends
-        for one, other in (pair, pair[::-1]):
-            one.other = other
-            self.ends[one.socket.fileno()] = one
-
-    def serve(self, end_):
-        """Send and receive what can be, at one end; both are closed when it is over."""
-        other = end_.other
-        try:
-            if end_.waiting:
-                end_.waiting = end_.waiting[end_.socket.send(end_.waiting):]
-            if not end_.over and not other.waiting:
-                other.waiting = end_.socket.recv(MOST)
-                end_.over = not other.waiting
-        except BlockingIOError:
-            pass
-        except OSError:  # refused, or broken off
-            end_.told = other.told = True
-        for one in (end_, other):
-            if one.other.over and not one.waiting and not one.told:
-                one.told = True
-                try:
-                    one.socket.shutdown(self.api.SHUT_WR)
-                except OSError:  # has left already
-                    other.told = end_.told = True
-        if end_.told and other.told:
-            for one in (end_, other):
-                del self.ends[one.socket.fileno()]
-                one.socket.close()
+        here, there = self.api.socket(fileno=fd), self.socket(self.api.AF_INET)
+        here.setblocking(False)
+        there.connect_ex((self.address, port))  # a Pump hears how it ends
+        self.pairs.append((Pump(here, there), Pump(there, here)))
 
 
 # ── the client ──
