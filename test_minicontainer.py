@@ -5621,7 +5621,7 @@ def test_a_relay_passes_on_both_ways_to_the_last_byte_and_survives_who_leaves():
         assert results == [data[::-1]]
         for _ in range(3):  # let it see both ends
             m.turn([relay], 10)
-        assert not relay.ends
+        assert not relay.pairs
         with socket.create_connection(("127.0.0.1", port)) as near:
             near.sendall(b"x")
         until(lambda: m.turn([relay], 100) or True)
