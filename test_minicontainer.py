@@ -2592,7 +2592,9 @@ def test_nothing_is_imported_from_the_image(tmp_path):
     (layer / "etc").mkdir()
     (layer / "etc" / "nsswitch.conf").write_text("passwd: evil files\ngroup: evil\n")
     (layer / "etc" / "passwd").write_text("root:x:0:0::/:/bin/sh\né:x:5:5::/é:/x\n")
-    for directory in m.library_directories():  # whoever opens a FIFO waits for ever
+    for directory in {*map(os.path.dirname, m.libraries_of(PYTHON)), "/lib", "/usr/lib",
+                      f"/usr/lib/{os.uname().machine}-linux-gnu"}:
+        # Whoever opens a FIFO waits for ever.
         for name in ("libnss_evil.so.2", "libnss_files.so.2", "locale/locale-archive",
                      "locale/C.utf8/LC_CTYPE", "gconv/gconv-modules"):
             path = layer / directory.lstrip("/") / name
@@ -3580,13 +3582,13 @@ def test_exec_ps_pause_resume_update_and_events_find_a_running_container():
         assert json.loads(oci("ps", "-f", "json", "c1").stdout)[0] == state["pid"]
         shown = oci("ps", "c1", "-A", "-o", "comm,pid").stdout.split()
         assert shown == ["COMMAND", "PID", "sleep", str(state["pid"])]
-        assert "no column PID" in oci("ps", "c1", "-A", "-o", "comm").stderr
+        assert "show a PID" in oci("ps", "c1", "-A", "-o", "comm").stderr
         assert oci("pause", "c1").returncode == 0
         assert json.loads(oci("state", "c1").stdout)["status"] == "paused"
         assert oci("exec", "c1", "/bin/true").returncode == 255
         assert oci("resume", "c1").returncode == 0
         assert oci("update", "--memory", "64m", "--pids-limit", "9", "c1").stderr == ""
-        assert "invalid duration" in oci("events", "--interval", "5x", "c1").stderr
+        assert "duration '5x'" in oci("events", "--interval", "5x", "c1").stderr
         with subprocess.Popen([f"{STORE}/bin/minirunc", "--root", f"{STORE}/oci",
                                "events", "--interval", "20ms", "c1"],
                               stdout=subprocess.PIPE, text=True) as events:
@@ -4684,7 +4686,7 @@ def test_images_are_filtered_and_pruned_as_in_docker(image, rootfs_tar, images):
     assert ids("since=old:1") == ids("label!=keep") == ids("label=a.b") == ["thing"]
     assert ids("before=old:1") == ids("label=keep=no") == ids("dangling=true") == []
     assert ids("reference=o*", "before=thing:1") == ["old"]
-    assert "no date" in forked_mini("images", "-f", "until=soon", code=1)
+    assert "invalid date" in forked_mini("images", "-f", "until=soon", code=1)
     assert "No such image" in forked_mini("images", "-f", "since=nosuch", code=1)
     assert "invalid filter" in forked_mini("image", "prune", "-f", "--filter", "x=y", code=1)
     assert "Untagged" not in forked_mini("image", "prune", "-af", "--filter", "label!=keep",
@@ -5776,7 +5778,7 @@ def test_a_relay_passes_on_both_ways_to_the_last_byte_and_survives_who_leaves():
         assert results == [data[::-1]]
         for _ in range(3):  # let it see both ends
             m.turn([relay], 10)
-        assert not relay.ends
+        assert not relay.pairs
         with socket.create_connection(("127.0.0.1", port)) as near:
             near.sendall(b"x")
         until(lambda: m.turn([relay], 100) or True)
