@@ -67,7 +67,6 @@ import _signal as signal  # what Python's own wraps in enums, at 5 ms a start
 if __name__ == "__main__" and callable(signal.getsignal(signal.SIGINT)):
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while we are still being read
 
-import ctypes
 import errno
 import fcntl
 import os
@@ -76,6 +75,9 @@ import stat
 import struct
 import sys
 import time
+from _ctypes import FUNCFLAG_CDECL, FUNCFLAG_PYTHONAPI, FUNCFLAG_USE_ERRNO
+from _ctypes import Array, CFuncPtr, Structure, _SimpleCData
+from _ctypes import addressof, byref, dlopen, dlsym, get_errno, sizeof
 from _json import encode_basestring as quote
 from _json import encode_basestring_ascii as quote_ascii
 from _json import make_scanner
@@ -151,10 +153,39 @@ def say(message):
               flush=True)
 
 
-# PyDLL, unlike CDLL, keeps Python's global lock during the call.  Nothing else may
-# run while clone3 below copies the process.
-LIBC = ctypes.PyDLL(None, use_errno=True)
-LIBC.syscall.restype = ctypes.c_long
+# C's types and functions, from the module below Python's `ctypes`, whose own import
+# would cost every start 4 ms.  The letters are those of `struct`, "z" a string's.
+
+c_char, c_int, c_long, c_ushort, c_uint32, c_uint64, c_char_p, c_void_p = (
+    type(_SimpleCData)(name, (_SimpleCData,), {"_type_": letter}) for name, letter in (
+        ("c_char", "c"), ("c_int", "i"), ("c_long", "l"), ("c_ushort", "H"),
+        ("c_uint32", "I"), ("c_uint64", "L"), ("c_char_p", "z"), ("c_void_p", "P")))
+OURSELVES = dlopen(None, 0)  # the C library, and Python's own
+
+
+class Function(CFuncPtr):
+    """A function of C.
+
+    FUNCFLAG_PYTHONAPI: Python's global lock is kept during the call.  Nothing else may
+    run while clone3 below copies the process.
+    """
+
+    _flags_ = FUNCFLAG_CDECL | FUNCFLAG_PYTHONAPI | FUNCFLAG_USE_ERRNO
+    _restype_ = c_long
+
+
+def c_function(name):
+    """The function of C's library, or of Python's, that is called so."""
+    return Function(dlsym(OURSELVES, name))
+
+
+def c_buffer(content, size=0):
+    """Memory that the kernel may write to: the bytes, and zeros up to `size`."""
+    content = content.ljust(size, b"\0")
+    return (c_char * len(content)).from_buffer_copy(content)
+
+
+C_SYSCALL = c_function("syscall")
 
 
 class Place(str):
@@ -172,24 +203,24 @@ class Place(str):
 
 
 def c_argument(value):
-    """The ctypes form of one argument of a system call."""
+    """The form for C of one argument of a system call."""
     if isinstance(value, Place):
-        return ctypes.c_char_p(b"/proc/self/fd/%d" % value.fd)
+        return c_char_p(b"/proc/self/fd/%d" % value.fd)
     if isinstance(value, str):
         return os.fsencode(value)
     if isinstance(value, list):  # argv and envp end in a null pointer
         strings = [os.fsencode(item) for item in value]
-        return (ctypes.c_char_p * (len(strings) + 1))(*strings)
+        return (c_char_p * (len(strings) + 1))(*strings)
     if isinstance(value, int):
-        return ctypes.c_long(value)
-    return ctypes.byref(value) if isinstance(value, ctypes.Structure) else value
+        return c_long(value)
+    return byref(value) if isinstance(value, Structure) else value
 
 
 def kernel(name, args):
     """What syscall(2) returns, or OSError.  Tests put their own function here."""
-    result = LIBC.syscall(ctypes.c_long(CALLS[name][0]), *map(c_argument, args))
+    result = C_SYSCALL(c_long(CALLS[name][0]), *map(c_argument, args))
     if result < 0:
-        code = ctypes.get_errno()
+        code = get_errno()
         raise OSError(code, os.strerror(code))
     return result
 
@@ -267,9 +298,9 @@ def spell_one(value, word):
         return f"0{value:o}" if value else "0"
     if word.endswith("dirfd") and value == AT_FDCWD:
         return "AT_FDCWD"
-    if isinstance(value, ctypes.Array) and not isinstance(value[:], bytes):
+    if isinstance(value, Array) and not isinstance(value[:], bytes):
         return spell_one(value[:], "")
-    return str(value) if isinstance(value, (int, ctypes.Structure)) else "…"
+    return str(value) if isinstance(value, (int, Structure)) else "…"
 
 
 def spell(name, args):
@@ -785,10 +816,10 @@ def birth_flags(spec):
     return new_namespaces(spec) & ~later
 
 
-class clone_args(ctypes.Structure):
+class clone_args(Structure):
     """struct clone_args of <linux/sched.h>, 88 bytes."""
 
-    _fields_ = [(name, ctypes.c_uint64) for name in (
+    _fields_ = [(name, c_uint64) for name in (
         "flags", "pidfd", "child_tid", "parent_tid", "exit_signal", "stack",
         "stack_size", "tls", "set_tid", "set_tid_size", "cgroup")]
 
@@ -807,30 +838,29 @@ def clone3(flags, cgroup_fd=-1, why=""):
     is born.  Where clone3 is refused (ENOSYS: a seccomp filter around us), the older
     clone does the same but for the time namespace and the cgroup.
     """
-    pidfd, python = ctypes.c_int(-1), ctypes.pythonapi
+    pidfd = c_int(-1)
+    before, in_child, in_parent = map(c_function, (
+        "PyOS_BeforeFork", "PyOS_AfterFork_Child", "PyOS_AfterFork_Parent"))
     args = clone_args(flags=flags | CLONE_PIDFD, exit_signal=signal.SIGCHLD,
-                      pidfd=ctypes.addressof(pidfd))
+                      pidfd=addressof(pidfd))
     if flags & CLONE_PARENT:  # then the parent's signal counts, and pidfd is unused
         args.flags, args.exit_signal = flags, 0
     if cgroup_fd >= 0:
         args.flags, args.cgroup = args.flags | CLONE_INTO_CGROUP, cgroup_fd
-    python.PyOS_BeforeFork()
+    before()
     pid = -1
     try:
-        pid = syscall("clone3", args, ctypes.sizeof(args), why=why)
+        pid = syscall("clone3", args, sizeof(args), why=why)
     except OSError as error:
         if error.errno != errno.ENOSYS:
             raise
         old = args.flags & 0xFFFFFF00 | args.exit_signal  # without _NEWTIME, _INTO_
-        pid = syscall("clone", old, None, ctypes.byref(pidfd), None, None,
+        pid = syscall("clone", old, None, byref(pidfd), None, None,
                       why="clone3 is refused here: no time namespace, then")
         if pid and cgroup_fd >= 0:
             write_file(f"/proc/self/fd/{cgroup_fd}/cgroup.procs", str(pid))
     finally:
-        if pid == 0:
-            python.PyOS_AfterFork_Child()
-        else:
-            python.PyOS_AfterFork_Parent()
+        (in_parent if pid else in_child)()
     return pid, pidfd.value
 
 
@@ -967,7 +997,7 @@ def loopback_up(c):
     if not new_namespaces(c.spec) & CLONE_NEWNET:
         return
     fd = syscall("socket", AF_INET, SOCK_DGRAM, 0, why="any socket will do for ioctl")
-    ifreq = ctypes.create_string_buffer(struct.pack("16sh", b"lo", IFF_UP), 40)
+    ifreq = c_buffer(struct.pack("16sh", b"lo", IFF_UP), 40)
     syscall("ioctl", fd, SIOCSIFFLAGS, ifreq, why="127.0.0.1 works: lo is up")
     os.close(fd)
 
@@ -1355,15 +1385,15 @@ def device_filter(rules_):
 def attach_device_filter(directory, rules_):
     """Load the filter for a group of version 2, in place of the one it may have."""
     BPF_PROG_LOAD, BPF_PROG_ATTACH, PROG_TYPE, ATTACH_TYPE = 5, 8, 15, 6
-    program, licence = device_filter(rules_), ctypes.create_string_buffer(b"MIT")
-    buffer = ctypes.create_string_buffer(program)
-    load = ctypes.create_string_buffer(struct.pack(
-        "=IIQQ", PROG_TYPE, len(program) // 8, ctypes.addressof(buffer),
-        ctypes.addressof(licence)), 128)
+    program, licence = device_filter(rules_), c_buffer(b"MIT", 4)
+    buffer = c_buffer(program)
+    load = c_buffer(struct.pack(
+        "=IIQQ", PROG_TYPE, len(program) // 8, addressof(buffer),
+        addressof(licence)), 128)
     try:
         fd = syscall("bpf", BPF_PROG_LOAD, load, 128, why="which devices work in it")
         group = open_fd(directory, os.O_RDONLY)
-        attach_ = ctypes.create_string_buffer(
+        attach_ = c_buffer(
             struct.pack("=IIII", group, fd, ATTACH_TYPE, 0), 128)
         syscall("bpf", BPF_PROG_ATTACH, attach_, 128, why="and in all groups below")
     except OSError as error:
@@ -1802,20 +1832,20 @@ MOUNT_OPTIONS = (
 )
 
 
-class open_how(ctypes.Structure):
+class open_how(Structure):
     """struct open_how of <linux/openat2.h>."""
 
-    _fields_ = [(name, ctypes.c_uint64) for name in ("flags", "mode", "resolve")]
+    _fields_ = [(name, c_uint64) for name in ("flags", "mode", "resolve")]
 
     def __str__(self):
         return ("{.flags = " + spell_flags(self.flags, "O_") + ", .resolve = "
                 + spell_flags(self.resolve, "RESOLVE_") + "}")
 
 
-class mount_attr(ctypes.Structure):
+class mount_attr(Structure):
     """struct mount_attr of <linux/mount.h>."""
 
-    _fields_ = [(name, ctypes.c_uint64) for name in (
+    _fields_ = [(name, c_uint64) for name in (
         "attr_set", "attr_clr", "propagation", "userns_fd")]
 
     def __str__(self):
@@ -2077,7 +2107,7 @@ def set_attributes(tree, attributes, propagation=0, users=-1, what="",
                       userns_fd=max(users, 0))
     try:
         syscall("mount_setattr", tree, "", AT_EMPTY_PATH | deep, attr,
-                ctypes.sizeof(attr), why=f"how {what} is seen from inside")
+                sizeof(attr), why=f"how {what} is seen from inside")
     except OSError as error:
         if users >= 0 and error.errno in (errno.EINVAL, errno.ENOSYS, errno.EPERM,
                                           errno.EOPNOTSUPP):
@@ -2228,7 +2258,7 @@ def open_inside(c, path, flags=os.O_PATH):
                    resolve=RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS)
     for left in reversed(range(128)):
         try:
-            return syscall("openat2", c.root_fd, path, how, ctypes.sizeof(how))
+            return syscall("openat2", c.root_fd, path, how, sizeof(how))
         except BlockingIOError:  # a rename, anywhere, while there was a ".." on the way
             if not left:
                 raise
@@ -2464,7 +2494,7 @@ def open_console(c):
         return
     master = open_inside(c, "/dev/pts/ptmx", os.O_RDWR | os.O_NOCTTY)
     check_device(master, 5, 2, "/dev/pts/ptmx")
-    syscall("ioctl", master, TIOCSPTLCK, ctypes.byref(ctypes.c_int(0)),
+    syscall("ioctl", master, TIOCSPTLCK, byref(c_int(0)),
             why="unlock the other end")
     terminal = Place("/dev/pts/N")
     terminal.fd = syscall("ioctl", master, TIOCGPTPEER, os.O_RDWR | os.O_NOCTTY,
@@ -3229,10 +3259,10 @@ def seccomp_spec(options, capabilities):
     return {"seccomp": profile}
 
 
-class sock_fprog(ctypes.Structure):
+class sock_fprog(Structure):
     """struct sock_fprog of <linux/filter.h>: a program for the kernel."""
 
-    _fields_ = [("len", ctypes.c_ushort), ("filter", ctypes.c_char_p)]
+    _fields_ = [("len", c_ushort), ("filter", c_char_p)]
 
     def __str__(self):
         return f"{{.len = {self.len}}}"
@@ -3260,7 +3290,7 @@ def seal_interpreter(spec):
         tree = syscall("open_tree", AT_FDCWD, directory, OPEN_TREE_CLONE
                        | OPEN_TREE_CLOEXEC | AT_RECURSIVE, why="attached nowhere")
         syscall("mount_setattr", tree, "", AT_EMPTY_PATH | AT_RECURSIVE, attr,
-                ctypes.sizeof(attr), why="root inside is root outside, but not here")
+                sizeof(attr), why="root inside is root outside, but not here")
     except OSError as error:  # before Linux 5.12
         if error.errno != errno.ENOSYS:
             raise
@@ -3269,7 +3299,7 @@ def seal_interpreter(spec):
         return
     os.environ["MINICONTAINER_SAID"] = "\n".join(SAID)
     syscall("execve", f"/proc/self/fd/{tree}/{name}", sys.orig_argv,
-            ctypes.c_void_p.in_dll(LIBC, "environ"),
+            c_void_p.from_address(dlsym(OURSELVES, "environ")),
             why="start anew, in an interpreter that nobody can write to")
 
 
@@ -3308,7 +3338,7 @@ def wait_for_go(c):
 
 def set_ids(uid, gid, groups):
     """Become a user for good: real, effective and saved ids, and just these groups."""
-    array = (ctypes.c_uint32 * len(groups))(*groups)
+    array = (c_uint32 * len(groups))(*groups)
     syscall("setgroups", len(groups), array, why=f"groups {groups}")
     syscall("setresgid", gid, gid, gid)
     syscall("setresuid", uid, uid, uid, why=f"it runs as {uid}:{gid}")
@@ -3441,7 +3471,7 @@ def set_rlimits(c):
                    "set", "lowering it takes CAP_SYS_RESOURCE") from None
     for limit in c.spec["process"].get("rlimits", ()):
         name = limit["type"].removeprefix("RLIMIT_").lower()
-        pair = (ctypes.c_uint64 * 2)(limit["soft"] % 2**64, limit["hard"] % 2**64)
+        pair = (c_uint64 * 2)(limit["soft"] % 2**64, limit["hard"] % 2**64)
         try:
             syscall("prlimit64", c.pid, RLIMITS.index(name), pair, None,
                     why=f"--ulimit {name}")
@@ -3471,7 +3501,7 @@ def set_priorities(c):
             "nice", "priority", "runtime", "deadline", "period")]
         attr = struct.pack("=IIQiIQQQ", 48, SCHED_POLICIES.index(turn["policy"]), flags,
                            *numbers)  # struct sched_attr, sched_setattr(2)
-        syscall("sched_setattr", 0, ctypes.create_string_buffer(attr), 0,
+        syscall("sched_setattr", 0, c_buffer(attr), 0,
                 why=turn["policy"])
     if persona:
         syscall("personality", PERSONAS[persona["domain"]], why=persona["domain"])
@@ -3502,8 +3532,8 @@ def set_capabilities(c):
         sets = {}
     if c.spec["linux"].get("seccomp") and not process.get("noNewPrivileges"):
         last = ["CAP_SYS_ADMIN"]
-    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3, this process
-    data = (ctypes.c_uint32 * 6)()  # low words of three sets, then their high words
+    header = (c_uint32 * 2)(0x20080522, 0)  # version 3, this process
+    data = (c_uint32 * 6)()  # low words of three sets, then their high words
     syscall("capget", header, data, why="what may be kept")
     have = data[1] | data[4] << 32
     words = []
@@ -3641,7 +3671,7 @@ def label_program(c):
             flags=O_RDWR | O_CLOEXEC, resolve=RESOLVE_BENEATH | RESOLVE_NO_MAGICLINKS)
         try:
             fd = syscall("openat2", c.proc, f"self/attr/{file}", how,
-                         ctypes.sizeof(how), why="ours, whatever pid we have there")
+                         sizeof(how), why="ours, whatever pid we have there")
             write_file(fd, order + label, why="from the next execve on")
             if not order and b":" not in os.pread(fd, 4096, 0):
                 raise OSError(errno.EINVAL, "it has no policy, and knows no label")
@@ -5211,22 +5241,15 @@ def features_command_oci(options):
 # directory hides all of them; overlay says it with a device 0,0 and an attribute.
 #
 # The default root file system needs no tarball and no network: it is made of what the
-# host has, a static busybox or else its shell and common tools with the libraries
-# that their headers ask for.  We read those headers ourselves: ldd would run the
-# program.
+# host has, a static busybox or else its shell and common tools, with the libraries
+# that the dynamic linker says it would load for them.
 #
-# Man pages: tar(5), elf(5), ld.so(8); the OCI image specification.
-
-calls(
-    unlinkat=(263, 35, "dirfd path flags"),
-    linkat=(265, 37, "olddirfd oldpath newdirfd newpath AT_"),
-)
+# Man pages: tar(5), ld.so(8); the OCI image specification.
 
 STORE = os.path.abspath(os.environ.get("MINICONTAINER_ROOT")
                         or "/var/lib/minicontainer")
-
-
 PARENTS = set()  # directories of the store that are there
+FOLDER = os.O_RDONLY | O_DIRECTORY | os.O_NOFOLLOW | O_CLOEXEC
 
 
 def store(*names):
@@ -5282,28 +5305,35 @@ def remove_tree(path):
     Each pass moves the grandchildren up to the top and removes the emptied children,
     so no path is longer than two names and no symlink is ever followed.
     """
+    from itertools import islice
+
+    serial, mark = 0, f".removed-{os.urandom(8).hex()}"
+
+    def empty(fd, keep):
+        while entries := list(islice(os.scandir(fd), 10_000)):  # bounds the memory
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    keep(fd, entry.name)
+                else:
+                    os.unlink(entry.name, dir_fd=fd)
+
+    def move_up(fd, name):
+        nonlocal serial
+        serial += 1
+        os.rename(name, f"{mark}-{serial}", src_dir_fd=fd, dst_dir_fd=top)
+
+    def remove(fd, name):
+        child = os.open(name, FOLDER, dir_fd=fd)
+        empty(child, move_up)
+        os.close(child)
+        os.rmdir(name, dir_fd=fd)
+
     try:
-        top = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        top = os.open(path, FOLDER)
     except FileNotFoundError:
         return
-    serial, mark = 0, f".removed-{os.urandom(8).hex()}"
     try:
-        while entries := list(os.scandir(top)):
-            for entry in entries:
-                if not entry.is_dir(follow_symlinks=False):
-                    os.unlink(entry.name, dir_fd=top)
-                    continue
-                child = os.open(entry.name, os.O_RDONLY | os.O_DIRECTORY
-                                | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=top)
-                for grandchild in list(os.scandir(child)):
-                    if grandchild.is_dir(follow_symlinks=False):
-                        serial += 1
-                        os.rename(grandchild.name, f"{mark}-{serial}",
-                                  src_dir_fd=child, dst_dir_fd=top)
-                    else:
-                        os.unlink(grandchild.name, dir_fd=child)
-                os.close(child)
-                os.rmdir(entry.name, dir_fd=top)
+        empty(top, remove)
     finally:
         os.close(top)
     os.rmdir(path)
@@ -5384,28 +5414,26 @@ def in_parallel(jobs, show, at_once=3):
             while waiting and len(running) < at_once:
                 number, (id, job) = waiting.pop(0)
                 pid, fd = begin_job(job)
-                running[fd] = [number, id, pid, b""]
+                running[fd] = number, id, pid
             for fd in select.select(list(running), [], [])[0]:
-                number, id, pid, text = running[fd]
-                part = os.read(fd, 1 << 16)
-                *lines, running[fd][3] = (text + part).split(b"\n")
-                for news in map(from_json, lines):
+                number, id, pid = running[fd]
+                text = os.read(fd, BLOCK)  # whole lines: each was one write
+                for news in map(from_json, text.splitlines()):
                     if "fail" in news:
                         raise Fail(*news["fail"])
                     if "show" in news:
                         show(id, *news["show"])
                     else:
                         results[number] = news["result"]
-                if not part:
+                if not text:
                     os.close(fd)
                     del running[fd]
                     os.waitpid(pid, 0)
                     if number not in results:
                         raise Fail(f"the process for {id} was killed", "see `dmesg`")
     finally:
-        for _, _, pid, _ in running.values():
+        for fd, (_, _, pid) in running.items():
             os.kill(pid, signal.SIGTERM)
-        for fd, (_, _, pid, _) in running.items():
             os.waitpid(pid, 0)
             os.close(fd)
     return [results[number] for number in range(len(jobs))]
@@ -5419,9 +5447,10 @@ BLOCK = 1 << 16
 ZEROS = bytes(BLOCK)
 
 
-def compression(begin):
+def compression(head):
     """What has compressed a file that begins so, or ""."""
-    return next((name for mark, name in PACKERS.items() if begin.startswith(mark)), "")
+    return "" if head[257:262] == b"ustar" else next(
+        (name for mark, name in PACKERS.items() if head.startswith(mark)), "")
 
 
 def damaged(title, reason):
@@ -5437,64 +5466,49 @@ def pieces(file):
     return iter(lambda: file.read(BLOCK), b"")
 
 
-def gunzip(file):
-    """What gzip has packed, piece by piece: zlib does it, and checks the sum too.
-
-    The module gzip takes 8 KiB at a time, and 16 KiB never grow to more than 16 MiB."""
-    import zlib
-
-    unpacker, data = zlib.decompressobj(31), file.read(1 << 14)
-    while data:
-        yield unpacker.decompress(data)
-        data = unpacker.unused_data or file.read(1 << 14)
-        if unpacker.eof and (data := data.lstrip(b"\0")):
-            unpacker = zlib.decompressobj(31)  # one more has been appended
-    if not unpacker.eof:
-        raise EOFError("it ends too early")
-
-
 def unzstd(file):
-    """What zstd has packed, piece by piece; before Python 3.14 its program does it."""
+    """What zstd has packed, to be read; before Python 3.14 its program does it."""
     try:
         from compression import zstd
+
+        return zstd.open(file)
     except ImportError:
         import subprocess
+    try:
+        process = subprocess.Popen(["zstd", "-dcq"], stdin=file, stdout=subprocess.PIPE,
+                                   stderr=subprocess.DEVNULL)
+    except FileNotFoundError:
+        raise Fail("it is compressed with zstd, which this Python cannot read",
+                   "apt-get install zstd, or Python 3.14") from None
 
-        try:
-            process = subprocess.Popen(["zstd", "-dcq"], stdin=file,
-                                       stdout=subprocess.PIPE,
-                                       stderr=subprocess.DEVNULL)
-        except FileNotFoundError:
-            raise Fail("it is compressed with zstd, which this Python cannot read",
-                       "apt-get install zstd, or Python 3.14") from None
-        with process:
-            yield from pieces(process.stdout)
-        if process.returncode:
-            raise EOFError("zstd cannot decompress it") from None
-    else:
-        yield from pieces(zstd.open(file))
+    class Output:
+        def read(self, length):
+            data = process.stdout.read(length)
+            if not data and process.wait():
+                raise EOFError("zstd cannot decompress it")
+            return data
+    return Output()
 
 
 def plain_pieces(path, title):
     """What a file was before it was compressed, piece by piece; errors have a title."""
     import bz2
+    import gzip
     import lzma
 
-    with open(path, "rb", buffering=0) as file:  # zstd gets the descriptor
-        head = file.read(512)
-        file.seek(0)
-        packed = "" if head[257:262] == b"ustar" else compression(head)
-        try:
-            yield from {"gzip": gunzip, "zstd": unzstd, "": pieces,
-                        "xz": lambda file: pieces(lzma.open(file)),
-                        "bzip2": lambda file: pieces(bz2.open(file))}[packed](file)
-        except Fail as fail:
-            fail.message = f"{title}: {fail.message}"
+    unpackers = {"gzip": gzip.open, "xz": lzma.open, "bzip2": bz2.open, "zstd": unzstd}
+    try:
+        with open(path, "rb", buffering=0) as file:  # zstd gets the descriptor
+            packed = compression(file.read(512))
+            file.seek(0)
+            yield from pieces(unpackers[packed](file) if packed else file)
+    except Fail as fail:
+        fail.message = f"{title}: {fail.message}"
+        raise
+    except Exception as error:  # each of them has its own
+        if getattr(error, "errno", None):
             raise
-        except Exception as error:  # each of them has its own
-            if getattr(error, "errno", None):
-                raise
-            raise damaged(title, error) from None
+        raise damaged(title, error) from None
 
 
 def write_all(fd, data):
@@ -5514,6 +5528,8 @@ def write_all(fd, data):
 
 LAYER_ENTRIES = 1_000_000  # more take $MINICONTAINER_LAYER_ENTRIES
 HEADER_BYTES = 1 << 20  # of the extensions of one entry
+FIELDS = "name mode uid gid size mtime sum kind link magic who major minor rest".split()
+FIELD_BYTES = struct.Struct("100s 8s 8s 8s 12s 12s 8s c 100s 8s 64s 8s 8s 155s 12x")
 KINDS = {b"0": stat.S_IFREG, b"\0": stat.S_IFREG, b"7": stat.S_IFREG,
          b"S": stat.S_IFREG, b"1": stat.S_IFREG, b"2": stat.S_IFLNK, b"3": stat.S_IFCHR,
          b"4": stat.S_IFBLK, b"5": stat.S_IFDIR, b"6": stat.S_IFIFO}  # S has holes
@@ -5540,16 +5556,16 @@ class Entry:
         return stat.S_ISCHR(self.mode) and self.device == 0
 
 
-def tar_text(field):
-    """The text in a field of a header, whatever its encoding."""
-    return os.fsdecode(field.partition(b"\0")[0])
-
-
-def tar_number(field):
-    """The number in a field of a header: octal digits, or binary if it says so."""
-    if field[0] in (0x80, 0xff):
+def tar_number(field, base=8):
+    """The number in a field of a header: octal digits, or binary if it says so; or
+    with base 10 in what extends it."""
+    if base == 8 and field[0] in (0x80, 0xff):
         return int.from_bytes(field[1:], "big", signed=field[0] == 0xff)
-    return int(field.partition(b"\0")[0].strip() or b"0", 8)
+    text = field.partition(b"\0")[0].strip()
+    try:
+        return int(text or b"0", base)
+    except ValueError:
+        raise ValueError(f"{text[:12]!r} is no number") from None
 
 
 def pax_records(data):
@@ -5557,7 +5573,7 @@ def pax_records(data):
     found, at = {}, 0
     while at < len(data):
         space = data.index(b" ", at, at + 20)
-        end = at + int(data[at:space])
+        end = at + tar_number(data[at:space], 10)
         key, equals, value = data[space + 1:end - 1].partition(b"=")
         if not space < end <= len(data) or not equals:
             raise ValueError("a pax header is damaged")
@@ -5576,22 +5592,156 @@ def layer_bytes():
                 or f"{room.f_bavail * room.f_frsize}")
 
 
-class Tarball:
-    """The entries of a tarball, each to be read before the next.
+class TarReader:
+    """The entries of a tarball that is read from a file, each before the next."""
 
-    A process of its own decompresses it and works out the digest of what is inside, a
-    layer's diff_id: that is half of the work, and there are mostly two processors.
-    """
-
-    def __init__(self, path, title):
-        self.title = title
+    def __init__(self, file, title):
+        self.file, self.title = file, title
         self.common = {}  # what a header of kind g has said
         self.left = 0  # bytes of the content that are still to be read
+
+    def exactly(self, length):
+        """The next bytes."""
+        data = self.file.read(length)
+        if len(data) < length:
+            raise EOFError("it ends too early")
+        return data
+
+    def read(self, length):
+        """Some bytes of an entry's content."""
+        self.left -= length
+        if self.left < 0:
+            raise ValueError("its size and its holes do not agree")
+        return self.exactly(length)
+
+    def bounded(self, over, what):
+        """Refuse what could fill the disk, the memory or the day."""
+        if over:
+            raise Fail(f"{self.title}: the tarball {what}",
+                       "the bounds are MINICONTAINER_LAYER_BYTES (what is free on "
+                       "the disk) and MINICONTAINER_LAYER_ENTRIES (a million)")
+
+    def __iter__(self):
+        """Every entry, while they stay within bounds."""
+        most, count, notes, room = layer_bytes(), 0, {}, HEADER_BYTES
+        entries = whole("$MINICONTAINER_LAYER_ENTRIES", os.environ.get(
+            "MINICONTAINER_LAYER_ENTRIES") or f"{LAYER_ENTRIES}", 1)
+        while (head := self.exactly(512)) != ZEROS[:512]:
+            field = dict(zip(FIELDS, FIELD_BYTES.unpack(head), strict=True))
+            if tar_number(field["sum"]) != sum(head) - sum(field["sum"]) + 8 * 32:
+                raise ValueError("bad checksum")
+            field["size"] = tar_number(field["size"])
+            if field["kind"] in b"xXgLK":
+                room -= max(field["size"], 1)
+                self.bounded(room < 0,
+                             f"has more than {human(HEADER_BYTES)} of headers")
+                notes.update(self.extension(field["kind"], field["size"]))
+                continue
+            entry = self.entry(field, {**self.common, **notes})
+            most, count, notes, room = most - entry.size, count + 1, {}, HEADER_BYTES
+            self.bounded(most < 0, f"unpacks to more than {human(layer_bytes())}")
+            self.bounded(count > entries, f"has more than {entries} entries")
+            padding = -self.left % 512
+            yield entry
+            if self.file.seekable():
+                self.file.seek(self.left + padding, os.SEEK_CUR)
+                continue
+            while self.left:
+                self.read(min(self.left, BLOCK))
+            self.exactly(padding)
+
+    def extension(self, kind, size):
+        """What an entry says of the next one, or of all."""
+        if size < 0:
+            raise ValueError("a negative size")
+        data = self.exactly(size + -size % 512)[:size]
+        if kind in b"LK":
+            return {b"path" if kind == b"L" else b"linkpath": data.partition(b"\0")[0]}
+        if kind != b"g":
+            return pax_records(data)
+        self.common.update(pax_records(data))
+        self.bounded(len(self.common) > 100 or sum(
+            map(len, self.common.values())) > HEADER_BYTES, "has 100 global headers")
+        return {}
+
+    def entry(self, field, notes):
+        """The Entry of a header and of what extends it."""
+        def text(key, *names):
+            said = next(filter(None, map(notes.get, names)), b"")
+            return os.fsdecode(said or field[key].partition(b"\0")[0])
+
+        def number(key):
+            said = notes.get(key.encode())
+            return tar_number(said, 10) if said else tar_number(field[key])
+
+        kind, names = field["kind"], (b"GNU.sparse.name", b"path")
+        name = text("name", *names)
+        if field["magic"][:6] == b"ustar\0" and field["rest"][0] and not any(
+                map(notes.get, names)):
+            name = f"{text('rest')}/{name}"
+        said = notes.get(b"size")
+        size = (tar_number(said, 10) if said else field["size"]) * (
+            kind not in b"123456")
+        if size < 0:
+            raise ValueError(f"{name!r} has a negative size")
+        format = KINDS.get(kind, 0)
+        if format == stat.S_IFREG and kind != b"1" and name.endswith("/"):
+            format = stat.S_IFDIR  # before there was a kind for them
+        seconds, _, decimals = notes.get(b"mtime", b"").partition(b".")
+        entry = Entry(name, format | tar_number(field["mode"]) & 0o7777,
+                      [number("uid"), number("gid")], size,
+                      tar_number(seconds + b"%.9s" % decimals.ljust(9, b"0"), 10)
+                      if seconds else tar_number(field["mtime"]) * 10**9)
+        entry.stream, self.left, link = self, size, text("link", b"linkpath")
+        entry.link, entry.hard = ("", link) if kind == b"1" else (link, "")
+        if kind in b"34":
+            entry.device = os.makedev(*(tar_number(field[key])
+                                        for key in ("major", "minor")))
+        entry.xattrs = {os.fsdecode(key[13:]): value for key, value in notes.items()
+                        if key.startswith(b"SCHILY.xattr.")}
+        self.find_holes(entry, field, notes)
+        return entry
+
+    def find_holes(self, entry, field, notes):
+        """Where the content of a sparse file goes: GNU tar has four ways to say it."""
+        if field["kind"] == b"S":
+            table, more = field["rest"][41:137], field["rest"][137]
+            entry.size = tar_number(field["rest"][138:150])
+            while more:
+                block = self.exactly(512)
+                table, more = table + block[:504], block[504]
+                self.bounded(len(table) > HEADER_BYTES, "has too many holes")
+            numbers = [tar_number(table[at:at + 12]) for at in range(0, len(table), 12)]
+        elif notes.get(b"GNU.sparse.major") == b"1":
+            text = self.read(512)
+            while text.count(b"\n") <= 2 * tar_number(text.partition(b"\n")[0], 10):
+                text += self.read(512)
+                self.bounded(len(text) > HEADER_BYTES, "has too many holes")
+            count, *numbers = (tar_number(line, 10) for line in text.split(b"\n")[:-1])
+            numbers = numbers[:2 * count]
+        elif b"GNU.sparse.map" in notes:
+            numbers = [tar_number(part, 10)
+                       for part in notes[b"GNU.sparse.map"].split(b",")]
+        else:
+            return
+        for key in (b"GNU.sparse.size", b"GNU.sparse.realsize"):
+            entry.size = tar_number(notes[key], 10) if key in notes else entry.size
+        entry.stretches = list(zip(numbers[::2], numbers[1::2], strict=True))
+        if entry.size < 0 or any(at < 0 or length < 0 or at + length > entry.size
+                                 for at, length in entry.stretches):
+            raise ValueError(f"{entry.name!r} has holes that are none")
+
+
+class Tarball(TarReader):
+    """One that a process of its own decompresses, which works out the digest of what is
+    inside, a layer's diff_id: half of the work, and there are mostly two processors."""
+
+    def __init__(self, path, title):
         ours, theirs = os.pipe()
         fcntl.fcntl(theirs, fcntl.F_SETPIPE_SZ, 16 * BLOCK)
+        super().__init__(open(ours, "rb", 2 * BLOCK), title)
         self.pid, self.news = begin_job(lambda tell: self.pour(path, ours, theirs))
         os.close(theirs)
-        self.file = open(ours, "rb", 2 * BLOCK)
 
     def pour(self, path, ours, theirs):
         """What that process does: all into the pipe; the digest."""
@@ -5624,125 +5774,6 @@ class Tarball:
         os.close(self.news)
         os.waitpid(self.pid, 0)
 
-    def exactly(self, length):
-        """The next bytes."""
-        data = self.file.read(length)
-        if len(data) < length:
-            raise EOFError("it ends too early")
-        return data
-
-    def read(self, length):
-        """Some bytes of an entry's content."""
-        self.left -= length
-        if self.left < 0:
-            raise ValueError("its size and its holes do not agree")
-        return self.exactly(length)
-
-    def __iter__(self):
-        """Every entry, while they stay within bounds."""
-        most, count, extra, room = layer_bytes(), 0, {}, HEADER_BYTES
-        entries = whole("$MINICONTAINER_LAYER_ENTRIES", os.environ.get(
-            "MINICONTAINER_LAYER_ENTRIES") or f"{LAYER_ENTRIES}", 1)
-        while (head := self.exactly(512)) != ZEROS[:512]:
-            if tar_number(head[148:156]) != sum(head) - sum(head[148:156]) + 8 * 32:
-                raise ValueError("bad checksum")
-            kind, size = head[156:157], tar_number(head[124:136])
-            if kind in (b"x", b"X", b"g", b"L", b"K"):
-                room -= max(size, 1)
-                self.bounded(room < 0,
-                             f"has more than {human(HEADER_BYTES)} of headers")
-                extra.update(self.extension(kind, size))
-                continue
-            entry = self.entry(head, {**self.common, **extra}, size)
-            most, count, extra, room = most - entry.size, count + 1, {}, HEADER_BYTES
-            self.bounded(most < 0, f"unpacks to more than {human(layer_bytes())}")
-            self.bounded(count > entries, f"has more than {entries} entries")
-            padding = -self.left % 512
-            yield entry
-            while self.left:
-                self.read(min(self.left, BLOCK))
-            self.exactly(padding)
-
-    def bounded(self, over, what):
-        """Refuse what could fill the disk, the memory or the day."""
-        if over:
-            raise Fail(f"{self.title}: the tarball {what}",
-                       "the bounds are MINICONTAINER_LAYER_BYTES (what is free on "
-                       "the disk) and MINICONTAINER_LAYER_ENTRIES (a million)")
-
-    def extension(self, kind, size):
-        """What an entry says of the next one, or of all."""
-        if size < 0:
-            raise ValueError("a negative size")
-        data = self.exactly(size + -size % 512)[:size]
-        if kind in b"LK":
-            return {b"path" if kind == b"L" else b"linkpath": data.partition(b"\0")[0]}
-        if kind != b"g":
-            return pax_records(data)
-        self.common.update(pax_records(data))
-        self.bounded(len(self.common) > 100 or sum(
-            map(len, self.common.values())) > HEADER_BYTES, "has 100 global headers")
-        return {}
-
-    def entry(self, head, notes, size):
-        """The Entry of a header and of what extends it."""
-        kind, name, link = head[156:157], tar_text(head[:100]), tar_text(head[157:257])
-        if head[257:263] == b"ustar\0" and head[345]:
-            name = f"{tar_text(head[345:500])}/{name}"
-        name = os.fsdecode(notes.get(b"GNU.sparse.name") or notes.get(b"path") or b""
-                           ) or name
-        link = os.fsdecode(notes.get(b"linkpath") or b"") or link
-        size = int(notes.get(b"size") or size) * (kind not in b"123456")
-        if size < 0:
-            raise ValueError(f"{name!r} has a negative size")
-        format = KINDS.get(kind, 0)
-        if format == stat.S_IFREG and kind != b"1" and name.endswith("/"):
-            format = stat.S_IFDIR  # before there was a kind for them
-        seconds, _, decimals = notes.get(b"mtime", b"").decode().partition(".")
-        entry = Entry(
-            name, format | tar_number(head[100:108]) & 0o7777,
-            [int(notes.get(key) or tar_number(field)) for key, field in (
-                (b"uid", head[108:116]), (b"gid", head[116:124]))], size,
-            int(f"{seconds}{decimals:0<9.9}") if seconds else
-            tar_number(head[136:148]) * 10**9)
-        entry.link, entry.hard = ("", link) if kind == b"1" else (link, "")
-        if kind in b"34":
-            entry.device = os.makedev(tar_number(head[329:337]),
-                                      tar_number(head[337:345]))
-        entry.xattrs = {os.fsdecode(key[13:]): value for key, value in notes.items()
-                        if key.startswith(b"SCHILY.xattr.")}
-        entry.stream, self.left = self, size
-        self.find_holes(entry, head, notes)
-        return entry
-
-    def find_holes(self, entry, head, notes):
-        """Where the content of a sparse file goes: GNU tar has four ways to say it."""
-        if head[156:157] == b"S":
-            table, more = head[386:482], head[482]
-            entry.size = tar_number(head[483:495])
-            while more:
-                block = self.exactly(512)
-                table, more = table + block[:504], block[504]
-                self.bounded(len(table) > HEADER_BYTES, "has too many holes")
-            numbers = [tar_number(table[at:at + 12]) for at in range(0, len(table), 12)]
-        elif notes.get(b"GNU.sparse.major") == b"1":
-            text = self.read(512)
-            while text.count(b"\n") <= 2 * int(text.partition(b"\n")[0]):
-                text += self.read(512)
-                self.bounded(len(text) > HEADER_BYTES, "has too many holes")
-            count, *numbers = text.split(b"\n")
-            numbers = list(map(int, numbers[:2 * int(count)]))
-        elif b"GNU.sparse.map" in notes:
-            numbers = list(map(int, notes[b"GNU.sparse.map"].split(b",")))
-        else:
-            return
-        for key in (b"GNU.sparse.size", b"GNU.sparse.realsize"):
-            entry.size = int(notes.get(key, entry.size))
-        entry.stretches = list(zip(numbers[::2], numbers[1::2], strict=True))
-        if entry.size < 0 or any(at < 0 or length < 0 or at + length > entry.size
-                                 for at, length in entry.stretches):
-            raise ValueError(f"{entry.name!r} has holes that are none")
-
 
 # ── layers from tarballs ──
 
@@ -5764,11 +5795,10 @@ def write_content(entry, fd):
         os.ftruncate(fd, entry.size)
 
 
-def open_beneath(top, path, flags=os.O_RDONLY | os.O_DIRECTORY):
-    """A descriptor of a path below `top`, reached through no symlink."""
-    how = open_how(flags=flags | os.O_CLOEXEC | os.O_NOFOLLOW,
-                   resolve=RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS)
-    return syscall("openat2", top, path, how, ctypes.sizeof(how))
+def open_beneath(top, path):
+    """A descriptor of a directory below `top`, reached through no symlink."""
+    how = open_how(flags=FOLDER, resolve=RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS)
+    return syscall("openat2", top, path, how, sizeof(how))
 
 
 def parts_of(path):
@@ -5783,28 +5813,36 @@ class Layer:
     """A directory that entries are unpacked into; a later one replaces an earlier one.
 
     Neighbours in a tarball mostly share their directory, so the last one stays open:
-    then its path is walked once for all of them, and safely.
+    then its path is walked once for all of them, and safely.  What is made in it
+    changes its time, which is set back when it is left: so no list of a million
+    directories has to be kept until the end.
     """
 
     def __init__(self, path):
-        self.top = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        self.fd, self.above = os.dup(self.top), []
-        self.times = {}  # of directories: set last, since a file made in one changes it
+        self.top = os.open(path, os.O_RDONLY | O_DIRECTORY | O_CLOEXEC)
+        self.fd, self.above, self.when = -1, None, 0  # the last one: its names, time
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        os.close(self.fd)
+        self.leave()
         os.close(self.top)
+
+    def leave(self):
+        """Be done with the directory that was open."""
+        if self.fd >= 0:
+            os.utime(self.fd, ns=(self.when, self.when))
+            os.close(self.fd)
+        self.fd, self.above = -1, None
 
     def parent(self, path):
         """(descriptor of the directory that an entry goes into, its name there)."""
         *above, name = parts_of(path) or ["."]
         if above != self.above:
-            fd = self.walk(above)
-            os.close(self.fd)
-            self.fd, self.above = fd, above
+            self.leave()
+            self.fd, self.above = self.walk(above), above
+            self.when = os.fstat(self.fd).st_mtime_ns
         return self.fd, name
 
     def walk(self, parts):
@@ -5815,6 +5853,7 @@ class Layer:
         except OSError:
             fd = os.dup(self.top)  # name by name, then
         for part in parts:
+            when = os.fstat(fd).st_mtime_ns
             try:
                 below = open_beneath(fd, part)
             except OSError as error:
@@ -5823,6 +5862,7 @@ class Layer:
                 elif error.errno != errno.ENOENT:
                     raise
                 os.mkdir(part, 0o755, dir_fd=fd)
+                os.utime(fd, ns=(when, when))
                 below = open_beneath(fd, part)
             os.close(fd)
             fd = below
@@ -5838,7 +5878,6 @@ class Layer:
             if name == ".":
                 raise ValueError("the top of a layer is a directory") from None
             remove_tree(f"/proc/self/fd/{parent}/{name}")
-            self.above = None  # it may have been in there
 
     def add(self, entry):
         """Make the file that an entry tells of."""
@@ -5863,6 +5902,7 @@ class Layer:
 
     def create(self, entry, parent, name):
         """Make a file of an entry's kind, with its content; never one that exists."""
+        kind = stat.S_IFMT(entry.mode)
         if entry.hard:
             *above, old = parts_of(entry.hard)
             source = self.walk(above)
@@ -5871,11 +5911,11 @@ class Layer:
                         follow_symlinks=False)
             finally:
                 os.close(source)
-        elif stat.S_ISDIR(entry.mode):
+        elif kind == stat.S_IFDIR:
             os.mkdir(name, 0o700, dir_fd=parent)
-        elif stat.S_ISLNK(entry.mode):
+        elif kind == stat.S_IFLNK:
             os.symlink(entry.link, name, dir_fd=parent)
-        elif stat.S_ISREG(entry.mode):
+        elif kind == stat.S_IFREG:
             fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
                          | os.O_CLOEXEC, 0o600, dir_fd=parent)
             try:
@@ -5883,7 +5923,7 @@ class Layer:
             finally:
                 os.close(fd)
         else:
-            os.mknod(name, stat.S_IFMT(entry.mode) | 0o600, entry.device, dir_fd=parent)
+            os.mknod(name, kind | 0o600, entry.device, dir_fd=parent)
 
     def set_metadata(self, entry, parent, name):
         """Owner, mode, extended attributes and times, in the order that keeps them all:
@@ -5894,33 +5934,20 @@ class Layer:
             for key, value in entry.xattrs.items():
                 os.setxattr(f"/proc/self/fd/{parent}/{name}", key, value,
                             follow_symlinks=False)
-        if stat.S_ISDIR(entry.mode):
-            self.times["/".join(parts_of(entry.name)) or "."] = entry.when
-        else:
-            os.utime(name, ns=(entry.when, entry.when), dir_fd=parent,
-                     follow_symlinks=False)
+        os.utime(name, ns=(entry.when, entry.when), dir_fd=parent,
+                 follow_symlinks=False)
+        if name == ".":
+            self.when = entry.when
 
     def add_all(self, entries, title):
-        """Make every file, and set the times of directories; errors name the entry."""
+        """Make every file; errors name the entry."""
         for entry in entries:
             try:
                 self.add(entry)
-            except (ValueError, OverflowError) as error:
-                raise Fail(f"{title}: {entry.name!r}: {error}",
-                           "the tarball is damaged or hostile: do not use it") from None
-            except OSError as error:
-                raise Fail(f"{title}: {entry.name!r}: {error.strerror}",
-                           "is the disk full, or the tarball damaged?") from None
-        for directory, when in self.times.items():
-            try:
-                handle = open_beneath(self.top, directory)
-            except OSError as error:
-                if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-                    raise
-                continue  # a later entry has replaced it
-            os.utime(handle, ns=(when, when))
-            os.close(handle)
-        self.times.clear()
+            except (ValueError, OverflowError, OSError) as error:
+                reason = getattr(error, "strerror", None) or error
+                raise Fail(f"{title}: {entry.name!r}: {reason}", "is the disk full, or "
+                           "the tarball damaged or hostile?") from None
 
 
 def unpack(path, top, title=None):
@@ -6097,75 +6124,26 @@ def copy_in(source, top, target):
         shutil.copy2(os.path.realpath(source), top + target)
 
 
-def library_directories():
-    """What /etc/ld.so.conf says, and the directories that are always searched."""
-    import glob
-
-    found, files = [], ["/etc/ld.so.conf"]
-    for file in files:  # grows while we read it
-        try:
-            lines = read_file(file).splitlines()
-        except FileNotFoundError:
-            continue
-        for line in lines:
-            if line.startswith("include "):
-                files.extend(sorted(glob.glob(line.split()[1])))
-            elif line.startswith("/"):
-                found.append(line.strip())
-    triplet = f"{os.uname().machine}-linux-gnu"
-    return [*found, f"/lib/{triplet}", f"/usr/lib/{triplet}", "/lib64", "/usr/lib64",
-            "/lib", "/usr/lib", *glob.glob("/lib/*-linux-musl*")]
-
-
-def find_library(name, first, machine):
-    """Where the dynamic linker would find a library for `machine`; "" if nowhere."""
-    for directory in [*first, *library_directories()]:
-        path = f"{directory}/{name}"
-        if os.path.isfile(path) and elf_machine(open_program(path)) == machine:
-            return os.path.normpath(path)
-    return ""
-
-
 def libraries_of(path):
-    """The paths of the libraries that an ELF file names in its dynamic section."""
-    PT_LOAD, PT_DYNAMIC = 1, 2
-    DT_NEEDED, DT_STRTAB, DT_RPATH, DT_RUNPATH = 1, 5, 15, 29
-    with open(path, "rb") as file:
-        data = file.read()
-    if not any(kind == PT_DYNAMIC for kind, *_ in elf_segments(data)):
+    """What the dynamic linker would load for a program of the host, and itself; or
+    what a script's interpreter needs."""
+    import re
+    import subprocess
+
+    head = open_program(os.path.realpath(path))
+    if not os.path.exists(loader := interpreter_of(head)):
         return []
-    segments, values = elf_segments(data), {}
-    order = "<" if data[5] == 1 else ">"
-    for kind, offset, _, length in segments:
-        if kind == PT_DYNAMIC:
-            for tag, value in struct.iter_unpack(order + "qQ",
-                                                 data[offset:offset + length]):
-                values.setdefault(tag, []).append(value)
-    strings = next(offset + values[DT_STRTAB][0] - address
-                   for kind, offset, address, length in segments if kind == PT_LOAD
-                   and address <= values[DT_STRTAB][0] < address + length)
-
-    def text(tag):
-        return [os.fsdecode(data[strings + at:data.index(b"\0", strings + at)])
-                for at in values.get(tag, ())]
-
-    own = [directory.replace("$ORIGIN", os.path.dirname(os.path.realpath(path)))
-           for joined in text(DT_RUNPATH) + text(DT_RPATH)
-           for directory in joined.split(":")]
-    return [found for name in text(DT_NEEDED)
-            if (found := find_library(name, own, elf_machine(data)))]
+    if head[:2] == b"#!":
+        return [loader, *libraries_of(loader)]
+    said = subprocess.run([loader, "--list", path], capture_output=True, text=True)
+    return list(dict.fromkeys([loader, *re.findall(r"(/\S+) \(0x", said.stdout)]))
 
 
 def copy_program(path, top, target):
-    """Copy a program, its interpreter, and every library that these ask for."""
+    """Copy a program, and every library that it asks for."""
     copy_in(path, top, target)
-    interpreter = interpreter_of(open_program(os.path.realpath(path)))
-    if interpreter and os.path.exists(interpreter):
-        if not os.path.exists(top + interpreter):
-            copy_program(interpreter, top, interpreter)
     for library in libraries_of(path):
-        if not os.path.exists(top + library):
-            copy_program(library, top, library)
+        copy_in(library, top, library)
 
 
 def make_host_rootfs(top):
@@ -6811,7 +6789,7 @@ class Archive:
         for name, diff_id in zip(item.get("Layers") or (), diff_ids, strict=False):
             name = os.path.normpath(name)
             with self.part(name) as part:
-                packed = compression(part.read(8))
+                packed = compression(part.read(512))
             layers.append(self.describe(name, OCI_LAYER + (packed and f"+{packed}"),
                                         None if packed else diff_id))
         return oci_manifest(config, layers)
@@ -7236,7 +7214,7 @@ def keep_layer(stream, title):
     path, digest = spool(pieces(stream))
     try:
         with open(path, "rb") as file:
-            packed = compression(file.read(8))
+            packed = compression(file.read(512))
         if packed in ("xz", "bzip2"):
             packed, old = "", path
             path, digest = spool(plain_pieces(old, title))
@@ -7469,7 +7447,7 @@ def load_command(options):
                     path = spool(pieces(stdin))[0]
                     temporary.append(path)
             with open(path, "rb") as file:
-                packed = compression(file.read(8))
+                packed = compression(file.read(512))
             if packed:
                 path = spool(plain_pieces(path, title))[0]
                 temporary.append(path)
@@ -8932,8 +8910,8 @@ def hold_signals():
 
 def open_signals(numbers):
     """A descriptor to read those signals from."""
-    mask = ctypes.c_uint64(sum(1 << (number - 1) for number in numbers))
-    return syscall("signalfd4", -1, ctypes.byref(mask), 8, O_CLOEXEC | O_NONBLOCK,
+    mask = c_uint64(sum(1 << (number - 1) for number in numbers))
+    return syscall("signalfd4", -1, byref(mask), 8, O_CLOEXEC | O_NONBLOCK,
                    why="signals become messages")
 
 
@@ -9423,7 +9401,7 @@ class Shim:
 
 def leave_to(shim):
     """Fork: the child is the shim from here on.  The client's end of the connection."""
-    ends, c = (ctypes.c_int * 2)(), shim.c
+    ends, c = (c_int * 2)(), shim.c
     try:
         syscall("socketpair", AF_UNIX, MESSAGES, 0, ends, why="client and shim")
         child = os.fork()
@@ -13014,7 +12992,7 @@ SEALED_START = (  # put, copy: into the first to fifth argument of the next call
     ("put", 2, OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | AT_RECURSIVE),
     ("call", "open_tree"), ("unless_failed",), ("keep",),
     ("copy", 0, "fd"), ("put", 1, "empty"), ("put", 2, AT_EMPTY_PATH | AT_RECURSIVE),
-    ("put", 3, "attr"), ("put", 4, ctypes.sizeof(mount_attr)),
+    ("put", 3, "attr"), ("put", 4, sizeof(mount_attr)),
     ("call", "mount_setattr"), ("unless_failed",),
     ("copy", 0, "fd"), ("put", 1, "name"), ("copy", 2, "argv"), ("copy", 3, "envp"),
     ("put", 4, 0), ("call", "execveat"),
