@@ -6218,22 +6218,32 @@ CONFIG_FORM = {
     "history": [{"created": str, "created_by": str, "comment": str}]}
 
 
-def full_name(text):
-    """What Docker's short name of an image means: busybox is
-    docker.io/library/busybox:latest; or a Fail in Docker's words."""
-    import re
-
+def spelled_out(text):
+    """What Docker's short name of an image means, if it is one: busybox is
+    docker.io/library/busybox:latest."""
     name, at, digest = text.partition("@")
     host, slash, path = name.partition("/")
     if not slash or not (host == "localhost" or set(".:") & set(host)
                          or host != host.lower()):
         host, path = "docker.io", name
-    path, colon, tag = path.partition(":")
+    path, _, tag = path.partition(":")
+    if host in ("docker.io", "index.docker.io"):
+        host, path = "docker.io", path if "/" in path else f"library/{path}"
+    return f"{host}/{path}@{digest}" if at else f"{host}/{path}:{tag or 'latest'}"
+
+
+def full_name(text):
+    """The same, or a Fail in Docker's words."""
+    import re
+
+    ref = spelled_out(text)
+    name, at, digest = ref.partition("@")
+    host, _, path = name.partition("/")
+    path = path.partition(":")[0]
+    _, colon, tag = text.partition("@")[0].rpartition("/")[2].partition(":")
     if path != path.lower():
         raise Fail(f"invalid reference format: repository name ({path}) must be "
                    "lowercase", "as in alpine:3.20")
-    if host in ("docker.io", "index.docker.io"):
-        host, path = "docker.io", path if "/" in path else f"library/{path}"
     part = r"[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*"
     where = r"(\[[0-9a-fA-F:]+\]|[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?)(:[0-9]{1,5})?"
     if not (re.fullmatch(where, host)
@@ -6243,7 +6253,7 @@ def full_name(text):
             and not re.fullmatch("[0-9a-f]{64}", text)):
         raise Fail(f"invalid reference format: {text!r}",
                    "[HOST[:PORT]/]NAME[:TAG] or NAME@sha256:…, as in alpine:3.20")
-    return f"{host}/{path}@{digest}" if at else f"{host}/{path}:{tag or 'latest'}"
+    return ref
 
 
 def short_name(ref):
@@ -6363,16 +6373,23 @@ def point(entries, ref, entry):
 
 
 def seconds_of(text):
-    """The Unix time of an RFC 3339 date; 0 for none."""
-    import calendar
+    """The Unix time of an RFC 3339 date; 0 for none.
 
+    time.strptime would do, but at each `run` of an image it imports a megabyte."""
     try:
-        moment = calendar.timegm(time.strptime(text[:19], "%Y-%m-%dT%H:%M:%S"))
-        zone = text[19:].lstrip(".0123456789")
-        sign = {"+": -1, "-": 1}.get(zone[:1], 0)
-        return moment + sign * (int(zone[1:3] or 0) * 3600 + int(zone[4:6] or 0) * 60)
-    except (ValueError, OverflowError):
+        date, _, rest = text[:10], text[10:11], text[19:].lstrip(".0123456789")
+        year, month, day = map(int, date.split("-"))
+        hour, minute, second = map(int, text[11:19].split(":"))
+        sign = {"+": -1, "-": 1}.get(rest[:1], 0)
+        away = sign * (int(rest[1:3] or 0) * 3600 + int(rest[4:6] or 0) * 60)
+    except ValueError:
         return 0
+    if not (0 < month < 13 and 0 < day < 32 and hour < 24 and minute < 60):
+        return 0
+    year -= month < 3  # a year that begins in March has its leap day at its end
+    days = (365 * year + year // 4 - year // 100 + year // 400
+            + (153 * ((month + 9) % 12) + 2) // 5 + day - 719469)
+    return days * 86400 + hour * 3600 + minute * 60 + second + away
 
 
 class Image:
@@ -6426,17 +6443,14 @@ def find_image(text, code=1):
     by_id = [image for image in images if image.id[7:].startswith(digits)]
     if len(digits) == 64 and by_id:
         return by_id[0]
-    try:
-        ref = full_name(text)
-    except Fail:
-        if text != f"sha256:{digits}" and not by_id:
-            raise
-        ref = short_name(text)
+    ref = spelled_out(text)  # to ask whether it is well formed would import re
     for entry in read_index():
         if name_of(entry) == ref:
             image = Image(entry)  # of two manifests of an image, the one so named
             image.names = next(i.names for i in images if i.id == image.id)
             return image
+    if text != f"sha256:{digits}" and not by_id:
+        ref = full_name(text)
     if len(by_id) > 1:
         raise Fail(f"image reference is ambiguous: {text!r} is the beginning of "
                    f"{len(by_id)} ids", "a few digits more; see `minicontainer images`",

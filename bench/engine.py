@@ -121,7 +121,8 @@ def engines(mini, top):
                 stdout=log, stderr=log)
         found["docker"] = ["docker", "--host", f"unix://{top}/sock"]
         end = time.monotonic() + 30
-        while subprocess.run([*found["docker"], "version"], capture_output=True).returncode:
+        while subprocess.run([*found["docker"], "version"],
+                             capture_output=True).returncode:
             if daemon.poll() is not None or time.monotonic() > end:
                 with open(f"{top}/dockerd.log") as log:
                     print("docker left out:", log.read().strip().splitlines()[-1][:200])
@@ -164,7 +165,8 @@ def one_round(name, words, image, megabytes, row):
     id = timed(*words, "run", "-d", *common, image, "/bin/sh", "-c",
                f"yes {LINE} | head -c {count}")[1].strip()
     timed(*words, "wait", id)
-    row.setdefault("log written, MB/s", []).append(megabytes / (time.monotonic() - began))
+    row.setdefault("log written, MB/s", []).append(
+        megabytes / (time.monotonic() - began))
     began = time.monotonic()
     with tempfile.TemporaryFile() as file:
         subprocess.run([*words, "logs", id], stdout=file, check=True)
@@ -185,18 +187,19 @@ def beside(mini, top, rounds, megabytes):
     timed(mini, "rm", id)
     with engines(mini, top) as found:
         rows = {name: {} for name in found}
-        for name, words in list(found.items()):
+        for words in found.values():
             timed(*words, "import", f"{top}/rootfs.tar", "bench:1")
         for number in range(rounds + 1):
             for name, words in found.items():  # the first round warms up
-                one_round(name, words, "bench:1", megabytes, rows[name] if number else {})
+                row = rows[name] if number else {}
+                one_round(name, words, "bench:1", megabytes, row)
             print(".", end="", file=sys.stderr, flush=True)
         print(f"\nmedians of {rounds} rounds, {megabytes} MB of lines of 80 bytes\n"
               f"{'':26}", *(f"{name:>14}" for name in found))
         for what in rows["minicontainer"]:
             print(f"{what:26}", *(f"{statistics.median(rows[name][what]):14.1f}"
                                   for name in found))
-        for name, words in found.items():
+        for words in found.values():
             subprocess.run([*words, "rmi", "-f", "bench:1"], capture_output=True)
         subprocess.run(["umount", f"{top}/podman/overlay"], capture_output=True)
 
