@@ -5369,6 +5369,8 @@ def publish(path, name):
 
 # ── work for other processes ──
 
+BLOCK = 1 << 16  # so much at once, of whatever is passed on
+
 
 def begin_job(job):
     """Do a job in a fork: (pid, descriptor of what it says, in lines of JSON).
@@ -5443,7 +5445,6 @@ def in_parallel(jobs, show, at_once=3):
 
 PACKERS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\0": "xz",
            b"BZh": "bzip2"}  # the first bytes of what each has packed
-BLOCK = 1 << 16
 ZEROS = bytes(BLOCK)
 
 
@@ -6988,7 +6989,7 @@ SPANS = {"ns": 1, "us": 1000, "µs": 1000, "ms": 10 ** 6, "s": 10 ** 9,
          "m": 60 * 10 ** 9, "h": 3600 * 10 ** 9}
 
 
-def nanoseconds(option, text):
+def nanoseconds(option, text, code=125):
     """A span of time as Go writes it, 1m30s, in nanoseconds."""
     import re
 
@@ -6999,7 +7000,7 @@ def nanoseconds(option, text):
     except ValueError:
         pass
     raise Fail(f"invalid date or duration {text!r} for {option}",
-               "as in 2026-01-31T12:00:00Z, 1m30s or 500ms")
+               "as in 2026-01-31T12:00:00Z, 1m30s or 500ms", code)
 
 
 def moment(option, text):
@@ -7014,7 +7015,7 @@ def moment(option, text):
         day, clock, seconds, rest, zone = found.groups()
         date = f"{day}{clock or 'T00:00'}{seconds or ':00'}{zone or 'Z'}"
         return seconds_of(date) * 10 ** 9 + int((rest or "").ljust(9, "0"))
-    return time.time_ns() - nanoseconds(option, text)
+    return time.time_ns() - nanoseconds(option, text, 1)
 
 
 def has_label(labels, asked):
