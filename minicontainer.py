@@ -6339,22 +6339,32 @@ CONFIG_FORM = {
     "history": [{"created": str, "created_by": str, "comment": str}]}
 
 
-def full_name(text):
-    """What Docker's short name of an image means: busybox is
-    docker.io/library/busybox:latest; or a Fail in Docker's words."""
-    import re
-
+def spelled_out(text):
+    """What Docker's short name of an image means, if it is one: busybox is
+    docker.io/library/busybox:latest."""
     name, at, digest = text.partition("@")
     host, slash, path = name.partition("/")
     if not slash or not (host == "localhost" or set(".:") & set(host)
                          or host != host.lower()):
         host, path = "docker.io", name
-    path, colon, tag = path.partition(":")
+    path, _, tag = path.partition(":")
+    if host in ("docker.io", "index.docker.io"):
+        host, path = "docker.io", path if "/" in path else f"library/{path}"
+    return f"{host}/{path}@{digest}" if at else f"{host}/{path}:{tag or 'latest'}"
+
+
+def full_name(text):
+    """The same, or a Fail in Docker's words."""
+    import re
+
+    ref = spelled_out(text)
+    name, at, digest = ref.partition("@")
+    host, _, path = name.partition("/")
+    path = path.partition(":")[0]
+    _, colon, tag = text.partition("@")[0].rpartition("/")[2].partition(":")
     if path != path.lower():
         raise Fail(f"invalid reference format: repository name ({path}) must be "
                    "lowercase", "as in alpine:3.20")
-    if host in ("docker.io", "index.docker.io"):
-        host, path = "docker.io", path if "/" in path else f"library/{path}"
     part = r"[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*"
     where = r"(\[[0-9a-fA-F:]+\]|[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?)(:[0-9]{1,5})?"
     if not (re.fullmatch(where, host)
@@ -6364,7 +6374,7 @@ def full_name(text):
             and not re.fullmatch("[0-9a-f]{64}", text)):
         raise Fail(f"invalid reference format: {text!r}",
                    "[HOST[:PORT]/]NAME[:TAG] or NAME@sha256:…, as in alpine:3.20")
-    return f"{host}/{path}@{digest}" if at else f"{host}/{path}:{tag or 'latest'}"
+    return ref
 
 
 def short_name(ref):
@@ -6484,16 +6494,23 @@ def point(entries, ref, entry):
 
 
 def seconds_of(text):
-    """The Unix time of an RFC 3339 date; 0 for none."""
-    import calendar
+    """The Unix time of an RFC 3339 date; 0 for none.
 
+    time.strptime would do, but at each `run` of an image it imports a megabyte."""
     try:
-        moment = calendar.timegm(time.strptime(text[:19], "%Y-%m-%dT%H:%M:%S"))
-        zone = text[19:].lstrip(".0123456789")
-        sign = {"+": -1, "-": 1}.get(zone[:1], 0)
-        return moment + sign * (int(zone[1:3] or 0) * 3600 + int(zone[4:6] or 0) * 60)
-    except (ValueError, OverflowError):
+        date, _, rest = text[:10], text[10:11], text[19:].lstrip(".0123456789")
+        year, month, day = map(int, date.split("-"))
+        hour, minute, second = map(int, text[11:19].split(":"))
+        sign = {"+": -1, "-": 1}.get(rest[:1], 0)
+        away = sign * (int(rest[1:3] or 0) * 3600 + int(rest[4:6] or 0) * 60)
+    except ValueError:
         return 0
+    if not (0 < month < 13 and 0 < day < 32 and hour < 24 and minute < 60):
+        return 0
+    year -= month < 3  # a year that begins in March has its leap day at its end
+    days = (365 * year + year // 4 - year // 100 + year // 400
+            + (153 * ((month + 9) % 12) + 2) // 5 + day - 719469)
+    return days * 86400 + hour * 3600 + minute * 60 + second + away
 
 
 class Image:
@@ -6547,17 +6564,14 @@ def find_image(text, code=1):
     by_id = [image for image in images if image.id[7:].startswith(digits)]
     if len(digits) == 64 and by_id:
         return by_id[0]
-    try:
-        ref = full_name(text)
-    except Fail:
-        if text != f"sha256:{digits}" and not by_id:
-            raise
-        ref = short_name(text)
+    ref = spelled_out(text)  # to ask whether it is well formed would import re
     for entry in read_index():
         if name_of(entry) == ref:
             image = Image(entry)  # of two manifests of an image, the one so named
             image.names = next(i.names for i in images if i.id == image.id)
             return image
+    if text != f"sha256:{digits}" and not by_id:
+        ref = full_name(text)
     if len(by_id) > 1:
         raise Fail(f"image reference is ambiguous: {text!r} is the beginning of "
                    f"{len(by_id)} ids", "a few digits more; see `minicontainer images`",
@@ -9705,10 +9719,11 @@ def see_start(peer):
 class Client:
     """Who shows a person what a shim sends, and passes on what is typed."""
 
-    def __init__(self, tty, interactive, keys=b"", owner=False):
+    def __init__(self, tty, interactive, keys=b"", owner=False, outputs=b"oe"):
         self.peer = None  # our end of the connection
         self.tty, self.keys = tty, keys
         self.owner = owner  # of the container: `run`, and nobody else
+        self.outputs = outputs  # letters of those that are shown
         self.typing = interactive  # until our input ends
         self.held = b""  # what may be the beginning of the detach keys
         self.shown = []  # (descriptor, bytes) on their way to the person
@@ -9770,8 +9785,9 @@ class Client:
             self.runs = started(letter, data)
             if self.tty and self.typing and os.isatty(0):
                 self.raw = raw_terminal(0)
-        elif letter in (b"o", b"e") and self.interrupts < 3:
-            self.shown.append((1 if letter == b"o" else 2, data))
+        elif letter in (b"o", b"e"):
+            if letter in self.outputs and self.interrupts < 3:
+                self.shown.append((1 if letter == b"o" else 2, data))
         elif letter == b"x":
             self.end = from_json(data)
         elif letter == b"":
@@ -9807,11 +9823,11 @@ class Client:
         self.held = keys[:count]  # perhaps the beginning; the next key tells
         if typed := typed[:len(typed) - count]:
             self.peer.send(b"i", typed)
-        if found:
-            self.end = {}
-        elif not data:
+        if not data:
             self.typing = False
             self.peer.send(b"i")
+        if found or not (data or self.outputs):  # nothing is left to stay for
+            self.end = {}
 
     def take_signal(self, about):
         """Pass a signal on; process 1 may ignore it, so a third Ctrl-C kills."""
@@ -9881,6 +9897,8 @@ def detach_keys(text):
 #                            undoes what start did; frees the lock
 #       wait, attach … ◀── x
 
+calls(renameat2=(316, 276, "olddirfd old newdirfd new RENAME_"))
+RENAME_EXCHANGE = 2
 CONTAINER_IDS = 0x70000000, 65536, 4093  # first id, ids each, ranges: below 2**31
 
 DETACH_KEYS = arg("--detach-keys", metavar="KEYS", default="ctrl-p,ctrl-q",
@@ -9922,7 +9940,8 @@ CREATE_OPTIONS = (
 )
 RUN_OPTIONS = (
     arg("-d", "--detach", action="store_true", help="print its id, and leave it"),
-    DETACH_KEYS,
+    arg("-a", "--attach", metavar="STREAM", action="append", default=[],
+        help="only stdin, stdout, stderr, whichever are named"), DETACH_KEYS,
     arg("--stats-at-exit", action="store_true", help="print what it used"),
     arg("--stop-after", metavar="STEP", help="a shell in the half-made container; see "
         "`steps` for what there is"),
@@ -10013,6 +10032,29 @@ def load(id):
     return Record(**from_json(read_file(f"{store('containers', id)}/record.json")))
 
 
+def exchange(path, document, lasting):
+    """What save() does, and the old file stays as PATH.new, to be written to the next
+    time: so there is room to say how a container has ended that has filled the disk."""
+    data, spare = to_json(document).encode(), f"{path}.new"
+    fd = os.open(spare, O_WRONLY | os.O_CREAT | O_CLOEXEC, 0o600)
+    try:
+        if os.write(fd, data) < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+        os.ftruncate(fd, len(data))
+        if lasting:
+            os.fsync(fd)
+    finally:
+        os.close(fd)
+    try:
+        syscall("renameat2", AT_FDCWD, spare, AT_FDCWD, path, RENAME_EXCHANGE)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # not every file system can
+            raise
+        os.rename(spare, path)
+    if lasting:
+        sync(os.path.dirname(path))
+
+
 def known():
     """All records, as they are written."""
     for id in os.listdir(store("containers", "")):
@@ -10041,7 +10083,8 @@ class changing:
     def __exit__(self, failed, *_):
         try:
             if not failed:
-                save(self.record.path("record.json"), vars(self.record), self.lasting)
+                exchange(self.record.path("record.json"), vars(self.record),
+                         self.lasting)
         finally:
             os.close(self.lock)
 
@@ -10377,6 +10420,14 @@ def take_any_name(id):
     raise Fail("there is no free name", "--name takes any")
 
 
+def owner_of(path):
+    """Whose a link of ids/ or names/ is; "" if there is none."""
+    try:
+        return os.readlink(path)
+    except OSError:
+        return ""
+
+
 def discard(record, volumes=True):
     """Remove a container that has ended, with its ids, its name, and the volumes that
     nobody has named.
@@ -10389,10 +10440,9 @@ def discard(record, volumes=True):
             remove_volume(name)
     announce(record, "destroy")
     slot = (record.first_id - CONTAINER_IDS[0]) // CONTAINER_IDS[1]
-    for kind, name in (("ids", str(slot)), ("names", record.name)):
-        path = store(kind, name)
-        if name and os.path.islink(path) and os.readlink(path) == record.id:
-            os.unlink(path)
+    for path in store("ids", str(slot)), store("names", record.name):
+        if owner_of(path) == record.id:
+            take_away_file(path)
 
 
 def booted():
@@ -11124,7 +11174,7 @@ def accompany(client, shim, options, name):
 
     Who has a terminal may leave, and then somebody has to stay, so the shim is a fork.
     Without one, this process will do for both, and is quicker: 8 ms."""
-    if client.tty or shim.outlives:
+    if client.tty or shim.outlives or not client.outputs:
         news = client.stay(leave_to(shim))
     else:
         news = client.attend(shim)
@@ -11145,16 +11195,29 @@ def run_it(options, made, steps, client):
     record, spec, held_ = made
     shim = Life(record, spec, held_, steps, keep=False, typing=client and client.typing)
     if client:
-        return accompany(client, shim, options, record.name)
-    see_start(leave_to(shim))
-    print(record.id)
-    return 0
+        code = accompany(client, shim, options, record.name)
+    else:
+        code = see_start(leave_to(shim))
+    if not (client and client.outputs):
+        print(record.id)
+    return code or 0
+
+
+def attached(options):
+    """The streams that `run` attaches to: those that --attach names, or all."""
+    names = {text.lower() for text in options.attach}
+    if names - {"stdin", "stdout", "stderr"}:
+        raise Fail(f"invalid argument {options.attach[-1]!r} for -a, --attach: valid "
+                   "streams are STDIN, STDOUT and STDERR", options.hint)
+    if names and options.detach:
+        raise Fail("Conflicting options: -a and -d", "leave one of them out")
+    return names or {"stdin", "stdout", "stderr"}
 
 
 @command("run", *RUN_OPTIONS, *OF_CREATE)
 def run_command(options):
     """Run a command in a new container."""
-    keys = detach_keys(options.detach_keys)
+    keys, streams = detach_keys(options.detach_keys), attached(options)
     if not options.detach:
         check_terminal(options)
     with adding():  # nothing is swept away that this container is about to use
@@ -11166,8 +11229,9 @@ def run_command(options):
         if options.tty and open_console not in steps[-1]:
             options.tty = False
             args += ["-i", "+m"] * (not options.words)  # --stop-after: a prompt even so
-        client = None if options.detach else Client(options.tty, options.interactive,
-                                                    keys, owner=True)
+        client = None if options.detach else Client(
+            options.tty, options.interactive and "stdin" in streams, keys, True,
+            b"".join(Shim.OUTPUTS[name] for name in streams - {"stdin"}))
         made = create(options, args)
     try:
         return run_it(options, made, steps, client)
@@ -12052,16 +12116,6 @@ def exec_command(options):
                      options, f"a process in {record.name}")
 
 
-def free_links(kind, still):
-    """Remove those links of ids/ or names/ that lead to no id that still(id)."""
-    for name in os.listdir(os.path.dirname(store(kind, "x"))):
-        try:
-            if not still(os.readlink(store(kind, name))):
-                os.unlink(store(kind, name))
-        except FileNotFoundError:  # its owner has just done the same
-            pass
-
-
 # ── the files of a container ──
 #
 # What a container has changed lies in `upper`, with overlay's marks for what is gone;
@@ -12225,14 +12279,31 @@ class looking_into:
 # unpacks layers writes it: below a descriptor, and through no symlink.
 
 
-def read_tree(open_, path):
+def followed(open_, path):
+    """Where the symlinks lead that a path may end in."""
+    for _ in range(40):  # as many as the kernel follows
+        top, name = os.path.split(path.rstrip("/"))
+        parent = open_(top or "/", O_PATH | O_DIRECTORY)
+        try:
+            path = os.path.join(top, os.readlink(name, dir_fd=parent))
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # what is no symlink
+                raise
+            return path
+        finally:
+            os.close(parent)
+    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+
+
+def read_tree(open_, path, follow):
     """(name, only what is in it, entries) of what there is to copy at a path."""
     inside_only = path.endswith("/.") or path == "."
-    whole_ = os.path.normpath(path)
+    name = os.path.basename(os.path.normpath(path)) or "."
+    whole_ = os.path.normpath(followed(open_, path) if follow else path)
     parent = open_(os.path.dirname(whole_) or ".", O_PATH | O_DIRECTORY)
-    name = os.path.basename(whole_) or "."
-    os.stat(name, dir_fd=parent, follow_symlinks=False)
-    return name, inside_only or name == ".", tree_entries(parent, name, 0)
+    there = os.path.basename(whole_) or "."
+    os.stat(there, dir_fd=parent, follow_symlinks=False)
+    return name, inside_only or name == ".", tree_entries(parent, there, 0)
 
 
 def write_tree(open_, path, name, inside_only, entries):
@@ -12271,17 +12342,18 @@ def owned(entries, owner, change):
         yield entry
 
 
-def copy_outside(record, path, target, as_it_is):
+def copy_outside(record, path, target, options):
     """Copy from a container to a path of the host, or to a tarball."""
     import tarfile
 
     with looking_into(record, path) as (open_, base):
         try:
-            name, inside_only, entries = read_tree(open_, f"/{path.lstrip('/')}")
+            name, inside_only, entries = read_tree(open_, f"/{path.lstrip('/')}",
+                                                   options.follow_link)
         except (FileNotFoundError, NotADirectoryError):
             raise Fail(f"Could not find the file {path} in container {record.name}",
                        "see `diff` and `export`", 1) from None
-        kept = as_it_is or target == "-"
+        kept = options.archive or target == "-"
         entries = owned(entries, 0, lambda id: (id - base * (id >= base)) * kept)
         if target != "-":
             home = os.path.abspath(target) + "/" * target.endswith("/")
@@ -12295,14 +12367,15 @@ def copy_outside(record, path, target, as_it_is):
                 out.addfile(tar_header(entry), entry.stream)
 
 
-def copy_inside(record, source, path, as_it_is):
+def copy_inside(record, source, path, options):
     """Copy from a path of the host, or from a tarball, to a container."""
     path = f"/{path.lstrip('/')}"
     with looking_into(record, path) as (open_, base):
         if source != "-":
-            name, inside_only, entries = read_tree(os.open, os.path.abspath(source) +
-                                                   "/." * source.endswith(("/.", "/")))
-            entries = owned(entries, base, lambda id: id * as_it_is)
+            name, inside_only, entries = read_tree(
+                os.open, os.path.abspath(source) + "/." * source.endswith(("/.", "/")),
+                options.follow_link)
+            entries = owned(entries, base, lambda id: id * options.archive)
             write_tree(open_, path, name, inside_only, entries)
             return
         with open(0, "rb", closefd=False) as stdin:
@@ -12319,6 +12392,8 @@ def copy_inside(record, source, path, as_it_is):
 
 
 @command("cp", arg("-a", "--archive", action="store_true", help="keep owners"),
+         arg("-L", "--follow-link", action="store_true",
+             help="of a symlink, copy what it leads to"),
          arg("-q", "--quiet", action="store_true", help="there is no progress here"),
          arg("source", metavar="CONTAINER:PATH|PATH|-", help="what"),
          arg("target", metavar="CONTAINER:PATH|PATH|-", help="where to"))
@@ -12332,9 +12407,9 @@ def cp_command(options):
                    "must specify at least one container source", "NAME:PATH", 1)
     try:
         if name:
-            copy_outside(find(name), source, target, options.archive)
+            copy_outside(find(name), source, target, options)
         else:
-            copy_inside(find(other), source, target, options.archive)
+            copy_inside(find(other), source, target, options)
     except (Fail, OSError) as error:
         fail = diagnose(error)
         fail.code = 1
@@ -12359,24 +12434,28 @@ def tell_gone(what, gone):
     print(f"Total reclaimed space: {decimal(sum(gone.values()))}")
 
 
+def remove_ended():
+    """Remove the containers that have ended; {id: bytes that each had written}."""
+    gone = {}
+    for record in records():
+        if record.status not in LIVE:
+            own = sizes(record, record.spec())[0]
+            try:
+                remove_it(record, volumes=False)
+                gone[record.id] = own
+            except Fail:  # it was started meanwhile
+                pass
+    return gone
+
+
 FORCE = arg("-f", "--force", action="store_true", help="do not ask")
 
 
 @command("container prune", FORCE)
 def container_prune_command(options):
     """Remove all containers that have ended."""
-    if not confirm(options, "all stopped containers"):
-        return
-    gone = {}
-    for record in records():
-        if record.status not in LIVE:
-            own = sizes(record, record.spec())[0]
-            try:
-                remove_it(record)
-            except Fail:  # it was started meanwhile
-                continue
-            gone[record.id] = own
-    tell_gone("Containers", gone)
+    if confirm(options, "all stopped containers"):
+        tell_gone("Containers", remove_ended())
 
 
 @command("volume prune", arg("-a", "--all", action="store_true", help="named ones too"),
@@ -12423,39 +12502,76 @@ def start_restart_policies_command(options):
     for_containers(reversed(names), start_it)
 
 
-def clear_up():
-    """Remove what nobody looks after; prints the ids of the containers."""
-    guard = lock(os.path.dirname(store("containers", "x")), fcntl.LOCK_EX)
-    alive, failed = set(), None
-    for id in os.listdir(os.path.dirname(store("containers", "x"))):
+# What a killed command has left is found by comparing all that there is with who is
+# there: the locks of the containers' directories say that.
+
+
+def leftovers():
+    """(what it is, what takes it away) of all that nobody looks after.
+
+    Caller must hold the lock of containers/, or it may just be being made."""
+    top, owners, alive = store("containers", ""), set(), set()
+    for id in os.listdir(top):
         try:
-            held = lock(store("containers", id), fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if held is None:
+            if is_held(top + id):
+                owners.add(id)
                 alive.add(id)
                 continue
-            Cgroup(f"/minicontainer-{id}").remove()
-            try:
-                discard(load(id), volumes=False)
-            except FileNotFoundError:  # it was never finished, or is half removed
-                remove_tree(store("containers", id))
-            os.close(held)
-            print(id)
-        except FileNotFoundError:  # a run --rm has just ended
+        except FileNotFoundError:  # has just been removed
             continue
-        except (OSError, Fail) as error:  # the others are cleared all the same
-            alive.add(id)
-            failed = error
-    free_links("ids", lambda id: id in alive)
-    free_links("names", lambda id: id in alive)
-    for parent in ("layers", "rootfs"):
-        top = os.path.dirname(store(parent, "x"))
-        for name in os.listdir(top):
-            maker = name.split("-")[1] if name.startswith(".new-") else ""
-            if maker and not os.path.exists(f"/proc/{maker}"):
-                remove_tree(f"{top}/{name}")
-    os.close(guard)
-    if failed:
-        raise failed
+        if (group := Cgroup(f"/minicontainer-{id}")).exists():
+            yield (f"control group {group.path}, with {len(group.pids())} processes",
+                   group.remove)
+        try:
+            record = load(id)
+            owners.add(id)
+            if record.status in LIVE:
+                yield (f"record of {record.name}: {record.status}, and nobody looks "
+                       "after it", lambda record=record: settle(record))
+        except FileNotFoundError:
+            yield (f"directory {top}{id}: without a record",
+                   lambda id=id: remove_tree(top + id))
+    for line in read_file("/proc/self/mountinfo").splitlines():
+        place = line.split()[4]
+        if place.startswith((top, store("workshop", ""))):
+            yield f"mount {place}", lambda at=place: syscall(
+                "umount2", at, MNT_DETACH, why="it is nobody's")
+    for name in os.listdir(store("endpoints", "")):
+        if (id := name.removesuffix(".json")) not in alive:
+            yield f"endpoint of {id} on a network", lambda id=id: disconnect(id)
+    for path in (store(kind, name) for kind in ("ids", "names")
+                 for name in os.listdir(store(kind, ""))):
+        if owner_of(path) not in owners:
+            yield f"link {path}: of no container", lambda at=path: take_away_file(at)
+    for path in (store(kind, name) for kind in ("layers", "rootfs", "ingest")
+                 for name in os.listdir(store(kind, "")) if name.startswith(".new-")):
+        if not os.path.exists(f"/proc/{os.path.basename(path).split('-')[1]}"):
+            yield f"unfinished {path}", lambda at=path: (
+                remove_tree if os.path.isdir(at) else take_away_file)(at)
+
+
+def clear_away(say_it, only_look=False):
+    """Take away what nobody looks after; whether there was anything."""
+    def clear(found):
+        what, take = found
+        if say_it:
+            print(what, flush=True)
+        try:
+            if not only_look:
+                take()
+        except OSError as error:
+            raise diagnose(error) from None
+    with held("containers", fcntl.LOCK_EX):
+        found = list(leftovers())
+        for_each(found, clear)
+    return bool(found)
+
+
+@command("gc", arg("--check", action="store_true",
+                   help="only tell; the exit code is 1 if there is anything"))
+def gc_command(options):
+    """Take away what killed commands have left, and tell what that was."""
+    return int(clear_away(True, options.check) and options.check)
 
 
 @command("system prune", FORCE, arg("-a", "--all", action="store_true",
@@ -12463,9 +12579,10 @@ def clear_up():
          arg("--volumes", action="store_true", help="also volumes without a name"))
 def system_prune_command(options):
     """Remove all containers that have ended, and what killed commands left behind."""
-    clear_up()
-    options.force = True  # what was asked for in words needs no question
-    options.filter = []
+    clear_away(False)
+    for id in remove_ended():
+        print(id)
+    options.force, options.filter = True, []  # asked for in words: no question
     if options.all:
         image_prune_command(options)
     options.all = False
