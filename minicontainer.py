@@ -5208,6 +5208,8 @@ def features_command_oci(options):
 #
 # Man pages: tar(5), ld.so(8); the OCI image specification.
 
+calls(syncfs=(306, 267, "fd"))
+
 STORE = os.path.abspath(os.environ.get("MINICONTAINER_ROOT")
                         or "/var/lib/minicontainer")
 PARENTS = set()  # directories of the store that are there
@@ -5262,21 +5264,24 @@ def take_away_file(path):
 
 
 def remove_tree(path):
-    """Remove a directory and all that is in it, however deep, without recursion.
+    """Remove a directory and all that is in it, however deep, without recursion; the
+    bytes of its files.
 
     Each pass moves the grandchildren up to the top and removes the emptied children,
     so no path is longer than two names and no symlink is ever followed.
     """
     from itertools import islice
 
-    serial, mark = 0, f".removed-{os.urandom(8).hex()}"
+    freed, serial, mark = 0, 0, f".removed-{os.urandom(8).hex()}"
 
     def empty(fd, keep):
+        nonlocal freed
         while entries := list(islice(os.scandir(fd), 10_000)):  # bounds the memory
             for entry in entries:
                 if entry.is_dir(follow_symlinks=False):
                     keep(fd, entry.name)
                 else:
+                    freed += entry.stat(follow_symlinks=False).st_size
                     os.unlink(entry.name, dir_fd=fd)
 
     def move_up(fd, name):
@@ -5293,39 +5298,46 @@ def remove_tree(path):
     try:
         top = os.open(path, FOLDER)
     except FileNotFoundError:
-        return
+        return 0
     try:
         empty(top, remove)
     finally:
         os.close(top)
     os.rmdir(path)
+    return freed
 
 
 def new_directory(parent, make):
-    """make(path) in a fresh directory of the store that is removed if it fails.
+    """(a fresh directory of the store, what make(directory) says); gone if that fails.
 
     An unfinished one is named .new-… and is never looked at by anybody but prune.
     """
     path = store(parent, f".new-{os.getpid()}-{os.urandom(4).hex()}")
     os.mkdir(path, 0o755)
     try:
-        make(path)
+        return path, make(path)
     except BaseException:
         remove_tree(path)
         raise
-    return path
 
 
 def publish(path, name):
     """Give a finished directory its name in the store, all at once (P3); the loser of
-    a race finds that the same has been made already."""
-    target = os.path.join(os.path.dirname(path), name)
+    a race finds that the same has been made already.
+
+    First the disk must have it: after a power cut a name without its content would be
+    taken for good.  syncfs does that for all of its files together.
+    """
+    target, top = os.path.join(os.path.dirname(path), name), os.open(path, FOLDER)
     try:
+        syscall("syncfs", top)
         os.rename(path, target)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
         remove_tree(path)
+    finally:
+        os.close(top)
     return target
 
 
@@ -5561,6 +5573,7 @@ class TarReader:
         self.file, self.title = file, title
         self.common = {}  # what a header of kind g has said
         self.left = 0  # bytes of the content that are still to be read
+        self.bytes = 0  # of all files so far
 
     def exactly(self, length):
         """The next bytes."""
@@ -5586,6 +5599,7 @@ class TarReader:
     def __iter__(self):
         """Every entry, while they stay within bounds."""
         most, count, notes, room = layer_bytes(), 0, {}, HEADER_BYTES
+        at_most = f"unpacks to more than {human(most)}"
         entries = whole("$MINICONTAINER_LAYER_ENTRIES", os.environ.get(
             "MINICONTAINER_LAYER_ENTRIES") or f"{LAYER_ENTRIES}", 1)
         while (head := self.exactly(512)) != ZEROS[:512]:
@@ -5600,8 +5614,9 @@ class TarReader:
                 notes.update(self.extension(field["kind"], field["size"]))
                 continue
             entry = self.entry(field, {**self.common, **notes})
-            most, count, notes, room = most - entry.size, count + 1, {}, HEADER_BYTES
-            self.bounded(most < 0, f"unpacks to more than {human(layer_bytes())}")
+            count, notes, room = count + 1, {}, HEADER_BYTES
+            self.bytes += entry.size
+            self.bounded(self.bytes > most, at_most)
             self.bounded(count > entries, f"has more than {entries} entries")
             padding = -self.left % 512
             yield entry
@@ -5657,7 +5672,7 @@ class TarReader:
         entry.stream, self.left, link = self, size, text("link", b"linkpath")
         entry.link, entry.hard = ("", link) if kind == b"1" else (link, "")
         if kind in b"34":
-            entry.device = os.makedev(*(tar_number(field[key])
+            entry.device = os.makedev(*(tar_number(field[key]) % (1 << 20)
                                         for key in ("major", "minor")))
         entry.xattrs = {os.fsdecode(key[13:]): value for key, value in notes.items()
                         if key.startswith(b"SCHILY.xattr.")}
@@ -5913,8 +5928,8 @@ class Layer:
 
 
 def unpack(path, top, title=None):
-    """Unpack a tarball as a layer into the directory `top`; the digest of its plain
-    form.  Errors call it by its title."""
+    """Unpack a tarball as a layer into the directory `top`: the digest of its plain
+    form, and the bytes of its files.  Errors call it by its title."""
     title = title or path
     with Layer(top) as layer, Tarball(path, title) as tarball:
         try:
@@ -5923,7 +5938,7 @@ def unpack(path, top, title=None):
             if isinstance(error, EOFError):
                 tarball.digest()  # if it could not be decompressed, that is why
             raise damaged(title, error) from None
-        return tarball.digest()
+        return tarball.digest(), tarball.bytes
 
 
 def sha256(file):
@@ -5940,17 +5955,15 @@ def layer_of(path):
     """The directory of a --rootfs: itself, or where its tarball is unpacked."""
     if os.path.isdir(path):
         return os.path.realpath(path)
-    if not os.path.exists(path):
-        raise Fail(f"--rootfs {path}: no such file or directory",
-                   "a directory or a tarball; ./rootfs-fetch.sh gets a real one")
     if not os.path.isfile(path):
-        raise Fail(f"--rootfs {path}: neither a directory nor a tarball", "")
+        raise Fail(f"--rootfs {path}: " + ("neither a directory nor a tarball"
+                   if os.path.exists(path) else "no such file or directory"),
+                   "a directory or a tarball; ./rootfs-fetch.sh gets a real one")
     with open(path, "rb") as file:
-        digest = sha256(file)
-    target = store("layers", digest[7:])
-    if os.path.isdir(target):
-        return target
-    return publish(new_directory("layers", lambda top: unpack(path, top)), digest[7:])
+        digits = hex_of(sha256(file))
+    target = store("layers", digits)
+    return target if os.path.isdir(target) else publish(
+        new_directory("layers", lambda top: unpack(path, top))[0], digits)
 
 
 # ── layers as a copy ──
@@ -6143,8 +6156,7 @@ def default_rootfs():
     if there is none yet."""
     default = store("rootfs", "default")
     if not os.path.isdir(default):
-        made = new_directory("rootfs", make_host_rootfs)
-        publish(made, "host")
+        publish(new_directory("rootfs", make_host_rootfs)[0], "host")
         link = f"{default}.{os.getpid()}"
         os.symlink("host", link)
         os.replace(link, default)
@@ -6171,6 +6183,12 @@ DESCRIPTOR_FORM = {"mediaType": str, "digest": str, "size": range(1 << 50),
                    "platform": {"os": str, "architecture": str, "variant": str}}
 MANIFEST_FORM = {"mediaType": str, "config": DESCRIPTOR_FORM,
                  "layers": [DESCRIPTOR_FORM], "manifests": [DESCRIPTOR_FORM]}
+PART = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
+NAME_FORM = (  # the first part is a host if it has a dot, a port or a capital letter
+    r"(?:(?=localhost/|[^/]*[.:A-Z])(?P<host>(?:\[[0-9a-fA-F:]+\]|"
+    r"[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?)(?::[0-9]{1,5})?)/)?"
+    rf"(?P<path>{PART}(?:/{PART})*)(?::(?P<tag>\w[\w.-]{{0,127}}))?"
+    r"(?:@(?P<digest>sha256:[0-9a-f]{64}))?")
 CONFIG_FORM = {
     "created": str, "author": str, "architecture": str, "os": str, "variant": str,
     "rootfs": {"diff_ids": [str]},
@@ -6185,27 +6203,16 @@ def full_name(text):
     docker.io/library/busybox:latest; or a Fail in Docker's words."""
     import re
 
-    name, at, digest = text.partition("@")
-    host, slash, path = name.partition("/")
-    if not slash or not (host == "localhost" or set(".:") & set(host)
-                         or host != host.lower()):
-        host, path = "docker.io", name
-    path, colon, tag = path.partition(":")
-    if path != path.lower():
-        raise Fail(f"invalid reference format: repository name ({path}) must be "
-                   "lowercase", "as in alpine:3.20")
-    if host in ("docker.io", "index.docker.io"):
-        host, path = "docker.io", path if "/" in path else f"library/{path}"
-    part = r"[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*"
-    where = r"(\[[0-9a-fA-F:]+\]|[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?)(:[0-9]{1,5})?"
-    if not (re.fullmatch(where, host)
-            and re.fullmatch(f"{part}(/{part})*", path) and len(name) < 256
-            and re.fullmatch(r"\w[\w.-]{0,127}" if colon else "", tag, re.ASCII)
-            and re.fullmatch("sha256:[0-9a-f]{64}" if at else "", digest)
-            and not re.fullmatch("[0-9a-f]{64}", text)):
+    found = re.fullmatch(NAME_FORM, text, re.ASCII)
+    if not found or len(text.partition("@")[0]) > 255 or (
+            re.fullmatch("[0-9a-f]{64}", text)):
         raise Fail(f"invalid reference format: {text!r}",
-                   "[HOST[:PORT]/]NAME[:TAG] or NAME@sha256:…, as in alpine:3.20")
-    return f"{host}/{path}@{digest}" if at else f"{host}/{path}:{tag or 'latest'}"
+                   "[HOST[:PORT]/]NAME[:TAG] or NAME@sha256:…, in lower case, as in "
+                   "alpine:3.20")
+    host, path, tag, digest = found.groups()
+    if host in (None, "docker.io", "index.docker.io"):
+        host, path = "docker.io", path if "/" in path else f"library/{path}"
+    return f"{host}/{path}@{digest}" if digest else f"{host}/{path}:{tag or 'latest'}"
 
 
 def short_name(ref):
@@ -6231,6 +6238,16 @@ def hex_of(digest):
 def blob_path(digest):
     """Where the store has what has this digest."""
     return store("images", "blobs", "sha256", hex_of(digest))
+
+
+def diff_ids_of(config):
+    """The digests of an image's layers as plain tarballs, as its config has them."""
+    return (config.get("rootfs") or {}).get("diff_ids") or []
+
+
+def layer_path(diff_id):
+    """Where the store has a layer unpacked."""
+    return store("layers", hex_of(diff_id))
 
 
 def parsed(raw, what, form):
@@ -6307,21 +6324,16 @@ def with_name(entry, ref):
     return {**entry, "annotations": {**notes, **names}}
 
 
-def untag(entries, ref):
-    """Take a name away; an image without any keeps an entry, to be seen and pruned."""
-    for entry in [entry for entry in entries if name_of(entry) == ref]:
-        entries.remove(entry)
-        if all(other["digest"] != entry["digest"] for other in entries):
-            entries.append(with_name(entry, ""))
-
-
-def point(entries, ref, entry):
-    """Have a name mean an image, whatever it meant before."""
-    untag(entries, ref)
-    entries[:] = [other for other in entries
-                  if name_of(other) or other["digest"] != entry["digest"]]
-    if ref or all(other["digest"] != entry["digest"] for other in entries):
-        entries.append(with_name(entry, ref))
+def point(entries, ref, entry=None):
+    """Have a name mean an image, whatever it meant before, or none any more; an image
+    without a name keeps an entry, to be seen and pruned."""
+    old = [other for other in entries if name_of(other) in ("", ref)]
+    entries[:] = [other for other in entries if other not in old]
+    if entry:
+        (entries if ref else old).append(with_name(entry, ref))
+    for other in old:
+        if all(kept["digest"] != other["digest"] for kept in entries):
+            entries.append(with_name(other, ""))
 
 
 def seconds_of(text):
@@ -6347,7 +6359,7 @@ class Image:
         self.config = from_json(read_file(blob_path(self.id)))
         self.names = []
         self.settings = self.config.get("config") or {}
-        self.diff_ids = (self.config.get("rootfs") or {}).get("diff_ids") or []
+        self.diff_ids = diff_ids_of(self.config)
         self.layers = self.manifest.get("layers") or []
         sizes = entry.get("annotations", {}).get(SIZES, "").split()
         self.sizes = list(map(int, sizes)) or [d["size"] for d in self.layers]
@@ -6555,26 +6567,25 @@ def check_layers(manifest, diff_ids):
     return layers
 
 
-def layer_at(diff_id, blob):
-    """The directory of a layer, unpacked from its blob unless it is there: verified."""
-    target = store("layers", hex_of(diff_id))
-
+def unpack_layer(diff_id, blob):
+    """Unpack a layer from its blob, verified; the bytes of its files."""
     def make(top):
-        found = unpack(blob, top)
+        found, bytes_ = unpack(blob, top)
         if found != diff_id:
             raise Fail(f"{blob}: unpacked it is {found}, not the {diff_id} that the "
                        "image's config promises", "the image is damaged or hostile")
+        return bytes_
 
-    if not os.path.isdir(target):
-        publish(new_directory("layers", make), hex_of(diff_id))
-    return target
+    top, bytes_ = new_directory("layers", make)
+    publish(top, hex_of(diff_id))
+    return bytes_
 
 
 def bytes_in(layer):
-    """The sizes of a layer's files added up, as Docker does it."""
+    """The sizes of a directory's files added up, as Docker does it."""
     total, waiting = 0, [layer]
-    for directory in waiting:  # grows while we read it
-        for entry in os.scandir(directory):
+    while waiting:
+        for entry in os.scandir(waiting.pop()):
             if entry.is_dir(follow_symlinks=False):
                 waiting.append(entry.path)
             elif entry.is_file(follow_symlinks=False):
@@ -6587,16 +6598,17 @@ def take_layer(source, descriptor, diff_id, tell):
 
     The blob stays: packed again, the layer would have another digest.
     """
-    if os.path.isdir(store("layers", hex_of(diff_id))) and (
-            os.path.exists(blob_path(descriptor["digest"]))):
+    top, bytes_ = layer_path(diff_id), None
+    is_here = os.path.isdir(top)
+    if is_here and os.path.exists(blob_path(descriptor["digest"])):
         tell("Already exists")
-        return bytes_in(store("layers", hex_of(diff_id)))
-    tell("Pulling fs layer")
-    blob = fetch(source, descriptor, tell)
-    tell("Download complete")
-    top = layer_at(diff_id, blob)
-    tell("Pull complete")
-    return bytes_in(top)
+    else:
+        tell("Pulling fs layer")
+        blob = fetch(source, descriptor, tell)
+        tell("Download complete")
+        bytes_ = None if is_here else unpack_layer(diff_id, blob)
+        tell("Pull complete")
+    return bytes_in(top) if bytes_ is None else bytes_
 
 
 def take_image(source, raw, refs, show=lambda *_: None):
@@ -6606,7 +6618,7 @@ def take_image(source, raw, refs, show=lambda *_: None):
         raise Fail("the manifest has no config", "is it the manifest of an image?", 1)
     config = parsed(fetch_small(source, manifest["config"], "config"), "config",
                     CONFIG_FORM)
-    diff_ids = (config.get("rootfs") or {}).get("diff_ids") or []
+    diff_ids = diff_ids_of(config)
     pairs = dict(zip(diff_ids, check_layers(manifest, diff_ids), strict=True))
     sizes = dict(zip(pairs, in_parallel([
         (layer["digest"][7:19], lambda tell, layer=layer, diff_id=diff_id:
@@ -6664,23 +6676,22 @@ class Archive:
     """
 
     def __init__(self, path, title):
-        import tarfile
-
         self.path, self.title = path, title
+        self.names = {}  # digest: the member that has it, if not named after it
         self.members, links = {}, {}  # name: (where, bytes) and name: name
         try:
-            with tarfile.open(path, "r:") as tar:
-                for member in tar:
-                    name = os.path.normpath(member.name)
-                    if member.isfile():
-                        self.members[name] = member.offset_data, member.size
-                    elif member.issym() or member.islnk():
-                        there = os.path.dirname(name) if member.issym() else ""
-                        links[name] = os.path.normpath(f"{there}/{member.linkname}"
-                                                       ).lstrip("/")
+            with open(path, "rb") as file:
+                for entry in TarReader(file, title):
+                    name = os.path.normpath(entry.name)
+                    if stat.S_ISREG(entry.mode) and not entry.hard:
+                        self.members[name] = file.tell(), entry.size
+                    elif entry.hard or entry.link:
+                        above = "" if entry.hard else os.path.dirname(name)
+                        links[name] = os.path.normpath(
+                            f"{above}/{entry.hard or entry.link}").lstrip("/")
                     if len(self.members) + len(links) > 100_000:
-                        raise Fail(f"{title}: more files than images have", "", 1)
-        except (tarfile.TarError, ValueError, EOFError, IndexError, OSError) as error:
+                        raise ValueError("more files than images have")
+        except (ValueError, EOFError) as error:
             raise Fail(f"{title}: not an archive of images: {str(error):.80}",
                        "what `save` wrote is one", 1) from None
         for name, target in links.items():
@@ -6688,7 +6699,6 @@ class Archive:
                 target = links.get(target, target)
             if target in self.members:
                 self.members[name] = self.members[target]
-        self.names = {}  # digest: the member that has it, if not named after it
 
     def patiently(self, do, *args):
         """Do something; there is no second attempt with a file."""
@@ -6711,15 +6721,14 @@ class Archive:
         return self.part(name, at), at
 
     def document(self, name, form):
-        """One of its JSON files, and its bytes."""
+        """One of its JSON files."""
         with self.part(name) as part:
-            raw = part.read(MANIFEST_LIMIT)
-        return parsed(raw, f"{self.title}: {name}", form), raw
+            return parsed(part.read(MANIFEST_LIMIT), f"{self.title}: {name}", form)
 
     def images(self, platform):
         """(manifest, names) of each image in it."""
         if "index.json" in self.members:
-            index, _ = self.document("index.json", MANIFEST_FORM)
+            index = self.document("index.json", MANIFEST_FORM)
             for entry in index.get("manifests") or ():
                 notes = entry.get("annotations") or {}
                 name = notes.get(ALSO_NAME) or notes.get(NAME)
@@ -6727,7 +6736,7 @@ class Archive:
                 yield pick(self, raw, platform), [full_name(name)] if name else []
         elif "manifest.json" in self.members:
             for item in self.document("manifest.json", [
-                    {"Config": str, "RepoTags": [str], "Layers": [str]}])[0]:
+                    {"Config": str, "RepoTags": [str], "Layers": [str]}]):
                 yield self.manifest_of(item), [
                     full_name(tag) for tag in item.get("RepoTags") or ()]
         else:
@@ -6745,9 +6754,8 @@ class Archive:
     def manifest_of(self, item):
         """The manifest of an image in Docker's older form, which has none."""
         config = self.describe(os.path.normpath(item.get("Config") or ""), OCI_CONFIG)
-        said, _ = self.document(self.names[config["digest"]], CONFIG_FORM)
-        diff_ids = (said.get("rootfs") or {}).get("diff_ids") or []
-        layers = []
+        layers, diff_ids = [], diff_ids_of(
+            self.document(self.names[config["digest"]], CONFIG_FORM))
         for name, diff_id in zip(item.get("Layers") or (), diff_ids, strict=False):
             name = os.path.normpath(name)
             with self.part(name) as part:
@@ -7044,7 +7052,7 @@ def history_command(options):
 def inspected(image):
     """What `image inspect` tells, under Docker's keys."""
     history, directories = image.config.get("history") or [{}], [
-        store("layers", hex_of(diff_id)) for diff_id in image.diff_ids]
+        layer_path(diff_id) for diff_id in image.diff_ids]
     size_ = sum(image.sizes)
     return {
         "Id": image.id, "RepoTags": image.tags(), "RepoDigests": image.digests(),
@@ -7162,15 +7170,14 @@ def keep_layer(stream, title):
             packed, old = "", path
             path, digest = spool(plain_pieces(old, title))
             os.unlink(old)
-        diff_id = []
-        made = new_directory("layers", lambda top: diff_id.append(
-            unpack(path, top, title)))
+        made, (diff_id, bytes_) = new_directory(
+            "layers", lambda top: unpack(path, top, title))
         os.rename(path, blob_path(digest))
     finally:
         take_away_file(path)
-    top = publish(made, hex_of(diff_id[0]))
+    publish(made, hex_of(diff_id))
     return {"mediaType": OCI_LAYER + (packed and f"+{packed}"), "digest": digest,
-            "size": os.path.getsize(blob_path(digest))}, diff_id[0], bytes_in(top)
+            "size": os.path.getsize(blob_path(digest))}, diff_id, bytes_
 
 
 def new_image(config, below, made, refs, step):
@@ -7262,10 +7269,9 @@ def sweep(all_of_it=False):
                 if name in keep_ or (parent == "ingest" and not all_of_it):
                     continue
                 if os.path.isdir(path) and not name.startswith(".new-"):
-                    freed += bytes_in(path)
                     new = store(parent, f".new-{os.getpid()}-{name}")
                     os.rename(path, new)
-                    remove_tree(new)
+                    freed += remove_tree(new)
                 elif os.path.isfile(path):
                     freed += os.path.getsize(path)
                     os.unlink(path)
@@ -7313,7 +7319,7 @@ def remove_image(text, force=False):
             split_name(name)[:2] == split_name(ref)[:2] for name in gone)
             and split_name(ref)[:2] not in repositories]
         for ref in gone:
-            untag(entries, ref)
+            point(entries, ref)
             print(f"Untagged: {short_name(ref)}")
         if set(image.names) - set(gone) or users:
             return
@@ -7426,7 +7432,9 @@ def image_layers(image):
     found = {}
     for diff_id, layer in zip(image.diff_ids, image.layers, strict=True):
         found.pop(diff_id, None)
-        found[diff_id] = layer_at(diff_id, blob_path(layer["digest"]))
+        found[diff_id] = layer_path(diff_id)
+        if not os.path.isdir(found[diff_id]):
+            unpack_layer(diff_id, blob_path(layer["digest"]))
     if not found:
         raise Fail(f"image {image.id[7:19]} has no files", "there is nothing to run")
     return list(found.values())
