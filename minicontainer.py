@@ -5391,7 +5391,7 @@ def in_parallel(jobs, show, at_once=3):
                 running[fd] = number, id, pid
             for fd in select.select(list(running), [], [])[0]:
                 number, id, pid = running[fd]
-                text = os.read(fd, BLOCK)  # whole lines: each was one write
+                text = os.read(fd, 1 << 16)  # whole lines: each was one write
                 for news in map(from_json, text.splitlines()):
                     if "fail" in news:
                         raise Fail(*news["fail"])
@@ -5960,7 +5960,7 @@ def layer_of(path):
                    if os.path.exists(path) else "no such file or directory"),
                    "a directory or a tarball; ./rootfs-fetch.sh gets a real one")
     with open(path, "rb") as file:
-        digits = hex_of(sha256(file))
+        digits = sha256(file)[7:]
     target = store("layers", digits)
     return target if os.path.isdir(target) else publish(
         new_directory("layers", lambda top: unpack(path, top))[0], digits)
@@ -6317,6 +6317,11 @@ def name_of(entry):
     return entry.get("annotations", {}).get(NAME, "")
 
 
+def bare(entry):
+    """An entry without what only the store wants to know."""
+    return {key: entry[key] for key in ("mediaType", "digest", "size")}
+
+
 def with_name(entry, ref):
     """An entry like this, with that name or none."""
     notes = {SIZES: entry.get("annotations", {}).get(SIZES, "")}
@@ -6359,6 +6364,7 @@ class Image:
         self.config = from_json(read_file(blob_path(self.id)))
         self.names = []
         self.settings = self.config.get("config") or {}
+        self.labels = self.settings.get("Labels") or {}
         self.diff_ids = diff_ids_of(self.config)
         self.layers = self.manifest.get("layers") or []
         sizes = entry.get("annotations", {}).get(SIZES, "").split()
@@ -6812,7 +6818,7 @@ def write_archive(chosen, file):
                     blob)
         entries = []
         for image, names in chosen:
-            entry = {key: image.entry[key] for key in ("mediaType", "digest", "size")}
+            entry = bare(image.entry)
             entries += [{**entry, "annotations": {NAME: name, ALSO_NAME: name}}
                         for name in names] or [entry]
         add_json("index.json", {"schemaVersion": 2, "mediaType": OCI_INDEX,
@@ -6871,29 +6877,19 @@ def from_template(template, value):
     import re
     import shlex
 
-    def field(path):
-        found = value
-        for name in filter(None, path.split(".")):
-            if not isinstance(found, dict) or name not in found:
-                raise Fail(f"template: no field {name!r} in {path}",
-                           "--format '{{json .}}' shows what there is", 1)
-            found = found[name]
-        return found
-
     def replace(match):
         try:
             words = shlex.split(match[1])
-            how, path, *keys = words if len(words) > 1 else ["", *words]
-            found = field(path)
-            for key in keys:
+            how, path, *keys = words if len(words) > 1 else ["index", *words]
+            found = value
+            for key in [*filter(None, path.split(".")), *keys]:
                 found = found[int(key) if isinstance(found, list) else key]
+            return {"index": go_value, "json": to_json,
+                    "len": lambda found: str(len(found))}[how](found)
         except (ValueError, KeyError, IndexError, TypeError):
-            how = "wrong"
-        if how not in ("", "json", "len", "index"):
-            raise Fail(f"template: {match[0]} is not possible",
-                       "{{.A.B}}, {{json .A}}, {{len .A}} and {{index .A 0}} are", 1)
-        return (to_json(found) if how == "json" else str(len(found)) if how == "len"
-                else go_value(found))
+            raise Fail(f"template: {match[0]} is not possible", "{{.A.B}}, {{len .A}}, "
+                       "{{json .A}}, {{index .A 0}} are, of what '{{json .}}' shows", 1
+                       ) from None
 
     text = template.replace("\\t", "\t").replace("\\n", "\n")
     return re.sub(r"\{\{\s*(.*?)\s*\}\}", replace, text)
@@ -6932,26 +6928,53 @@ def filters_of(texts, known):
     return found
 
 
+def confirm(options, what):
+    """Ask the person, unless --force; whether the answer is yes."""
+    if not options.force:
+        print(f"WARNING! This will remove {what}.\nAre you sure you want to continue? "
+              "[y/N] ", end="", flush=True)
+    return options.force or sys.stdin.readline().strip().lower() == "y"
+
+
 FORMAT = arg("--format", metavar="FORM", help="json, 'table {{.A}}' or '{{.A}} {{.B}}'")
 FILTER = arg("-f", "--filter", metavar="KEY=VALUE", action="append", default=[],
              help="show only such")
 QUIET = arg("-q", "--quiet", action="store_true", help="show only ids")
 NO_TRUNC = arg("--no-trunc", action="store_true", help="show all of everything")
 PLATFORM = arg("--platform", metavar="OS/ARCH", help="of several, the one for this")
+FORCE = arg("-f", "--force", action="store_true", help="do not ask")
 
 
-def moment_of(text):
-    """The Unix time of a date, or of so long ago: 90m, 24h, 1h30m."""
+SPANS = {"ns": 1, "us": 1000, "µs": 1000, "ms": 10 ** 6, "s": 10 ** 9,
+         "m": 60 * 10 ** 9, "h": 3600 * 10 ** 9}
+
+
+def nanoseconds(option, text):
+    """A span of time as Go writes it, 1m30s, in nanoseconds."""
     import re
 
-    ago_ = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
-    if text and ago_:
-        hours, minutes, seconds = (int(part or 0) for part in ago_.groups())
-        return time.time() - hours * 3600 - minutes * 60 - seconds
-    if not (moment := seconds_of(text)):
-        raise Fail(f"no date and no duration: {text!r}",
-                   "as in 2026-01-31T12:00:00Z or 24h", 1)
-    return moment
+    parts = re.findall(r"([\d.]+)(ns|us|µs|ms|s|m|h)", text)
+    try:
+        if text == "0" or parts and "".join(map("".join, parts)) == text:
+            return sum(round(float(count) * SPANS[unit]) for count, unit in parts)
+    except ValueError:
+        pass
+    raise Fail(f"invalid duration {text!r} for {option}", "as in 1m30s, 500ms")
+
+
+def moment(option, text):
+    """The Unix time, in nanoseconds, that a date, a number of seconds or a span of time
+    before now means."""
+    import re
+
+    if found := re.fullmatch(r"(\d+)(?:\.(\d{1,9}))?", text):
+        return int(found[1]) * 10 ** 9 + int((found[2] or "").ljust(9, "0"))
+    form = r"(\d{4}-\d\d-\d\d)(T\d\d:\d\d)?(:\d\d)?(?:\.(\d{1,9}))?(Z|[+-]\d\d:\d\d)?"
+    if found := re.fullmatch(form, text):
+        day, clock, seconds, rest, zone = found.groups()
+        date = f"{day}{clock or 'T00:00'}{seconds or ':00'}{zone or 'Z'}"
+        return seconds_of(date) * 10 ** 9 + int((rest or "").ljust(9, "0"))
+    return time.time_ns() - nanoseconds(option, text)
 
 
 def has_label(labels, asked):
@@ -6960,18 +6983,13 @@ def has_label(labels, asked):
     return key in labels and (not equals or labels[key] == value)
 
 
-def labels_of(image):
-    """An image's labels."""
-    return image.settings.get("Labels") or {}
-
-
 IMAGE_FILTERS = {  # whether one passes KEY=text
     "dangling": lambda image, text: (text == "true") == (not image.names),
-    "label": lambda image, text: has_label(labels_of(image), text),
-    "label!": lambda image, text: not has_label(labels_of(image), text),
+    "label": lambda image, text: has_label(image.labels, text),
+    "label!": lambda image, text: not has_label(image.labels, text),
     "before": lambda image, text: image.created < find_image(text).created,
     "since": lambda image, text: image.created > find_image(text).created,
-    "until": lambda image, text: image.created < moment_of(text),
+    "until": lambda image, text: image.created * 10**9 < moment("until", text),
 }
 
 
@@ -6979,15 +6997,6 @@ def matches(image, wanted):
     """Whether an image passes --filter."""
     return all(IMAGE_FILTERS[key](image, text) for key, texts in wanted.items()
                if key in IMAGE_FILTERS for text in texts)
-
-
-def is_like(row, patterns):
-    """Whether a row of `images` has one of these names, which may have wildcards."""
-    import fnmatch
-
-    return not patterns or any(
-        fnmatch.fnmatchcase(text, pattern) for pattern in patterns
-        for text in (row["Repository"], f"{row['Repository']}:{row['Tag']}"))
 
 
 def image_rows(image, no_trunc):
@@ -7003,8 +7012,7 @@ def image_rows(image, no_trunc):
                "CreatedSince": ago(image.created),
                "CreatedAt": time.strftime("%Y-%m-%d %H:%M:%S +0000 UTC",
                                           time.gmtime(image.created)),
-               "Size": decimal(sum(image.sizes)), "Containers": "N/A",
-               "SharedSize": "N/A", "UniqueSize": "N/A"}
+               "Size": decimal(sum(image.sizes))}
 
 
 LIST_OPTIONS = (
@@ -7017,16 +7025,19 @@ LIST_OPTIONS = (
 @command("images", *LIST_OPTIONS)
 def images_command(options):
     """List the images of the store."""
+    import fnmatch
+
     wanted = filters_of(options.filter, (*IMAGE_FILTERS, "reference"))
     like = wanted.get("reference", []) + [options.repository] * bool(options.repository)
-    columns = {"REPOSITORY": "Repository", "TAG": "Tag", "DIGEST": "Digest",
-               "IMAGE ID": "ID", "CREATED": "CreatedSince", "SIZE": "Size"}
-    if not options.digests:
-        del columns["DIGEST"]
-    print_list(columns, [row for image in all_images() if matches(image, wanted)
-                         for row in image_rows(image, options.no_trunc)
-                         if is_like(row, like)],
-               options.format, "ID" if options.quiet else "")
+    rows = [row for image in all_images() if matches(image, wanted)
+            for row in image_rows(image, options.no_trunc)
+            if not like or any(fnmatch.fnmatchcase(text, pattern) for pattern in like
+                               for text in (row["Repository"],
+                                            f"{row['Repository']}:{row['Tag']}"))]
+    digest = {"DIGEST": "Digest"} if options.digests else {}
+    print_list({"REPOSITORY": "Repository", "TAG": "Tag", **digest, "IMAGE ID": "ID",
+                "CREATED": "CreatedSince", "SIZE": "Size"}, rows, options.format,
+               "ID" if options.quiet else "")
 
 
 @command("history", QUIET, NO_TRUNC, FORMAT,
@@ -7051,22 +7062,21 @@ def history_command(options):
 
 def inspected(image):
     """What `image inspect` tells, under Docker's keys."""
-    history, directories = image.config.get("history") or [{}], [
-        layer_path(diff_id) for diff_id in image.diff_ids]
-    size_ = sum(image.sizes)
+    history, size_ = image.config.get("history") or [{}], sum(image.sizes)
+
+    def said(key):
+        return image.config.get(key) or ""
+
     return {
         "Id": image.id, "RepoTags": image.tags(), "RepoDigests": image.digests(),
         "Parent": "", "Comment": history[-1].get("comment") or "",
-        "Created": image.config.get("created") or "", "DockerVersion": "",
-        "Author": image.config.get("author") or "", "Config": image.settings,
-        "Architecture": image.config.get("architecture") or "",
-        "Variant": image.config.get("variant") or "",
-        "Os": image.config.get("os") or "", "Size": size_, "VirtualSize": size_,
-        "GraphDriver": {"Name": "overlay",
-                        "Data": {"LowerDir": ":".join(reversed(directories))}},
+        "Created": said("created"), "DockerVersion": "", "Author": said("author"),
+        "Config": image.settings, "Architecture": said("architecture"),
+        "Variant": said("variant"), "Os": said("os"), "Size": size_,
+        "VirtualSize": size_, "GraphDriver": {"Name": "overlay", "Data": {
+            "LowerDir": ":".join(map(layer_path, reversed(image.diff_ids)))}},
         "RootFS": {"Type": "layers", "Layers": image.diff_ids},
-        "Descriptor": {key: image.entry[key] for key in ("mediaType", "digest",
-                                                         "size")}}
+        "Descriptor": bare(image.entry)}
 
 
 def for_each(names, do):
@@ -7108,41 +7118,40 @@ def image_inspect_command(options):
 # ── images made, named and removed ──
 
 
+CHANGES = {"CMD": "Cmd", "ENTRYPOINT": "Entrypoint", "ENV": "Env", "LABEL": "Labels",
+           "EXPOSE": "ExposedPorts", "VOLUME": "Volumes", "USER": "User",
+           "WORKDIR": "WorkingDir", "STOPSIGNAL": "StopSignal"}
+
+
 def take_change(settings, text):
     """Apply one line of a Dockerfile, of those that only change the config."""
     import shlex
 
     word, _, rest = text.strip().partition(" ")
-    word, rest = word.upper(), rest.strip()
-    keys = {"CMD": "Cmd", "ENTRYPOINT": "Entrypoint", "ENV": "Env", "LABEL": "Labels",
-            "EXPOSE": "ExposedPorts", "VOLUME": "Volumes", "USER": "User",
-            "WORKDIR": "WorkingDir", "STOPSIGNAL": "StopSignal"}
-    if word not in keys or not rest:
-        raise Fail(f"--change {text!r}: not possible", f"{', '.join(keys)}, each with "
-                   "what it takes in a Dockerfile", 1)
+    word, rest, key = word.upper(), rest.strip(), CHANGES.get(word.upper())
+    if not key or not rest:
+        raise Fail(f"--change {text!r}: not possible", f"{', '.join(CHANGES)}, each "
+                   "with what it takes in a Dockerfile", 1)
+    listed = parsed(rest, f"--change {text!r}", [str]) if rest[0] == "[" else None
     try:
-        words = from_json(rest) if rest[0] == "[" else None
-        split = shlex.split(rest)
+        words = listed or shlex.split(rest)
     except ValueError as error:
         raise Fail(f"--change {text!r}: {error}", "as in a Dockerfile", 1) from None
     if word in ("CMD", "ENTRYPOINT"):
-        settings[keys[word]] = ["/bin/sh", "-c", rest] if words is None else words
+        settings[key] = ["/bin/sh", "-c", rest] if listed is None else listed
     elif word in ("ENV", "LABEL"):
-        pairs = dict(item.partition("=")[::2] for item in split)
-        if "=" not in split[0]:  # the older form, ENV NAME VALUE
-            pairs = {split[0]: rest.partition(" ")[2].strip()}
-        old = settings.get(keys[word]) or {}
-        if word == "ENV":
-            old = dict(line.partition("=")[::2] for line in old)
-        pairs = {**old, **pairs}
-        settings[keys[word]] = pairs if word == "LABEL" else [
+        pairs = {words[0]: rest.partition(" ")[2].strip()} if "=" not in words[0] else (
+            dict(item.partition("=")[::2] for item in words))  # ENV NAME VALUE is older
+        pairs = {**dict(settings.get(key) or {} if word == "LABEL" else (
+            line.partition("=")[::2] for line in settings.get(key) or ())), **pairs}
+        settings[key] = pairs if word == "LABEL" else [
             f"{name}={value}" for name, value in pairs.items()]
     elif word in ("EXPOSE", "VOLUME"):
-        items = [f"{item}/tcp" if word == "EXPOSE" and "/" not in item else item
-                 for item in words or split]
-        settings.setdefault(keys[word], {}).update({item: {} for item in items})
+        settings[key] = {**(settings.get(key) or {}), **{
+            item if word == "VOLUME" or "/" in item else f"{item}/tcp": {}
+            for item in words}}
     else:
-        settings[keys[word]] = rest
+        settings[key] = rest
 
 
 def open_import(text):
@@ -7263,41 +7272,42 @@ def sweep(all_of_it=False):
             keep_.update(map(hex_of, [*image.blobs(), *image.diff_ids]))
         for _, notes in containers():
             keep_.update(map(os.path.basename, from_json(notes.get(OF_LAYERS, "[]"))))
-        for parent in ("images/blobs/sha256", "ingest", "layers"):
-            for name in os.listdir(store(parent, "")):
+        for parent in ("images/blobs/sha256", "layers", *["ingest"] * all_of_it):
+            for name in set(os.listdir(store(parent, ""))) - keep_:
                 path = store(parent, name)
-                if name in keep_ or (parent == "ingest" and not all_of_it):
-                    continue
-                if os.path.isdir(path) and not name.startswith(".new-"):
+                if not os.path.isdir(path):
+                    freed += os.path.getsize(path)
+                    os.unlink(path)
+                elif not name.startswith(".new-"):
                     new = store(parent, f".new-{os.getpid()}-{name}")
                     os.rename(path, new)
                     freed += remove_tree(new)
-                elif os.path.isfile(path):
-                    freed += os.path.getsize(path)
-                    os.unlink(path)
         return freed
 
 
 def check_removable(image, text, by_name, force):
-    """Refuse, in Docker's words, to remove an image that is in use."""
+    """Refuse, in Docker's words, to remove an image that is in use; who uses it."""
     short = image.id[7:19]
     users = [id for id, notes in containers() if notes.get(OF_IMAGE) == image.id]
-    running = [id for id in users if is_held(store("containers", id))]
-    if by_name and (len(image.tags()) > 1 or force or not users):
-        return users
+    running = [id[:12] for id in users if is_held(store("containers", id))]
+
+    def conflict(what, why, hint):
+        raise Fail(f"conflict: unable to {what} {why}", hint, 1)
+
     if by_name:
-        raise Fail(f"conflict: unable to remove repository reference {text!r} (must "
-                   f"force) - container {users[0][:12]} is using its referenced image "
-                   f"{short}", "`system prune` removes containers that have ended", 1)
-    if running:
-        raise Fail(f"conflict: unable to delete {short} (cannot be forced) - image is "
-                   f"being used by running container {running[0][:12]}", "end it", 1)
-    if users and not force:
-        raise Fail(f"conflict: unable to delete {short} (must be forced) - image is "
-                   f"being used by stopped container {users[0][:12]}", "-f", 1)
-    if len({tag.rpartition(":")[0] for tag in image.tags()}) > 1 and not force:
-        raise Fail(f"conflict: unable to delete {short} (must be forced) - image is "
-                   "referenced in multiple repositories", "-f", 1)
+        if users and not force and len(image.tags()) == 1:
+            conflict(f"remove repository reference {text!r} (must force) - container",
+                     f"{users[0][:12]} is using its referenced image {short}",
+                     "`system prune` removes containers that have ended")
+    elif running:
+        conflict(f"delete {short} (cannot be forced) - image is being used by running "
+                 "container", running[0], "end it")
+    elif not force and users:
+        conflict(f"delete {short} (must be forced) - image is being used by stopped "
+                 "container", users[0][:12], "-f")
+    elif not force and len({tag.rpartition(":")[0] for tag in image.tags()}) > 1:
+        conflict(f"delete {short} (must be forced) - image is", "referenced in "
+                 "multiple repositories", "-f")
     return users
 
 
@@ -7314,21 +7324,19 @@ def remove_image(text, force=False):
         users = check_removable(image, text, by_name, force)
         gone = [full_name(text)] if by_name else list(image.names)
         left = [ref for ref in image.names if ref not in gone]
-        repositories = {split_name(ref)[:2] for ref in left if "@" not in ref}
-        gone += [ref for ref in left if "@" in ref and any(
-            split_name(name)[:2] == split_name(ref)[:2] for name in gone)
-            and split_name(ref)[:2] not in repositories]
+        tagged = {split_name(ref)[:2] for ref in left if "@" not in ref}
+        gone += [ref for ref in left if "@" in ref and split_name(ref)[:2] in {
+            split_name(name)[:2] for name in gone} - tagged]
         for ref in gone:
             point(entries, ref)
             print(f"Untagged: {short_name(ref)}")
         if set(image.names) - set(gone) or users:
             return
         entries[:] = [entry for entry in entries if Image(entry).id != image.id]
-    print(f"Deleted: {image.id}")
     kept = {diff_id for other in all_images() for diff_id in other.diff_ids}
-    for diff_id in reversed(image.diff_ids):
-        if diff_id not in kept:
-            print(f"Deleted: {diff_id}")
+    for digest in [image.id, *reversed(image.diff_ids)]:
+        if digest not in kept:
+            print(f"Deleted: {digest}")
     sweep()
 
 
@@ -7346,22 +7354,17 @@ def rmi_command(options):
     for_each(options.images, lambda text: remove_image(text, options.force))
 
 
-@command("image prune",
+@command("image prune", FORCE,
          arg("-a", "--all", action="store_true", help="all that no container uses"),
-         arg("-f", "--force", action="store_true", help="do not ask"),
          arg("--filter", metavar="KEY=VALUE", action="append", default=[],
              help="only such: until, label, label!"))
 def image_prune_command(options):
     """Remove images that have no name, and what no image needs."""
     need_root()
     wanted = filters_of(options.filter, ("until", "label", "label!"))
-    what = "all images without at least one container associated to them" if (
-        options.all) else "all dangling images"
-    if not options.force:
-        print(f"WARNING! This will remove {what}.\nAre you sure you want to continue? "
-              "[y/N] ", end="", flush=True)
-        if sys.stdin.readline().strip().lower() != "y":
-            return
+    if not confirm(options, "all images without at least one container associated to "
+                   "them" if options.all else "all dangling images"):
+        return
     used = {notes.get(OF_IMAGE) for _, notes in containers()}
     for image in all_images():
         if (options.all or not image.names) and image.id not in used and matches(
@@ -8999,38 +9002,6 @@ def timestamp(moment):
     """A Unix time in nanoseconds as RFC 3339 has it, in UTC."""
     seconds, rest = divmod(moment, 10 ** 9)
     return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{rest:09}Z"
-
-
-SPANS = {"ns": 1, "us": 1000, "µs": 1000, "ms": 10 ** 6, "s": 10 ** 9,
-         "m": 60 * 10 ** 9, "h": 3600 * 10 ** 9}
-
-
-def nanoseconds(option, text):
-    """A span of time as Go writes it, 1m30s, in nanoseconds."""
-    import re
-
-    parts = re.findall(r"([\d.]+)(ns|us|µs|ms|s|m|h)", text)
-    try:
-        if text == "0" or parts and "".join(map("".join, parts)) == text:
-            return sum(round(float(count) * SPANS[unit]) for count, unit in parts)
-    except ValueError:
-        pass
-    raise Fail(f"invalid duration {text!r} for {option}", "as in 1m30s, 500ms")
-
-
-def moment(option, text):
-    """The Unix time, in nanoseconds, that a date, a number of seconds or a span of time
-    before now means."""
-    import re
-
-    if found := re.fullmatch(r"(\d+)(?:\.(\d{1,9}))?", text):
-        return int(found[1]) * 10 ** 9 + int((found[2] or "").ljust(9, "0"))
-    form = r"(\d{4}-\d\d-\d\d)(T\d\d:\d\d)?(:\d\d)?(?:\.(\d{1,9}))?(Z|[+-]\d\d:\d\d)?"
-    if found := re.fullmatch(form, text):
-        day, clock, seconds, rest, zone = found.groups()
-        date = f"{day}{clock or 'T00:00'}{seconds or ':00'}{zone or 'Z'}"
-        return seconds_of(date) * 10 ** 9 + int((rest or "").ljust(9, "0"))
-    return time.time_ns() - nanoseconds(option, text)
 
 
 def log_files(path):
@@ -12246,17 +12217,6 @@ def cp_command(options):
 
 
 # ── clearing up ──
-
-
-def confirm(options, what):
-    """Ask the person, unless --force; whether the answer is yes."""
-    if not options.force:
-        print(f"WARNING! This will remove {what}.\nAre you sure you want to continue? "
-              "[y/N] ", end="", flush=True)
-    return options.force or sys.stdin.readline().strip().lower() == "y"
-
-
-FORCE = arg("-f", "--force", action="store_true", help="do not ask")
 
 
 @command("container prune", FORCE)

@@ -4529,7 +4529,7 @@ def test_images_are_filtered_and_pruned_as_in_docker(image, rootfs_tar, images):
     assert ids("since=old:1") == ids("label!=keep") == ids("label=a.b") == ["thing"]
     assert ids("before=old:1") == ids("label=keep=no") == ids("dangling=true") == []
     assert ids("reference=o*", "before=thing:1") == ["old"]
-    assert "no date" in forked_mini("images", "-f", "until=soon", code=1)
+    assert "invalid duration" in forked_mini("images", "-f", "until=soon", code=125)
     assert "No such image" in forked_mini("images", "-f", "since=nosuch", code=1)
     assert "invalid filter" in forked_mini("image", "prune", "-f", "--filter", "x=y", code=1)
     assert "Untagged" not in forked_mini("image", "prune", "-af", "--filter", "label!=keep",
