@@ -7511,20 +7511,22 @@ CHUNK = 64 << 20  # bytes: a larger blob is uploaded in pieces
 # ── who we are ──
 
 
-def docker_config():
-    """(path, content) of Docker's config.json, where logins are kept."""
+def docker_config(host):
+    """Docker's config.json, where logins are kept: (its path, its content, the key that
+    it has for a registry, the credential helper for that or "")."""
     top = os.environ.get("DOCKER_CONFIG") or os.path.expanduser("~/.docker")
-    path = os.path.realpath(f"{top}/config.json")
-    try:
+    path, config = os.path.realpath(f"{top}/config.json"), {}
+    if os.path.exists(path):
         with open(path, "rb") as file:
-            return path, parsed(file.read(), path, {
+            config = parsed(file.read(), path, {
                 "auths": {}, "credHelpers": {}, "credsStore": str})
-    except FileNotFoundError:
-        return path, {}
+    key = HUB_KEY if host == "docker.io" else host
+    return path, config, key, (config.get("credHelpers") or {}).get(key) or config.get(
+        "credsStore") or ""
 
 
 def ask_helper(name, verb, text):
-    """What a credential helper answers; None if it knows nothing."""
+    """What a credential helper answers; "" if it knows nothing."""
     import subprocess
 
     program = f"docker-credential-{name}"
@@ -7537,12 +7539,7 @@ def ask_helper(name, verb, text):
     if done.returncode and "credentials not found" not in done.stdout:
         raise Fail(f"{program} {verb}: {(done.stdout or done.stderr).strip():.200}", "",
                    1)
-    return None if done.returncode else done.stdout
-
-
-def helper_of(config, key):
-    """The credential helper for a registry, or ""."""
-    return (config.get("credHelpers") or {}).get(key) or config.get("credsStore") or ""
+    return "" if done.returncode else done.stdout
 
 
 def credentials(host):
@@ -7550,11 +7547,10 @@ def credentials(host):
     token instead is "<token>"."""
     import base64
 
-    key, (path, config) = HUB_KEY if host == "docker.io" else host, docker_config()
-    if helper := helper_of(config, key):
-        said = ask_helper(helper, "get", key)
-        said = parsed(said, f"docker-credential-{helper}", {
-            "Username": str, "Secret": str}) if said else {}
+    path, config, key, helper = docker_config(host)
+    if helper:
+        said = parsed(ask_helper(helper, "get", key) or "{}",
+                      f"docker-credential-{helper}", {"Username": str, "Secret": str})
         return [said["Username"], said["Secret"]] if said.get("Secret") else None
     try:
         kept = config["auths"][key]
@@ -7573,18 +7569,16 @@ def keep_credentials(host, user):
     alone (P3), and with a helper not in a file at all."""
     import base64
 
-    key, (path, config) = HUB_KEY if host == "docker.io" else host, docker_config()
+    path, config, key, helper = docker_config(host)
     auths = {**(config.get("auths") or {})}
-    helper = helper_of(config, key)
     known = auths.pop(key, None) is not None or bool(helper)
-    if helper and user:
-        ask_helper(helper, "store", to_json({
-            "ServerURL": key, "Username": user[0], "Secret": user[1]}))
-        auths[key] = {}
-    elif helper:
-        ask_helper(helper, "erase", key)
-    elif user:
-        auths[key] = {"auth": base64.b64encode(":".join(user).encode()).decode()}
+    if helper:
+        ask_helper(helper, *["store", to_json({
+            "ServerURL": key, "Username": user[0], "Secret": user[1]})] if user else [
+            "erase", key])
+    if user:
+        auths[key] = {} if helper else {
+            "auth": base64.b64encode(":".join(user).encode()).decode()}
     os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
     save(path, {**config, "auths": auths})
     return known
@@ -7604,12 +7598,12 @@ def is_loopback(host):
 
 def may_be_insecure(host):
     """Whether http will do for a registry."""
-    try:
-        with open(f"{DOCKER_ETC}/daemon.json", "rb") as file:
-            config = parsed(file.read(), file.name, {"insecure-registries": [str]})
-    except FileNotFoundError:
-        config = {}
-    return is_loopback(host) or host in (config.get("insecure-registries") or ())
+    path = f"{DOCKER_ETC}/daemon.json"
+    if is_loopback(host) or not os.path.exists(path):
+        return is_loopback(host)
+    with open(path, "rb") as file:
+        config = parsed(file.read(), path, {"insecure-registries": [str]})
+    return host in (config.get("insecure-registries") or ())
 
 
 def tls_context(host):
@@ -7676,28 +7670,6 @@ def refusal(error, host):
     return refused
 
 
-class Flow:
-    """The body of an answer, whose end may come too early."""
-
-    def __init__(self, answer):
-        self.answer = answer
-
-    def read(self, length):
-        """Some bytes; none at the end."""
-        import http.client
-
-        try:
-            return self.answer.read(length)
-        except (OSError, http.client.HTTPException) as error:
-            raise Broken(f"the connection has ended: {error!r:.90}") from None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.answer.close()
-
-
 class Registry:
     """A source of images, and where they go: one repository of a registry.
 
@@ -7713,13 +7685,18 @@ class Registry:
 
     def patiently(self, do, *args):
         """Do something, and what may pass again, after a pause that grows."""
+        import http.client
+        import ssl
+
         for attempt in range(ATTEMPTS):
             try:
                 return do(*args)
-            except Broken as error:
+            except (Broken, ConnectionError, TimeoutError, ssl.SSLError,
+                    http.client.HTTPException) as error:
                 if attempt == ATTEMPTS - 1:
-                    raise Fail(f"{self.host}: {error}", f"the last of {ATTEMPTS} "
-                               "attempts; what has come is kept", 1) from None
+                    raise Fail(f"{self.host}: {str(error) or repr(error)}", "the last "
+                               f"of {ATTEMPTS} attempts; what has come is kept", 1
+                               ) from None
                 time.sleep(max(PAUSE * 2 ** attempt, getattr(error, "pause", 0)))
 
     def find_scheme(self):
@@ -7769,7 +7746,6 @@ class Registry:
 
     def open_url(self, asked):
         """What the opener gives for a request; Broken where another try may help."""
-        import http.client
         import socket
         import ssl
         import urllib.error
@@ -7778,8 +7754,8 @@ class Registry:
             return self.opener.open(asked, timeout=PATIENCE)
         except urllib.error.HTTPError:
             raise
-        except (OSError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", error)
+        except urllib.error.URLError as error:
+            reason = error.reason
             if isinstance(reason, ssl.SSLCertVerificationError):
                 raise Fail(f"{self.host}: {reason.verify_message}", "its authority's "
                            f"certificate goes into {DOCKER_ETC}/certs.d/{self.host}/",
@@ -7797,10 +7773,11 @@ class Registry:
         import urllib.parse
         import urllib.request
 
-        kind, fields = challenge.partition(" ")[0].lower(), dict(
-            re.findall(r'(\w+)="([^"]*)"', challenge))
-        basic = self.user and self.user[0] != "<token>" and "Basic " + base64.b64encode(
-            ":".join(self.user).encode()).decode()
+        kind = challenge.partition(" ")[0].lower()
+        fields = dict(re.findall(r'(\w+)="([^"]*)"', challenge))
+        name, secret = self.user or ("", "")
+        basic = name not in ("", "<token>") and "Basic " + base64.b64encode(
+            f"{name}:{secret}".encode()).decode()
         if kind == "basic" and basic:
             self.authorization = basic
             return
@@ -7809,16 +7786,17 @@ class Registry:
                 ("https://", f"{self.scheme}://")):
             raise Refused("unauthorized: authentication required",
                           f"minicontainer login {self.host}", 1)
-        query = [(key, fields[key]) for key in ("service", "scope") if key in fields]
-        if self.user and self.user[0] == "<token>":  # OAuth 2: in a body, by POST
-            form = [*query, ("grant_type", "refresh_token"),
-                    ("client_id", "minicontainer"), ("refresh_token", self.user[1])]
-            asked = urllib.request.Request(realm, urllib.parse.urlencode(form).encode())
+        form, body = {key: fields[key] for key in ("service", "scope")
+                      if key in fields}, None
+        if name == "<token>":  # OAuth 2: in a body, by POST
+            form.update(grant_type="refresh_token", client_id="minicontainer",
+                        refresh_token=secret)
+            body = urllib.parse.urlencode(form).encode()
         else:
-            asked = urllib.request.Request(realm + ("&" if "?" in realm else "?")
-                                           + urllib.parse.urlencode(query))
-            if basic:
-                asked.add_unredirected_header("Authorization", basic)
+            realm += ("&" if "?" in realm else "?") + urllib.parse.urlencode(form)
+        asked = urllib.request.Request(realm, body)
+        if basic:
+            asked.add_unredirected_header("Authorization", basic)
         try:
             with self.open_url(asked) as answer:
                 said = parsed(answer.read(1 << 20), "token", {
@@ -7830,18 +7808,16 @@ class Registry:
 
     def manifest(self, version):
         """The bytes that a tag or digest names, and their digest."""
-        import hashlib
+        import io
 
-        with Flow(self.ask("GET", f"/v2/{self.path}/manifests/{version}",
-                           Accept=", ".join(MANIFESTS))) as flow:
-            raw = b""
-            while part := flow.read(1 << 16):
-                raw += part
-                if len(raw) > MANIFEST_LIMIT:
-                    raise Fail(f"{self.host}: the manifest has more than "
-                               f"{MANIFEST_LIMIT} bytes", "it is hostile", 1)
-            said = flow.answer.headers.get("Docker-Content-Digest")
-        digest = f"sha256:{hashlib.sha256(raw).hexdigest()}"
+        with self.ask("GET", f"/v2/{self.path}/manifests/{version}",
+                      Accept=", ".join(MANIFESTS)) as answer:
+            raw = answer.read(MANIFEST_LIMIT + 1)
+            said = answer.headers.get("Docker-Content-Digest")
+        if len(raw) > MANIFEST_LIMIT:
+            raise Fail(f"{self.host}: the manifest has more than {MANIFEST_LIMIT} "
+                       "bytes", "it is hostile", 1)
+        digest = sha256(io.BytesIO(raw))
         for wanted in (version, said):
             if wanted and wanted.startswith("sha256:") and wanted != digest:
                 raise Fail(f"{self.host}: wrong digest: asked for {wanted}, what has "
@@ -7855,7 +7831,7 @@ class Registry:
         answer = self.ask("GET", f"/v2/{self.path}/{kind}/{descriptor['digest']}",
                           Accept=descriptor.get("mediaType") or "*/*", **rest)
         begins = answer.headers.get("Content-Range", "").startswith(f"bytes {at}-")
-        return Flow(answer), at if answer.status == 206 and begins else 0
+        return answer, at if answer.status == 206 and begins else 0
 
     def has(self, digest):
         """Whether it has a blob."""
@@ -7874,32 +7850,29 @@ class Registry:
         Each answer says where the next request goes; that may be another host, which
         is then told nothing of who we are.
         """
-        digest, length = descriptor["digest"], descriptor["size"]
+        digest, length, sent = descriptor["digest"], descriptor["size"], 0
         mount = f"?mount={digest}&from={other}" if other else ""
-        where = f"/v2/{self.path}/blobs/uploads/{mount}"
-        with self.ask("POST", where, lambda: b"") as answer:
-            where = answer.headers.get("Location", "")
+        with self.ask("POST", f"/v2/{self.path}/blobs/uploads/{mount}",
+                      lambda: b"") as answer:
             if answer.status == 201:
-                tell(f"Mounted from {other}")
-                return
-        sent = 0
+                return tell(f"Mounted from {other}")
+            where = answer.headers.get("Location", "")
 
-        def piece():
-            part = Part(blob_path(digest), sent, min(CHUNK, length - sent))
-            part.tell = lambda left: tell("Pushing", min(sent + CHUNK, length) - left,
-                                          length)
-            return part
+        def send(method, end, **headers):
+            def piece():
+                part = Part(blob_path(digest), sent, end - sent)
+                part.tell = lambda left: tell("Pushing", end - left, length)
+                return part
+            return self.ask(method, where, piece, Content_Length=str(end - sent),
+                            Content_Type="application/octet-stream", **headers)
 
         while length > CHUNK and sent < length:
             end = min(sent + CHUNK, length)
-            with self.ask("PATCH", where, piece, Content_Length=str(end - sent),
-                          Content_Type="application/octet-stream",
-                          Content_Range=f"{sent}-{end - 1}") as answer:
+            with send("PATCH", end, Content_Range=f"{sent}-{end - 1}") as answer:
                 where, sent = answer.headers.get("Location", where), end
         where += f"{'&' if '?' in where else '?'}digest={digest}"
-        with self.ask("PUT", where, piece, Content_Length=str(length - sent),
-                      Content_Type="application/octet-stream"):
-            tell("Pushed")
+        send("PUT", length).close()
+        tell("Pushed")
 
     def put(self, descriptor, other="", tell=lambda *_: None):
         """Have the registry have a blob of the store."""
@@ -7949,28 +7922,23 @@ class Progress:
 def pull_image(ref, platform, out=None):
     """Bring an image from its registry into the store, telling about it on `out`."""
     host, path, version = split_name(ref)
-    registry, out = Registry(host, path), out or sys.stdout
+    registry, out, name = Registry(host, path), out or sys.stdout, short_name(ref)
     try:
         raw, digest = registry.patiently(registry.manifest, version)
     except Refused as refused:
-        name = short_name(ref)
-        if refused.status == 404:
-            refused.message = f"manifest for {name} not found: {refused.message}"
-        else:
-            refused.message = (f"pull access denied for {name.rsplit(':', 1)[0]}, "
-                               "repository does not exist or may require 'minicontainer"
-                               f" login': {refused.message}")
+        refused.message = (
+            f"manifest for {name} not found" if refused.status == 404 else
+            f"pull access denied for {name.rsplit(':', 1)[0]}, repository does not "
+            "exist or may require 'minicontainer login'") + f": {refused.message}"
         raise
-    print(f"{short_name(ref) if '@' in ref else version}: Pulling from {path}",
-          file=out)
+    print(f"{name if '@' in ref else version}: Pulling from {path}", file=out)
     known = [(name_of(entry), entry["digest"]) for entry in read_index()]
     with adding():
         image = take_image(registry, pick(registry, raw, platform), dict.fromkeys(
             (ref, f"{host}/{path}@{digest}")), Progress(out))
-    new = (ref, image.entry["digest"]) not in known
-    print(f"Digest: {digest}\nStatus: "
-          f"{'Downloaded newer image' if new else 'Image is up to date'} for "
-          f"{short_name(ref)}", file=out)
+    status = "Image is up to date" if (ref, image.entry["digest"]) in known else (
+        "Downloaded newer image")
+    print(f"Digest: {digest}\nStatus: {status} for {name}", file=out)
 
 
 def asked_name(text):
@@ -7998,8 +7966,8 @@ def push_image(image, ref):
     registry, others = Registry(host, path), {}
     for entry in read_index():  # where the registry has it from us, if not there
         if "@" in name_of(entry) and split_name(name_of(entry))[0] == host:
-            for digest in Image(entry).blobs():
-                others[digest] = split_name(name_of(entry))[1]
+            others.update(dict.fromkeys(Image(entry).blobs(),
+                                        split_name(name_of(entry))[1]))
     registry.find_scheme()
     layers = {layer["digest"]: layer for layer in image.layers}
     in_parallel([(digest[7:19], lambda tell, layer=layer: registry.put(
@@ -8013,24 +7981,19 @@ def push_image(image, ref):
     print(f"{tag}: digest: {digest} size: {image.entry['size']}")
 
 
-@command("push", arg("-a", "--all-tags", action="store_true", help="every tag of it"),
-         arg("name", metavar="NAME[:TAG]", help="of the image"))
+@command("push", arg("name", metavar="NAME[:TAG]", help="of the image"))
 def push_command(options):
     """Send an image to a registry."""
     need_root()
-    ref = full_name(options.name) if options.all_tags else asked_name(options.name)
-    host, path, tag = split_name(ref)
+    ref = asked_name(options.name)
+    host, path, _ = split_name(ref)
     print(f"The push refers to repository [{host}/{path}]", flush=True)
     with adding():
-        chosen = [name for name in map(name_of, read_index())
-                  if name == ref or (options.all_tags and name and "@" not in name
-                                     and split_name(name)[:2] == (host, path))]
-        if not chosen:
+        if ref not in map(name_of, read_index()):
             raise Fail("An image does not exist locally with the tag: "
                        f"{short_name(f'{host}/{path}')}", "see `minicontainer images`",
                        1)
-        for name in chosen:
-            push_image(find_image(name), name)
+        push_image(find_image(ref), ref)
 
 
 def login_host(server):
@@ -8047,26 +8010,22 @@ def login_command(options):
     """Check a name and password with a registry, and keep them for pull and push."""
     import getpass
 
-    if options.password_stdin:
-        password = sys.stdin.readline().rstrip("\r\n")
-    if options.password_stdin and not options.username or not (
-            options.password_stdin or os.isatty(0)):
+    if not options.password_stdin and not os.isatty(0) or (
+            options.password_stdin and not options.username):
         raise Fail("a password from something that is no terminal needs -u NAME and "
                    "--password-stdin", "echo $TOKEN | minicontainer login -u NAME "
                    "--password-stdin SERVER; an option would show in `ps`", 1)
-    host = login_host(options.server)
+    registry = Registry(login_host(options.server), "")
     name = options.username or input("Username: ")
-    if not options.password_stdin:
-        password = getpass.getpass("Password: ")
-    registry = Registry(host, "")
-    registry.user = [name, password]
+    registry.user = [name, sys.stdin.readline().rstrip("\r\n") if options.password_stdin
+                     else getpass.getpass("Password: ")]
     try:
         registry.patiently(registry.ask, "GET", "/v2/").close()
     except Refused as refused:
         raise Fail(f"login attempt to {registry.scheme}://{registry.address}/v2/ "
                    f"failed with status: {refused.status or 401} {refused.message}",
                    "is the password right?", 1) from None
-    keep_credentials(host, registry.user)
+    keep_credentials(registry.host, registry.user)
     print("Login Succeeded")
 
 
