@@ -5366,6 +5366,8 @@ def features_command_oci(options):
 #
 # Man pages: tar(5), ld.so(8); the OCI image specification.
 
+calls(syncfs=(306, 267, "fd"))
+
 STORE = os.path.abspath(os.environ.get("MINICONTAINER_ROOT")
                         or "/var/lib/minicontainer")
 PARENTS = set()  # directories of the store that are there
@@ -5420,21 +5422,24 @@ def take_away_file(path):
 
 
 def remove_tree(path):
-    """Remove a directory and all that is in it, however deep, without recursion.
+    """Remove a directory and all that is in it, however deep, without recursion; the
+    bytes of its files.
 
     Each pass moves the grandchildren up to the top and removes the emptied children,
     so no path is longer than two names and no symlink is ever followed.
     """
     from itertools import islice
 
-    serial, mark = 0, f".removed-{os.urandom(8).hex()}"
+    freed, serial, mark = 0, 0, f".removed-{os.urandom(8).hex()}"
 
     def empty(fd, keep):
+        nonlocal freed
         while entries := list(islice(os.scandir(fd), 10_000)):  # bounds the memory
             for entry in entries:
                 if entry.is_dir(follow_symlinks=False):
                     keep(fd, entry.name)
                 else:
+                    freed += entry.stat(follow_symlinks=False).st_size
                     os.unlink(entry.name, dir_fd=fd)
 
     def move_up(fd, name):
@@ -5451,39 +5456,46 @@ def remove_tree(path):
     try:
         top = os.open(path, FOLDER)
     except FileNotFoundError:
-        return
+        return 0
     try:
         empty(top, remove)
     finally:
         os.close(top)
     os.rmdir(path)
+    return freed
 
 
 def new_directory(parent, make):
-    """make(path) in a fresh directory of the store that is removed if it fails.
+    """(a fresh directory of the store, what make(directory) says); gone if that fails.
 
     An unfinished one is named .new-… and is never looked at by anybody but prune.
     """
     path = store(parent, f".new-{os.getpid()}-{os.urandom(4).hex()}")
     os.mkdir(path, 0o755)
     try:
-        make(path)
+        return path, make(path)
     except BaseException:
         remove_tree(path)
         raise
-    return path
 
 
 def publish(path, name):
     """Give a finished directory its name in the store, all at once (P3); the loser of
-    a race finds that the same has been made already."""
-    target = os.path.join(os.path.dirname(path), name)
+    a race finds that the same has been made already.
+
+    First the disk must have it: after a power cut a name without its content would be
+    taken for good.  syncfs does that for all of its files together.
+    """
+    target, top = os.path.join(os.path.dirname(path), name), os.open(path, FOLDER)
     try:
+        syscall("syncfs", top)
         os.rename(path, target)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
         remove_tree(path)
+    finally:
+        os.close(top)
     return target
 
 
@@ -5539,7 +5551,7 @@ def in_parallel(jobs, show, at_once=3):
                 running[fd] = number, id, pid
             for fd in select.select(list(running), [], [])[0]:
                 number, id, pid = running[fd]
-                text = os.read(fd, BLOCK)  # whole lines: each was one write
+                text = os.read(fd, 1 << 16)  # whole lines: each was one write
                 for news in map(from_json, text.splitlines()):
                     if "fail" in news:
                         raise Fail(*news["fail"])
@@ -5720,6 +5732,7 @@ class TarReader:
         self.file, self.title = file, title
         self.common = {}  # what a header of kind g has said
         self.left = 0  # bytes of the content that are still to be read
+        self.bytes = 0  # of all files so far
 
     def exactly(self, length):
         """The next bytes."""
@@ -5745,6 +5758,7 @@ class TarReader:
     def __iter__(self):
         """Every entry, while they stay within bounds."""
         most, count, notes, room = layer_bytes(), 0, {}, HEADER_BYTES
+        at_most = f"unpacks to more than {human(most)}"
         entries = whole("$MINICONTAINER_LAYER_ENTRIES", os.environ.get(
             "MINICONTAINER_LAYER_ENTRIES") or f"{LAYER_ENTRIES}", 1)
         while (head := self.exactly(512)) != ZEROS[:512]:
@@ -5759,8 +5773,9 @@ class TarReader:
                 notes.update(self.extension(field["kind"], field["size"]))
                 continue
             entry = self.entry(field, {**self.common, **notes})
-            most, count, notes, room = most - entry.size, count + 1, {}, HEADER_BYTES
-            self.bounded(most < 0, f"unpacks to more than {human(layer_bytes())}")
+            count, notes, room = count + 1, {}, HEADER_BYTES
+            self.bytes += entry.size
+            self.bounded(self.bytes > most, at_most)
             self.bounded(count > entries, f"has more than {entries} entries")
             padding = -self.left % 512
             yield entry
@@ -5816,7 +5831,7 @@ class TarReader:
         entry.stream, self.left, link = self, size, text("link", b"linkpath")
         entry.link, entry.hard = ("", link) if kind == b"1" else (link, "")
         if kind in b"34":
-            entry.device = os.makedev(*(tar_number(field[key])
+            entry.device = os.makedev(*(tar_number(field[key]) % (1 << 20)
                                         for key in ("major", "minor")))
         entry.xattrs = {os.fsdecode(key[13:]): value for key, value in notes.items()
                         if key.startswith(b"SCHILY.xattr.")}
@@ -6072,8 +6087,8 @@ class Layer:
 
 
 def unpack(path, top, title=None):
-    """Unpack a tarball as a layer into the directory `top`; the digest of its plain
-    form.  Errors call it by its title."""
+    """Unpack a tarball as a layer into the directory `top`: the digest of its plain
+    form, and the bytes of its files.  Errors call it by its title."""
     title = title or path
     with Layer(top) as layer, Tarball(path, title) as tarball:
         try:
@@ -6082,7 +6097,7 @@ def unpack(path, top, title=None):
             if isinstance(error, EOFError):
                 tarball.digest()  # if it could not be decompressed, that is why
             raise damaged(title, error) from None
-        return tarball.digest()
+        return tarball.digest(), tarball.bytes
 
 
 def sha256(file):
@@ -6099,17 +6114,15 @@ def layer_of(path):
     """The directory of a --rootfs: itself, or where its tarball is unpacked."""
     if os.path.isdir(path):
         return os.path.realpath(path)
-    if not os.path.exists(path):
-        raise Fail(f"--rootfs {path}: no such file or directory",
-                   "a directory or a tarball; ./rootfs-fetch.sh gets a real one")
     if not os.path.isfile(path):
-        raise Fail(f"--rootfs {path}: neither a directory nor a tarball", "")
+        raise Fail(f"--rootfs {path}: " + ("neither a directory nor a tarball"
+                   if os.path.exists(path) else "no such file or directory"),
+                   "a directory or a tarball; ./rootfs-fetch.sh gets a real one")
     with open(path, "rb") as file:
-        digest = sha256(file)
-    target = store("layers", digest[7:])
-    if os.path.isdir(target):
-        return target
-    return publish(new_directory("layers", lambda top: unpack(path, top)), digest[7:])
+        digits = sha256(file)[7:]
+    target = store("layers", digits)
+    return target if os.path.isdir(target) else publish(
+        new_directory("layers", lambda top: unpack(path, top))[0], digits)
 
 
 # ── layers as a copy ──
@@ -6302,8 +6315,7 @@ def default_rootfs():
     if there is none yet."""
     default = store("rootfs", "default")
     if not os.path.isdir(default):
-        made = new_directory("rootfs", make_host_rootfs)
-        publish(made, "host")
+        publish(new_directory("rootfs", make_host_rootfs)[0], "host")
         link = f"{default}.{os.getpid()}"
         os.symlink("host", link)
         os.replace(link, default)
@@ -6330,6 +6342,12 @@ DESCRIPTOR_FORM = {"mediaType": str, "digest": str, "size": range(1 << 50),
                    "platform": {"os": str, "architecture": str, "variant": str}}
 MANIFEST_FORM = {"mediaType": str, "config": DESCRIPTOR_FORM,
                  "layers": [DESCRIPTOR_FORM], "manifests": [DESCRIPTOR_FORM]}
+PART = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
+NAME_FORM = (  # the first part is a host if it has a dot, a port or a capital letter
+    r"(?:(?=localhost/|[^/]*[.:A-Z])(?P<host>(?:\[[0-9a-fA-F:]+\]|"
+    r"[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?)(?::[0-9]{1,5})?)/)?"
+    rf"(?P<path>{PART}(?:/{PART})*)(?::(?P<tag>\w[\w.-]{{0,127}}))?"
+    r"(?:@(?P<digest>sha256:[0-9a-f]{64}))?")
 CONFIG_FORM = {
     "created": str, "author": str, "architecture": str, "os": str, "variant": str,
     "rootfs": {"diff_ids": [str]},
@@ -6357,24 +6375,13 @@ def full_name(text):
     """The same, or a Fail in Docker's words."""
     import re
 
-    ref = spelled_out(text)
-    name, at, digest = ref.partition("@")
-    host, _, path = name.partition("/")
-    path = path.partition(":")[0]
-    _, colon, tag = text.partition("@")[0].rpartition("/")[2].partition(":")
-    if path != path.lower():
-        raise Fail(f"invalid reference format: repository name ({path}) must be "
-                   "lowercase", "as in alpine:3.20")
-    part = r"[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*"
-    where = r"(\[[0-9a-fA-F:]+\]|[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?)(:[0-9]{1,5})?"
-    if not (re.fullmatch(where, host)
-            and re.fullmatch(f"{part}(/{part})*", path) and len(name) < 256
-            and re.fullmatch(r"\w[\w.-]{0,127}" if colon else "", tag, re.ASCII)
-            and re.fullmatch("sha256:[0-9a-f]{64}" if at else "", digest)
-            and not re.fullmatch("[0-9a-f]{64}", text)):
+    found = re.fullmatch(NAME_FORM, text, re.ASCII)
+    if not found or len(text.partition("@")[0]) > 255 or (
+            re.fullmatch("[0-9a-f]{64}", text)):
         raise Fail(f"invalid reference format: {text!r}",
-                   "[HOST[:PORT]/]NAME[:TAG] or NAME@sha256:…, as in alpine:3.20")
-    return ref
+                   "[HOST[:PORT]/]NAME[:TAG] or NAME@sha256:…, in lower case, as in "
+                   "alpine:3.20")
+    return spelled_out(text)
 
 
 def short_name(ref):
@@ -6400,6 +6407,16 @@ def hex_of(digest):
 def blob_path(digest):
     """Where the store has what has this digest."""
     return store("images", "blobs", "sha256", hex_of(digest))
+
+
+def diff_ids_of(config):
+    """The digests of an image's layers as plain tarballs, as its config has them."""
+    return (config.get("rootfs") or {}).get("diff_ids") or []
+
+
+def layer_path(diff_id):
+    """Where the store has a layer unpacked."""
+    return store("layers", hex_of(diff_id))
 
 
 def parsed(raw, what, form):
@@ -6469,6 +6486,11 @@ def name_of(entry):
     return entry.get("annotations", {}).get(NAME, "")
 
 
+def bare(entry):
+    """An entry without what only the store wants to know."""
+    return {key: entry[key] for key in ("mediaType", "digest", "size")}
+
+
 def with_name(entry, ref):
     """An entry like this, with that name or none."""
     notes = {SIZES: entry.get("annotations", {}).get(SIZES, "")}
@@ -6476,21 +6498,16 @@ def with_name(entry, ref):
     return {**entry, "annotations": {**notes, **names}}
 
 
-def untag(entries, ref):
-    """Take a name away; an image without any keeps an entry, to be seen and pruned."""
-    for entry in [entry for entry in entries if name_of(entry) == ref]:
-        entries.remove(entry)
-        if all(other["digest"] != entry["digest"] for other in entries):
-            entries.append(with_name(entry, ""))
-
-
-def point(entries, ref, entry):
-    """Have a name mean an image, whatever it meant before."""
-    untag(entries, ref)
-    entries[:] = [other for other in entries
-                  if name_of(other) or other["digest"] != entry["digest"]]
-    if ref or all(other["digest"] != entry["digest"] for other in entries):
-        entries.append(with_name(entry, ref))
+def point(entries, ref, entry=None):
+    """Have a name mean an image, whatever it meant before, or none any more; an image
+    without a name keeps an entry, to be seen and pruned."""
+    old = [other for other in entries if name_of(other) in ("", ref)]
+    entries[:] = [other for other in entries if other not in old]
+    if entry:
+        (entries if ref else old).append(with_name(entry, ref))
+    for other in old:
+        if all(kept["digest"] != other["digest"] for kept in entries):
+            entries.append(with_name(other, ""))
 
 
 def seconds_of(text):
@@ -6523,7 +6540,8 @@ class Image:
         self.config = from_json(read_file(blob_path(self.id)))
         self.names = []
         self.settings = self.config.get("config") or {}
-        self.diff_ids = (self.config.get("rootfs") or {}).get("diff_ids") or []
+        self.labels = self.settings.get("Labels") or {}
+        self.diff_ids = diff_ids_of(self.config)
         self.layers = self.manifest.get("layers") or []
         sizes = entry.get("annotations", {}).get(SIZES, "").split()
         self.sizes = list(map(int, sizes)) or [d["size"] for d in self.layers]
@@ -6728,26 +6746,25 @@ def check_layers(manifest, diff_ids):
     return layers
 
 
-def layer_at(diff_id, blob):
-    """The directory of a layer, unpacked from its blob unless it is there: verified."""
-    target = store("layers", hex_of(diff_id))
-
+def unpack_layer(diff_id, blob):
+    """Unpack a layer from its blob, verified; the bytes of its files."""
     def make(top):
-        found = unpack(blob, top)
+        found, bytes_ = unpack(blob, top)
         if found != diff_id:
             raise Fail(f"{blob}: unpacked it is {found}, not the {diff_id} that the "
                        "image's config promises", "the image is damaged or hostile")
+        return bytes_
 
-    if not os.path.isdir(target):
-        publish(new_directory("layers", make), hex_of(diff_id))
-    return target
+    top, bytes_ = new_directory("layers", make)
+    publish(top, hex_of(diff_id))
+    return bytes_
 
 
 def bytes_in(layer):
-    """The sizes of a layer's files added up, as Docker does it."""
+    """The sizes of a directory's files added up, as Docker does it."""
     total, waiting = 0, [layer]
-    for directory in waiting:  # grows while we read it
-        for entry in os.scandir(directory):
+    while waiting:
+        for entry in os.scandir(waiting.pop()):
             if entry.is_dir(follow_symlinks=False):
                 waiting.append(entry.path)
             elif entry.is_file(follow_symlinks=False):
@@ -6760,16 +6777,17 @@ def take_layer(source, descriptor, diff_id, tell):
 
     The blob stays: packed again, the layer would have another digest.
     """
-    if os.path.isdir(store("layers", hex_of(diff_id))) and (
-            os.path.exists(blob_path(descriptor["digest"]))):
+    top, bytes_ = layer_path(diff_id), None
+    is_here = os.path.isdir(top)
+    if is_here and os.path.exists(blob_path(descriptor["digest"])):
         tell("Already exists")
-        return bytes_in(store("layers", hex_of(diff_id)))
-    tell("Pulling fs layer")
-    blob = fetch(source, descriptor, tell)
-    tell("Download complete")
-    top = layer_at(diff_id, blob)
-    tell("Pull complete")
-    return bytes_in(top)
+    else:
+        tell("Pulling fs layer")
+        blob = fetch(source, descriptor, tell)
+        tell("Download complete")
+        bytes_ = None if is_here else unpack_layer(diff_id, blob)
+        tell("Pull complete")
+    return bytes_in(top) if bytes_ is None else bytes_
 
 
 def take_image(source, raw, refs, show=lambda *_: None):
@@ -6779,7 +6797,7 @@ def take_image(source, raw, refs, show=lambda *_: None):
         raise Fail("the manifest has no config", "is it the manifest of an image?", 1)
     config = parsed(fetch_small(source, manifest["config"], "config"), "config",
                     CONFIG_FORM)
-    diff_ids = (config.get("rootfs") or {}).get("diff_ids") or []
+    diff_ids = diff_ids_of(config)
     pairs = dict(zip(diff_ids, check_layers(manifest, diff_ids), strict=True))
     sizes = dict(zip(pairs, in_parallel([
         (layer["digest"][7:19], lambda tell, layer=layer, diff_id=diff_id:
@@ -6837,23 +6855,22 @@ class Archive:
     """
 
     def __init__(self, path, title):
-        import tarfile
-
         self.path, self.title = path, title
+        self.names = {}  # digest: the member that has it, if not named after it
         self.members, links = {}, {}  # name: (where, bytes) and name: name
         try:
-            with tarfile.open(path, "r:") as tar:
-                for member in tar:
-                    name = os.path.normpath(member.name)
-                    if member.isfile():
-                        self.members[name] = member.offset_data, member.size
-                    elif member.issym() or member.islnk():
-                        there = os.path.dirname(name) if member.issym() else ""
-                        links[name] = os.path.normpath(f"{there}/{member.linkname}"
-                                                       ).lstrip("/")
+            with open(path, "rb") as file:
+                for entry in TarReader(file, title):
+                    name = os.path.normpath(entry.name)
+                    if stat.S_ISREG(entry.mode) and not entry.hard:
+                        self.members[name] = file.tell(), entry.size
+                    elif entry.hard or entry.link:
+                        above = "" if entry.hard else os.path.dirname(name)
+                        links[name] = os.path.normpath(
+                            f"{above}/{entry.hard or entry.link}").lstrip("/")
                     if len(self.members) + len(links) > 100_000:
-                        raise Fail(f"{title}: more files than images have", "", 1)
-        except (tarfile.TarError, ValueError, EOFError, IndexError, OSError) as error:
+                        raise ValueError("more files than images have")
+        except (ValueError, EOFError) as error:
             raise Fail(f"{title}: not an archive of images: {str(error):.80}",
                        "what `save` wrote is one", 1) from None
         for name, target in links.items():
@@ -6861,7 +6878,6 @@ class Archive:
                 target = links.get(target, target)
             if target in self.members:
                 self.members[name] = self.members[target]
-        self.names = {}  # digest: the member that has it, if not named after it
 
     def patiently(self, do, *args):
         """Do something; there is no second attempt with a file."""
@@ -6884,15 +6900,14 @@ class Archive:
         return self.part(name, at), at
 
     def document(self, name, form):
-        """One of its JSON files, and its bytes."""
+        """One of its JSON files."""
         with self.part(name) as part:
-            raw = part.read(MANIFEST_LIMIT)
-        return parsed(raw, f"{self.title}: {name}", form), raw
+            return parsed(part.read(MANIFEST_LIMIT), f"{self.title}: {name}", form)
 
     def images(self, platform):
         """(manifest, names) of each image in it."""
         if "index.json" in self.members:
-            index, _ = self.document("index.json", MANIFEST_FORM)
+            index = self.document("index.json", MANIFEST_FORM)
             for entry in index.get("manifests") or ():
                 notes = entry.get("annotations") or {}
                 name = notes.get(ALSO_NAME) or notes.get(NAME)
@@ -6900,7 +6915,7 @@ class Archive:
                 yield pick(self, raw, platform), [full_name(name)] if name else []
         elif "manifest.json" in self.members:
             for item in self.document("manifest.json", [
-                    {"Config": str, "RepoTags": [str], "Layers": [str]}])[0]:
+                    {"Config": str, "RepoTags": [str], "Layers": [str]}]):
                 yield self.manifest_of(item), [
                     full_name(tag) for tag in item.get("RepoTags") or ()]
         else:
@@ -6918,9 +6933,8 @@ class Archive:
     def manifest_of(self, item):
         """The manifest of an image in Docker's older form, which has none."""
         config = self.describe(os.path.normpath(item.get("Config") or ""), OCI_CONFIG)
-        said, _ = self.document(self.names[config["digest"]], CONFIG_FORM)
-        diff_ids = (said.get("rootfs") or {}).get("diff_ids") or []
-        layers = []
+        layers, diff_ids = [], diff_ids_of(
+            self.document(self.names[config["digest"]], CONFIG_FORM))
         for name, diff_id in zip(item.get("Layers") or (), diff_ids, strict=False):
             name = os.path.normpath(name)
             with self.part(name) as part:
@@ -6977,7 +6991,7 @@ def write_archive(chosen, file):
                     blob)
         entries = []
         for image, names in chosen:
-            entry = {key: image.entry[key] for key in ("mediaType", "digest", "size")}
+            entry = bare(image.entry)
             entries += [{**entry, "annotations": {NAME: name, ALSO_NAME: name}}
                         for name in names] or [entry]
         add_json("index.json", {"schemaVersion": 2, "mediaType": OCI_INDEX,
@@ -7036,29 +7050,19 @@ def from_template(template, value):
     import re
     import shlex
 
-    def field(path):
-        found = value
-        for name in filter(None, path.split(".")):
-            if not isinstance(found, dict) or name not in found:
-                raise Fail(f"template: no field {name!r} in {path}",
-                           "--format '{{json .}}' shows what there is", 1)
-            found = found[name]
-        return found
-
     def replace(match):
         try:
             words = shlex.split(match[1])
-            how, path, *keys = words if len(words) > 1 else ["", *words]
-            found = field(path)
-            for key in keys:
+            how, path, *keys = words if len(words) > 1 else ["index", *words]
+            found = value
+            for key in [*filter(None, path.split(".")), *keys]:
                 found = found[int(key) if isinstance(found, list) else key]
+            return {"index": go_value, "json": to_json,
+                    "len": lambda found: str(len(found))}[how](found)
         except (ValueError, KeyError, IndexError, TypeError):
-            how = "wrong"
-        if how not in ("", "json", "len", "index"):
-            raise Fail(f"template: {match[0]} is not possible",
-                       "{{.A.B}}, {{json .A}}, {{len .A}} and {{index .A 0}} are", 1)
-        return (to_json(found) if how == "json" else str(len(found)) if how == "len"
-                else go_value(found))
+            raise Fail(f"template: {match[0]} is not possible", "{{.A.B}}, {{len .A}}, "
+                       "{{json .A}}, {{index .A 0}} are, of what '{{json .}}' shows", 1
+                       ) from None
 
     text = template.replace("\\t", "\t").replace("\\n", "\n")
     return re.sub(r"\{\{\s*(.*?)\s*\}\}", replace, text)
@@ -7097,12 +7101,21 @@ def filters_of(texts, known):
     return found
 
 
+def confirm(options, what):
+    """Ask the person, unless --force; whether the answer is yes."""
+    if not options.force:
+        print(f"WARNING! This will remove {what}.\nAre you sure you want to continue? "
+              "[y/N] ", end="", flush=True)
+    return options.force or sys.stdin.readline().strip().lower() == "y"
+
+
 FORMAT = arg("--format", metavar="FORM", help="json, 'table {{.A}}' or '{{.A}} {{.B}}'")
 FILTER = arg("-f", "--filter", metavar="KEY=VALUE", action="append", default=[],
              help="show only such")
 QUIET = arg("-q", "--quiet", action="store_true", help="show only ids")
 NO_TRUNC = arg("--no-trunc", action="store_true", help="show all of everything")
 PLATFORM = arg("--platform", metavar="OS/ARCH", help="of several, the one for this")
+FORCE = arg("-f", "--force", action="store_true", help="do not ask")
 
 
 def moment(option, text):
@@ -7126,15 +7139,10 @@ def has_label(labels, asked):
     return key in labels and (not equals or labels[key] == value)
 
 
-def labels_of(image):
-    """An image's labels."""
-    return image.settings.get("Labels") or {}
-
-
 IMAGE_FILTERS = {  # whether one passes KEY=text
     "dangling": lambda image, text: (text == "true") == (not image.names),
-    "label": lambda image, text: has_label(labels_of(image), text),
-    "label!": lambda image, text: not has_label(labels_of(image), text),
+    "label": lambda image, text: has_label(image.labels, text),
+    "label!": lambda image, text: not has_label(image.labels, text),
     "before": lambda image, text: image.created < find_image(text).created,
     "since": lambda image, text: image.created > find_image(text).created,
     "until": lambda image, text: image.created * 10 ** 9 < moment("until", text),
@@ -7145,15 +7153,6 @@ def matches(image, wanted):
     """Whether an image passes --filter."""
     return all(IMAGE_FILTERS[key](image, text) for key, texts in wanted.items()
                if key in IMAGE_FILTERS for text in texts)
-
-
-def is_like(row, patterns):
-    """Whether a row of `images` has one of these names, which may have wildcards."""
-    import fnmatch
-
-    return not patterns or any(
-        fnmatch.fnmatchcase(text, pattern) for pattern in patterns
-        for text in (row["Repository"], f"{row['Repository']}:{row['Tag']}"))
 
 
 def image_rows(image, no_trunc):
@@ -7169,8 +7168,7 @@ def image_rows(image, no_trunc):
                "CreatedSince": ago(image.created),
                "CreatedAt": time.strftime("%Y-%m-%d %H:%M:%S +0000 UTC",
                                           time.gmtime(image.created)),
-               "Size": decimal(sum(image.sizes)), "Containers": "N/A",
-               "SharedSize": "N/A", "UniqueSize": "N/A"}
+               "Size": decimal(sum(image.sizes))}
 
 
 LIST_OPTIONS = (
@@ -7183,16 +7181,19 @@ LIST_OPTIONS = (
 @command("images", *LIST_OPTIONS)
 def images_command(options):
     """List the images of the store."""
+    import fnmatch
+
     wanted = filters_of(options.filter, (*IMAGE_FILTERS, "reference"))
     like = wanted.get("reference", []) + [options.repository] * bool(options.repository)
-    columns = {"REPOSITORY": "Repository", "TAG": "Tag", "DIGEST": "Digest",
-               "IMAGE ID": "ID", "CREATED": "CreatedSince", "SIZE": "Size"}
-    if not options.digests:
-        del columns["DIGEST"]
-    print_list(columns, [row for image in all_images() if matches(image, wanted)
-                         for row in image_rows(image, options.no_trunc)
-                         if is_like(row, like)],
-               options.format, "ID" if options.quiet else "")
+    rows = [row for image in all_images() if matches(image, wanted)
+            for row in image_rows(image, options.no_trunc)
+            if not like or any(fnmatch.fnmatchcase(text, pattern) for pattern in like
+                               for text in (row["Repository"],
+                                            f"{row['Repository']}:{row['Tag']}"))]
+    digest = {"DIGEST": "Digest"} if options.digests else {}
+    print_list({"REPOSITORY": "Repository", "TAG": "Tag", **digest, "IMAGE ID": "ID",
+                "CREATED": "CreatedSince", "SIZE": "Size"}, rows, options.format,
+               "ID" if options.quiet else "")
 
 
 @command("history", QUIET, NO_TRUNC, FORMAT,
@@ -7217,22 +7218,21 @@ def history_command(options):
 
 def inspected(image):
     """What `image inspect` tells, under Docker's keys."""
-    history, directories = image.config.get("history") or [{}], [
-        store("layers", hex_of(diff_id)) for diff_id in image.diff_ids]
-    size_ = sum(image.sizes)
+    history, size_ = image.config.get("history") or [{}], sum(image.sizes)
+
+    def said(key):
+        return image.config.get(key) or ""
+
     return {
         "Id": image.id, "RepoTags": image.tags(), "RepoDigests": image.digests(),
         "Parent": "", "Comment": history[-1].get("comment") or "",
-        "Created": image.config.get("created") or "", "DockerVersion": "",
-        "Author": image.config.get("author") or "", "Config": image.settings,
-        "Architecture": image.config.get("architecture") or "",
-        "Variant": image.config.get("variant") or "",
-        "Os": image.config.get("os") or "", "Size": size_, "VirtualSize": size_,
-        "GraphDriver": {"Name": "overlay",
-                        "Data": {"LowerDir": ":".join(reversed(directories))}},
+        "Created": said("created"), "DockerVersion": "", "Author": said("author"),
+        "Config": image.settings, "Architecture": said("architecture"),
+        "Variant": said("variant"), "Os": said("os"), "Size": size_,
+        "VirtualSize": size_, "GraphDriver": {"Name": "overlay", "Data": {
+            "LowerDir": ":".join(map(layer_path, reversed(image.diff_ids)))}},
         "RootFS": {"Type": "layers", "Layers": image.diff_ids},
-        "Descriptor": {key: image.entry[key] for key in ("mediaType", "digest",
-                                                         "size")}}
+        "Descriptor": bare(image.entry)}
 
 
 def for_each(names, do):
@@ -7274,41 +7274,40 @@ def image_inspect_command(options):
 # ── images made, named and removed ──
 
 
+CHANGES = {"CMD": "Cmd", "ENTRYPOINT": "Entrypoint", "ENV": "Env", "LABEL": "Labels",
+           "EXPOSE": "ExposedPorts", "VOLUME": "Volumes", "USER": "User",
+           "WORKDIR": "WorkingDir", "STOPSIGNAL": "StopSignal"}
+
+
 def take_change(settings, text):
     """Apply one line of a Dockerfile, of those that only change the config."""
     import shlex
 
     word, _, rest = text.strip().partition(" ")
-    word, rest = word.upper(), rest.strip()
-    keys = {"CMD": "Cmd", "ENTRYPOINT": "Entrypoint", "ENV": "Env", "LABEL": "Labels",
-            "EXPOSE": "ExposedPorts", "VOLUME": "Volumes", "USER": "User",
-            "WORKDIR": "WorkingDir", "STOPSIGNAL": "StopSignal"}
-    if word not in keys or not rest:
-        raise Fail(f"--change {text!r}: not possible", f"{', '.join(keys)}, each with "
-                   "what it takes in a Dockerfile", 1)
+    word, rest, key = word.upper(), rest.strip(), CHANGES.get(word.upper())
+    if not key or not rest:
+        raise Fail(f"--change {text!r}: not possible", f"{', '.join(CHANGES)}, each "
+                   "with what it takes in a Dockerfile", 1)
+    listed = parsed(rest, f"--change {text!r}", [str]) if rest[0] == "[" else None
     try:
-        words = from_json(rest) if rest[0] == "[" else None
-        split = shlex.split(rest)
+        words = listed or shlex.split(rest)
     except ValueError as error:
         raise Fail(f"--change {text!r}: {error}", "as in a Dockerfile", 1) from None
     if word in ("CMD", "ENTRYPOINT"):
-        settings[keys[word]] = ["/bin/sh", "-c", rest] if words is None else words
+        settings[key] = ["/bin/sh", "-c", rest] if listed is None else listed
     elif word in ("ENV", "LABEL"):
-        pairs = dict(item.partition("=")[::2] for item in split)
-        if "=" not in split[0]:  # the older form, ENV NAME VALUE
-            pairs = {split[0]: rest.partition(" ")[2].strip()}
-        old = settings.get(keys[word]) or {}
-        if word == "ENV":
-            old = dict(line.partition("=")[::2] for line in old)
-        pairs = {**old, **pairs}
-        settings[keys[word]] = pairs if word == "LABEL" else [
+        pairs = {words[0]: rest.partition(" ")[2].strip()} if "=" not in words[0] else (
+            dict(item.partition("=")[::2] for item in words))  # ENV NAME VALUE is older
+        pairs = {**dict(settings.get(key) or {} if word == "LABEL" else (
+            line.partition("=")[::2] for line in settings.get(key) or ())), **pairs}
+        settings[key] = pairs if word == "LABEL" else [
             f"{name}={value}" for name, value in pairs.items()]
     elif word in ("EXPOSE", "VOLUME"):
-        items = [f"{item}/tcp" if word == "EXPOSE" and "/" not in item else item
-                 for item in words or split]
-        settings.setdefault(keys[word], {}).update({item: {} for item in items})
+        settings[key] = {**(settings.get(key) or {}), **{
+            item if word == "VOLUME" or "/" in item else f"{item}/tcp": {}
+            for item in words}}
     else:
-        settings[keys[word]] = rest
+        settings[key] = rest
 
 
 def open_import(text):
@@ -7336,15 +7335,14 @@ def keep_layer(stream, title):
             packed, old = "", path
             path, digest = spool(plain_pieces(old, title))
             os.unlink(old)
-        diff_id = []
-        made = new_directory("layers", lambda top: diff_id.append(
-            unpack(path, top, title)))
+        made, (diff_id, bytes_) = new_directory(
+            "layers", lambda top: unpack(path, top, title))
         os.rename(path, blob_path(digest))
     finally:
         take_away_file(path)
-    top = publish(made, hex_of(diff_id[0]))
+    publish(made, hex_of(diff_id))
     return {"mediaType": OCI_LAYER + (packed and f"+{packed}"), "digest": digest,
-            "size": os.path.getsize(blob_path(digest))}, diff_id[0], bytes_in(top)
+            "size": os.path.getsize(blob_path(digest))}, diff_id, bytes_
 
 
 def new_image(config, below, made, refs, step):
@@ -7428,42 +7426,42 @@ def sweep(all_of_it=False):
             keep_.update(map(hex_of, [*image.blobs(), *image.diff_ids]))
         for _, notes in containers():
             keep_.update(map(os.path.basename, from_json(notes.get(OF_LAYERS, "[]"))))
-        for parent in ("images/blobs/sha256", "ingest", "layers"):
-            for name in os.listdir(store(parent, "")):
+        for parent in ("images/blobs/sha256", "layers", *["ingest"] * all_of_it):
+            for name in set(os.listdir(store(parent, ""))) - keep_:
                 path = store(parent, name)
-                if name in keep_ or (parent == "ingest" and not all_of_it):
-                    continue
-                if os.path.isdir(path) and not name.startswith(".new-"):
-                    freed += bytes_in(path)
-                    new = store(parent, f".new-{os.getpid()}-{name}")
-                    os.rename(path, new)
-                    remove_tree(new)
-                elif os.path.isfile(path):
+                if not os.path.isdir(path):
                     freed += os.path.getsize(path)
                     os.unlink(path)
+                elif not name.startswith(".new-"):
+                    new = store(parent, f".new-{os.getpid()}-{name}")
+                    os.rename(path, new)
+                    freed += remove_tree(new)
         return freed
 
 
 def check_removable(image, text, by_name, force):
-    """Refuse, in Docker's words, to remove an image that is in use."""
+    """Refuse, in Docker's words, to remove an image that is in use; who uses it."""
     short = image.id[7:19]
     users = [id for id, notes in containers() if notes.get(OF_IMAGE) == image.id]
-    running = [id for id in users if is_held(store("containers", id))]
-    if by_name and (len(image.tags()) > 1 or force or not users):
-        return users
+    running = [id[:12] for id in users if is_held(store("containers", id))]
+
+    def conflict(what, why, hint):
+        raise Fail(f"conflict: unable to {what} {why}", hint, 1)
+
     if by_name:
-        raise Fail(f"conflict: unable to remove repository reference {text!r} (must "
-                   f"force) - container {users[0][:12]} is using its referenced image "
-                   f"{short}", "`system prune` removes containers that have ended", 1)
-    if running:
-        raise Fail(f"conflict: unable to delete {short} (cannot be forced) - image is "
-                   f"being used by running container {running[0][:12]}", "end it", 1)
-    if users and not force:
-        raise Fail(f"conflict: unable to delete {short} (must be forced) - image is "
-                   f"being used by stopped container {users[0][:12]}", "-f", 1)
-    if len({tag.rpartition(":")[0] for tag in image.tags()}) > 1 and not force:
-        raise Fail(f"conflict: unable to delete {short} (must be forced) - image is "
-                   "referenced in multiple repositories", "-f", 1)
+        if users and not force and len(image.tags()) == 1:
+            conflict(f"remove repository reference {text!r} (must force) - container",
+                     f"{users[0][:12]} is using its referenced image {short}",
+                     "`system prune` removes containers that have ended")
+    elif running:
+        conflict(f"delete {short} (cannot be forced) - image is being used by running "
+                 "container", running[0], "end it")
+    elif not force and users:
+        conflict(f"delete {short} (must be forced) - image is being used by stopped "
+                 "container", users[0][:12], "-f")
+    elif not force and len({tag.rpartition(":")[0] for tag in image.tags()}) > 1:
+        conflict(f"delete {short} (must be forced) - image is", "referenced in "
+                 "multiple repositories", "-f")
     return users
 
 
@@ -7480,21 +7478,19 @@ def remove_image(text, force=False):
         users = check_removable(image, text, by_name, force)
         gone = [full_name(text)] if by_name else list(image.names)
         left = [ref for ref in image.names if ref not in gone]
-        repositories = {split_name(ref)[:2] for ref in left if "@" not in ref}
-        gone += [ref for ref in left if "@" in ref and any(
-            split_name(name)[:2] == split_name(ref)[:2] for name in gone)
-            and split_name(ref)[:2] not in repositories]
+        tagged = {split_name(ref)[:2] for ref in left if "@" not in ref}
+        gone += [ref for ref in left if "@" in ref and split_name(ref)[:2] in {
+            split_name(name)[:2] for name in gone} - tagged]
         for ref in gone:
-            untag(entries, ref)
+            point(entries, ref)
             print(f"Untagged: {short_name(ref)}")
         if set(image.names) - set(gone) or users:
             return
         entries[:] = [entry for entry in entries if Image(entry).id != image.id]
-    print(f"Deleted: {image.id}")
     kept = {diff_id for other in all_images() for diff_id in other.diff_ids}
-    for diff_id in reversed(image.diff_ids):
-        if diff_id not in kept:
-            print(f"Deleted: {diff_id}")
+    for digest in [image.id, *reversed(image.diff_ids)]:
+        if digest not in kept:
+            print(f"Deleted: {digest}")
     sweep()
 
 
@@ -7511,21 +7507,16 @@ def rmi_command(options):
     for_each(options.images, lambda text: remove_image(text, options.force))
 
 
-@command("image prune",
+@command("image prune", FORCE,
          arg("-a", "--all", action="store_true", help="all that no container uses"),
-         arg("-f", "--force", action="store_true", help="do not ask"),
          arg("--filter", metavar="KEY=VALUE", action="append", default=[],
              help="only such: until, label, label!"))
 def image_prune_command(options):
     """Remove images that have no name, and what no image needs."""
     wanted = filters_of(options.filter, ("until", "label", "label!"))
-    what = "all images without at least one container associated to them" if (
-        options.all) else "all dangling images"
-    if not options.force:
-        print(f"WARNING! This will remove {what}.\nAre you sure you want to continue? "
-              "[y/N] ", end="", flush=True)
-        if sys.stdin.readline().strip().lower() != "y":
-            return
+    if not confirm(options, "all images without at least one container associated to "
+                   "them" if options.all else "all dangling images"):
+        return
     used = {notes.get(OF_IMAGE) for _, notes in containers()}
     for image in all_images():
         if (options.all or not image.names) and image.id not in used and matches(
@@ -7595,7 +7586,9 @@ def image_layers(image):
     found = {}
     for diff_id, layer in zip(image.diff_ids, image.layers, strict=True):
         found.pop(diff_id, None)
-        found[diff_id] = layer_at(diff_id, blob_path(layer["digest"]))
+        found[diff_id] = layer_path(diff_id)
+        if not os.path.isdir(found[diff_id]):
+            unpack_layer(diff_id, blob_path(layer["digest"]))
     if not found:
         raise Fail(f"image {image.id[7:19]} has no files", "there is nothing to run")
     return list(found.values())
@@ -7669,20 +7662,22 @@ CHUNK = 64 << 20  # bytes: a larger blob is uploaded in pieces
 # ── who we are ──
 
 
-def docker_config():
-    """(path, content) of Docker's config.json, where logins are kept."""
+def docker_config(host):
+    """Docker's config.json, where logins are kept: (its path, its content, the key that
+    it has for a registry, the credential helper for that or "")."""
     top = os.environ.get("DOCKER_CONFIG") or os.path.expanduser("~/.docker")
-    path = os.path.realpath(f"{top}/config.json")
-    try:
+    path, config = os.path.realpath(f"{top}/config.json"), {}
+    if os.path.exists(path):
         with open(path, "rb") as file:
-            return path, parsed(file.read(), path, {
+            config = parsed(file.read(), path, {
                 "auths": {}, "credHelpers": {}, "credsStore": str})
-    except FileNotFoundError:
-        return path, {}
+    key = HUB_KEY if host == "docker.io" else host
+    return path, config, key, (config.get("credHelpers") or {}).get(key) or config.get(
+        "credsStore") or ""
 
 
 def ask_helper(name, verb, text):
-    """What a credential helper answers; None if it knows nothing."""
+    """What a credential helper answers; "" if it knows nothing."""
     import subprocess
 
     program = f"docker-credential-{name}"
@@ -7695,12 +7690,7 @@ def ask_helper(name, verb, text):
     if done.returncode and "credentials not found" not in done.stdout:
         raise Fail(f"{program} {verb}: {(done.stdout or done.stderr).strip():.200}", "",
                    1)
-    return None if done.returncode else done.stdout
-
-
-def helper_of(config, key):
-    """The credential helper for a registry, or ""."""
-    return (config.get("credHelpers") or {}).get(key) or config.get("credsStore") or ""
+    return "" if done.returncode else done.stdout
 
 
 def credentials(host):
@@ -7708,11 +7698,10 @@ def credentials(host):
     token instead is "<token>"."""
     import base64
 
-    key, (path, config) = HUB_KEY if host == "docker.io" else host, docker_config()
-    if helper := helper_of(config, key):
-        said = ask_helper(helper, "get", key)
-        said = parsed(said, f"docker-credential-{helper}", {
-            "Username": str, "Secret": str}) if said else {}
+    path, config, key, helper = docker_config(host)
+    if helper:
+        said = parsed(ask_helper(helper, "get", key) or "{}",
+                      f"docker-credential-{helper}", {"Username": str, "Secret": str})
         return [said["Username"], said["Secret"]] if said.get("Secret") else None
     try:
         kept = config["auths"][key]
@@ -7731,18 +7720,16 @@ def keep_credentials(host, user):
     alone (P3), and with a helper not in a file at all."""
     import base64
 
-    key, (path, config) = HUB_KEY if host == "docker.io" else host, docker_config()
+    path, config, key, helper = docker_config(host)
     auths = {**(config.get("auths") or {})}
-    helper = helper_of(config, key)
     known = auths.pop(key, None) is not None or bool(helper)
-    if helper and user:
-        ask_helper(helper, "store", to_json({
-            "ServerURL": key, "Username": user[0], "Secret": user[1]}))
-        auths[key] = {}
-    elif helper:
-        ask_helper(helper, "erase", key)
-    elif user:
-        auths[key] = {"auth": base64.b64encode(":".join(user).encode()).decode()}
+    if helper:
+        ask_helper(helper, *["store", to_json({
+            "ServerURL": key, "Username": user[0], "Secret": user[1]})] if user else [
+            "erase", key])
+    if user:
+        auths[key] = {} if helper else {
+            "auth": base64.b64encode(":".join(user).encode()).decode()}
     os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
     save(path, {**config, "auths": auths})
     return known
@@ -7762,12 +7749,12 @@ def is_loopback(host):
 
 def may_be_insecure(host):
     """Whether http will do for a registry."""
-    try:
-        with open(f"{DOCKER_ETC}/daemon.json", "rb") as file:
-            config = parsed(file.read(), file.name, {"insecure-registries": [str]})
-    except FileNotFoundError:
-        config = {}
-    return is_loopback(host) or host in (config.get("insecure-registries") or ())
+    path = f"{DOCKER_ETC}/daemon.json"
+    if is_loopback(host) or not os.path.exists(path):
+        return is_loopback(host)
+    with open(path, "rb") as file:
+        config = parsed(file.read(), path, {"insecure-registries": [str]})
+    return host in (config.get("insecure-registries") or ())
 
 
 def tls_context(host):
@@ -7834,28 +7821,6 @@ def refusal(error, host):
     return refused
 
 
-class Flow:
-    """The body of an answer, whose end may come too early."""
-
-    def __init__(self, answer):
-        self.answer = answer
-
-    def read(self, length):
-        """Some bytes; none at the end."""
-        import http.client
-
-        try:
-            return self.answer.read(length)
-        except (OSError, http.client.HTTPException) as error:
-            raise Broken(f"the connection has ended: {error!r:.90}") from None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.answer.close()
-
-
 class Registry:
     """A source of images, and where they go: one repository of a registry.
 
@@ -7871,13 +7836,18 @@ class Registry:
 
     def patiently(self, do, *args):
         """Do something, and what may pass again, after a pause that grows."""
+        import http.client
+        import ssl
+
         for attempt in range(ATTEMPTS):
             try:
                 return do(*args)
-            except Broken as error:
+            except (Broken, ConnectionError, TimeoutError, ssl.SSLError,
+                    http.client.HTTPException) as error:
                 if attempt == ATTEMPTS - 1:
-                    raise Fail(f"{self.host}: {error}", f"the last of {ATTEMPTS} "
-                               "attempts; what has come is kept", 1) from None
+                    raise Fail(f"{self.host}: {str(error) or repr(error)}", "the last "
+                               f"of {ATTEMPTS} attempts; what has come is kept", 1
+                               ) from None
                 time.sleep(max(PAUSE * 2 ** attempt, getattr(error, "pause", 0)))
 
     def find_scheme(self):
@@ -7927,7 +7897,6 @@ class Registry:
 
     def open_url(self, asked):
         """What the opener gives for a request; Broken where another try may help."""
-        import http.client
         import socket
         import ssl
         import urllib.error
@@ -7936,8 +7905,8 @@ class Registry:
             return self.opener.open(asked, timeout=PATIENCE)
         except urllib.error.HTTPError:
             raise
-        except (OSError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", error)
+        except urllib.error.URLError as error:
+            reason = error.reason
             if isinstance(reason, ssl.SSLCertVerificationError):
                 raise Fail(f"{self.host}: {reason.verify_message}", "its authority's "
                            f"certificate goes into {DOCKER_ETC}/certs.d/{self.host}/",
@@ -7955,10 +7924,11 @@ class Registry:
         import urllib.parse
         import urllib.request
 
-        kind, fields = challenge.partition(" ")[0].lower(), dict(
-            re.findall(r'(\w+)="([^"]*)"', challenge))
-        basic = self.user and self.user[0] != "<token>" and "Basic " + base64.b64encode(
-            ":".join(self.user).encode()).decode()
+        kind = challenge.partition(" ")[0].lower()
+        fields = dict(re.findall(r'(\w+)="([^"]*)"', challenge))
+        name, secret = self.user or ("", "")
+        basic = name not in ("", "<token>") and "Basic " + base64.b64encode(
+            f"{name}:{secret}".encode()).decode()
         if kind == "basic" and basic:
             self.authorization = basic
             return
@@ -7967,16 +7937,17 @@ class Registry:
                 ("https://", f"{self.scheme}://")):
             raise Refused("unauthorized: authentication required",
                           f"minicontainer login {self.host}", 1)
-        query = [(key, fields[key]) for key in ("service", "scope") if key in fields]
-        if self.user and self.user[0] == "<token>":  # OAuth 2: in a body, by POST
-            form = [*query, ("grant_type", "refresh_token"),
-                    ("client_id", "minicontainer"), ("refresh_token", self.user[1])]
-            asked = urllib.request.Request(realm, urllib.parse.urlencode(form).encode())
+        form, body = {key: fields[key] for key in ("service", "scope")
+                      if key in fields}, None
+        if name == "<token>":  # OAuth 2: in a body, by POST
+            form.update(grant_type="refresh_token", client_id="minicontainer",
+                        refresh_token=secret)
+            body = urllib.parse.urlencode(form).encode()
         else:
-            asked = urllib.request.Request(realm + ("&" if "?" in realm else "?")
-                                           + urllib.parse.urlencode(query))
-            if basic:
-                asked.add_unredirected_header("Authorization", basic)
+            realm += ("&" if "?" in realm else "?") + urllib.parse.urlencode(form)
+        asked = urllib.request.Request(realm, body)
+        if basic:
+            asked.add_unredirected_header("Authorization", basic)
         try:
             with self.open_url(asked) as answer:
                 said = parsed(answer.read(1 << 20), "token", {
@@ -7988,18 +7959,16 @@ class Registry:
 
     def manifest(self, version):
         """The bytes that a tag or digest names, and their digest."""
-        import hashlib
+        import io
 
-        with Flow(self.ask("GET", f"/v2/{self.path}/manifests/{version}",
-                           Accept=", ".join(MANIFESTS))) as flow:
-            raw = b""
-            while part := flow.read(1 << 16):
-                raw += part
-                if len(raw) > MANIFEST_LIMIT:
-                    raise Fail(f"{self.host}: the manifest has more than "
-                               f"{MANIFEST_LIMIT} bytes", "it is hostile", 1)
-            said = flow.answer.headers.get("Docker-Content-Digest")
-        digest = f"sha256:{hashlib.sha256(raw).hexdigest()}"
+        with self.ask("GET", f"/v2/{self.path}/manifests/{version}",
+                      Accept=", ".join(MANIFESTS)) as answer:
+            raw = answer.read(MANIFEST_LIMIT + 1)
+            said = answer.headers.get("Docker-Content-Digest")
+        if len(raw) > MANIFEST_LIMIT:
+            raise Fail(f"{self.host}: the manifest has more than {MANIFEST_LIMIT} "
+                       "bytes", "it is hostile", 1)
+        digest = sha256(io.BytesIO(raw))
         for wanted in (version, said):
             if wanted and wanted.startswith("sha256:") and wanted != digest:
                 raise Fail(f"{self.host}: wrong digest: asked for {wanted}, what has "
@@ -8013,7 +7982,7 @@ class Registry:
         answer = self.ask("GET", f"/v2/{self.path}/{kind}/{descriptor['digest']}",
                           Accept=descriptor.get("mediaType") or "*/*", **rest)
         begins = answer.headers.get("Content-Range", "").startswith(f"bytes {at}-")
-        return Flow(answer), at if answer.status == 206 and begins else 0
+        return answer, at if answer.status == 206 and begins else 0
 
     def has(self, digest):
         """Whether it has a blob."""
@@ -8032,32 +8001,29 @@ class Registry:
         Each answer says where the next request goes; that may be another host, which
         is then told nothing of who we are.
         """
-        digest, length = descriptor["digest"], descriptor["size"]
+        digest, length, sent = descriptor["digest"], descriptor["size"], 0
         mount = f"?mount={digest}&from={other}" if other else ""
-        where = f"/v2/{self.path}/blobs/uploads/{mount}"
-        with self.ask("POST", where, lambda: b"") as answer:
-            where = answer.headers.get("Location", "")
+        with self.ask("POST", f"/v2/{self.path}/blobs/uploads/{mount}",
+                      lambda: b"") as answer:
             if answer.status == 201:
-                tell(f"Mounted from {other}")
-                return
-        sent = 0
+                return tell(f"Mounted from {other}")
+            where = answer.headers.get("Location", "")
 
-        def piece():
-            part = Part(blob_path(digest), sent, min(CHUNK, length - sent))
-            part.tell = lambda left: tell("Pushing", min(sent + CHUNK, length) - left,
-                                          length)
-            return part
+        def send(method, end, **headers):
+            def piece():
+                part = Part(blob_path(digest), sent, end - sent)
+                part.tell = lambda left: tell("Pushing", end - left, length)
+                return part
+            return self.ask(method, where, piece, Content_Length=str(end - sent),
+                            Content_Type="application/octet-stream", **headers)
 
         while length > CHUNK and sent < length:
             end = min(sent + CHUNK, length)
-            with self.ask("PATCH", where, piece, Content_Length=str(end - sent),
-                          Content_Type="application/octet-stream",
-                          Content_Range=f"{sent}-{end - 1}") as answer:
+            with send("PATCH", end, Content_Range=f"{sent}-{end - 1}") as answer:
                 where, sent = answer.headers.get("Location", where), end
         where += f"{'&' if '?' in where else '?'}digest={digest}"
-        with self.ask("PUT", where, piece, Content_Length=str(length - sent),
-                      Content_Type="application/octet-stream"):
-            tell("Pushed")
+        send("PUT", length).close()
+        tell("Pushed")
 
     def put(self, descriptor, other="", tell=lambda *_: None):
         """Have the registry have a blob of the store."""
@@ -8107,28 +8073,23 @@ class Progress:
 def pull_image(ref, platform, out=None):
     """Bring an image from its registry into the store, telling about it on `out`."""
     host, path, version = split_name(ref)
-    registry, out = Registry(host, path), out or sys.stdout
+    registry, out, name = Registry(host, path), out or sys.stdout, short_name(ref)
     try:
         raw, digest = registry.patiently(registry.manifest, version)
     except Refused as refused:
-        name = short_name(ref)
-        if refused.status == 404:
-            refused.message = f"manifest for {name} not found: {refused.message}"
-        else:
-            refused.message = (f"pull access denied for {name.rsplit(':', 1)[0]}, "
-                               "repository does not exist or may require 'minicontainer"
-                               f" login': {refused.message}")
+        refused.message = (
+            f"manifest for {name} not found" if refused.status == 404 else
+            f"pull access denied for {name.rsplit(':', 1)[0]}, repository does not "
+            "exist or may require 'minicontainer login'") + f": {refused.message}"
         raise
-    print(f"{short_name(ref) if '@' in ref else version}: Pulling from {path}",
-          file=out)
+    print(f"{name if '@' in ref else version}: Pulling from {path}", file=out)
     known = [(name_of(entry), entry["digest"]) for entry in read_index()]
     with adding():
         image = take_image(registry, pick(registry, raw, platform), dict.fromkeys(
             (ref, f"{host}/{path}@{digest}")), Progress(out))
-    new = (ref, image.entry["digest"]) not in known
-    print(f"Digest: {digest}\nStatus: "
-          f"{'Downloaded newer image' if new else 'Image is up to date'} for "
-          f"{short_name(ref)}", file=out)
+    status = "Image is up to date" if (ref, image.entry["digest"]) in known else (
+        "Downloaded newer image")
+    print(f"Digest: {digest}\nStatus: {status} for {name}", file=out)
 
 
 def asked_name(text):
@@ -8155,8 +8116,8 @@ def push_image(image, ref):
     registry, others = Registry(host, path), {}
     for entry in read_index():  # where the registry has it from us, if not there
         if "@" in name_of(entry) and split_name(name_of(entry))[0] == host:
-            for digest in Image(entry).blobs():
-                others[digest] = split_name(name_of(entry))[1]
+            others.update(dict.fromkeys(Image(entry).blobs(),
+                                        split_name(name_of(entry))[1]))
     registry.find_scheme()
     layers = {layer["digest"]: layer for layer in image.layers}
     in_parallel([(digest[7:19], lambda tell, layer=layer: registry.put(
@@ -8170,23 +8131,18 @@ def push_image(image, ref):
     print(f"{tag}: digest: {digest} size: {image.entry['size']}")
 
 
-@command("push", arg("-a", "--all-tags", action="store_true", help="every tag of it"),
-         arg("name", metavar="NAME[:TAG]", help="of the image"))
+@command("push", arg("name", metavar="NAME[:TAG]", help="of the image"))
 def push_command(options):
     """Send an image to a registry."""
     ref = full_name(options.name) if options.all_tags else asked_name(options.name)
     host, path, tag = split_name(ref)
     print(f"The push refers to repository [{host}/{path}]", flush=True)
     with adding():
-        chosen = [name for name in map(name_of, read_index())
-                  if name == ref or (options.all_tags and name and "@" not in name
-                                     and split_name(name)[:2] == (host, path))]
-        if not chosen:
+        if ref not in map(name_of, read_index()):
             raise Fail("An image does not exist locally with the tag: "
                        f"{short_name(f'{host}/{path}')}", "see `minicontainer images`",
                        1)
-        for name in chosen:
-            push_image(find_image(name), name)
+        push_image(find_image(ref), ref)
 
 
 def login_host(server):
@@ -8203,26 +8159,22 @@ def login_command(options):
     """Check a name and password with a registry, and keep them for pull and push."""
     import getpass
 
-    if options.password_stdin:
-        password = sys.stdin.readline().rstrip("\r\n")
-    if options.password_stdin and not options.username or not (
-            options.password_stdin or os.isatty(0)):
+    if not options.password_stdin and not os.isatty(0) or (
+            options.password_stdin and not options.username):
         raise Fail("a password from something that is no terminal needs -u NAME and "
                    "--password-stdin", "echo $TOKEN | minicontainer login -u NAME "
                    "--password-stdin SERVER; an option would show in `ps`", 1)
-    host = login_host(options.server)
+    registry = Registry(login_host(options.server), "")
     name = options.username or input("Username: ")
-    if not options.password_stdin:
-        password = getpass.getpass("Password: ")
-    registry = Registry(host, "")
-    registry.user = [name, password]
+    registry.user = [name, sys.stdin.readline().rstrip("\r\n") if options.password_stdin
+                     else getpass.getpass("Password: ")]
     try:
         registry.patiently(registry.ask, "GET", "/v2/").close()
     except Refused as refused:
         raise Fail(f"login attempt to {registry.scheme}://{registry.address}/v2/ "
                    f"failed with status: {refused.status or 401} {refused.message}",
                    "is the password right?", 1) from None
-    keep_credentials(host, registry.user)
+    keep_credentials(registry.host, registry.user)
     print("Login Succeeded")
 
 
