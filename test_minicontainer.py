@@ -5458,7 +5458,7 @@ def test_the_kernels_own_words_are_found_in_its_answer():
 
 
 @pytest.mark.parametrize("option, ports", [
-    ("8080:80", [["tcp", "0.0.0.0", 8080, 80]]), ("80", [["tcp", "0.0.0.0", 0, 80]]),
+    ("8080:80", [["tcp", "", 8080, 80]]), ("80", [["tcp", "", 0, 80]]),
     ("127.0.0.1::53/udp", [["udp", "127.0.0.1", 0, 53]]),
     ("10.0.0.1:1-2:3-4", [["tcp", "10.0.0.1", 1, 3], ["tcp", "10.0.0.1", 2, 4]])])
 def test_a_published_port_is_read_as_docker_reads_it(option, ports):
@@ -5573,7 +5573,7 @@ def test_a_published_port_leads_to_the_container_and_is_its_alone(networks):
     with greeting("web-1", "--network", "one", "-p", "18080:80"):
         assert fetched(address, 18080) == "hello from web-1\n"
         assert fetched("127.0.0.1", 18080) == "hello from web-1\n"  # by the relay
-        assert mini("port", "web-1", "80").stdout == "0.0.0.0:18080\n"
+        assert mini("port", "web-1", "80").stdout == "0.0.0.0:18080\n[::]:18080\n"
         assert "0.0.0.0:18080->80/tcp" in mini("ps").stdout
         settings = json.loads(mini("inspect", "web-1").stdout)[0]["NetworkSettings"]
         assert settings["IPAddress"] == "10.213.1.2"
