@@ -8314,6 +8314,11 @@ def error_words(attributes):
     return ""
 
 
+def link(index=0, flags=0):
+    """struct ifinfomsg: an interface by its number, and flags that it is to have."""
+    return struct.pack("=BxHiII", 0, 0, index, flags, flags)
+
+
 class Netlink:
     """A socket to the tables of interfaces, addresses and routes of the network
     namespace that it is made in."""
@@ -8397,11 +8402,6 @@ class Netlink:
                   why="the way to everywhere else")
 
 
-def link(index=0, flags=0):
-    """struct ifinfomsg: an interface by its number, and flags that it is to have."""
-    return struct.pack("=BxHiII", 0, 0, index, flags, flags)
-
-
 class network_of:
     """A context in the network namespace of a process: what is made there is of there.
 
@@ -8427,6 +8427,14 @@ def with_prefix(network, addresses):
             for address, pool in zip(addresses, network["pools"], strict=True)]
 
 
+def set_ipv6(name, **settings):
+    """Settings of an interface for IPv6, where this kernel knows that."""
+    for key, (value, why) in settings.items():
+        path = f"/proc/sys/net/ipv6/conf/{name}/{key}"
+        if os.path.exists(path):
+            write_file(path, value, why=why)
+
+
 def make_bridge(netlink, network):
     """The switch of a network, with the gateways' addresses, if it is not there yet."""
     name = network["bridge"]
@@ -8436,9 +8444,8 @@ def make_bridge(netlink, network):
                  link(), {IFLA_IFNAME: name, IFLA_MTU: network["mtu"],
                           IFLA_LINKINFO: {IFLA_INFO_KIND: "bridge"}},
                  why="a switch for all who are on it")
-    path = f"/proc/sys/net/ipv6/conf/{name}/accept_ra"
-    if os.path.exists(path):
-        write_file(path, "0", why="or a container could offer itself as the router")
+    set_ipv6(name, accept_ra=("0", "or a container could offer itself as the router"),
+             accept_dad=("0", "nobody else has its address: it need not wait a second"))
     netlink.set_up(name, with_prefix(network, [p["gateway"] for p in network["pools"]]))
 
 
@@ -8460,6 +8467,7 @@ def plug_in(pid, network, endpoint, leads_out):
     netlink.set_up(outer)
     with network_of(pid):
         netlink = Netlink()
+        set_ipv6(inner, accept_dad=("0", "nor need this one"))
     netlink.set_up(inner, with_prefix(network, endpoint["addresses"]))
     for pool in network["pools"] if leads_out else ():
         netlink.route(pool["gateway"], inner)
@@ -8498,6 +8506,11 @@ def free_subnet(networks):
 def any_subnet6():
     """A subnet of IPv6 that nobody else is likely to have: RFC 4193 says by chance."""
     return address_of((0xFD << 40 | int.from_bytes(os.urandom(5), "big")) << 80) + "/64"
+
+
+# Addresses of IPv6 come the same way: the host is a router there too, and gives what
+# leaves its own address (NAT66), since the provider's router knows of no subnet that we
+# have thought out.
 
 
 def make_pools(subnets, gateways, ranges, six, networks):
@@ -8697,6 +8710,11 @@ def rules_text(networks, there):
     return f"table {OURS}\ndelete table {OURS}\n{text}"
 
 
+# Nothing of what nft(8) does is beyond netlink.  But a rule is a small program for a
+# machine of the kernel's, of registers, lookups and comparisons; an encoder for those
+# above would be longer than this chapter, and say less than the text does.
+
+
 class Nft:
     """nft(8), which does what a text says, in one transaction, while we do other
     things: most of its time it waits for the kernel."""
@@ -8757,6 +8775,11 @@ def foreign_chains(listing):
             yield f"{table} {chain}"
 
 
+# A chain is known to drop what it does not know by its policy, or by a last rule that
+# asks for nothing before it drops.  The rules go in by nft also where iptables has made
+# the chain: they are of a form that iptables knows how to show.
+
+
 def holes(chain, listing, bridges):
     """What has to be done to a chain so that it leaves those bridges alone, if it drops
     what it does not know, and does nothing more of ours."""
@@ -8807,6 +8830,11 @@ def check_old_wall(bridge):
 FORWARDING = {False: "/proc/sys/net/ipv4/ip_forward",
               True: "/proc/sys/net/ipv6/conf/all/forwarding"}
 BOOT = "/proc/sys/kernel/random/boot_id"  # another one: what was switched on is off
+
+
+# A host that forwards is a router, and not everybody's machine is meant to be one.  So
+# what we switch on is said, is noted with the number of this boot, and is switched off
+# when the last network goes, unless the chains of others show that they forward too.
 
 
 def forwarded(switched=None):
@@ -8912,6 +8940,11 @@ def take_addresses(network, there, wanted):
                        f"{network['name']} is "
                        f"{', '.join(pool['subnet'] for pool in network['pools'])}")
     return found
+
+
+# A port is taken if a container has it, which no socket may show, as it is the kernel
+# who sends its packets on; or if a program has it.  Neither may be said too late, when
+# the container runs already.
 
 
 def probe(kind, address, port):
@@ -9159,6 +9192,17 @@ def choose_network(options):
                    "--network bridge, or one that `network create` has made")
 
 
+def host_lines(texts, gateway):
+    """[name, address] of each --add-host."""
+    found = []
+    for text in texts:
+        host, _, address = text.partition(":")
+        address = gateway if address == "host-gateway" else address
+        packed(address)
+        found.append([host, address])
+    return found
+
+
 def network_spec(options, id, name, hostname):
     """What a container wants of its networks, for the spec's annotation."""
     gateway, wishes = "127.0.0.1", []
@@ -9173,17 +9217,6 @@ def network_spec(options, id, name, hostname):
     return {"names": list(dict.fromkeys(filter(None, (name, id[:12], hostname)))),
             "hosts": host_lines(options.add_host, gateway), "networks": wishes,
             "of": options.network.partition(":")[2]}
-
-
-def host_lines(texts, gateway):
-    """[name, address] of each --add-host."""
-    found = []
-    for text in texts:
-        host, _, address = text.partition(":")
-        address = gateway if address == "host-gateway" else address
-        packed(address)
-        found.append([host, address])
-    return found
 
 
 # ── its commands ──
@@ -9237,6 +9270,7 @@ def network_document(network, there):
         "Labels": network["labels"]}
 
 
+BUILT_IN = "bridge", "host", "none"
 NETWORK_FILTERS = {  # of `network ls`: whether one passes KEY=text
     "driver": lambda row, text: row["Driver"] == text,
     "id": lambda row, text: row["ID"].startswith(text),
@@ -9246,7 +9280,6 @@ NETWORK_FILTERS = {  # of `network ls`: whether one passes KEY=text
     "type": lambda row, text: (text == "builtin") == (row["Name"] in BUILT_IN),
     "dangling": lambda row, text: (text in ("1", "true")) == row["Dangling"],
 }
-BUILT_IN = "bridge", "host", "none"
 
 
 @command("network ls", QUIET, NO_TRUNC, FILTER, FORMAT)
@@ -10970,6 +11003,11 @@ def etc_files(spec, options):
             lines = [line for line in lines if line.split()[:1] != [word]]
             lines += ([f"{word} {value}" for value in values] if word == "nameserver"
                       else [f"{word} {' '.join(values)}"])
+    if options.network not in ("", "none") and not any(
+            line.startswith("nameserver") for line in lines):
+        # Docker's choice, too: names are asked for, and nobody is left to be asked.
+        say("no name server of the host's can be reached from inside: 8.8.8.8 is asked")
+        lines += ["nameserver 8.8.8.8", "nameserver 8.8.4.4"]
     return {
         "hostname": name + "\n",
         "hosts": "127.0.0.1\tlocalhost\n"
@@ -11944,6 +11982,12 @@ def sizes(record, spec):
     return own, own + sum(map(bytes_in, record.layers(spec)))
 
 
+def network_names(record, spec):
+    """The networks that a container is on, or what it has instead."""
+    return [wish["network"] for wish in wants_of(spec)["networks"]] or [
+        record.asked.get("network", "none")]
+
+
 def ports_of(record):
     """[protocol, address, port of the host, port inside] of what leads to it."""
     return [port for endpoint in (endpoints_of(record.id) if record.status in LIVE else
@@ -12201,12 +12245,6 @@ def inspect_command(options):
 # `top` reads /proc, where the line NSpid of a process has its number in each namespace
 # that it is in, ours first.  `stats` takes two samples, since the kernel counts and it
 # is a rate that is wanted: CPU % is of one processor, as in Docker.
-
-
-def network_names(record, spec):
-    """The networks that a container is on, or what it has instead."""
-    return [wish["network"] for wish in wants_of(spec)["networks"]] or [
-        record.asked.get("network", "none")]
 
 
 class rewiring:
@@ -13473,6 +13511,8 @@ def check_script(words, options):
                    "--explain tells about any command")
     for option, given in (("--tty", options.tty), ("--init", options.init),
                           ("--storage-driver vfs", options.storage_driver == "vfs"),
+                          ("a network of its own", options.publish or
+                           options.network not in ("", "none", "host")),
                           ("--without pivot", "pivot" in ",".join(options.without)),
                           ("--stop-after", options.stop_after)):
         if given:
