@@ -5012,19 +5012,27 @@ def list_command_oci(options):
             print(form(**row))
 
 
+def shown_by_ps(pids, words):
+    """The lines of the host's `ps`, with these options, about some processes."""
+    import subprocess
+
+    done = subprocess.run(["ps", *words], capture_output=True, text=True)
+    title, *rows = done.stdout.splitlines() or [""]
+    if done.returncode or "PID" not in title.split():
+        raise Fail(f"ps {' '.join(words)}: {done.stderr.strip() or title}",
+                   "options that show a PID", 1)
+    column = title.split().index("PID")
+    return [title, *(row for row in rows if int(row.split()[column]) in pids)]
+
+
 @oci("ps", arg("-f", "--format", choices=["table", "json"], default="table",
-               help="table, as `ps -ef`, or the pids as json"), ID)
+               help="table, as `ps -ef`, or the pids as json"), ID,
+     arg("words", nargs="A*", metavar="PS-OPTIONS", help="for `ps`, instead of -ef"))
 def ps_command_oci(options):
     """Show the processes of a container."""
     pids = cgroup_of(read_record(options)["spec"]).pids()
-    if options.format == "json":
-        print(to_json(pids))
-        return
-    import subprocess
-
-    title, *rows = subprocess.run(["ps", "-ef"], capture_output=True, text=True,
-                                  check=True).stdout.splitlines()
-    print("\n".join([title, *(row for row in rows if int(row.split()[1]) in pids)]))
+    print(to_json(pids) if options.format == "json" else
+          "\n".join(shown_by_ps(pids, options.words or ["-ef"])))
 
 
 def freeze_container(options, frozen, wanted):
@@ -5234,22 +5242,15 @@ def features_command_oci(options):
 # directory hides all of them; overlay says it with a device 0,0 and an attribute.
 #
 # The default root file system needs no tarball and no network: it is made of what the
-# host has, a static busybox or else its shell and common tools with the libraries
-# that their headers ask for.  We read those headers ourselves: ldd would run the
-# program.
+# host has, a static busybox or else its shell and common tools, with the libraries
+# that the dynamic linker says it would load for them.
 #
-# Man pages: tar(5), elf(5), ld.so(8); the OCI image specification.
-
-calls(
-    unlinkat=(263, 35, "dirfd path flags"),
-    linkat=(265, 37, "olddirfd oldpath newdirfd newpath AT_"),
-)
+# Man pages: tar(5), ld.so(8); the OCI image specification.
 
 STORE = os.path.abspath(os.environ.get("MINICONTAINER_ROOT")
                         or "/var/lib/minicontainer")
-
-
 PARENTS = set()  # directories of the store that are there
+FOLDER = os.O_RDONLY | O_DIRECTORY | os.O_NOFOLLOW | O_CLOEXEC
 
 
 def store(*names):
@@ -5305,28 +5306,35 @@ def remove_tree(path):
     Each pass moves the grandchildren up to the top and removes the emptied children,
     so no path is longer than two names and no symlink is ever followed.
     """
+    from itertools import islice
+
+    serial, mark = 0, f".removed-{os.urandom(8).hex()}"
+
+    def empty(fd, keep):
+        while entries := list(islice(os.scandir(fd), 10_000)):  # bounds the memory
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    keep(fd, entry.name)
+                else:
+                    os.unlink(entry.name, dir_fd=fd)
+
+    def move_up(fd, name):
+        nonlocal serial
+        serial += 1
+        os.rename(name, f"{mark}-{serial}", src_dir_fd=fd, dst_dir_fd=top)
+
+    def remove(fd, name):
+        child = os.open(name, FOLDER, dir_fd=fd)
+        empty(child, move_up)
+        os.close(child)
+        os.rmdir(name, dir_fd=fd)
+
     try:
-        top = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        top = os.open(path, FOLDER)
     except FileNotFoundError:
         return
-    serial, mark = 0, f".removed-{os.urandom(8).hex()}"
     try:
-        while entries := list(os.scandir(top)):
-            for entry in entries:
-                if not entry.is_dir(follow_symlinks=False):
-                    os.unlink(entry.name, dir_fd=top)
-                    continue
-                child = os.open(entry.name, os.O_RDONLY | os.O_DIRECTORY
-                                | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=top)
-                for grandchild in list(os.scandir(child)):
-                    if grandchild.is_dir(follow_symlinks=False):
-                        serial += 1
-                        os.rename(grandchild.name, f"{mark}-{serial}",
-                                  src_dir_fd=child, dst_dir_fd=top)
-                    else:
-                        os.unlink(grandchild.name, dir_fd=child)
-                os.close(child)
-                os.rmdir(entry.name, dir_fd=top)
+        empty(top, remove)
     finally:
         os.close(top)
     os.rmdir(path)
@@ -5361,6 +5369,8 @@ def publish(path, name):
 
 
 # ── work for other processes ──
+
+BLOCK = 1 << 16  # so much at once, of whatever is passed on
 
 
 def begin_job(job):
@@ -5407,28 +5417,26 @@ def in_parallel(jobs, show, at_once=3):
             while waiting and len(running) < at_once:
                 number, (id, job) = waiting.pop(0)
                 pid, fd = begin_job(job)
-                running[fd] = [number, id, pid, b""]
+                running[fd] = number, id, pid
             for fd in select.select(list(running), [], [])[0]:
-                number, id, pid, text = running[fd]
-                part = os.read(fd, 1 << 16)
-                *lines, running[fd][3] = (text + part).split(b"\n")
-                for news in map(from_json, lines):
+                number, id, pid = running[fd]
+                text = os.read(fd, BLOCK)  # whole lines: each was one write
+                for news in map(from_json, text.splitlines()):
                     if "fail" in news:
                         raise Fail(*news["fail"])
                     if "show" in news:
                         show(id, *news["show"])
                     else:
                         results[number] = news["result"]
-                if not part:
+                if not text:
                     os.close(fd)
                     del running[fd]
                     os.waitpid(pid, 0)
                     if number not in results:
                         raise Fail(f"the process for {id} was killed", "see `dmesg`")
     finally:
-        for _, _, pid, _ in running.values():
+        for fd, (_, _, pid) in running.items():
             os.kill(pid, signal.SIGTERM)
-        for fd, (_, _, pid, _) in running.items():
             os.waitpid(pid, 0)
             os.close(fd)
     return [results[number] for number in range(len(jobs))]
@@ -5438,13 +5446,13 @@ def in_parallel(jobs, show, at_once=3):
 
 PACKERS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\0": "xz",
            b"BZh": "bzip2"}  # the first bytes of what each has packed
-BLOCK = 1 << 16
 ZEROS = bytes(BLOCK)
 
 
-def compression(begin):
+def compression(head):
     """What has compressed a file that begins so, or ""."""
-    return next((name for mark, name in PACKERS.items() if begin.startswith(mark)), "")
+    return "" if head[257:262] == b"ustar" else next(
+        (name for mark, name in PACKERS.items() if head.startswith(mark)), "")
 
 
 def damaged(title, reason):
@@ -5460,64 +5468,49 @@ def pieces(file):
     return iter(lambda: file.read(BLOCK), b"")
 
 
-def gunzip(file):
-    """What gzip has packed, piece by piece: zlib does it, and checks the sum too.
-
-    The module gzip takes 8 KiB at a time, and 16 KiB never grow to more than 16 MiB."""
-    import zlib
-
-    unpacker, data = zlib.decompressobj(31), file.read(1 << 14)
-    while data:
-        yield unpacker.decompress(data)
-        data = unpacker.unused_data or file.read(1 << 14)
-        if unpacker.eof and (data := data.lstrip(b"\0")):
-            unpacker = zlib.decompressobj(31)  # one more has been appended
-    if not unpacker.eof:
-        raise EOFError("it ends too early")
-
-
 def unzstd(file):
-    """What zstd has packed, piece by piece; before Python 3.14 its program does it."""
+    """What zstd has packed, to be read; before Python 3.14 its program does it."""
     try:
         from compression import zstd
+
+        return zstd.open(file)
     except ImportError:
         import subprocess
+    try:
+        process = subprocess.Popen(["zstd", "-dcq"], stdin=file, stdout=subprocess.PIPE,
+                                   stderr=subprocess.DEVNULL)
+    except FileNotFoundError:
+        raise Fail("it is compressed with zstd, which this Python cannot read",
+                   "apt-get install zstd, or Python 3.14") from None
 
-        try:
-            process = subprocess.Popen(["zstd", "-dcq"], stdin=file,
-                                       stdout=subprocess.PIPE,
-                                       stderr=subprocess.DEVNULL)
-        except FileNotFoundError:
-            raise Fail("it is compressed with zstd, which this Python cannot read",
-                       "apt-get install zstd, or Python 3.14") from None
-        with process:
-            yield from pieces(process.stdout)
-        if process.returncode:
-            raise EOFError("zstd cannot decompress it") from None
-    else:
-        yield from pieces(zstd.open(file))
+    class Output:
+        def read(self, length):
+            data = process.stdout.read(length)
+            if not data and process.wait():
+                raise EOFError("zstd cannot decompress it")
+            return data
+    return Output()
 
 
 def plain_pieces(path, title):
     """What a file was before it was compressed, piece by piece; errors have a title."""
     import bz2
+    import gzip
     import lzma
 
-    with open(path, "rb", buffering=0) as file:  # zstd gets the descriptor
-        head = file.read(512)
-        file.seek(0)
-        packed = "" if head[257:262] == b"ustar" else compression(head)
-        try:
-            yield from {"gzip": gunzip, "zstd": unzstd, "": pieces,
-                        "xz": lambda file: pieces(lzma.open(file)),
-                        "bzip2": lambda file: pieces(bz2.open(file))}[packed](file)
-        except Fail as fail:
-            fail.message = f"{title}: {fail.message}"
+    unpackers = {"gzip": gzip.open, "xz": lzma.open, "bzip2": bz2.open, "zstd": unzstd}
+    try:
+        with open(path, "rb", buffering=0) as file:  # zstd gets the descriptor
+            packed = compression(file.read(512))
+            file.seek(0)
+            yield from pieces(unpackers[packed](file) if packed else file)
+    except Fail as fail:
+        fail.message = f"{title}: {fail.message}"
+        raise
+    except Exception as error:  # each of them has its own
+        if getattr(error, "errno", None):
             raise
-        except Exception as error:  # each of them has its own
-            if getattr(error, "errno", None):
-                raise
-            raise damaged(title, error) from None
+        raise damaged(title, error) from None
 
 
 def write_all(fd, data):
@@ -5537,6 +5530,8 @@ def write_all(fd, data):
 
 LAYER_ENTRIES = 1_000_000  # more take $MINICONTAINER_LAYER_ENTRIES
 HEADER_BYTES = 1 << 20  # of the extensions of one entry
+FIELDS = "name mode uid gid size mtime sum kind link magic who major minor rest".split()
+FIELD_BYTES = struct.Struct("100s 8s 8s 8s 12s 12s 8s c 100s 8s 64s 8s 8s 155s 12x")
 KINDS = {b"0": stat.S_IFREG, b"\0": stat.S_IFREG, b"7": stat.S_IFREG,
          b"S": stat.S_IFREG, b"1": stat.S_IFREG, b"2": stat.S_IFLNK, b"3": stat.S_IFCHR,
          b"4": stat.S_IFBLK, b"5": stat.S_IFDIR, b"6": stat.S_IFIFO}  # S has holes
@@ -5563,16 +5558,16 @@ class Entry:
         return stat.S_ISCHR(self.mode) and self.device == 0
 
 
-def tar_text(field):
-    """The text in a field of a header, whatever its encoding."""
-    return os.fsdecode(field.partition(b"\0")[0])
-
-
-def tar_number(field):
-    """The number in a field of a header: octal digits, or binary if it says so."""
-    if field[0] in (0x80, 0xff):
+def tar_number(field, base=8):
+    """The number in a field of a header: octal digits, or binary if it says so; or
+    with base 10 in what extends it."""
+    if base == 8 and field[0] in (0x80, 0xff):
         return int.from_bytes(field[1:], "big", signed=field[0] == 0xff)
-    return int(field.partition(b"\0")[0].strip() or b"0", 8)
+    text = field.partition(b"\0")[0].strip()
+    try:
+        return int(text or b"0", base)
+    except ValueError:
+        raise ValueError(f"{text[:12]!r} is no number") from None
 
 
 def pax_records(data):
@@ -5580,7 +5575,7 @@ def pax_records(data):
     found, at = {}, 0
     while at < len(data):
         space = data.index(b" ", at, at + 20)
-        end = at + int(data[at:space])
+        end = at + tar_number(data[at:space], 10)
         key, equals, value = data[space + 1:end - 1].partition(b"=")
         if not space < end <= len(data) or not equals:
             raise ValueError("a pax header is damaged")
@@ -5599,22 +5594,156 @@ def layer_bytes():
                 or f"{room.f_bavail * room.f_frsize}")
 
 
-class Tarball:
-    """The entries of a tarball, each to be read before the next.
+class TarReader:
+    """The entries of a tarball that is read from a file, each before the next."""
 
-    A process of its own decompresses it and works out the digest of what is inside, a
-    layer's diff_id: that is half of the work, and there are mostly two processors.
-    """
-
-    def __init__(self, path, title):
-        self.title = title
+    def __init__(self, file, title):
+        self.file, self.title = file, title
         self.common = {}  # what a header of kind g has said
         self.left = 0  # bytes of the content that are still to be read
+
+    def exactly(self, length):
+        """The next bytes."""
+        data = self.file.read(length)
+        if len(data) < length:
+            raise EOFError("it ends too early")
+        return data
+
+    def read(self, length):
+        """Some bytes of an entry's content."""
+        self.left -= length
+        if self.left < 0:
+            raise ValueError("its size and its holes do not agree")
+        return self.exactly(length)
+
+    def bounded(self, over, what):
+        """Refuse what could fill the disk, the memory or the day."""
+        if over:
+            raise Fail(f"{self.title}: the tarball {what}",
+                       "the bounds are MINICONTAINER_LAYER_BYTES (what is free on "
+                       "the disk) and MINICONTAINER_LAYER_ENTRIES (a million)")
+
+    def __iter__(self):
+        """Every entry, while they stay within bounds."""
+        most, count, notes, room = layer_bytes(), 0, {}, HEADER_BYTES
+        entries = whole("$MINICONTAINER_LAYER_ENTRIES", os.environ.get(
+            "MINICONTAINER_LAYER_ENTRIES") or f"{LAYER_ENTRIES}", 1)
+        while (head := self.exactly(512)) != ZEROS[:512]:
+            field = dict(zip(FIELDS, FIELD_BYTES.unpack(head), strict=True))
+            if tar_number(field["sum"]) != sum(head) - sum(field["sum"]) + 8 * 32:
+                raise ValueError("bad checksum")
+            field["size"] = tar_number(field["size"])
+            if field["kind"] in b"xXgLK":
+                room -= max(field["size"], 1)
+                self.bounded(room < 0,
+                             f"has more than {human(HEADER_BYTES)} of headers")
+                notes.update(self.extension(field["kind"], field["size"]))
+                continue
+            entry = self.entry(field, {**self.common, **notes})
+            most, count, notes, room = most - entry.size, count + 1, {}, HEADER_BYTES
+            self.bounded(most < 0, f"unpacks to more than {human(layer_bytes())}")
+            self.bounded(count > entries, f"has more than {entries} entries")
+            padding = -self.left % 512
+            yield entry
+            if self.file.seekable():
+                self.file.seek(self.left + padding, os.SEEK_CUR)
+                continue
+            while self.left:
+                self.read(min(self.left, BLOCK))
+            self.exactly(padding)
+
+    def extension(self, kind, size):
+        """What an entry says of the next one, or of all."""
+        if size < 0:
+            raise ValueError("a negative size")
+        data = self.exactly(size + -size % 512)[:size]
+        if kind in b"LK":
+            return {b"path" if kind == b"L" else b"linkpath": data.partition(b"\0")[0]}
+        if kind != b"g":
+            return pax_records(data)
+        self.common.update(pax_records(data))
+        self.bounded(len(self.common) > 100 or sum(
+            map(len, self.common.values())) > HEADER_BYTES, "has 100 global headers")
+        return {}
+
+    def entry(self, field, notes):
+        """The Entry of a header and of what extends it."""
+        def text(key, *names):
+            said = next(filter(None, map(notes.get, names)), b"")
+            return os.fsdecode(said or field[key].partition(b"\0")[0])
+
+        def number(key):
+            said = notes.get(key.encode())
+            return tar_number(said, 10) if said else tar_number(field[key])
+
+        kind, names = field["kind"], (b"GNU.sparse.name", b"path")
+        name = text("name", *names)
+        if field["magic"][:6] == b"ustar\0" and field["rest"][0] and not any(
+                map(notes.get, names)):
+            name = f"{text('rest')}/{name}"
+        said = notes.get(b"size")
+        size = (tar_number(said, 10) if said else field["size"]) * (
+            kind not in b"123456")
+        if size < 0:
+            raise ValueError(f"{name!r} has a negative size")
+        format = KINDS.get(kind, 0)
+        if format == stat.S_IFREG and kind != b"1" and name.endswith("/"):
+            format = stat.S_IFDIR  # before there was a kind for them
+        seconds, _, decimals = notes.get(b"mtime", b"").partition(b".")
+        entry = Entry(name, format | tar_number(field["mode"]) & 0o7777,
+                      [number("uid"), number("gid")], size,
+                      tar_number(seconds + b"%.9s" % decimals.ljust(9, b"0"), 10)
+                      if seconds else tar_number(field["mtime"]) * 10**9)
+        entry.stream, self.left, link = self, size, text("link", b"linkpath")
+        entry.link, entry.hard = ("", link) if kind == b"1" else (link, "")
+        if kind in b"34":
+            entry.device = os.makedev(*(tar_number(field[key])
+                                        for key in ("major", "minor")))
+        entry.xattrs = {os.fsdecode(key[13:]): value for key, value in notes.items()
+                        if key.startswith(b"SCHILY.xattr.")}
+        self.find_holes(entry, field, notes)
+        return entry
+
+    def find_holes(self, entry, field, notes):
+        """Where the content of a sparse file goes: GNU tar has four ways to say it."""
+        if field["kind"] == b"S":
+            table, more = field["rest"][41:137], field["rest"][137]
+            entry.size = tar_number(field["rest"][138:150])
+            while more:
+                block = self.exactly(512)
+                table, more = table + block[:504], block[504]
+                self.bounded(len(table) > HEADER_BYTES, "has too many holes")
+            numbers = [tar_number(table[at:at + 12]) for at in range(0, len(table), 12)]
+        elif notes.get(b"GNU.sparse.major") == b"1":
+            text = self.read(512)
+            while text.count(b"\n") <= 2 * tar_number(text.partition(b"\n")[0], 10):
+                text += self.read(512)
+                self.bounded(len(text) > HEADER_BYTES, "has too many holes")
+            count, *numbers = (tar_number(line, 10) for line in text.split(b"\n")[:-1])
+            numbers = numbers[:2 * count]
+        elif b"GNU.sparse.map" in notes:
+            numbers = [tar_number(part, 10)
+                       for part in notes[b"GNU.sparse.map"].split(b",")]
+        else:
+            return
+        for key in (b"GNU.sparse.size", b"GNU.sparse.realsize"):
+            entry.size = tar_number(notes[key], 10) if key in notes else entry.size
+        entry.stretches = list(zip(numbers[::2], numbers[1::2], strict=True))
+        if entry.size < 0 or any(at < 0 or length < 0 or at + length > entry.size
+                                 for at, length in entry.stretches):
+            raise ValueError(f"{entry.name!r} has holes that are none")
+
+
+class Tarball(TarReader):
+    """One that a process of its own decompresses, which works out the digest of what is
+    inside, a layer's diff_id: half of the work, and there are mostly two processors."""
+
+    def __init__(self, path, title):
         ours, theirs = os.pipe()
         fcntl.fcntl(theirs, fcntl.F_SETPIPE_SZ, 16 * BLOCK)
+        super().__init__(open(ours, "rb", 2 * BLOCK), title)
         self.pid, self.news = begin_job(lambda tell: self.pour(path, ours, theirs))
         os.close(theirs)
-        self.file = open(ours, "rb", 2 * BLOCK)
 
     def pour(self, path, ours, theirs):
         """What that process does: all into the pipe; the digest."""
@@ -5647,125 +5776,6 @@ class Tarball:
         os.close(self.news)
         os.waitpid(self.pid, 0)
 
-    def exactly(self, length):
-        """The next bytes."""
-        data = self.file.read(length)
-        if len(data) < length:
-            raise EOFError("it ends too early")
-        return data
-
-    def read(self, length):
-        """Some bytes of an entry's content."""
-        self.left -= length
-        if self.left < 0:
-            raise ValueError("its size and its holes do not agree")
-        return self.exactly(length)
-
-    def __iter__(self):
-        """Every entry, while they stay within bounds."""
-        most, count, extra, room = layer_bytes(), 0, {}, HEADER_BYTES
-        entries = whole("$MINICONTAINER_LAYER_ENTRIES", os.environ.get(
-            "MINICONTAINER_LAYER_ENTRIES") or f"{LAYER_ENTRIES}", 1)
-        while (head := self.exactly(512)) != ZEROS[:512]:
-            if tar_number(head[148:156]) != sum(head) - sum(head[148:156]) + 8 * 32:
-                raise ValueError("bad checksum")
-            kind, size = head[156:157], tar_number(head[124:136])
-            if kind in (b"x", b"X", b"g", b"L", b"K"):
-                room -= max(size, 1)
-                self.bounded(room < 0,
-                             f"has more than {human(HEADER_BYTES)} of headers")
-                extra.update(self.extension(kind, size))
-                continue
-            entry = self.entry(head, {**self.common, **extra}, size)
-            most, count, extra, room = most - entry.size, count + 1, {}, HEADER_BYTES
-            self.bounded(most < 0, f"unpacks to more than {human(layer_bytes())}")
-            self.bounded(count > entries, f"has more than {entries} entries")
-            padding = -self.left % 512
-            yield entry
-            while self.left:
-                self.read(min(self.left, BLOCK))
-            self.exactly(padding)
-
-    def bounded(self, over, what):
-        """Refuse what could fill the disk, the memory or the day."""
-        if over:
-            raise Fail(f"{self.title}: the tarball {what}",
-                       "the bounds are MINICONTAINER_LAYER_BYTES (what is free on "
-                       "the disk) and MINICONTAINER_LAYER_ENTRIES (a million)")
-
-    def extension(self, kind, size):
-        """What an entry says of the next one, or of all."""
-        if size < 0:
-            raise ValueError("a negative size")
-        data = self.exactly(size + -size % 512)[:size]
-        if kind in b"LK":
-            return {b"path" if kind == b"L" else b"linkpath": data.partition(b"\0")[0]}
-        if kind != b"g":
-            return pax_records(data)
-        self.common.update(pax_records(data))
-        self.bounded(len(self.common) > 100 or sum(
-            map(len, self.common.values())) > HEADER_BYTES, "has 100 global headers")
-        return {}
-
-    def entry(self, head, notes, size):
-        """The Entry of a header and of what extends it."""
-        kind, name, link = head[156:157], tar_text(head[:100]), tar_text(head[157:257])
-        if head[257:263] == b"ustar\0" and head[345]:
-            name = f"{tar_text(head[345:500])}/{name}"
-        name = os.fsdecode(notes.get(b"GNU.sparse.name") or notes.get(b"path") or b""
-                           ) or name
-        link = os.fsdecode(notes.get(b"linkpath") or b"") or link
-        size = int(notes.get(b"size") or size) * (kind not in b"123456")
-        if size < 0:
-            raise ValueError(f"{name!r} has a negative size")
-        format = KINDS.get(kind, 0)
-        if format == stat.S_IFREG and kind != b"1" and name.endswith("/"):
-            format = stat.S_IFDIR  # before there was a kind for them
-        seconds, _, decimals = notes.get(b"mtime", b"").decode().partition(".")
-        entry = Entry(
-            name, format | tar_number(head[100:108]) & 0o7777,
-            [int(notes.get(key) or tar_number(field)) for key, field in (
-                (b"uid", head[108:116]), (b"gid", head[116:124]))], size,
-            int(f"{seconds}{decimals:0<9.9}") if seconds else
-            tar_number(head[136:148]) * 10**9)
-        entry.link, entry.hard = ("", link) if kind == b"1" else (link, "")
-        if kind in b"34":
-            entry.device = os.makedev(tar_number(head[329:337]),
-                                      tar_number(head[337:345]))
-        entry.xattrs = {os.fsdecode(key[13:]): value for key, value in notes.items()
-                        if key.startswith(b"SCHILY.xattr.")}
-        entry.stream, self.left = self, size
-        self.find_holes(entry, head, notes)
-        return entry
-
-    def find_holes(self, entry, head, notes):
-        """Where the content of a sparse file goes: GNU tar has four ways to say it."""
-        if head[156:157] == b"S":
-            table, more = head[386:482], head[482]
-            entry.size = tar_number(head[483:495])
-            while more:
-                block = self.exactly(512)
-                table, more = table + block[:504], block[504]
-                self.bounded(len(table) > HEADER_BYTES, "has too many holes")
-            numbers = [tar_number(table[at:at + 12]) for at in range(0, len(table), 12)]
-        elif notes.get(b"GNU.sparse.major") == b"1":
-            text = self.read(512)
-            while text.count(b"\n") <= 2 * int(text.partition(b"\n")[0]):
-                text += self.read(512)
-                self.bounded(len(text) > HEADER_BYTES, "has too many holes")
-            count, *numbers = text.split(b"\n")
-            numbers = list(map(int, numbers[:2 * int(count)]))
-        elif b"GNU.sparse.map" in notes:
-            numbers = list(map(int, notes[b"GNU.sparse.map"].split(b",")))
-        else:
-            return
-        for key in (b"GNU.sparse.size", b"GNU.sparse.realsize"):
-            entry.size = int(notes.get(key, entry.size))
-        entry.stretches = list(zip(numbers[::2], numbers[1::2], strict=True))
-        if entry.size < 0 or any(at < 0 or length < 0 or at + length > entry.size
-                                 for at, length in entry.stretches):
-            raise ValueError(f"{entry.name!r} has holes that are none")
-
 
 # ── layers from tarballs ──
 
@@ -5787,10 +5797,9 @@ def write_content(entry, fd):
         os.ftruncate(fd, entry.size)
 
 
-def open_beneath(top, path, flags=os.O_RDONLY | os.O_DIRECTORY):
-    """A descriptor of a path below `top`, reached through no symlink."""
-    how = open_how(flags=flags | os.O_CLOEXEC | os.O_NOFOLLOW,
-                   resolve=RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS)
+def open_beneath(top, path):
+    """A descriptor of a directory below `top`, reached through no symlink."""
+    how = open_how(flags=FOLDER, resolve=RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS)
     return syscall("openat2", top, path, how, sizeof(how))
 
 
@@ -5806,28 +5815,36 @@ class Layer:
     """A directory that entries are unpacked into; a later one replaces an earlier one.
 
     Neighbours in a tarball mostly share their directory, so the last one stays open:
-    then its path is walked once for all of them, and safely.
+    then its path is walked once for all of them, and safely.  What is made in it
+    changes its time, which is set back when it is left: so no list of a million
+    directories has to be kept until the end.
     """
 
     def __init__(self, path):
-        self.top = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        self.fd, self.above = os.dup(self.top), []
-        self.times = {}  # of directories: set last, since a file made in one changes it
+        self.top = os.open(path, os.O_RDONLY | O_DIRECTORY | O_CLOEXEC)
+        self.fd, self.above, self.when = -1, None, 0  # the last one: its names, time
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        os.close(self.fd)
+        self.leave()
         os.close(self.top)
+
+    def leave(self):
+        """Be done with the directory that was open."""
+        if self.fd >= 0:
+            os.utime(self.fd, ns=(self.when, self.when))
+            os.close(self.fd)
+        self.fd, self.above = -1, None
 
     def parent(self, path):
         """(descriptor of the directory that an entry goes into, its name there)."""
         *above, name = parts_of(path) or ["."]
         if above != self.above:
-            fd = self.walk(above)
-            os.close(self.fd)
-            self.fd, self.above = fd, above
+            self.leave()
+            self.fd, self.above = self.walk(above), above
+            self.when = os.fstat(self.fd).st_mtime_ns
         return self.fd, name
 
     def walk(self, parts):
@@ -5838,6 +5855,7 @@ class Layer:
         except OSError:
             fd = os.dup(self.top)  # name by name, then
         for part in parts:
+            when = os.fstat(fd).st_mtime_ns
             try:
                 below = open_beneath(fd, part)
             except OSError as error:
@@ -5846,6 +5864,7 @@ class Layer:
                 elif error.errno != errno.ENOENT:
                     raise
                 os.mkdir(part, 0o755, dir_fd=fd)
+                os.utime(fd, ns=(when, when))
                 below = open_beneath(fd, part)
             os.close(fd)
             fd = below
@@ -5861,7 +5880,6 @@ class Layer:
             if name == ".":
                 raise ValueError("the top of a layer is a directory") from None
             remove_tree(f"/proc/self/fd/{parent}/{name}")
-            self.above = None  # it may have been in there
 
     def add(self, entry):
         """Make the file that an entry tells of."""
@@ -5886,6 +5904,7 @@ class Layer:
 
     def create(self, entry, parent, name):
         """Make a file of an entry's kind, with its content; never one that exists."""
+        kind = stat.S_IFMT(entry.mode)
         if entry.hard:
             *above, old = parts_of(entry.hard)
             source = self.walk(above)
@@ -5894,11 +5913,11 @@ class Layer:
                         follow_symlinks=False)
             finally:
                 os.close(source)
-        elif stat.S_ISDIR(entry.mode):
+        elif kind == stat.S_IFDIR:
             os.mkdir(name, 0o700, dir_fd=parent)
-        elif stat.S_ISLNK(entry.mode):
+        elif kind == stat.S_IFLNK:
             os.symlink(entry.link, name, dir_fd=parent)
-        elif stat.S_ISREG(entry.mode):
+        elif kind == stat.S_IFREG:
             fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
                          | os.O_CLOEXEC, 0o600, dir_fd=parent)
             try:
@@ -5906,7 +5925,7 @@ class Layer:
             finally:
                 os.close(fd)
         else:
-            os.mknod(name, stat.S_IFMT(entry.mode) | 0o600, entry.device, dir_fd=parent)
+            os.mknod(name, kind | 0o600, entry.device, dir_fd=parent)
 
     def set_metadata(self, entry, parent, name):
         """Owner, mode, extended attributes and times, in the order that keeps them all:
@@ -5917,33 +5936,20 @@ class Layer:
             for key, value in entry.xattrs.items():
                 os.setxattr(f"/proc/self/fd/{parent}/{name}", key, value,
                             follow_symlinks=False)
-        if stat.S_ISDIR(entry.mode):
-            self.times["/".join(parts_of(entry.name)) or "."] = entry.when
-        else:
-            os.utime(name, ns=(entry.when, entry.when), dir_fd=parent,
-                     follow_symlinks=False)
+        os.utime(name, ns=(entry.when, entry.when), dir_fd=parent,
+                 follow_symlinks=False)
+        if name == ".":
+            self.when = entry.when
 
     def add_all(self, entries, title):
-        """Make every file, and set the times of directories; errors name the entry."""
+        """Make every file; errors name the entry."""
         for entry in entries:
             try:
                 self.add(entry)
-            except (ValueError, OverflowError) as error:
-                raise Fail(f"{title}: {entry.name!r}: {error}",
-                           "the tarball is damaged or hostile: do not use it") from None
-            except OSError as error:
-                raise Fail(f"{title}: {entry.name!r}: {error.strerror}",
-                           "is the disk full, or the tarball damaged?") from None
-        for directory, when in self.times.items():
-            try:
-                handle = open_beneath(self.top, directory)
-            except OSError as error:
-                if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-                    raise
-                continue  # a later entry has replaced it
-            os.utime(handle, ns=(when, when))
-            os.close(handle)
-        self.times.clear()
+            except (ValueError, OverflowError, OSError) as error:
+                reason = getattr(error, "strerror", None) or error
+                raise Fail(f"{title}: {entry.name!r}: {reason}", "is the disk full, or "
+                           "the tarball damaged or hostile?") from None
 
 
 def unpack(path, top, title=None):
@@ -6120,75 +6126,26 @@ def copy_in(source, top, target):
         shutil.copy2(os.path.realpath(source), top + target)
 
 
-def library_directories():
-    """What /etc/ld.so.conf says, and the directories that are always searched."""
-    import glob
-
-    found, files = [], ["/etc/ld.so.conf"]
-    for file in files:  # grows while we read it
-        try:
-            lines = read_file(file).splitlines()
-        except FileNotFoundError:
-            continue
-        for line in lines:
-            if line.startswith("include "):
-                files.extend(sorted(glob.glob(line.split()[1])))
-            elif line.startswith("/"):
-                found.append(line.strip())
-    triplet = f"{os.uname().machine}-linux-gnu"
-    return [*found, f"/lib/{triplet}", f"/usr/lib/{triplet}", "/lib64", "/usr/lib64",
-            "/lib", "/usr/lib", *glob.glob("/lib/*-linux-musl*")]
-
-
-def find_library(name, first, machine):
-    """Where the dynamic linker would find a library for `machine`; "" if nowhere."""
-    for directory in [*first, *library_directories()]:
-        path = f"{directory}/{name}"
-        if os.path.isfile(path) and elf_machine(open_program(path)) == machine:
-            return os.path.normpath(path)
-    return ""
-
-
 def libraries_of(path):
-    """The paths of the libraries that an ELF file names in its dynamic section."""
-    PT_LOAD, PT_DYNAMIC = 1, 2
-    DT_NEEDED, DT_STRTAB, DT_RPATH, DT_RUNPATH = 1, 5, 15, 29
-    with open(path, "rb") as file:
-        data = file.read()
-    if not any(kind == PT_DYNAMIC for kind, *_ in elf_segments(data)):
+    """What the dynamic linker would load for a program of the host, and itself; or
+    what a script's interpreter needs."""
+    import re
+    import subprocess
+
+    head = open_program(os.path.realpath(path))
+    if not os.path.exists(loader := interpreter_of(head)):
         return []
-    segments, values = elf_segments(data), {}
-    order = "<" if data[5] == 1 else ">"
-    for kind, offset, _, length in segments:
-        if kind == PT_DYNAMIC:
-            for tag, value in struct.iter_unpack(order + "qQ",
-                                                 data[offset:offset + length]):
-                values.setdefault(tag, []).append(value)
-    strings = next(offset + values[DT_STRTAB][0] - address
-                   for kind, offset, address, length in segments if kind == PT_LOAD
-                   and address <= values[DT_STRTAB][0] < address + length)
-
-    def text(tag):
-        return [os.fsdecode(data[strings + at:data.index(b"\0", strings + at)])
-                for at in values.get(tag, ())]
-
-    own = [directory.replace("$ORIGIN", os.path.dirname(os.path.realpath(path)))
-           for joined in text(DT_RUNPATH) + text(DT_RPATH)
-           for directory in joined.split(":")]
-    return [found for name in text(DT_NEEDED)
-            if (found := find_library(name, own, elf_machine(data)))]
+    if head[:2] == b"#!":
+        return [loader, *libraries_of(loader)]
+    said = subprocess.run([loader, "--list", path], capture_output=True, text=True)
+    return list(dict.fromkeys([loader, *re.findall(r"(/\S+) \(0x", said.stdout)]))
 
 
 def copy_program(path, top, target):
-    """Copy a program, its interpreter, and every library that these ask for."""
+    """Copy a program, and every library that it asks for."""
     copy_in(path, top, target)
-    interpreter = interpreter_of(open_program(os.path.realpath(path)))
-    if interpreter and os.path.exists(interpreter):
-        if not os.path.exists(top + interpreter):
-            copy_program(interpreter, top, interpreter)
     for library in libraries_of(path):
-        if not os.path.exists(top + library):
-            copy_program(library, top, library)
+        copy_in(library, top, library)
 
 
 def make_host_rootfs(top):
@@ -6834,7 +6791,7 @@ class Archive:
         for name, diff_id in zip(item.get("Layers") or (), diff_ids, strict=False):
             name = os.path.normpath(name)
             with self.part(name) as part:
-                packed = compression(part.read(8))
+                packed = compression(part.read(512))
             layers.append(self.describe(name, OCI_LAYER + (packed and f"+{packed}"),
                                         None if packed else diff_id))
         return oci_manifest(config, layers)
@@ -7007,6 +6964,32 @@ def filters_of(texts, known):
     return found
 
 
+def passes(thing, tests, wanted):
+    """Whether a thing passes --filter: of a key any value will do, of labels it takes
+    all."""
+    return all((all if key.startswith("label") else any)(tests[key](thing, text)
+                                                for text in texts)
+               for key, texts in wanted.items())
+
+
+def confirm(options, what):
+    """Ask the person, unless --force; whether the answer is yes."""
+    if not options.force:
+        print(f"WARNING! This will remove {what}.\nAre you sure you want to continue? "
+              "[y/N] ", end="", flush=True)
+    return options.force or sys.stdin.readline().strip().lower() == "y"
+
+
+def tell_gone(what, gone):
+    """Say what was removed, {name: bytes}, and how much room that makes."""
+    if gone:
+        print("\n".join([f"Deleted {what}:", *gone, ""]))
+    print(f"Total reclaimed space: {decimal(sum(gone.values()))}")
+
+
+FORCE = arg("-f", "--force", action="store_true", help="do not ask")
+
+
 FORMAT = arg("--format", metavar="FORM", help="json, 'table {{.A}}' or '{{.A}} {{.B}}'")
 FILTER = arg("-f", "--filter", metavar="KEY=VALUE", action="append", default=[],
              help="show only such")
@@ -7015,18 +6998,37 @@ NO_TRUNC = arg("--no-trunc", action="store_true", help="show all of everything")
 PLATFORM = arg("--platform", metavar="OS/ARCH", help="of several, the one for this")
 
 
-def moment_of(text):
-    """The Unix time of a date, or of so long ago: 90m, 24h, 1h30m."""
+SPANS = {"ns": 1, "us": 1000, "µs": 1000, "ms": 10 ** 6, "s": 10 ** 9,
+         "m": 60 * 10 ** 9, "h": 3600 * 10 ** 9}
+
+
+def nanoseconds(option, text, code=125):
+    """A span of time as Go writes it, 1m30s, in nanoseconds."""
     import re
 
-    ago_ = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
-    if text and ago_:
-        hours, minutes, seconds = (int(part or 0) for part in ago_.groups())
-        return time.time() - hours * 3600 - minutes * 60 - seconds
-    if not (moment := seconds_of(text)):
-        raise Fail(f"no date and no duration: {text!r}",
-                   "as in 2026-01-31T12:00:00Z or 24h", 1)
-    return moment
+    parts = re.findall(r"([\d.]+)(ns|us|µs|ms|s|m|h)", text)
+    try:
+        if text == "0" or parts and "".join(map("".join, parts)) == text:
+            return sum(round(float(count) * SPANS[unit]) for count, unit in parts)
+    except ValueError:
+        pass
+    raise Fail(f"invalid date or duration {text!r} for {option}",
+               "as in 2026-01-31T12:00:00Z, 1m30s or 500ms", code)
+
+
+def moment(option, text):
+    """The Unix time, in nanoseconds, that a date, a number of seconds or a span of time
+    before now means."""
+    import re
+
+    if found := re.fullmatch(r"(\d+)(?:\.(\d{1,9}))?", text):
+        return int(found[1]) * 10 ** 9 + int((found[2] or "").ljust(9, "0"))
+    form = r"(\d{4}-\d\d-\d\d)(T\d\d:\d\d)?(:\d\d)?(?:\.(\d{1,9}))?(Z|[+-]\d\d:\d\d)?"
+    if found := re.fullmatch(form, text):
+        day, clock, seconds, rest, zone = found.groups()
+        date = f"{day}{clock or 'T00:00'}{seconds or ':00'}{zone or 'Z'}"
+        return seconds_of(date) * 10 ** 9 + int((rest or "").ljust(9, "0"))
+    return time.time_ns() - nanoseconds(option, text, 1)
 
 
 def has_label(labels, asked):
@@ -7046,7 +7048,7 @@ IMAGE_FILTERS = {  # whether one passes KEY=text
     "label!": lambda image, text: not has_label(labels_of(image), text),
     "before": lambda image, text: image.created < find_image(text).created,
     "since": lambda image, text: image.created > find_image(text).created,
-    "until": lambda image, text: image.created < moment_of(text),
+    "until": lambda image, text: image.created * 10 ** 9 < moment("until", text),
 }
 
 
@@ -7240,7 +7242,7 @@ def keep_layer(stream, title):
     path, digest = spool(pieces(stream))
     try:
         with open(path, "rb") as file:
-            packed = compression(file.read(8))
+            packed = compression(file.read(512))
         if packed in ("xz", "bzip2"):
             packed, old = "", path
             path, digest = spool(plain_pieces(old, title))
@@ -7288,7 +7290,6 @@ def new_image(config, below, made, refs, step):
          arg("name", nargs="?", metavar="NAME[:TAG]", help="of the new image"))
 def import_command(options):
     """Make an image of a tarball."""
-    need_root()
     refs = [full_name(options.name)] if options.name else [""]
     settings = {}
     for text in options.change:
@@ -7306,7 +7307,6 @@ def import_command(options):
          arg("name", metavar="NAME[:TAG]", help="the new one"))
 def tag_command(options):
     """Give an image one more name."""
-    need_root()
     ref = full_name(options.name)
     if "@" in ref:
         raise Fail("refusing to create a tag with a digest reference", "NAME:TAG", 1)
@@ -7419,26 +7419,21 @@ RMI_OPTIONS = (
 @command("rmi", *RMI_OPTIONS)
 def rmi_command(options):
     """Remove images."""
-    need_root()
     for_each(options.images, lambda text: remove_image(text, options.force))
 
 
 @command("image prune",
          arg("-a", "--all", action="store_true", help="all that no container uses"),
-         arg("-f", "--force", action="store_true", help="do not ask"),
+         FORCE,
          arg("--filter", metavar="KEY=VALUE", action="append", default=[],
              help="only such: until, label, label!"))
 def image_prune_command(options):
     """Remove images that have no name, and what no image needs."""
-    need_root()
     wanted = filters_of(options.filter, ("until", "label", "label!"))
     what = "all images without at least one container associated to them" if (
         options.all) else "all dangling images"
-    if not options.force:
-        print(f"WARNING! This will remove {what}.\nAre you sure you want to continue? "
-              "[y/N] ", end="", flush=True)
-        if sys.stdin.readline().strip().lower() != "y":
-            return
+    if not confirm(options, what):
+        return
     used = {notes.get(OF_IMAGE) for _, notes in containers()}
     for image in all_images():
         if (options.all or not image.names) and image.id not in used and matches(
@@ -7466,7 +7461,6 @@ def save_command(options):
          arg("-q", "--quiet", action="store_true", help="no progress"), PLATFORM)
 def load_command(options):
     """Bring in the images of a tarball that `save` wrote, here or elsewhere."""
-    need_root()
     if not options.input and os.isatty(0):
         raise Fail("requested load from stdin, but stdin is empty", "-i FILE, or <", 1)
     title, temporary = options.input or "standard input", []
@@ -7478,7 +7472,7 @@ def load_command(options):
                     path = spool(pieces(stdin))[0]
                     temporary.append(path)
             with open(path, "rb") as file:
-                packed = compression(file.read(8))
+                packed = compression(file.read(512))
             if packed:
                 path = spool(plain_pieces(path, title))[0]
                 temporary.append(path)
@@ -8057,7 +8051,6 @@ def asked_name(text):
          PLATFORM, arg("name", metavar="NAME[:TAG|@DIGEST]", help="of the image"))
 def pull_command(options):
     """Fetch an image from a registry."""
-    need_root()
     ref = full_name(options.name) if options.quiet else asked_name(options.name)
     with open(os.devnull if options.quiet else 1, "w", closefd=options.quiet) as out:
         pull_image(ref, platform_of(options.platform), out)
@@ -8089,7 +8082,6 @@ def push_image(image, ref):
          arg("name", metavar="NAME[:TAG]", help="of the image"))
 def push_command(options):
     """Send an image to a registry."""
-    need_root()
     ref = full_name(options.name) if options.all_tags else asked_name(options.name)
     host, path, tag = split_name(ref)
     print(f"The push refers to repository [{host}/{path}]", flush=True)
@@ -9239,7 +9231,6 @@ def network_spec(options, id, name, hostname):
          arg("name", metavar="NAME", help="what to call it"))
 def network_create_command(options):
     """Make a network for containers that shall reach each other."""
-    need_root()
     pairs = [[text.partition("=")[::2] for text in texts]
              for texts in (options.label, options.opt)]
     with held("networks", fcntl.LOCK_EX):
@@ -9285,7 +9276,6 @@ NETWORK_FILTERS = {  # of `network ls`: whether one passes KEY=text
 @command("network ls", QUIET, NO_TRUNC, FILTER, FORMAT)
 def network_ls_command(options):
     """List the networks."""
-    need_root()
     wanted = filters_of(options.filter, NETWORK_FILTERS)
     with held("networks", fcntl.LOCK_EX):
         find_network("bridge")
@@ -9297,10 +9287,9 @@ def network_ls_command(options):
              "Dangling": name not in used and name not in BUILT_IN}
             for name, id, driver, labels in rows]
     print_list({"NETWORK ID": "ID", "NAME": "Name", "DRIVER": "Driver",
-                "SCOPE": "Scope"}, [row for row in rows if all(
-                    any(NETWORK_FILTERS[key](row, text) for text in texts)
-                    for key, texts in wanted.items())],
-        options.format, "ID" if options.quiet else "")
+                "SCOPE": "Scope"},
+               [row for row in rows if passes(row, NETWORK_FILTERS, wanted)],
+               options.format, "ID" if options.quiet else "")
 
 
 NETWORKS = arg("names", nargs="+", metavar="NETWORK…",
@@ -9311,7 +9300,6 @@ NETWORKS = arg("names", nargs="+", metavar="NETWORK…",
          NETWORKS)
 def network_inspect_command(options):
     """Show all about networks, and who is on them, as JSON."""
-    need_root()
     with held("networks", fcntl.LOCK_EX):
         there = endpoints()
         show_facts(options.names, lambda name: network_document(
@@ -9321,8 +9309,6 @@ def network_inspect_command(options):
 @command("network rm", NETWORKS)
 def network_rm_command(options):
     """Remove networks that nobody is on."""
-    need_root()
-
     def remove(text):
         name = find_network(text)["name"]
         if name == "bridge":
@@ -9337,23 +9323,21 @@ def network_rm_command(options):
         for_each(options.names, remove)
 
 
-@command("network prune", arg("-f", "--force", action="store_true", help="do not ask"),
+@command("network prune", FORCE,
          arg("--filter", metavar="KEY=VALUE", action="append", default=[],
              help="only such: until, label, label!"))
 def network_prune_command(options):
     """Remove all networks that nobody is on."""
-    need_root()
     keep = {"label": lambda network, text: has_label(network["labels"], text),
             "label!": lambda network, text: not has_label(network["labels"], text),
-            "until": lambda network, text:
-                network["created"] < moment_of(text) * 10 ** 9}
+            "until": lambda network, text: network["created"] < moment("until", text)}
     wanted = filters_of(options.filter, keep)
+    if not confirm(options, "all custom networks not used by at least one container"):
+        return
     with held("networks", fcntl.LOCK_EX):
         used = {endpoint["network"] for endpoint in endpoints()} | {"bridge"}
         for network in all_networks():
-            if network["name"] not in used and all(
-                    keep[key](network, text) for key, texts in wanted.items()
-                    for text in texts):
+            if network["name"] not in used and passes(network, keep, wanted):
                 os.unlink(store("networks", f"{network['name']}.json"))
                 print(network["name"])
 
@@ -9546,38 +9530,6 @@ def timestamp(moment):
     return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{rest:09}Z"
 
 
-SPANS = {"ns": 1, "us": 1000, "µs": 1000, "ms": 10 ** 6, "s": 10 ** 9,
-         "m": 60 * 10 ** 9, "h": 3600 * 10 ** 9}
-
-
-def nanoseconds(option, text):
-    """A span of time as Go writes it, 1m30s, in nanoseconds."""
-    import re
-
-    parts = re.findall(r"([\d.]+)(ns|us|µs|ms|s|m|h)", text)
-    try:
-        if text == "0" or parts and "".join(map("".join, parts)) == text:
-            return sum(round(float(count) * SPANS[unit]) for count, unit in parts)
-    except ValueError:
-        pass
-    raise Fail(f"invalid duration {text!r} for {option}", "as in 1m30s, 500ms")
-
-
-def moment(option, text):
-    """The Unix time, in nanoseconds, that a date, a number of seconds or a span of time
-    before now means."""
-    import re
-
-    if found := re.fullmatch(r"(\d+)(?:\.(\d{1,9}))?", text):
-        return int(found[1]) * 10 ** 9 + int((found[2] or "").ljust(9, "0"))
-    form = r"(\d{4}-\d\d-\d\d)(T\d\d:\d\d)?(:\d\d)?(?:\.(\d{1,9}))?(Z|[+-]\d\d:\d\d)?"
-    if found := re.fullmatch(form, text):
-        day, clock, seconds, rest, zone = found.groups()
-        date = f"{day}{clock or 'T00:00'}{seconds or ':00'}{zone or 'Z'}"
-        return seconds_of(date) * 10 ** 9 + int((rest or "").ljust(9, "0"))
-    return time.time_ns() - nanoseconds(option, text)
-
-
 def log_files(path):
     """(path, number) of the files of a log, the newest, number 0, first."""
     top, name = os.path.split(path)
@@ -9756,31 +9708,34 @@ def let_go():
 class Shim:
     """Who stays with a container until it has ended, and what it knows.
 
-    `begin` makes the process run, `failed` undoes what was there before if it does not;
-    `ended`, when it has, returns what clients are told; `again` then returns the Shim
-    of a next life, or None.
+    A subclass says how the process is made to run (begin), what is to be undone if that
+    fails (failed), and what clients are told when it has ended (ended).
     """
 
     OUTPUTS = {"stdout": b"o", "stderr": b"e", "console": b"o"}
     CROWD = 100  # clients at the same time; more have to wait at the door
 
-    def __init__(self, c, begin, ended, failed=lambda error: None, keep_input=False):
-        self.c, self.begin, self.ended, self.failed = c, begin, ended, failed
-        self.first, self.peers = None, []
+    def __init__(self, c, keep_input=False):
+        self.c, self.first, self.peers = c, None, []
         self.keep_input = keep_input  # open, though the first client has left
         self.log, self.door, self.signals = None, -1, -1
         self.typed, self.no_more = b"", False  # on its way in
         self.trouble = ""  # of our own
         self.outlives = False  # it has to go on without its first client
-        self.again = lambda: None
         self.parties = []  # who else is served in its turns
+
+    def failed(self, error):
+        """There was nothing before."""
+
+    def again(self):
+        """The Shim of a next life, if there is to be one."""
 
     def live(self, first):
         """All of a container's life."""
         self.first = first
         self.peers.append(first)
         try:
-            self.begin(self)
+            self.begin()
             first.send(b"r")
         except BaseException as error:
             self.failed(error)
@@ -9800,7 +9755,7 @@ class Shim:
             kill_and_wait(self.c)
         if self.signals >= 0:
             os.close(self.signals)
-        news = to_json(self.ended(self)).encode()
+        news = to_json(self.ended()).encode()
         for peer in self.peers:
             peer.send(b"x", news)
 
@@ -9978,14 +9933,34 @@ def leave_to(shim):
 # no way from one family of addresses to the other.
 
 
-class End:
-    """One end of a connection that is passed on: its socket, and what it is to get."""
+class Pump:
+    """One direction of a connection that is passed on."""
 
-    def __init__(self, socket):
-        self.socket, self.other = socket, None
-        self.waiting = b""  # for it, from the other
-        self.over = False  # it says nothing more
-        self.told = False  # that the other says nothing more
+    def __init__(self, source, target):
+        self.source, self.target, self.data = source, target, b""
+        self.over = self.broken = False  # nothing more is said; or can be
+
+    def wanted(self):
+        """Who is listened to: nobody whose last words are still on their way."""
+        if self.over:
+            return {}
+        return {self.target.fileno(): select.POLLOUT} if self.data else {
+            self.source.fileno(): select.POLLIN}
+
+    def act(self, ready):
+        """Send or receive what can be; that no more is said is passed on, too."""
+        try:
+            if self.data and self.target.fileno() in ready:
+                self.data = self.data[self.target.send(self.data):]
+            elif not (self.data or self.over) and self.source.fileno() in ready:
+                self.data = self.source.recv(MOST)
+                if not self.data:
+                    self.over = True
+                    self.target.shutdown(1)  # SHUT_WR
+        except BlockingIOError:
+            pass
+        except OSError:  # refused, or broken off
+            self.broken = True
 
 
 class Relay:
@@ -9997,7 +9972,7 @@ class Relay:
         import _socket
 
         self.api = _socket
-        self.doors, self.ends = {}, {}  # descriptor: (socket, where to); its End
+        self.doors, self.pairs = {}, []  # descriptor: (socket, where to); Pumps
         self.callers = {}  # (descriptor of a door of UDP, caller): socket to the inside
         self.answers = {}  # descriptor of such a socket: the same key
         for endpoint in endpoints:
@@ -10035,29 +10010,30 @@ class Relay:
         self.doors[door.fileno()] = door, kind, to
 
     def wanted(self):
-        """Who is listened to: nobody whose last words are still on their way."""
+        """Who may knock, and what the Pumps and the answers to callers wait for."""
         wanted = dict.fromkeys(self.answers, select.POLLIN)
-        if len(self.ends) < 2 * self.CROWD:  # who comes after that waits at the door
+        if len(self.pairs) < self.CROWD:  # who comes after that waits at the door
             wanted.update(dict.fromkeys(self.doors, select.POLLIN))
-        for fd, end_ in self.ends.items():
-            events = select.POLLOUT if end_.waiting else 0
-            if not end_.over and not end_.other.waiting:
-                events |= select.POLLIN
-            if events:
-                wanted[fd] = events
+        for pump in (pump for pair in self.pairs for pump in pair):
+            for fd, events in pump.wanted().items():
+                wanted[fd] = wanted.get(fd, 0) | events
         return wanted
 
     def act(self, ready):
         """Let in who is at a door, and pass on what was said; whether there was any."""
-        for fd in ready.keys() & self.doors.keys():
-            door, kind, to = self.doors[fd]
-            (self.let_in if kind == "tcp" else self.pass_in)(door, to)
+        for pair in list(self.pairs):
+            for pump in pair:
+                pump.act(ready)
+            if any(pump.broken for pump in pair) or all(pump.over for pump in pair):
+                self.pairs.remove(pair)
+                for pump in pair:
+                    pump.source.close()
         for fd in ready.keys() & self.answers.keys():
             if fd in self.answers:
                 self.pass_out(*self.answers[fd])
-        for fd in ready.keys() & self.ends.keys():
-            if end_ := self.ends.get(fd):
-                self.serve(end_)
+        for fd in ready.keys() & self.doors.keys():
+            door, kind, to = self.doors[fd]
+            (self.let_in if kind == "tcp" else self.pass_in)(door, to)
         return bool(ready)
 
     def close(self):
@@ -10067,8 +10043,9 @@ class Relay:
                 break
         for socket, *_ in self.doors.values():
             socket.close()
-        for end_ in self.ends.values():
-            end_.socket.close()
+        for pair in self.pairs:
+            for pump in pair:
+                pump.source.close()
         for socket in self.callers.values():
             socket.close()
 
@@ -10111,37 +10088,10 @@ class Relay:
             fd, _ = door._accept()
         except OSError:  # has left again
             return
-        pair = [End(self.api.socket(fileno=fd)), End(self.socket("tcp", to[0]))]
-        pair[0].socket.setblocking(False)
-        pair[1].socket.connect_ex(to)  # serve() hears how it ends
-        for one, other in (pair, pair[::-1]):
-            one.other = other
-            self.ends[one.socket.fileno()] = one
-
-    def serve(self, end_):
-        """Send and receive what can be, at one end; both are closed when it is over."""
-        other = end_.other
-        try:
-            if end_.waiting:
-                end_.waiting = end_.waiting[end_.socket.send(end_.waiting):]
-            if not end_.over and not other.waiting:
-                other.waiting = end_.socket.recv(MOST)
-                end_.over = not other.waiting
-        except BlockingIOError:
-            pass
-        except OSError:  # refused, or broken off
-            end_.told = other.told = True
-        for one in (end_, other):
-            if one.other.over and not one.waiting and not one.told:
-                one.told = True
-                try:
-                    one.socket.shutdown(self.api.SHUT_WR)
-                except OSError:  # has left already
-                    other.told = end_.told = True
-        if end_.told and other.told:
-            for one in (end_, other):
-                del self.ends[one.socket.fileno()]
-                one.socket.close()
+        here, there = self.api.socket(fileno=fd), self.socket("tcp", to[0])
+        here.setblocking(False)
+        there.connect_ex(to)  # a Pump hears how it ends
+        self.pairs.append((Pump(here, there), Pump(there, here)))
 
 
 # ── the client ──
@@ -10409,6 +10359,8 @@ CREATE_OPTIONS = (
     arg("--init", action="store_true", help="a small process 1 that reaps orphans"),
     arg("--storage-driver", choices=["overlay", "vfs"], default="overlay",
         help="vfs: copy the layers, where there is no overlay"),
+    arg("--volumes-from", metavar="CONTAINER[:ro]", action="append", default=[],
+        help="the volumes of another, where that has them"),
     arg("--name", metavar="NAME", help="what to call it; else it is given a name"),
     arg("--cidfile", metavar="FILE", help="write its id there"),
     arg("-l", "--label", metavar="KEY[=VALUE]", action="append", default=[],
@@ -10580,33 +10532,31 @@ EVENT_FILTERS = {  # of `events`: whether one passes for one of the values
 }
 
 
+def event_line(event, form):
+    """An event as a person reads it, or as --format says."""
+    if form:
+        return to_json(event) if form == "json" else from_template(
+            form, {**event, "ID": event["id"]})
+    facts = sorted(event["Actor"]["Attributes"].items())
+    return (f"{timestamp(event['timeNano'])} {event['Type']} {event['Action']} "
+            f"{event['id']} ({', '.join(f'{key}={text}' for key, text in facts)})")
+
+
 @command("events", FILTER, arg("--format", metavar="FORM", help="json, '{{.Action}}'"),
          arg("--since", metavar="WHEN", help="show what has been, too"),
          arg("--until", metavar="WHEN", help="end when it is that late"))
 def events_command(options):
     """Show what happens to containers, while it does."""
-    need_root()
     since = moment("--since", options.since) if options.since else time.time_ns()
     until_ = moment("--until", options.until) if options.until else 1 << 62
     wanted = filters_of(options.filter, EVENT_FILTERS)
     watch = watch_directory(store("events", ""))  # before the first read, here too
     reader = LogReader(store("events", "log"))
-
-    def show(event):
-        facts = event["Actor"]["Attributes"].items()
-        if options.format:
-            print(to_json(event) if options.format == "json" else from_template(
-                options.format, {**event, "ID": event["id"]}), flush=True)
-        else:
-            print(timestamp(event["timeNano"]), event["Type"], event["Action"],
-                  event["id"], f"({', '.join(f'{k}={v}' for k, v in sorted(facts))})",
-                  flush=True)
     while True:
         for event in (event for entries in reader.read() for event in entries):
-            if since <= event["timeNano"] <= until_ and all(
-                    any(EVENT_FILTERS[key](event, text) for text in values)
-                    for key, values in wanted.items()):
-                show(event)
+            if since <= event["timeNano"] <= until_ and passes(
+                    event, EVENT_FILTERS, wanted):
+                print(event_line(event, options.format), flush=True)
         left = (until_ - time.time_ns()) / 10 ** 9
         if left <= 0:
             return
@@ -10635,14 +10585,19 @@ def volume_facts(name):
 
 def is_volume(name):
     """Whether there is a volume of that name."""
-    return os.path.exists(store("volumes", name, "volume.json")) if name and (
-        "/" not in name) else False
+    return bool(name) and "/" not in name and os.path.exists(
+        store("volumes", name, "volume.json"))
+
+
+def is_word(name):
+    """Whether the name of a container or a volume may be that."""
+    return name.isascii() and name[:1].isalnum() and all(
+        letter.isalnum() or letter in "_.-" for letter in name)
 
 
 def make_volume(name, labels=None, anonymous=False):
     """Make a volume, unless there is one of that name."""
-    if not name[:1].isalnum() or not name.isascii() or not all(
-            letter.isalnum() or letter in "_.-" for letter in name):
+    if not is_word(name):
         raise Fail(f"{name!r} includes invalid characters for a local volume name, "
                    "only [a-zA-Z0-9][a-zA-Z0-9_.-] are allowed",
                    "or a directory: -v /SRC:…")
@@ -10675,61 +10630,81 @@ def remove_volume(name):
     return freed
 
 
+def split_volume(text):
+    """The source, target and options of a -v; without a source, one is to be made."""
+    source, target, words = (text.split(":", 2) + ["", ""])[:3]
+    return (source, target, words) if target else ("", source, "")
+
+
 def split_mount(text):
-    """The source, target and options of a --mount of a volume; None of another."""
+    """The same of a --mount; source None if it is not about a volume."""
     keys = dict(part.partition("=")[::2] for part in text.split(","))
-    target = next((keys[key] for key in ("target", "dst", "destination")
-                   if key in keys), "")
-    if keys.get("type", "volume") != "volume":
-        return None, target, ""
-    ro = next((keys[key] for key in ("ro", "readonly") if key in keys), "false")
-    return keys.get("source", keys.get("src", "")), target, (
-        "ro" if ro in ("", "true", "1") else "")
+    source, target, ro = (next((keys[key] for key in names if key in keys), None)
+                          for names in (("source", "src"),
+                                        ("target", "dst", "destination"),
+                                        ("readonly", "ro")))
+    is_volume_ = keys.get("type", "volume") == "volume"
+    return (source or "" if is_volume_ else None, target or "",
+            "ro" if ro in ("", "true", "1") else "")
 
 
-def find_volumes(options):
-    """(options in which each volume is a directory of the host, {name: place, …}, those
-    of the names that are nobody's): of -v, of --mount, and of the image."""
-    # (as it was given, source, place, options); without a source, one is to be made
-    asked = [(text, *(text.split(":", 2) + ["", ""])[:3]) for text in options.volume]
-    asked = [(text, "" if not target else source, target or source, words)
-             for text, source, target, words in asked]
-    asked += [(text, *split_mount(text)) for text in options.mount]
-    # What a person puts somewhere is there in place of the image's volume.
-    taken = {os.path.normpath(target) for _, _, target, _ in asked}
-    taken |= {os.path.normpath(text.partition(":")[0]) for text in options.tmpfs}
-    asked += [("", "", path, "") for path in options.own_volumes
-              if os.path.normpath(path) not in taken]
-    wish, named, nameless = type(options)(), {}, []
-    vars(wish).update(vars(options), volume=[], mount=[])
-    for text, source, target, words in asked:
-        if source is None or source.startswith("/"):  # chapter 4 knows what that is
-            (wish.mount if text in options.mount else wish.volume).append(text)
-            continue
-        if not target.startswith("/"):
-            raise Fail(f"invalid volume {text!r}: its place must be absolute",
-                       "-v NAME:/DST or -v /DST")
-        name = source or os.urandom(32).hex()
-        nameless += [] if source else [name]
-        named[name] = os.path.normpath(target)
-        kept = ",".join(word for word in words.split(",") if word != "nocopy")
-        path = f"{store('volumes', name, VOLUME_NAME)}:{target}{kept and ':' + kept}"
-        wish.volume.append(path)
-    return wish, named, nameless
+PROPAGATION = "shared", "slave", "private"
 
 
-def mount_merged(c, directories):
-    """Mount what an overlay of directories shows, in the workshop and read-only."""
-    if len(directories) == 1:
-        attach(directories[0], "rootfs", MOUNT_ATTR_RDONLY, -1)
-    else:
-        for number, layer in enumerate(directories):
-            attach(layer, str(number), 0, -1)
-        syscall("mkdirat", AT_FDCWD, "rootfs", 0o755)
-        lower = ":".join(map(str, reversed(range(len(directories)))))
-        syscall("mount", "overlay", "rootfs", "overlay", MS_RDONLY, f"lowerdir={lower}",
-                why="as it is seen inside, for us to read")
-    c.root_fd = open_fd("rootfs", O_PATH | O_DIRECTORY)
+def mount_facts(record, mounts):
+    """What `inspect` tells of the mounts that were asked for."""
+    for mount in mounts:
+        words, target = mount["options"], mount["destination"]
+        name = next((name for name, at in record.volumes.items() if at == target), "")
+        if "ridmap" in words:  # what was asked for; not what every container has
+            yield {"Type": "volume" if name else "bind", "Source": mount["source"],
+                   **({"Name": name, "Driver": "local"} if name else {}),
+                   "Destination": target, "Mode": "", "RW": "rro" not in words,
+                   "Propagation": next((word for word in words
+                                        if word.endswith(PROPAGATION)), "rprivate")}
+
+
+def container_of(record, spec=None):
+    """The Container, as the chapters below need it, that a record is about."""
+    spec = spec or record.spec()
+    c = Container(record.id, spec, record.path(), record.layers(spec))
+    c.workshop = store("workshop", "")
+    return c
+
+
+class merged:
+    """A context in which the workshop has, read-only at `rootfs`, what an overlay of a
+    container's layers shows, or of all that it sees; gives its Container."""
+
+    def __init__(self, record, spec, with_changes=False):
+        self.c = container_of(record, spec)
+        self.directories = [*self.c.layers, *[record.path("upper")] * with_changes]
+
+    def __enter__(self):
+        open_workshop(self.c)
+        try:
+            self.mount(self.directories)
+        except BaseException:
+            leave_workshop(self.c)
+            raise
+        return self.c
+
+    def mount(self, directories):
+        """Mount them, bottom first."""
+        if len(directories) == 1:
+            attach(directories[0], "rootfs", MOUNT_ATTR_RDONLY, -1)
+        else:
+            for number, layer in enumerate(directories):
+                attach(layer, str(number), 0, -1)
+            syscall("mkdirat", AT_FDCWD, "rootfs", 0o755)
+            lower = ":".join(map(str, reversed(range(len(directories)))))
+            syscall("mount", "overlay", "rootfs", "overlay", MS_RDONLY,
+                    f"lowerdir={lower}", why="as it is seen inside, for us to read")
+        self.c.root_fd = open_fd("rootfs", O_PATH | O_DIRECTORY)
+
+    def __exit__(self, *_):
+        os.close(self.c.root_fd)
+        leave_workshop(self.c)
 
 
 def fill_volume(record, spec, name, target):
@@ -10741,18 +10716,13 @@ def fill_volume(record, spec, name, target):
         if os.listdir(place) or not any(os.path.lexists(f"{layer}/{path}")
                                         for layer in layers):
             return
-        c = Container(record.id, spec, record.path())
-        c.workshop = store("workshop", "")
-        open_workshop(c)
-        try:
-            mount_merged(c, layers)
-            fd = open_inside(c, target, O_PATH | O_DIRECTORY)
+        with merged(record, spec) as c:
+            try:
+                fd = open_inside(c, target, O_PATH | O_DIRECTORY)
+            except (FileNotFoundError, NotADirectoryError):  # a file, a link to nowhere
+                return
             copy_layers([f"/proc/self/fd/{fd}"], place, 0)
             os.close(fd)
-        except (FileNotFoundError, NotADirectoryError):  # a file, or a link to nowhere
-            pass
-        finally:
-            leave_workshop(c)
 
 
 @command("volume create", arg("--label", metavar="KEY=VALUE", action="append",
@@ -10760,7 +10730,6 @@ def fill_volume(record, spec, name, target):
          arg("name", nargs="?", metavar="NAME", help="or it gets a random one"))
 def volume_create_command(options):
     """Make a volume."""
-    need_root()
     name = options.name or os.urandom(32).hex()
     make_volume(name, dict(text.partition("=")[::2] for text in options.label),
                 not options.name)
@@ -10783,13 +10752,10 @@ def all_volumes():
 @command("volume ls", QUIET, FILTER, FORMAT)
 def volume_ls_command(options):
     """List volumes."""
-    need_root()
     wanted = filters_of(options.filter, VOLUME_FILTERS)
     print_list({"DRIVER": "Driver", "VOLUME NAME": "Name"}, [
-        facts for facts in all_volumes() if all(
-            any(VOLUME_FILTERS[key](facts, text) for text in values)
-            for key, values in wanted.items())], options.format,
-        "Name" if options.quiet else "")
+        facts for facts in all_volumes() if passes(facts, VOLUME_FILTERS, wanted)],
+        options.format, "Name" if options.quiet else "")
 
 
 VOLUMES = arg("volumes", nargs="+", metavar="VOLUME", help="names")
@@ -10799,7 +10765,6 @@ VOLUMES = arg("volumes", nargs="+", metavar="VOLUME", help="names")
          VOLUMES)
 def volume_inspect_command(options):
     """Show all that is known of volumes, as JSON."""
-    need_root()
     show_facts(options.volumes, volume_facts, options.format)
 
 
@@ -10807,8 +10772,6 @@ def volume_inspect_command(options):
                           help="no error if there is none"), VOLUMES)
 def volume_rm_command(options):
     """Remove volumes that no container has."""
-    need_root()
-
     def remove(name):
         if is_volume(name) or not options.force:
             remove_volume(name)
@@ -10830,13 +10793,11 @@ LAST_WORDS = """anchor barge canoe dinghy ensign ferry galley hull iceboat jetty
 
 def take_name(name, id):
     """Give a name to a container; a Fail if another has it."""
-    if len(name) < 2 or not name.isascii() or not name[0].isalnum() or not all(
-            letter.isalnum() or letter in "_.-" for letter in name):
+    if len(name) < 2 or not is_word(name):
         raise Fail(f"Invalid container name ({name}), only "
                    "[a-zA-Z0-9][a-zA-Z0-9_.-] are allowed", "at least two of them")
     path = store("names", name)
-    guard = lock(os.path.dirname(path), fcntl.LOCK_EX)
-    try:
+    with held("names", fcntl.LOCK_EX):
         # Two may want a name whose owner is gone, and only one of them may have it.
         if os.path.islink(path):
             owner = os.readlink(path)
@@ -10846,8 +10807,6 @@ def take_name(name, id):
                            "that container to be able to reuse that name.")
             os.unlink(path)  # of one whose removal was cut short
         os.symlink(id, path)
-    finally:
-        os.close(guard)
 
 
 def take_any_name(id):
@@ -10949,6 +10908,48 @@ def find(text):
         return settle(load(name if name in ids else ids[0]))
     except (IndexError, FileNotFoundError):
         raise NoContainer(text) from None
+
+
+def volumes_of(text):
+    """What --volumes-from CONTAINER[:ro] asks for, as -v would."""
+    name, _, words = text.partition(":")
+    record = find(name)
+    for facts in mount_facts(record, record.spec()["mounts"]):
+        how = words or ("rw" if facts["RW"] else "ro")
+        yield f"{facts.get('Name', facts['Source'])}:{facts['Destination']}:{how}"
+
+
+def find_volumes(options):
+    """(options in which each volume is a directory of the host, {name: place, …}, those
+    of the names that are nobody's): of -v, --mount, --volumes-from, and the image."""
+    # (as it was given, source, place, options)
+    asked = [(text, *split_volume(text)) for text in options.volume]
+    asked += [(text, *split_mount(text)) for text in options.mount]
+    # What a person puts somewhere is there in place of what others have there.
+    taken = {os.path.normpath(target) for _, _, target, _ in asked}
+    taken |= {os.path.normpath(text.partition(":")[0]) for text in options.tmpfs}
+    for text in (*(text for name in options.volumes_from for text in volumes_of(name)),
+                 *options.own_volumes):
+        source, target, words = split_volume(text)
+        if os.path.normpath(target) not in taken:
+            taken.add(os.path.normpath(target))
+            asked.append((text, source, target, words))
+    wish, named, nameless = type(options)(), {}, []
+    vars(wish).update(vars(options), volume=[], mount=[])
+    for text, source, target, words in asked:
+        if source is None or source.startswith("/"):  # chapter 4 knows what that is
+            (wish.mount if text in options.mount else wish.volume).append(text)
+            continue
+        if not target.startswith("/"):
+            raise Fail(f"invalid volume {text!r}: its place must be absolute",
+                       "-v NAME:/DST or -v /DST")
+        name = source or os.urandom(32).hex()
+        nameless += [] if source else [name]
+        named[name] = os.path.normpath(target)
+        kept = ",".join(word for word in words.split(",") if word != "nocopy")
+        path = f"{store('volumes', name, VOLUME_NAME)}:{target}{kept and ':' + kept}"
+        wish.volume.append(path)
+    return wish, named, nameless
 
 
 # ── making and removing ──
@@ -11273,9 +11274,9 @@ def image_to_run(options, text):
 
 def choose(options):
     """The program and its arguments; options get what the image says of them."""
-    args, options.like = options.words or ["/bin/sh"] * bool(options.stop_after), None
-    options.image, options.own_labels = " ".join(options.rootfs) or "default", {}
-    options.health, options.own_volumes, options.exposed = {}, [], []
+    args, settings = options.words or ["/bin/sh"] * bool(options.stop_after), {}
+    options.image, options.like = " ".join(options.rootfs) or "default", None
+    options.notes = {}
     if options.rootfs:
         layers = [layer_of(path) for path in options.rootfs]
     elif args[0].startswith("/"):
@@ -11283,18 +11284,18 @@ def choose(options):
     else:
         options.image = args[0]
         image = image_to_run(options, args[0])
-        layers, options.like = image_layers(image), image_process(image)
+        layers, settings = image_layers(image), image.settings
+        options.like, options.notes = image_process(image), image_notes(image)
         args = image_command(image, options.entrypoint, args[1:])
         options.entry = ([options.entrypoint] if options.entrypoint else [
-            ] if options.entrypoint == "" else image.settings.get("Entrypoint") or [])
-        options.own_labels = image.settings.get("Labels") or {}
-        options.exposed = list(image.settings.get("ExposedPorts") or {})
-        options.health = image.settings.get("Healthcheck") or {}
-        options.own_volumes = list(image.settings.get("Volumes") or {})
-        options.stop_signal = options.stop_signal or image.settings.get("StopSignal")
-    options.stop_signal = options.stop_signal or "SIGTERM"
-    options.notes = {OF_LAYERS: to_json(layers), **(image_notes(image) if
-                                                     options.like else {})}
+            ] if options.entrypoint == "" else settings.get("Entrypoint") or [])
+    options.own_labels = settings.get("Labels") or {}
+    options.exposed = list(settings.get("ExposedPorts") or {})
+    options.own_volumes = list(settings.get("Volumes") or {})
+    options.health = settings.get("Healthcheck") or {}
+    options.stop_signal = (options.stop_signal or settings.get("StopSignal")
+                           or "SIGTERM")
+    options.notes = {OF_LAYERS: to_json(layers), **options.notes}
     return args
 
 
@@ -11362,17 +11363,25 @@ def choose_steps(options):
 # nobody behind it.
 
 
-def shim_inside(record, spec, target, interactive):
-    """The Shim of one more process in the container whose process 1 is `target`."""
-    hold_signals()
-    c = Container(record.id, spec, record.path())
-    c.is_new, c.target, c.cgroup = False, target, cgroup_of(spec)
+class Guest(Shim):
+    """The shim of one more process in the container whose process 1 is `target`."""
 
-    def begin_inside(shim):
-        enter(c)
-        if not interactive and "stdin" in c.outer:
-            os.close(c.outer.pop("stdin"))
-    return Shim(c, begin_inside, lambda shim: {"code": c.wait()})
+    def __init__(self, record, spec, target, interactive):
+        hold_signals()
+        c = container_of(record, spec)
+        c.is_new, c.target, c.cgroup = False, target, cgroup_of(spec)
+        super().__init__(c)
+        self.interactive = interactive
+
+    def begin(self):
+        """Run it."""
+        enter(self.c)
+        if not self.interactive:
+            self.close("stdin")
+
+    def ended(self):
+        """What the clients are told."""
+        return {"code": self.c.wait()}
 
 
 # A health check is a second program in the container, now and then, and the shim is
@@ -11430,7 +11439,7 @@ class HealthCheck:
         if load(self.record.id).status == "paused":
             self.set_timer(self.record.health["Interval"])
             return
-        self.peer = leave_to(shim_inside(self.record, spec, self.c.pidfd, False))
+        self.peer = leave_to(Guest(self.record, spec, self.c.pidfd, False))
         self.set_timer(self.record.health["Timeout"])
 
     def finish(self, code):
@@ -11454,8 +11463,7 @@ class HealthCheck:
 
 def open_door(record):
     """A socket in a container's directory for its shim to listen at."""
-    if os.path.lexists(record.path("attach")):
-        os.unlink(record.path("attach"))  # of its last shim
+    take_away_file(record.path("attach"))  # of its last shim
     directory = open_fd(record.path(), O_PATH | O_DIRECTORY)
     door = door_of("bind", directory)
     syscall("listen", door, 64, why="for `attach`")
@@ -11463,134 +11471,142 @@ def open_door(record):
     return door
 
 
-def begin(shim, record, steps):
-    """In the shim: make the container run, and say so in its record."""
-    c = shim.c
-    syscall("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0,
-            why="what is left of it without a parent is ours to reap")
-    before, outside, birth = steps or (BEFORE, OUTSIDE, BIRTH)
-    if of := wants_of(c.spec)["of"]:
-        join_container(c, of)
-    try:
-        start(c, before, (*outside, connect), birth)
-    except BaseException:
-        leave_networks(c.id)
-        raise
-    try:
+class Life(Shim):
+    """Who starts a container and stays with it, and says in its record how it fares.
+
+    The lock of its directory, `held`, is the shim's.  If the container does not start,
+    it is kept, with the reason, or removed."""
+
+    def __init__(self, record, spec, held, steps=(), keep=True, typing=False, delay=0):
+        hold_signals()
+        c = container_of(record, spec)
+        c.lock, c.throw_away, c.wants_reaper = (
+            held, record.throw_away, record.wants_reaper)
+        super().__init__(c, record.interactive and not typing)
+        self.record, self.keep, self.held = record, keep, held
+        self.steps = steps or (BEFORE, OUTSIDE, BIRTH)
+        self.delay = delay  # before it was started anew
+        self.outlives = record.restart != "no"
+
+    def begin(self):
+        """Make the container run, and say so in its record."""
+        c, (before, outside, birth) = self.c, self.steps
+        syscall("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0,
+                why="what is left of it without a parent is ours to reap")
+        try:
+            if of := wants_of(c.spec)["of"]:
+                join_container(c, of)
+            start(c, before, (*outside, connect), birth)
+            try:
+                self.attend_to(self.record)
+            except BaseException:
+                end(c)
+                raise
+        except BaseException:
+            leave_networks(c.id)
+            raise
+
+    def attend_to(self, record):
+        """All that it has beside its process 1, now that this runs."""
         if record.log is not None:
-            shim.log = Log(record.path("log"), **record.log)
-        if shim.door < 0:
-            shim.door = open_door(record)
+            self.log = Log(record.path("log"), **record.log)
+        if self.door < 0:
+            self.door = open_door(record)
         if record.health:
-            shim.parties.append(HealthCheck(record, c))
-        if any(endpoint["ports"] for endpoint in endpoints_of(c.id)):
-            shim.parties.append(Relay(endpoints_of(c.id)))
-        if not record.interactive and "stdin" in c.outer:
-            os.close(c.outer.pop("stdin"))
-        with changing(c.id) as now:
-            now.status, now.pid, now.started = "running", c.pid, time.time_ns()
+            self.parties.append(HealthCheck(record, self.c))
+        if any(endpoint["ports"] for endpoint in endpoints_of(record.id)):
+            self.parties.append(Relay(endpoints_of(record.id)))
+        if not record.interactive:
+            self.close("stdin")
+        with changing(record.id) as now:
+            now.status, now.pid, now.started = "running", self.c.pid, time.time_ns()
             # How the last life ended is no news of this one.
             now.exit_code, now.oom_killed, now.error = 0, False, ""
             now.checked = {"Status": "starting", "FailingStreak": 0, "Log": []} if (
                 now.health) else {}
         announce(record, "start")
-    except BaseException:
-        end(c)
-        leave_networks(c.id)
-        raise
 
+    def close_relay(self):
+        """Nobody is behind the published ports any more."""
+        for party in self.parties:
+            if isinstance(party, Relay):
+                party.close()
 
-def write_end(shim, record, code, used):
-    """Keep the rest of the log, and say in the record how it ended; then it is true."""
-    now, failed = record, ""
-    if shim.log:
-        shim.log.close()
-        failed = shim.log.failed
-    if not record.throw_away:
-        with changing(record.id, lasting=True) as now:
-            now.pid, now.finished, now.exit_code = 0, time.time_ns(), code
-            now.error = shim.trouble or failed
-            now.oom_killed = code == 137 and bool(used.get("oom_kills"))
-            now.status = "restarting" if now.wants_again() else "exited"
-    if used.get("oom_kills"):
-        announce(now, "oom")
-    announce(now, "die", exitCode=str(code))
+    def failed(self, error):
+        """It does not start: what there was before is kept, and why."""
+        if not self.keep:
+            discard(self.record)
+            return
+        fail = diagnose(error)
+        with changing(self.record.id) as now:
+            now.exit_code, now.error = fail.code, fail.message
+            now.status = "exited" if now.finished else "created"
 
+    def ended(self):
+        """When process 1 has ended: the record first, then all is undone; what the
+        clients are told."""
+        c, record, code, used = self.c, self.record, self.c.wait(), {}
+        for do in (lambda: used.update(c.cgroup.measure()),  # while there is something
+                   lambda: self.write_end(code, used),
+                   self.close_relay, lambda: end(c), lambda: leave_networks(c.id),
+                   lambda: record.throw_away and discard(record)):
+            try:
+                do()
+            except (OSError, Fail) as failed:  # the others are done all the same
+                self.trouble = diagnose(failed).message
+        return {"code": code, "used": used, "error": self.trouble}
 
-def ended(shim, record):
-    """In the shim, when process 1 has ended: the record first, then all is undone; what
-    the clients are told."""
-    c, code, used = shim.c, shim.c.wait(), {}
-    for do in (lambda: used.update(c.cgroup.measure()),  # while there is something
-               lambda: write_end(shim, record, code, used),
-               lambda: [party.close() for party in shim.parties
-                        if isinstance(party, Relay)],
-               lambda: end(c), lambda: leave_networks(c.id),
-               lambda: record.throw_away and discard(record)):
+    def write_end(self, code, used):
+        """Keep the rest of the log, and say in the record how it ended; then it is
+        true."""
+        now = self.record
+        if self.log:
+            self.log.close()
+            self.trouble = self.trouble or self.log.failed
+        if not now.throw_away:
+            with changing(now.id, lasting=True) as now:
+                now.pid, now.finished, now.exit_code = 0, time.time_ns(), code
+                now.error = self.trouble
+                now.oom_killed = code == 137 and bool(used.get("oom_kills"))
+                now.status = "restarting" if now.wants_again() else "exited"
+        if used.get("oom_kills"):
+            announce(now, "oom")
+        announce(now, "die", exitCode=str(code))
+
+    def rest(self):
+        """Wait as its policy says; whether it is to start again.
+
+        The pause is 0.1 s, then twice as long each time, 1 minute at most; what has run
+        for 10 s begins with 0.1 s again."""
         try:
-            do()
-        except (OSError, Fail) as failed:  # the others are done all the same
-            shim.trouble = diagnose(failed).message
-    return {"code": code, "used": used, "error": shim.trouble}
+            watch = watch_directory(self.record.path())  # first, or a `stop` is missed
+            now = load(self.record.id)
+        except FileNotFoundError:  # --rm
+            return False
+        if now.status != "restarting":
+            return False
+        lived_long = now.finished - now.started > 10 ** 10
+        self.delay = min(2 * self.delay, 60) if self.delay and not lived_long else 0.1
+        end_ = time.monotonic() + self.delay
+        while not now.stopped and (left := end_ - time.monotonic()) > 0:
+            if select.select([watch], [], [], left)[0]:
+                os.read(watch, MOST)
+                now = load(now.id)
+        os.close(watch)
+        with changing(now.id) as now:
+            now.restarts += not now.stopped
+            now.status = "exited" if now.stopped else now.status
+        return not now.stopped
 
-
-def rest(record, delay):
-    """In the shim, when a container has ended: wait as its policy says; how long, or
-    None if it is not to start again.
-
-    The pause is 0.1 s, then twice as long each time, 1 minute at most; what has run for
-    10 s begins with 0.1 s again."""
-    try:
-        watch = watch_directory(record.path())  # first, or a `stop` might be missed
-        now = load(record.id)
-    except FileNotFoundError:  # --rm
-        return None
-    if now.status != "restarting":
-        return None
-    delay = 0.1 if now.finished - now.started > 10 ** 10 else min(2 * delay, 60)
-    end_ = time.monotonic() + delay
-    while not now.stopped and (left := end_ - time.monotonic()) > 0:
-        if select.select([watch], [], [], left)[0]:
-            os.read(watch, MOST)
-            now = load(record.id)
-    os.close(watch)
-    with changing(record.id) as now:
-        now.restarts += not now.stopped
-        now.status = "exited" if now.stopped else now.status
-    return None if now.stopped else delay
-
-
-def shim_of(record, spec, held, steps=(), keep=True, typing=False, delay=0.05):
-    """The Shim that will start a container, and stay with it.
-
-    The lock of its directory, `held`, is the shim's now.  If the container does not
-    start, it is kept, with the reason, or removed."""
-    def failed(error):
-        if keep:
-            fail = diagnose(error)
-            with changing(record.id) as now:
-                now.exit_code, now.error = fail.code, fail.message
-                now.status = "exited" if now.finished else "created"
-        else:
-            discard(record)
-    hold_signals()
-    c = Container(record.id, spec, record.path(), record.layers(spec))
-    c.lock, c.workshop = held, store("workshop", "")
-    c.throw_away, c.wants_reaper = record.throw_away, record.wants_reaper
-    shim = Shim(c, lambda shim: begin(shim, record, steps),
-                lambda shim: ended(shim, record), failed,
-                keep_input=record.interactive and not typing)
-    shim.outlives = record.restart != "no"
-
-    def again():
-        if (pause := rest(record, delay)) is None:
-            os.close(held)  # from here on a person can start it again, or remove it
+    def again(self):
+        """The shim of its next life, if there is one."""
+        if not self.rest():
+            os.close(self.held)  # a person may start it again now, or remove it
             return None
-        after = shim_of(load(record.id), record.spec(), held, delay=pause)
-        after.door = shim.door
+        record = load(self.record.id)
+        after = Life(record, record.spec(), self.held, delay=self.delay)
+        after.door = self.door
         return after
-    shim.again = again
-    return shim
 
 
 def report_end(news, options):
@@ -11632,17 +11648,16 @@ def accompany(client, shim, options, name):
 OF_CREATE = (*CREATE_OPTIONS, *PROCESS_OPTIONS, *NAMESPACE_OPTIONS, *ENDPOINT_OPTIONS,
              *CGROUP_OPTIONS,
              *MOUNT_OPTIONS, *PRIVILEGE_OPTIONS, arg(
-                 "words", nargs="A*", metavar="IMAGE|COMMAND", help="an image and its "
-                 "command; or a command, with its path, of the default root file "
-                 "system"))
+                 "words", nargs="A...", unless="stop_after", metavar="IMAGE|COMMAND",
+                 help="an image and its command; or a command, with its path, of the "
+                 "default root file system"))
 
 
 def run_it(options, made, steps, client):
     """Start what create() has made, and stay with it if there is a client; the exit
     code."""
     record, spec, held_ = made
-    shim = shim_of(record, spec, held_, steps, keep=False,
-                   typing=client and client.typing)
+    shim = Life(record, spec, held_, steps, keep=False, typing=client and client.typing)
     if client:
         return accompany(client, shim, options, record.name)
     see_start(leave_to(shim))
@@ -11653,9 +11668,6 @@ def run_it(options, made, steps, client):
 @command("run", *RUN_OPTIONS, *OF_CREATE)
 def run_command(options):
     """Run a command in a new container."""
-    if not options.words and not options.stop_after:
-        raise Fail("IMAGE or COMMAND is missing", options.hint)
-    need_root()
     keys = detach_keys(options.detach_keys)
     if not options.detach:
         check_terminal(options)
@@ -11688,9 +11700,6 @@ def run_command(options):
 def create_command(options):
     """Make a container, without starting it; prints its id."""
     options.stop_after, options.without = None, []
-    if not options.words:
-        raise Fail("IMAGE or COMMAND is missing", options.hint)
-    need_root()
     with adding():
         record, _, held = create(options, choose(options))
     os.close(held)
@@ -11725,6 +11734,18 @@ def do_to(name, act):
 def for_containers(names, act):
     """Do act(record) to each container and print its name, also if some fail."""
     for_each(names, lambda name: do_to(name, act))
+
+
+def on_each(words, *options):
+    """Declare a command that does something to each CONTAINER, also if it fails with
+    some, and prints what it has done it to."""
+    def declare(act):
+        def do(options):
+            for_containers(options.containers, lambda record: act(record, options))
+        do.__doc__ = act.__doc__
+        command(words, *options, CONTAINERS)(do)
+        return act
+    return declare
 
 
 def claim(record):
@@ -11799,11 +11820,16 @@ def send_signal(record, number):
         return None
 
 
+def not_running(record, what=""):
+    """What to raise of a container that does not run."""
+    return Fail(f"{what}Container {record.id} is not running", "`start` starts it", 1)
+
+
 def set_frozen(record, frozen):
     """Pause a container, or let it go on."""
     with changing(record.id) as now:
         if now.status not in RUNNING:
-            raise Fail(f"Container {now.id} is not running", "`start` starts it", 1)
+            raise not_running(now)
         if (now.status == "paused") == frozen:
             raise Fail(f"Container {now.id} is {'already' if frozen else 'not'} paused",
                        "", 1)
@@ -11837,17 +11863,6 @@ def end_it(record, number, seconds):
     await_end(record)
 
 
-def stop_it(record, options):
-    """End a container as --time and --signal, or its own record, say."""
-    seconds = record.stop_timeout if options.time is None else whole(
-        "--time", options.time, -1)
-    lived = record.status in LIVE
-    end_it(record, signal_number(options.signal or record.stop_signal),
-           seconds if seconds >= 0 else 1 << 20)
-    if lived:
-        announce(record, "stop")
-
-
 def fresh(record):
     """The record of a container that a person starts."""
     with changing(record.id) as record:
@@ -11858,7 +11873,7 @@ def fresh(record):
 def start_it(record):
     """Start a container, unless it runs, and leave it to its shim."""
     if (held := claim(record)) is not None:
-        see_start(leave_to(shim_of(fresh(record), record.spec(), held)))
+        see_start(leave_to(Life(fresh(record), record.spec(), held)))
 
 
 def sealed(names):
@@ -11891,70 +11906,65 @@ def remove_it(record, force=False, volumes=True):
 
 STOP_OPTIONS = (
     arg("-t", "--time", metavar="SECONDS", help="to wait before killing; -1: ever"),
-    arg("-s", "--signal", metavar="SIGNAL", help="what to send first"), CONTAINERS)
+    arg("-s", "--signal", metavar="SIGNAL", help="what to send first"))
 
 
-@command("stop", *STOP_OPTIONS)
-def stop_command(options):
+@on_each("stop", *STOP_OPTIONS)
+def stop_it(record, options):
     """Ask containers to end, and kill those that do not."""
-    need_root()
-    return for_containers(options.containers, lambda record: stop_it(record, options))
+    seconds = record.stop_timeout if options.time is None else whole(
+        "--time", options.time, -1)
+    lived = record.status in LIVE
+    end_it(record, signal_number(options.signal or record.stop_signal),
+           seconds if seconds >= 0 else 1 << 20)
+    if lived:
+        announce(record, "stop")
 
 
-@command("restart", *STOP_OPTIONS)
+@command("restart", *STOP_OPTIONS, CONTAINERS)
 def restart_command(options):
     """Stop containers and start them again."""
-    need_root()
     sealed(options.containers)
 
     def restart(record):
         stop_it(record, options)
         start_it(record)
         announce(record, "restart")
-    return for_containers(options.containers, restart)
+    for_containers(options.containers, restart)
 
 
-@command("kill", arg("-s", "--signal", metavar="SIGNAL", default="KILL",
-                     help="another signal than KILL"), CONTAINERS)
-def kill_command(options):
+@on_each("kill", arg("-s", "--signal", metavar="SIGNAL", default="KILL",
+                     help="another signal than KILL"))
+def kill_it(record, options):
     """Send a signal to process 1 of containers."""
-    need_root()
-
-    def kill(record):
-        number = signal_number(options.signal)
-        if number in (signal.SIGKILL, signal_number(record.stop_signal)):
-            with changing(record.id) as record:
-                record.stopped = True
-        fd = send_signal(record, number)
-        if fd is None:
-            raise Fail(f"Cannot kill container: {record.name}: Container {record.id} "
-                       "is not running", "`start` starts it", 1)
-        if number == signal.SIGKILL:
-            thaw(record)
-            await_end(record)
-        os.close(fd)
-    return for_containers(options.containers, kill)
+    number = signal_number(options.signal)
+    if number in (signal.SIGKILL, signal_number(record.stop_signal)):
+        with changing(record.id) as record:
+            record.stopped = True
+    fd = send_signal(record, number)
+    if fd is None:
+        raise not_running(record, f"Cannot kill container: {record.name}: ")
+    if number == signal.SIGKILL:
+        thaw(record)
+        await_end(record)
+    os.close(fd)
 
 
-@command("pause", CONTAINERS)
-def pause_command(options):
+@on_each("pause")
+def pause_it(record, options):
     """Stop all processes of containers where they stand."""
-    need_root()
-    return for_containers(options.containers, lambda record: set_frozen(record, True))
+    set_frozen(record, True)
 
 
-@command("unpause", CONTAINERS)
-def unpause_command(options):
+@on_each("unpause")
+def unpause_it(record, options):
     """Let paused containers go on."""
-    need_root()
-    return for_containers(options.containers, lambda record: set_frozen(record, False))
+    set_frozen(record, False)
 
 
 @command("wait", CONTAINERS)
 def wait_command(options):
     """Wait until containers have ended; prints their exit codes."""
-    need_root()
-
     def wait(name):
         record = find(name)
         if record.status in LIVE and not (news := hear_end(record)):
@@ -12026,22 +12036,6 @@ def network_settings(record):
             "Networks": settings or {record.asked["network"]: {}}}
 
 
-PROPAGATION = "shared", "slave", "private"
-
-
-def mount_facts(record, mounts):
-    """What `inspect` tells of the mounts that were asked for."""
-    for mount in mounts:
-        words, target = mount["options"], mount["destination"]
-        name = next((name for name, at in record.volumes.items() if at == target), "")
-        if "ridmap" in words:  # what was asked for; not what every container has
-            yield {"Type": "volume" if name else "bind", "Source": mount["source"],
-                   **({"Name": name, "Driver": "local"} if name else {}),
-                   "Destination": target, "Mode": "", "RW": "rro" not in words,
-                   "Propagation": next((word for word in words
-                                        if word.endswith(PROPAGATION)), "rprivate")}
-
-
 def container_row(record, options):
     """What `ps` shows of a container."""
     spec, whole_ = record.spec(), options.no_trunc
@@ -12081,8 +12075,7 @@ def is_named(record, pattern):
     """Whether a regular expression finds something in its name."""
     import re
 
-    return bool(re.search(pattern, f"/{record.name}") or re.search(pattern,
-                                                                  record.name))
+    return any(re.search(pattern, name) for name in (record.name, f"/{record.name}"))
 
 
 FILTERS = {  # of `ps`: whether a record passes for one of the values
@@ -12101,15 +12094,6 @@ FILTERS = {  # of `ps`: whether a record passes for one of the values
 }
 
 
-def chosen(texts):
-    """The records that pass --filter, the newest first; of a key any value will do, of
-    labels it takes all."""
-    wanted = filters_of(texts, FILTERS)
-    return [record for record in records() if all(
-        (all if key == "label" else any)(FILTERS[key](record, text) for text in values)
-        for key, values in wanted.items())]
-
-
 PS_OPTIONS = (
     arg("-a", "--all", action="store_true", help="also those that do not run"),
     arg("-n", "--last", metavar="N", help="the N newest, whatever they do"),
@@ -12122,51 +12106,56 @@ PS_OPTIONS = (
 @command("ps", *PS_OPTIONS)
 def ps_command(options):
     """List containers."""
-    need_root()
     last = 1 if options.latest else whole("--last", options.last or "-1", -1)
-    asked = any(text.startswith(("status=", "exited=")) for text in options.filter)
-    found = [record for record in chosen(options.filter)
-             if options.all or last >= 0 or asked or record.status in LIVE]
-    columns = {"CONTAINER ID": "ID", "IMAGE": "Image", "COMMAND": "Command",
-               "CREATED": "RunningFor", "STATUS": "Status", "PORTS": "Ports",
-               "NAMES": "Names", **({"SIZE": "Size"} if options.size else {})}
-    rows = []  # of those that are there: others may be removed meanwhile
+    wanted, rows = filters_of(options.filter, FILTERS), []
+    any_state = options.all or last >= 0 or wanted.keys() & {"status", "exited"}
+    found = [record for record in records() if passes(record, FILTERS, wanted)
+             and (any_state or record.status in LIVE)]
     for record in found[:last if last > 0 else None]:
         try:
             rows.append(container_row(record, options))
         except FileNotFoundError:  # has just been removed
             pass
+    columns = {"CONTAINER ID": "ID", "IMAGE": "Image", "COMMAND": "Command",
+               "CREATED": "RunningFor", "STATUS": "Status", "PORTS": "Ports",
+               "NAMES": "Names", **({"SIZE": "Size"} if options.size else {})}
     print_list(columns, rows, options.format, "ID" if options.quiet else "")
+
+
+HOST_CONFIG = {  # key of `inspect`: the option that it shows, and what stands for none
+    "Binds": ("volume", None), "VolumesFrom": ("volumes_from", None),
+    "ContainerIDFile": ("cidfile", ""), "NetworkMode": ("network", "none"),
+    "CapAdd": ("cap_add", None), "CapDrop": ("cap_drop", None),
+    "GroupAdd": ("group_add", None), "SecurityOpt": ("security_opt", None),
+    "CgroupnsMode": ("cgroupns", "private"), "IpcMode": ("ipc", "private"),
+    "PidMode": ("pid", ""), "UTSMode": ("uts", ""), "UsernsMode": ("userns", ""),
+    "Privileged": ("privileged", False)}
+HOST_LIMITS = {  # the same of the limits in the spec
+    "Memory": ("memory", "limit", 0), "MemorySwap": ("memory", "swap", 0),
+    "MemoryReservation": ("memory", "reservation", 0),
+    "CpuShares": ("cpu", "shares", 0), "CpusetCpus": ("cpu", "cpus", ""),
+    "CpusetMems": ("cpu", "mems", ""), "PidsLimit": ("pids", "limit", None),
+    "BlkioWeight": ("blockIO", "weight", 0)}
 
 
 def host_config(record, spec):
     """The part of `inspect` that is about what the host gives."""
     asked, linux = record.asked, spec["linux"]
     limits = linux["resources"]
-    memory, cpu = limits.get("memory", {}), limits.get("cpu", {})
     return {
-        "Binds": asked.get("volume"), "ContainerIDFile": asked.get("cidfile", ""),
+        **{key: asked.get(name, none) for key, (name, none) in HOST_CONFIG.items()},
+        **{key: limits.get(section, {}).get(name, none)
+           for key, (section, name, none) in HOST_LIMITS.items()},
+        "NanoCpus": limits.get("cpu", {}).get("quota", 0) * 10 ** 4,
         "LogConfig": {"Type": asked["log_driver"], "Config": dict(
             text.partition("=")[::2] for text in asked.get("log_opt", ()))},
-        "NetworkMode": asked["network"], "PortBindings": port_bindings(
-            [p for wish in wants_of(spec)["networks"] for p in wish["ports"]]),
+        "PortBindings": port_bindings([port for wish in wants_of(spec)["networks"]
+                                       for port in wish["ports"]]),
+        "AutoRemove": record.throw_away,
         "RestartPolicy": {"Name": record.restart, "MaximumRetryCount": record.tries},
-        "AutoRemove": record.throw_away, "CapAdd": asked.get("cap_add"),
-        "CapDrop": asked.get("cap_drop"), "GroupAdd": asked.get("group_add"),
-        "CgroupnsMode": asked.get("cgroupns", "private"),
-        "IpcMode": asked.get("ipc", "private"), "PidMode": asked.get("pid", ""),
-        "UTSMode": asked.get("uts", ""), "UsernsMode": asked.get("userns", ""),
         "OomScoreAdj": spec["process"].get("oomScoreAdj", 0),
-        "Privileged": asked.get("privileged", False),
-        "ReadonlyRootfs": spec["root"]["readonly"],
-        "SecurityOpt": asked.get("security_opt"), "Init": record.wants_reaper,
+        "ReadonlyRootfs": spec["root"]["readonly"], "Init": record.wants_reaper,
         "Sysctls": linux.get("sysctl") or {}, "Runtime": "minicontainer",
-        "Memory": memory.get("limit", 0), "MemorySwap": memory.get("swap", 0),
-        "MemoryReservation": memory.get("reservation", 0),
-        "NanoCpus": cpu.get("quota", 0) * 10 ** 4, "CpuShares": cpu.get("shares", 0),
-        "CpusetCpus": cpu.get("cpus", ""), "CpusetMems": cpu.get("mems", ""),
-        "PidsLimit": limits.get("pids", {}).get("limit"),
-        "BlkioWeight": limits.get("blockIO", {}).get("weight", 0),
         "MaskedPaths": linux["maskedPaths"], "ReadonlyPaths": linux["readonlyPaths"]}
 
 
@@ -12227,7 +12216,6 @@ INSPECT_OPTIONS = (
 @command("inspect", *INSPECT_OPTIONS)
 def inspect_command(options):
     """Show all that is known of containers and images, as JSON."""
-    need_root()
     kinds = {"container": lambda name: container_facts(find(name), options.size),
              "image": lambda name: inspected(find_image(name))}
 
@@ -12281,7 +12269,6 @@ class rewiring:
          CONTAINER)
 def network_connect_command(options):
     """Put a container on one more network; if it runs, at once."""
-    need_root()
     with rewiring(options) as (record, wants, name):
         if any(wish["network"] == name for wish in wants["networks"]):
             raise Fail(f"endpoint with name {record.name} already exists in network "
@@ -12303,7 +12290,6 @@ def network_connect_command(options):
          CONTAINER)
 def network_disconnect_command(options):
     """Take a container off a network; if it runs, at once."""
-    need_root()
     with rewiring(options) as (record, wants, name):
         left = [wish for wish in wants["networks"] if wish["network"] != name]
         if left == wants["networks"]:
@@ -12331,44 +12317,36 @@ def port_command(options):
             print(outer if wanted else f"{inner} -> {outer}")
 
 
+def process_row(pid, record):
+    """What `top` shows of a process; ProcessLookupError if it has ended."""
+    facts = dict(line.partition(":\t")[::2]
+                 for line in read_file(f"/proc/{pid}/status").splitlines())
+    ticks = read_file(f"/proc/{pid}/stat").rpartition(") ")[2].split()[11:13]
+    line = read_file(f"/proc/{pid}/cmdline").replace("\0", " ").strip()
+    seconds = sum(map(int, ticks)) // os.sysconf("SC_CLK_TCK")
+    user = int(facts["Uid"].split()[1])
+    return {"UID": str(user - record.first_id * (user >= record.first_id)),
+            "PID": str(pid), "INNER": facts["NSpid"].split()[-1],
+            "PPID": facts["PPid"], "CMD": line or f"[{facts['Name']}]", "TIME":
+            f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"}
+
+
 @command("top", CONTAINER, arg("words", nargs="A*", metavar="PS-OPTIONS",
                                help="show what the host's `ps` shows, with these"))
 def top_command(options):
     """Show the processes of a container, with their numbers outside and inside."""
-    need_root()
-    record = find(options.container)
+    record, rows = find(options.container), []
     if record.status not in RUNNING:
-        raise Fail(f"Container {record.id} is not running", "`start` starts it", 1)
+        raise not_running(record)
     pids = cgroup_of(record.spec()).pids()
     if options.words:
-        import subprocess
-
-        shown = subprocess.run(["ps", "-A", *options.words], capture_output=True,
-                               text=True)
-        title, *rows = shown.stdout.splitlines() or [""]
-        if shown.returncode or "PID" not in title.split():
-            raise Fail(f"ps {' '.join(options.words)}: {shown.stderr.strip() or title}",
-                       "options that show a PID", 1)
-        column = title.split().index("PID")
-        rows = [row for row in rows if int(row.split()[column]) in pids]
-        print("\n".join([title, *rows]))
+        print("\n".join(shown_by_ps(pids, ["-A", *options.words])))
         return
-    rows = []
     for pid in pids:
         try:
-            facts = dict(line.partition(":\t")[::2] for line in read_file(
-                f"/proc/{pid}/status").splitlines())
-            ticks = read_file(f"/proc/{pid}/stat").rpartition(") ")[2].split()[11:13]
-            line = read_file(f"/proc/{pid}/cmdline").replace("\0", " ").strip()
+            rows.append(process_row(pid, record))
         except (FileNotFoundError, ProcessLookupError):  # has just ended
-            continue
-        seconds = sum(map(int, ticks)) // os.sysconf("SC_CLK_TCK")
-        user = int(facts["Uid"].split()[1])
-        rows.append({"UID": str(user - record.first_id if user >= record.first_id else
-                                user), "PID": str(pid), "INNER": facts["NSpid"].split()[
-                                    -1], "PPID": facts["PPid"], "TIME":
-                     f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}",
-                     "CMD": line or f"[{facts['Name']}]"})
+            pass
     print_list({"UID": "UID", "PID": "PID", "INNER PID": "INNER", "PPID": "PPID",
                 "TIME": "TIME", "CMD": "CMD"}, rows, "")
 
@@ -12406,7 +12384,6 @@ def stats_row(record, before, now):
          arg("containers", nargs="*", metavar="CONTAINER", help="else all"))
 def stats_command(options):
     """Show what containers use, each second anew."""
-    need_root()
     columns = {"CONTAINER ID": "ID", "NAME": "Name", "CPU %": "CPUPerc",
                "MEM USAGE / LIMIT": "MemUsage", "MEM %": "MemPerc", "NET I/O": "NetIO",
                "BLOCK I/O": "BlockIO", "PIDS": "PIDs"}
@@ -12432,7 +12409,6 @@ def stats_command(options):
                                         help="what to do when it ends"), CONTAINERS)
 def update_command(options):
     """Change the limits of containers, also of those that run."""
-    need_root()
     options.rm = False
     resources = {key: section for key, section in resources_spec(options).items()
                  if section and key != "devices"}
@@ -12490,7 +12466,6 @@ def show_document(document, form):
 @command("info", arg("-f", "--format", metavar="FORM", help="json, or '{{.NCPU}}'"))
 def info_command(options):
     """Show what is known of this host and its containers."""
-    need_root()
     show_document(about_host(), options.format)
 
 
@@ -12503,31 +12478,24 @@ def version_command(options):
                    "Os": "linux", "Arch": kernel_.machine}, options.format)
 
 
-def show_entries(entries, options, since, until_):
+def show_entries(entries, stamped, since, until_):
     """Write entries of a log to where they had been written to.
 
     Times in one form and one zone compare as text."""
-    parts = []  # [stream, text …], one for all that goes to the same in a row
-    if not options.timestamps and since == "" and until_ == "~" and (
-            len({entry["stream"] for entry in entries}) == 1):  # mostly so: be quick
-        parts.append([entries[0]["stream"], *[entry["log"] for entry in entries]])
-        entries = ()
-    for entry in entries:
-        when, stream = entry["time"], entry["stream"]
-        if since <= when <= until_:
-            text = f"{when} {entry['log']}" if options.timestamps else entry["log"]
-            if parts and parts[-1][0] == stream:
-                parts[-1].append(text)
-            else:
-                parts.append([stream, text])
-    for stream, *texts in parts:
-        data = memoryview("".join(texts).encode("utf-8", "surrogatepass"))
-        while data:
-            data = data[os.write(1 if stream == "stdout" else 2, data):]
+    import itertools
+
+    if since or until_ != "~":
+        entries = [entry for entry in entries if since <= entry["time"] <= until_]
+    for stream, some in itertools.groupby(entries, lambda entry: entry["stream"]):
+        lines = [f"{entry['time']} {entry['log']}" if stamped else entry["log"]
+                 for entry in some]
+        data = "".join(lines).encode("utf-8", "surrogatepass")
+        write_all(1 if stream == "stdout" else 2, memoryview(data))
 
 
-def follow_log(record, reader, show):
-    """Show what comes, until the container ends: its shim says so when all is there.
+def follow_log(record, reader):
+    """What comes in a log, until the container ends: its shim says so when all is
+    there.
 
     The file is watched, and not the output: who reads a log slowly, or not at all, is
     waited for by nobody."""
@@ -12544,8 +12512,7 @@ def follow_log(record, reader, show):
         if peer.fd in ready:
             found = peer.receive()
             over = found and found[0] in (b"x", b"")
-        for entries in reader.read():
-            show(entries)
+        yield from reader.read()
 
 
 @command("logs", arg("-f", "--follow", action="store_true", help="wait for more"),
@@ -12555,7 +12522,6 @@ def follow_log(record, reader, show):
          arg("-t", "--timestamps", action="store_true", help="show when"), CONTAINER)
 def logs_command(options):
     """Show what a container has written."""
-    need_root()
     record = find(options.container)
     if record.log is None:
         raise Fail("configured logging driver does not support reading",
@@ -12565,13 +12531,10 @@ def logs_command(options):
     # As in Docker, what is no number is "all".
     last = int(options.tail) if options.tail.isdecimal() else None
     reader = LogReader(record.path("log"), last)
-
-    def show(entries):
-        show_entries(entries, options, since, until_)
-    for entries in reader.read():
-        show(entries)
-    if options.follow and record.status in LIVE:
-        follow_log(record, reader, show)
+    follows = options.follow and record.status in LIVE
+    for source in reader.read(), follow_log(record, reader) if follows else ():
+        for entries in source:
+            show_entries(entries, options.timestamps, since, until_)
 
 
 @command("rm", arg("-f", "--force", action="store_true", help="also one that runs"),
@@ -12579,8 +12542,6 @@ def logs_command(options):
              "no name of yours"), CONTAINERS)
 def rm_command(options):
     """Remove containers that have ended, with all that they wrote."""
-    need_root()
-
     def remove(name):
         try:
             do_to(name, lambda record: remove_it(record, options.force,
@@ -12595,7 +12556,6 @@ def rm_command(options):
 @command("rename", CONTAINER, arg("name", metavar="NAME", help="its new name"))
 def rename_command(options):
     """Give a container another name."""
-    need_root()
     record, name = find(options.container), options.name.removeprefix("/")
     if name == record.name:
         raise Fail("Renaming a container with the same name as its current name", "", 1)
@@ -12633,7 +12593,6 @@ def attach_to(record, keys, typing):
          DETACH_KEYS, CONTAINERS)
 def start_command(options):
     """Start containers that were made or that have ended."""
-    need_root()
     sealed(options.containers)
     keys = detach_keys(options.detach_keys)
     if not (options.attach or options.interactive):
@@ -12646,14 +12605,13 @@ def start_command(options):
         return attach_to(record, keys, typing)
     record, spec = fresh(record), record.spec()
     return accompany(Client(spec["process"]["terminal"], typing, keys),
-                     shim_of(record, spec, held, typing=typing), options, record.name)
+                     Life(record, spec, held, typing=typing), options, record.name)
 
 
 @command("attach", arg("--no-stdin", action="store_true", help="only look on"),
          DETACH_KEYS, CONTAINER)
 def attach_command(options):
     """Show what a running container writes from now on, and pass on what is typed."""
-    need_root()
     keys, record = detach_keys(options.detach_keys), find(options.container)
     return attach_to(record, keys, record.interactive and not options.no_stdin)
 
@@ -12663,7 +12621,6 @@ def attach_command(options):
          arg("words", nargs="A...", metavar="COMMAND", help="program and arguments"))
 def exec_command(options):
     """Run a command in a running container."""
-    need_root()
     keys = detach_keys(options.detach_keys)
     if not options.detach:
         check_terminal(options)
@@ -12676,7 +12633,7 @@ def exec_command(options):
     except ProcessLookupError:
         target = None
     if target is None:
-        raise Fail(f"Container {record.id} is not running", "`start` starts it", 1)
+        raise not_running(record)
     spec = record.spec()
     seal_interpreter(spec)
     process = {**spec["process"],
@@ -12684,8 +12641,7 @@ def exec_command(options):
     if options.privileged:
         process["capabilities"] = capability_sets(available_capabilities(
             bool(namespace_flags(spec) & CLONE_NEWUSER)))
-    shim = shim_inside(record, {**spec, "process": process}, target,
-                       options.interactive)
+    shim = Guest(record, {**spec, "process": process}, target, options.interactive)
     if options.detach:
         see_start(leave_to(shim))
         return 0
@@ -12714,57 +12670,50 @@ def free_links(kind, still):
 
 def write_files(record, file):
     """Write all files of a container to a tarball, but for what is mounted in it."""
-    spec, top = record.spec(), record.path("rootfs")
-    c = Container(record.id, spec, record.path(), record.layers(spec))
-    c.workshop = store("workshop", "")
-    open_workshop(c)
-    try:
-        if c.layers:
-            top = "rootfs"
-            mount_merged(c, [*c.layers, record.path("upper")])
-        pack(top, file, record.first_id)
-    finally:
-        leave_workshop(c)
+    spec = record.spec()
+    if not record.layers(spec):
+        pack(record.path("rootfs"), file, record.first_id)
+        return
+    with merged(record, spec, with_changes=True):
+        pack("rootfs", file, record.first_id)
 
 
 @command("export", arg("-o", "--output", metavar="FILE", help="not to standard output"),
          CONTAINER)
 def export_command(options):
     """Write all files of a container to a tarball."""
-    need_root()
     record = find(options.container)
     with output(options.output) as file:
         write_files(record, file)
 
 
+def is_there(c, path):
+    """Whether a container has something at a path."""
+    try:
+        parent = open_inside(c, os.path.dirname(path), O_PATH)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    try:
+        os.stat(os.path.basename(path), dir_fd=parent, follow_symlinks=False)
+        return True
+    except FileNotFoundError:
+        return False
+    finally:
+        os.close(parent)
+
+
 def changes(record):
     """{path: A, C or D} of all that a container has added, changed or deleted."""
     spec, found, upper = record.spec(), {}, record.path("upper")
-    c = Container(record.id, spec, record.path(), record.layers(spec))
-    c.workshop = store("workshop", "")
-    if not c.layers:
+    if not record.layers(spec):
         raise Fail("what a copy (--storage-driver vfs) has changed is not known",
                    "`export` writes all of it", 1)
-    open_workshop(c)
-    try:
-        mount_merged(c, c.layers)
+    with merged(record, spec) as c:
         for top, directories, files in os.walk(upper):
             for path in (os.path.join(top, name) for name in directories + files):
-                inner, facts, there = path[len(upper):], os.lstat(path), False
-                try:
-                    parent = open_inside(c, os.path.dirname(inner), O_PATH)
-                    try:
-                        os.stat(os.path.basename(inner), dir_fd=parent,
-                                follow_symlinks=False)
-                        there = True
-                    finally:
-                        os.close(parent)
-                except (FileNotFoundError, NotADirectoryError):
-                    pass
+                inner, facts = path[len(upper):], os.lstat(path)
                 gone = stat.S_ISCHR(facts.st_mode) and facts.st_rdev == 0
-                found[inner] = "D" if gone else "C" if there else "A"
-    finally:
-        leave_workshop(c)
+                found[inner] = "D" if gone else "C" if is_there(c, inner) else "A"
     for mount in spec["mounts"]:  # a place to mount on, and the way there, do not count
         place = mount["destination"]
         # Making /a/b to mount on has copied /a up, too, if nothing else has.
@@ -12778,24 +12727,8 @@ def changes(record):
 @command("diff", CONTAINER)
 def diff_command(options):
     """Show what a container has added (A), changed (C) and deleted (D)."""
-    need_root()
     found = changes(find(options.container))
     print("".join(f"{found[path]} {path}\n" for path in sorted(found)), end="")
-
-
-class still:
-    """A context in which a container that runs is paused."""
-
-    def __init__(self, record, wanted=True):
-        self.record, self.paused = record, wanted and record.status == "running"
-
-    def __enter__(self):
-        if self.paused:
-            set_frozen(self.record, True)
-
-    def __exit__(self, *_):
-        if self.paused:
-            set_frozen(self.record, False)
 
 
 @command("commit",
@@ -12808,7 +12741,6 @@ class still:
          arg("name", nargs="?", metavar="NAME[:TAG]", help="of the new image"))
 def commit_command(options):
     """Make an image of what a container has changed, on top of its own."""
-    need_root()
     record = find(options.container)
     refs, spec = [full_name(options.name)] if options.name else [""], record.spec()
     base = spec["annotations"].get(OF_IMAGE)
@@ -12819,12 +12751,17 @@ def commit_command(options):
     with adding():
         path = f"{store('ingest', '')}.new-{os.getpid()}-commit"
         try:
-            with open(path, "wb") as file, still(record, options.pause != "false"):
-                # The default root file system is no image: then all becomes one layer.
-                if image:
-                    pack(record.path("upper"), file, record.first_id)
-                else:
-                    write_files(record, file)
+            if still := options.pause != "false" and record.status == "running":
+                set_frozen(record, True)
+            try:
+                with open(path, "wb") as file:
+                    if image:
+                        pack(record.path("upper"), file, record.first_id)
+                    else:  # the default root file system is none: all is one layer
+                        write_files(record, file)
+            finally:
+                if still:
+                    set_frozen(record, False)
             with open(path, "rb") as file:
                 made = keep_layer(file, record.name)
         finally:
@@ -12851,21 +12788,21 @@ class looking_into:
         self.record = record if self.lock is not None else load(record.id)
 
     def __enter__(self):
-        record, spec, cut = self.record, self.record.spec(), ""
-        self.c = c = Container(record.id, spec, record.path(), record.layers(spec))
-        c.workshop, base = store("workshop", ""), record.first_id
-        for mount in spec["mounts"]:  # what is mounted there, or will be
+        record, cut = self.record, ""
+        self.c, base = container_of(record), record.first_id
+        for mount in self.c.spec["mounts"]:  # what is mounted there, or will be
             if f"{self.path}/".startswith(f"{mount['destination']}/") and (
                     "ridmap" in mount["options"] and os.path.isdir(mount["source"])):
                 top, base, cut = mount["source"], 0, mount["destination"]
         if not cut and record.status in RUNNING:
             top = f"/proc/{record.pid}/root"
         elif not cut:
-            open_workshop(c)
+            open_workshop(self.c)
             top = "rootfs"
-            build_rootfs(c)
-        c.root_fd = open_fd(top, O_PATH | O_DIRECTORY)
-        return lambda path, flags: open_inside(c, path[len(cut):] or "/", flags), base
+            build_rootfs(self.c)
+        self.c.root_fd = open_fd(top, O_PATH | O_DIRECTORY)
+        return lambda path, flags: open_inside(self.c, path[len(cut):] or "/",
+                                               flags), base
 
     def __exit__(self, *_):
         os.close(self.c.root_fd)
@@ -12984,7 +12921,6 @@ def copy_inside(record, source, path, as_it_is):
          arg("target", metavar="CONTAINER:PATH|PATH|-", help="where to"))
 def cp_command(options):
     """Copy files between a container and the host; - is a tarball."""
-    need_root()
     ends = [("", text) if text.startswith(("/", ".", "-")) or ":" not in text else
             text.split(":", 1) for text in (options.source, options.target)]
     (name, source), (other, target) = ends
@@ -13005,24 +12941,12 @@ def cp_command(options):
 # ── clearing up ──
 
 
-def confirm(options, what):
-    """Ask the person, unless --force; whether the answer is yes."""
-    if not options.force:
-        print(f"WARNING! This will remove {what}.\nAre you sure you want to continue? "
-              "[y/N] ", end="", flush=True)
-    return options.force or sys.stdin.readline().strip().lower() == "y"
-
-
-FORCE = arg("-f", "--force", action="store_true", help="do not ask")
-
-
 @command("container prune", FORCE)
 def container_prune_command(options):
     """Remove all containers that have ended."""
-    need_root()
     if not confirm(options, "all stopped containers"):
         return
-    gone, freed = [], 0
+    gone = {}
     for record in records():
         if record.status not in LIVE:
             own = sizes(record, record.spec())[0]
@@ -13030,30 +12954,24 @@ def container_prune_command(options):
                 remove_it(record)
             except Fail:  # it was started meanwhile
                 continue
-            gone.append(record.id)
-            freed += own
-    print("".join(["Deleted Containers:\n", *(f"{id}\n" for id in gone), "\n"]) * bool(
-        gone) + f"Total reclaimed space: {decimal(freed)}")
+            gone[record.id] = own
+    tell_gone("Containers", gone)
 
 
 @command("volume prune", arg("-a", "--all", action="store_true", help="named ones too"),
          FORCE)
 def volume_prune_command(options):
     """Remove volumes that no container has."""
-    need_root()
     kind = "all local volumes" if options.all else "anonymous local volumes"
-    if not confirm(options, f"{kind} not used by at least one container"):
-        return
-    gone = {facts["Name"]: remove_volume(facts["Name"]) for facts in all_volumes()
-            if (options.all or facts["Anonymous"]) and not users_of(facts["Name"])}
-    print("".join(["Deleted Volumes:\n", *(f"{name}\n" for name in gone), "\n"]) * bool(
-        gone) + f"Total reclaimed space: {decimal(sum(gone.values()))}")
+    if confirm(options, f"{kind} not used by at least one container"):
+        tell_gone("Volumes", {
+            facts["Name"]: remove_volume(facts["Name"]) for facts in all_volumes()
+            if (options.all or facts["Anonymous"]) and not users_of(facts["Name"])})
 
 
 @command("system df", FORMAT)
 def system_df_command(options):
     """Show what takes how much of the disk."""
-    need_root()
     all_, rows = records(), []
     notes = [record.spec()["annotations"] for record in all_]
     used = {note.get(OF_IMAGE) for note in notes}
@@ -13077,7 +12995,6 @@ def start_restart_policies_command(options):
     """Start what its policy wants to run, after the machine was switched on.
 
     Docker's rule: `always` means that, also if a person had stopped it before."""
-    need_root()
     names = [record.name for record in records()
              if record.status not in LIVE and record.started and (
                  record.restart == "always" or record.wants_again())]
@@ -13126,7 +13043,6 @@ def clear_up():
          arg("--volumes", action="store_true", help="also volumes without a name"))
 def system_prune_command(options):
     """Remove all containers that have ended, and what killed commands left behind."""
-    need_root()
     clear_up()
     options.force = True  # what was asked for in words needs no question
     options.filter = []
@@ -13955,7 +13871,8 @@ def take_operands(options, operands, given):
     """Give each operand its share of the words that are no options."""
     for name, how in operands:
         many = how.get("nargs") in ("A...", "A*", "+", "*")
-        if not given and how.get("nargs") not in ("?", "*", "A*"):
+        if not given and how.get("nargs") not in ("?", "*", "A*") and not getattr(
+                options, how.get("unless", ""), None):
             raise Fail(f"{how['metavar']} is missing", options.hint)
         if given:
             setattr(options, name, given if many else given[0])
@@ -13999,6 +13916,10 @@ def parse(words, argv):
     return function, options
 
 
+# Commands that touch nothing of the store; minirunc says itself what it may not.
+FOR_ANYBODY = "completion install login logout ns oci steps uninstall version".split()
+
+
 def dispatch(argv):
     """Do what the command line asks; its exit code."""
     if os.path.basename(sys.argv[0]) == "minirunc":
@@ -14031,6 +13952,8 @@ def dispatch(argv):
     if style not in ("", *STYLES):
         raise Fail(f"invalid argument {style!r} for --explain",
                    "one of: " + ", ".join(STYLES))
+    if words.split()[0] not in FOR_ANYBODY and not options.help:
+        need_root()
     if style == "sh":
         check_script(words, options)
     if style:
