@@ -756,8 +756,9 @@ CLOCKS = "monotonic", "boottime"  # that a time namespace can shift
 NAMESPACE_OPTIONS = (
     arg("--userns", choices=["host"], help="host: root inside is root outside"),
     arg("--pid", choices=["host"], help="host: see and signal the host's processes"),
-    arg("--network", "--net", metavar="NAME", default="none",
-        help="one of `network ls`; none: a loopback interface only; host: the host's"),
+    arg("--network", "--net", metavar="NAME", default="",
+        help="one of `network ls`; none: a loopback interface only; host: the host's; "
+             "container:NAME: that one's"),
     arg("--uts", choices=["host"], help="host: the host's name"),
     arg("--ipc", choices=["host"], help="host: the host's System V IPC and queues"),
     arg("--cgroupns", choices=["host", "private"], help="host: show the host's tree"),
@@ -7101,12 +7102,30 @@ def filters_of(texts, known):
     return found
 
 
+def passes(thing, tests, wanted):
+    """Whether a thing passes --filter: of a key any value will do, of labels it takes
+    all."""
+    return all((all if key.startswith("label") else any)(tests[key](thing, text)
+                                                for text in texts)
+               for key, texts in wanted.items())
+
+
 def confirm(options, what):
     """Ask the person, unless --force; whether the answer is yes."""
     if not options.force:
         print(f"WARNING! This will remove {what}.\nAre you sure you want to continue? "
               "[y/N] ", end="", flush=True)
     return options.force or sys.stdin.readline().strip().lower() == "y"
+
+
+def tell_gone(what, gone):
+    """Say what was removed, {name: bytes}, and how much room that makes."""
+    if gone:
+        print("\n".join([f"Deleted {what}:", *gone, ""]))
+    print(f"Total reclaimed space: {decimal(sum(gone.values()))}")
+
+
+FORCE = arg("-f", "--force", action="store_true", help="do not ask")
 
 
 FORMAT = arg("--format", metavar="FORM", help="json, 'table {{.A}}' or '{{.A}} {{.B}}'")
@@ -8205,8 +8224,9 @@ def logout_command(options):
 # in one table of ours, written anew as a whole, in one transaction, whenever somebody
 # comes or goes: it follows from the files below, and cannot get out of step with them.
 #
-#       networks/NAME.json      a network: its subnet, gateway, bridge …
-#       endpoints/ID.json       who is on which, from start to end: address, ports …
+#       networks/NAME.json         a network: its subnets, gateways, bridge …
+#       endpoints/ID-NAME.json     who is on it, from start to end: addresses, ports …
+#       networks/forwarding        what we have switched on, to be switched off again
 #
 # Whoever changes these locks networks/.  An address is one container's for as long as
 # its endpoint is there; that of a container which nobody looks after any more is swept
@@ -8214,7 +8234,9 @@ def logout_command(options):
 # host is left as it was.
 #
 # Names are in /etc/hosts, which we write for all who are on a network when somebody
-# comes or goes: so no process has to answer for it, and a lookup asks nobody.
+# comes or goes: so no process has to answer for it, a lookup asks nobody, and finds an
+# address's name as well as a name's address.  A program that asks name servers past
+# the C library (nslookup) does not see them.
 #
 # Man pages: rtnetlink(7), netlink(7), veth(4), bridge(8), nft(8).
 
@@ -8223,21 +8245,25 @@ RTM_NEWADDR, RTM_NEWROUTE = 20, 24
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_EXCL, NLM_F_CREATE = 1, 4, 0x200, 0x400
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_MASTER, IFLA_LINKINFO = 1, 3, 4, 10, 18
 IFLA_NET_NS_PID, IFLA_INFO_KIND, IFLA_INFO_DATA, VETH_INFO_PEER = 19, 1, 2, 1
-IFA_ADDRESS, IFA_LOCAL, RTA_OIF, RTA_GATEWAY = 1, 2, 4, 5
-AF_INET, AF_NETLINK, IFF_UP = 2, 16, 1
-NETWORK = "minicontainer.network"  # annotation: what the container wants of one
+IFA_ADDRESS, IFA_LOCAL, IFA_F_NODAD, RTA_OIF, RTA_GATEWAY = 1, 2, 2, 4, 5
+AF_INET, AF_INET6, AF_NETLINK, IFF_UP = 2, 10, 16, 1
+NETWORK = "minicontainer.network"  # annotation: what the container wants, see WANTS
 
+ADDRESS_OPTIONS = (
+    arg("--ip", metavar="ADDRESS", help="its IPv4 address in the network"),
+    arg("--ip6", metavar="ADDRESS", help="its IPv6 address in the network"),
+    arg("--mac-address", metavar="MAC", help="that of its interface"),
+)
 ENDPOINT_OPTIONS = (
     arg("-p", "--publish", metavar="[[IP:]PORT:]PORT[/udp]", action="append",
         default=[], help="what comes to that port of the host is for this of its own"),
     arg("-P", "--publish-all", action="store_true",
         help="publish what the image says it listens at, at ports that are free"),
-    arg("--ip", metavar="ADDRESS", help="its address in the network"),
-    arg("--mac-address", metavar="MAC", help="that of its interface"),
+    *ADDRESS_OPTIONS,
     arg("--network-alias", metavar="NAME", action="append", default=[],
         help="one more name in the network"),
     arg("--add-host", metavar="NAME:ADDRESS", action="append", default=[],
-        help="a line of /etc/hosts"),
+        help="a line of /etc/hosts; host-gateway is the host's address"),
     arg("--dns", metavar="ADDRESS", action="append", default=[],
         help="a name server, in place of the host's"),
     arg("--dns-search", metavar="DOMAIN", action="append", default=[],
@@ -8245,6 +8271,68 @@ ENDPOINT_OPTIONS = (
     arg("--dns-option", metavar="OPTION", action="append", default=[],
         help="an option of resolv.conf"),
 )
+
+
+# ── addresses ──
+#
+# An address is a number of 128 bits: one of IPv4 is the one that IPv6 has for it,
+# ::ffff:172.18.0.2.  So all are in one row, a subnet is a range of it, and nothing that
+# counts or compares them has to ask for the family.
+
+IPV4 = range(0xFFFF << 32, 0x10000 << 32)
+
+
+def packed(address):
+    """The four or sixteen bytes of an address."""
+    import _socket
+
+    try:
+        return _socket.inet_pton(AF_INET6 if ":" in address else AF_INET, address)
+    except OSError:
+        raise Fail(f"invalid address: {address!r}", "as 172.18.0.2, or fd00::2",
+                   1) from None
+
+
+def number_of(address):
+    """An address as a number."""
+    data = packed(address)
+    return int.from_bytes(data, "big") + (IPV4.start if len(data) == 4 else 0)
+
+
+def address_of(number):
+    """The address that a number is."""
+    import _socket
+
+    if number in IPV4:
+        return _socket.inet_ntop(AF_INET, (number - IPV4.start).to_bytes(4, "big"))
+    return _socket.inet_ntop(AF_INET6, number.to_bytes(16, "big"))
+
+
+def subnet_range(text):
+    """The numbers of the addresses of a subnet in the form 172.18.0.0/16."""
+    address, slash, bits = text.partition("/")
+    first, length = number_of(address), 8 * len(packed(address))
+    size_ = 1 << length - whole("the length of a prefix", bits if slash else "", 8,
+                                length - 2)
+    if first % size_:
+        raise Fail(f"invalid subnet {text}: it has bits beyond its prefix",
+                   f"{address_of(first // size_ * size_)}/{bits}", 1)
+    return range(first, first + size_)
+
+
+def lies_in(address, subnet):
+    """Whether an address is one of a subnet's."""
+    return number_of(address) in subnet_range(subnet)
+
+
+def overlap(one, other):
+    """Whether two ranges have an address in common."""
+    return one.start < other.stop and other.start < one.stop
+
+
+def mac_of(address):
+    """The MAC that Docker makes of an address."""
+    return "02:42:" + ":".join(f"{byte:02x}" for byte in packed(address)[-4:])
 
 
 # ── rtnetlink ──
@@ -8281,6 +8369,11 @@ def error_words(attributes):
     return ""
 
 
+def link(index=0, flags=0):
+    """struct ifinfomsg: an interface by its number, and flags that it is to have."""
+    return struct.pack("=BxHiII", 0, 0, index, flags, flags)
+
+
 class Netlink:
     """A socket to the tables of interfaces, addresses and routes of the network
     namespace that it is made in."""
@@ -8301,6 +8394,10 @@ class Netlink:
                               flags | NLM_F_REQUEST | NLM_F_ACK, 1, 0) + body
         return request("netlink", (f"ip {words}",), lambda: self.answer(message), why)
 
+    def make(self, words, kind, head, attributes, why=""):
+        """Ask for something that is not there yet."""
+        self.ask(words, kind, head, attributes, NLM_F_CREATE | NLM_F_EXCL, why)
+
     def answer(self, message):
         """Send a message and wait until the kernel has done it, or says why not."""
         found = 0
@@ -8318,117 +8415,124 @@ class Netlink:
                 found = struct.unpack_from("=i", data, 20)[0]
                 data = data[length + -length % 4:]
 
+    def index(self, name):
+        """The number of an interface; 0 if there is none of that name."""
+        try:
+            return self.ask(f"link show {name}", RTM_GETLINK, link(),
+                            {IFLA_IFNAME: name})
+        except OSError as error:
+            if error.errno != errno.ENODEV:
+                raise
+            return 0
 
-def link(index=0, flags=0):
-    """struct ifinfomsg: an interface by its number, and flags that it is to have."""
-    return struct.pack("=BxHiII", 0, 0, index, flags, flags)
+    def remove(self, name, why):
+        """Remove an interface, unless its namespace has taken it along already."""
+        try:
+            if index := self.index(name):
+                self.ask(f"link delete {name}", RTM_DELLINK, link(index), {}, why=why)
+        except OSError as error:
+            if error.errno != errno.ENODEV:
+                raise
+
+    def set_up(self, name, addresses=()):
+        """Give an interface addresses (with the length of their prefix), and switch it
+        on."""
+        index = self.index(name)
+        for address in addresses:
+            plain, _, bits = address.partition("/")
+            six = ":" in plain  # then it is to work now, not when all were asked for it
+            self.make(f"address add {address} dev {name}{' nodad' * six}", RTM_NEWADDR,
+                      struct.pack("=BBBBI", AF_INET6 if six else AF_INET, int(bits),
+                                  IFA_F_NODAD * six, 0, index),
+                      {IFA_LOCAL: packed(plain), IFA_ADDRESS: packed(plain)})
+        self.ask(f"link set {name} up", RTM_SETLINK, link(index, IFF_UP), {})
+
+    def route(self, gateway, name):
+        """Have what is not near go to a gateway, through an interface."""
+        six = ":" in gateway
+        self.make(f"{'-6 ' * six}route add default via {gateway} dev {name}",
+                  RTM_NEWROUTE, struct.pack("=8BI", AF_INET6 if six else AF_INET,
+                                            0, 0, 0, 254, 3, 0, 1, 0),
+                  {RTA_GATEWAY: packed(gateway), RTA_OIF: self.index(name)},
+                  why="the way to everywhere else")
 
 
-def index_of(netlink, name):
-    """The number of an interface; 0 if there is none of that name."""
-    try:
-        return netlink.ask(f"link show {name}", RTM_GETLINK, link(),
-                           {IFLA_IFNAME: name})
-    except OSError as error:
-        if error.errno != errno.ENODEV:
-            raise
-        return 0
+class network_of:
+    """A context in the network namespace of a process: what is made there is of there.
+
+    /proc/sys/net too shows whoever looks the settings of his own."""
+
+    def __init__(self, pid):
+        self.pid = pid
+
+    def __enter__(self):
+        self.home = open_fd("/proc/self/ns/net", os.O_RDONLY, "to come back")
+        there = open_fd(f"/proc/{self.pid}/ns/net", os.O_RDONLY)
+        syscall("setns", there, CLONE_NEWNET, why="a socket made there is of there")
+        os.close(there)
+
+    def __exit__(self, *_):
+        syscall("setns", self.home, CLONE_NEWNET, why="and back")
+        os.close(self.home)
 
 
-def packed(address):
-    """The four bytes of an address."""
-    import _socket
-
-    try:
-        return _socket.inet_pton(AF_INET, address)
-    except OSError:
-        raise Fail(f"invalid address: {address!r}", "four numbers, as 172.18.0.2",
-                   1) from None
+def with_prefix(network, addresses):
+    """Addresses with the length of their subnet's prefix: 172.18.0.2/16."""
+    return [f"{address}/{pool['subnet'].partition('/')[2]}"
+            for address, pool in zip(addresses, network["pools"], strict=True)]
 
 
-def set_up(netlink, name, address="", gateway=""):
-    """Give an interface an address (with the length of its prefix) and switch it on;
-    with a `gateway`, what is not near goes there."""
-    index = index_of(netlink, name)
-    if address:
-        plain, _, bits = address.partition("/")
-        netlink.ask(f"address add {address} dev {name}", RTM_NEWADDR,
-                    struct.pack("=BBBBI", AF_INET, int(bits), 0, 0, index),
-                    {IFA_LOCAL: packed(plain), IFA_ADDRESS: packed(plain)},
-                    NLM_F_CREATE | NLM_F_EXCL)
-    netlink.ask(f"link set {name} up", RTM_SETLINK, link(index, IFF_UP), {})
-    if gateway:
-        netlink.ask(f"route add default via {gateway} dev {name}", RTM_NEWROUTE,
-                    struct.pack("=8BI", AF_INET, 0, 0, 0, 254, 3, 0, 1, 0),
-                    {RTA_GATEWAY: packed(gateway), RTA_OIF: index},
-                    NLM_F_CREATE | NLM_F_EXCL, why="the way to everywhere else")
+def set_ipv6(name, **settings):
+    """Settings of an interface for IPv6, where this kernel knows that."""
+    for key, (value, why) in settings.items():
+        path = f"/proc/sys/net/ipv6/conf/{name}/{key}"
+        if os.path.exists(path):
+            write_file(path, value, why=why)
 
 
 def make_bridge(netlink, network):
-    """The switch of a network, with the gateway's address, if it is not there yet."""
+    """The switch of a network, with the gateways' addresses, if it is not there yet."""
     name = network["bridge"]
-    if not index_of(netlink, name):
-        netlink.ask(f"link add {name} type bridge", RTM_NEWLINK, link(),
-                    {IFLA_IFNAME: name, IFLA_MTU: network["mtu"],
-                     IFLA_LINKINFO: {IFLA_INFO_KIND: "bridge"}},
-                    NLM_F_CREATE | NLM_F_EXCL, why="a switch for all who are on it")
-        bits = network["subnet"].partition("/")[2]
-        set_up(netlink, name, f"{network['gateway']}/{bits}")
+    if netlink.index(name):
+        return
+    netlink.make(f"link add {name} mtu {network['mtu']} type bridge", RTM_NEWLINK,
+                 link(), {IFLA_IFNAME: name, IFLA_MTU: network["mtu"],
+                          IFLA_LINKINFO: {IFLA_INFO_KIND: "bridge"}},
+                 why="a switch for all who are on it")
+    set_ipv6(name, accept_ra=("0", "or a container could offer itself as the router"),
+             accept_dad=("0", "nobody else has its address: it need not wait a second"))
+    netlink.set_up(name, with_prefix(network, [p["gateway"] for p in network["pools"]]))
 
 
-def plug_in(c, network, endpoint):
-    """Outside: a cable from the bridge to eth0 in the container's network namespace."""
-    netlink, name = Netlink(), f"mc-{c.id[:12]}"
+def plug_in(pid, network, endpoint, leads_out):
+    """A cable from the bridge to an interface in the network namespace of a process."""
+    netlink, inner, outer = Netlink(), endpoint["interface"], endpoint["cable"]
     make_bridge(netlink, network)
+    bridge, mtu = network["bridge"], network["mtu"]
     peer = link() + b"".join(attribute(*item) for item in {
-        IFLA_IFNAME: "eth0", IFLA_NET_NS_PID: c.pid, IFLA_MTU: network["mtu"],
+        IFLA_IFNAME: inner, IFLA_NET_NS_PID: pid, IFLA_MTU: mtu,
         IFLA_ADDRESS: bytes.fromhex(endpoint["mac"].replace(":", ""))}.items())
-    bridge = index_of(netlink, network["bridge"])
-    netlink.ask(f"link add {name} master {network['bridge']} type veth peer eth0 netns "
-                f"{c.pid}", RTM_NEWLINK, link(),
-                {IFLA_IFNAME: name, IFLA_MASTER: bridge, IFLA_MTU: network["mtu"],
-                 IFLA_LINKINFO: {IFLA_INFO_KIND: "veth",
-                                 IFLA_INFO_DATA: {VETH_INFO_PEER: peer}}},
-                NLM_F_CREATE | NLM_F_EXCL, why="a cable: one end there, one inside")
-    set_up(netlink, name)
-    home = open_fd("/proc/self/ns/net", os.O_RDONLY, "to come back")
-    syscall("setns", c.pidfd, CLONE_NEWNET, why="a socket made there is of there")
-    try:
+    netlink.make(f"link add {outer} mtu {mtu} master {bridge} type veth peer {inner} "
+                 f"mtu {mtu} address {endpoint['mac']} netns {pid}", RTM_NEWLINK,
+                 link(), {IFLA_IFNAME: outer, IFLA_MASTER: netlink.index(bridge),
+                          IFLA_MTU: mtu, IFLA_LINKINFO: {
+                              IFLA_INFO_KIND: "veth",
+                              IFLA_INFO_DATA: {VETH_INFO_PEER: peer}}},
+                 why="a cable: one end there, one inside")
+    netlink.set_up(outer)
+    with network_of(pid):
         netlink = Netlink()
-    finally:
-        syscall("setns", home, CLONE_NEWNET, why="and back")
-        os.close(home)
-    bits = network["subnet"].partition("/")[2]
-    set_up(netlink, "eth0", f"{endpoint['ip']}/{bits}",
-           "" if network["internal"] else network["gateway"])
+        set_ipv6(inner, accept_dad=("0", "nor need this one"))
+    netlink.set_up(inner, with_prefix(network, endpoint["addresses"]))
+    for pool in network["pools"] if leads_out else ():
+        netlink.route(pool["gateway"], inner)
 
 
 # ── networks ──
 #
-# A network is a file until somebody is on it.  Its subnet must be nobody else's: not
-# another network's, and nothing that this host has a route to, or what is sent there
-# would end in the bridge.
-
-
-def number_of(address):
-    """An address as a number."""
-    return int.from_bytes(packed(address), "big")
-
-
-def address_of(number):
-    """The address that a number is."""
-    return ".".join(map(str, number.to_bytes(4, "big")))
-
-
-def subnet_range(text):
-    """The numbers of the addresses of a subnet in the form 172.18.0.0/16."""
-    address, slash, bits = text.partition("/")
-    size_ = 1 << 32 - whole("the length of a prefix", bits if slash else "", 8, 30)
-    first = number_of(address)
-    if first % size_:
-        raise Fail(f"invalid subnet {text}: it has bits beyond its prefix",
-                   f"{address_of(first // size_ * size_)}/{bits}", 1)
-    return range(first, first + size_)
+# A network is a file until somebody is on it.  Its subnets, one of IPv4 and perhaps one
+# of IPv6, must be nobody else's: not another network's, and nothing that this host has
+# a route to, or what is sent there would end in the bridge.
 
 
 def host_subnets():
@@ -8438,23 +8542,62 @@ def host_subnets():
         first, mask = (int.from_bytes(bytes.fromhex(fields[n])[::-1], "big")
                        for n in (1, 7))
         if mask:
+            first += IPV4.start
             yield range(first, first + (1 << 32) - mask)
-
-
-def overlap(one, other):
-    """Whether two ranges have an address in common."""
-    return one.start < other.stop and other.start < one.stop
 
 
 def free_subnet(networks):
     """A private subnet that neither a network nor the host has."""
-    taken = [*host_subnets(), *(subnet_range(n["subnet"]) for n in networks)]
+    taken = [*host_subnets(), *(subnet_range(pool["subnet"]) for network in networks
+                                for pool in network["pools"])]
     for text in (*(f"172.{n}.0.0/16" for n in range(18, 32)),
                  *(f"192.168.{n}.0/20" for n in range(0, 256, 16))):
         if not any(overlap(subnet_range(text), other) for other in taken):
             return text
     raise Fail("all predefined address pools have been fully subnetted",
                "remove networks, or name a --subnet", 1)
+
+
+def any_subnet6():
+    """A subnet of IPv6 that nobody else is likely to have: RFC 4193 says by chance."""
+    return address_of((0xFD << 40 | int.from_bytes(os.urandom(5), "big")) << 80) + "/64"
+
+
+# Addresses of IPv6 come the same way: the host is a router there too, and gives what
+# leaves its own address (NAT66), since the provider's router knows of no subnet that we
+# have thought out.
+
+
+def make_pools(subnets, gateways, ranges, six, networks):
+    """The subnets of a new network, each with its gateway, and the range of it that
+    addresses are taken from."""
+    families = [":" in subnet for subnet in subnets]
+    subnets = [*([] if False in families else [free_subnet(networks)]), *subnets,
+               *([any_subnet6()] if six and True not in families else [])]
+    subnets.sort(key=lambda subnet: ":" in subnet)
+    if len(subnets) > 1 + (True in families or six):
+        raise Fail(f"too many subnets: {', '.join(subnets)}",
+                   "one of IPv4, and one of IPv6", 1)
+    pools = []
+    for subnet in subnets:
+        own = subnet_range(subnet)
+        for network in networks:
+            for other in network["pools"]:
+                if overlap(own, subnet_range(other["subnet"])):
+                    raise Fail("Pool overlaps with other one on this address space: "
+                               f"{subnet} and {other['subnet']} of {network['name']}",
+                               "another --subnet", 1)
+        pools.append({
+            "subnet": subnet,
+            "gateway": next((g for g in gateways if lies_in(g, subnet)),
+                            address_of(own.start + 1)),
+            "ip_range": next((r for r in ranges if subnet_range(r).start in own
+                              and subnet_range(r).stop <= own.stop), "")})
+    for word, given in (("gateway", gateways), ("ip_range", ranges)):
+        for text in {*given} - {pool[word] for pool in pools}:
+            raise Fail(f"{text} is not in {', '.join(subnets)}, or not alone there",
+                       "each gateway and range has to be one of a subnet's own", 1)
+    return pools
 
 
 def all_networks():
@@ -8464,8 +8607,18 @@ def all_networks():
             for name in sorted(os.listdir(directory)) if name.endswith(".json")]
 
 
-def new_network(name, subnet="", gateway="", ip_range="", internal=False, labels=(),
-                options=()):
+def check_bridge(name, networks):
+    """Refuse a name for a bridge that is no interface's, or somebody else's."""
+    if not 0 < len(name) < 16 or not name.isascii() or not all(
+            letter.isalnum() or letter in "-_." for letter in name):
+        raise Fail(f"invalid name of a bridge: {name!r}", "at most 15 letters", 1)
+    if os.path.exists(f"/sys/class/net/{name}") or any(
+            network["bridge"] == name for network in networks):
+        raise Fail(f"there is an interface {name} already", "another name", 1)
+
+
+def new_network(name, subnets=(), gateways=(), ranges=(), six=False, internal=False,
+                labels=(), options=()):
     """Make a network; caller must hold the lock of networks/."""
     if not name.isascii() or not name[:1].isalnum() or not all(
             letter.isalnum() or letter in "_.-" for letter in name):
@@ -8473,25 +8626,14 @@ def new_network(name, subnet="", gateway="", ip_range="", internal=False, labels
     networks = all_networks()
     if name in ("none", "host") or any(n["name"] == name for n in networks):
         raise Fail(f"network with name {name} already exists", "take another", 1)
-    subnet = subnet or free_subnet(networks)
-    own = subnet_range(subnet)
-    for other in networks:
-        if overlap(own, subnet_range(other["subnet"])):
-            raise Fail(f"Pool overlaps with other one on this address space: {subnet} "
-                       f"and {other['subnet']} of {other['name']}", "another --subnet",
-                       1)
-    gateway = gateway or address_of(own.start + 1)
-    inner = subnet_range(ip_range) if ip_range else own
-    if number_of(gateway) not in own or inner.start not in own or (
-            inner.stop > own.stop):
-        raise Fail(f"the gateway {gateway} or the range {ip_range} is not in {subnet}",
-                   "both have to be addresses of the subnet", 1)
     options, id = dict(options), os.urandom(32).hex()
+    bridge = options.get("com.docker.network.bridge.name", f"br-{id[:12]}")
+    check_bridge(bridge, networks)
     mtu = whole("mtu", options.get("com.docker.network.driver.mtu", "1500"), 68, 65535)
-    network = {"name": name, "id": id, "created": time.time_ns(), "subnet": subnet,
-               "gateway": gateway, "ip_range": ip_range, "internal": internal,
-               "bridge": options.get("com.docker.network.bridge.name", f"br-{id[:12]}"),
-               "mtu": mtu, "labels": dict(labels), "options": options}
+    network = {"name": name, "id": id, "created": time.time_ns(), "bridge": bridge,
+               "pools": make_pools(subnets, gateways, ranges, six, networks),
+               "internal": internal, "mtu": mtu, "labels": dict(labels),
+               "options": options}
     save(store("networks", f"{name}.json"), network)
     return network
 
@@ -8511,8 +8653,7 @@ def find_network(text, code=1):
 
 
 # ── nf_tables ──
-
-
+#
 # Four chains, each hooked in where the kernel asks what to do with a packet:
 #
 #       arrives ─▶ arriving ─▶ routing ─▶ passing ─▶ leaving ─▶ goes out
@@ -8520,100 +8661,290 @@ def find_network(text, code=1):
 #       a program of the host ─▶ own
 #
 # arriving and own give what is for a published port a new destination; passing keeps
-# networks apart; leaving gives what a container sends into the world the address of
-# the host, since nobody out there knows the way to its own.  Later packets of the same
-# connection, both ways, are changed alike: the kernel remembers it.
+# networks apart, and lets nobody in but those whom a published port has sent there;
+# leaving gives what a container sends into the world the address of the host, since
+# nobody out there knows the way to its own.  Later packets of the same connection, both
+# ways, are changed alike: the kernel remembers it.
+#
+# Trap: arriving comes before the kernel refuses what somebody outside sends to an
+# address like 127.0.0.1.  Ports of those must not be in the maps, or a neighbour could
+# reach what is for this host only.
 
+OURS = "inet minicontainer"
 RULES = """
 table inet minicontainer {
-    set bridges {
-        type ifname
-        $bridges
+    set bridges { type ifname; $bridges }
+    set outward_ip { type ipv4_addr; flags interval; $outward_ip }
+    set outward_ip6 { type ipv6_addr; flags interval; $outward_ip6 }
+    map one_ip { type ipv4_addr . inet_proto . inet_service : ipv4_addr . inet_service
+        $one_ip
     }
-    set outward {
-        type ipv4_addr; flags interval
-        $outward
+    map one_ip6 { type ipv6_addr . inet_proto . inet_service : ipv6_addr . inet_service
+        $one_ip6
     }
-    map ports_of_one {
-        type ipv4_addr . inet_proto . inet_service : ipv4_addr . inet_service
-        $ports_of_one
-    }
-    map ports_of_all {
-        type inet_proto . inet_service : ipv4_addr . inet_service
-        $ports_of_all
+    map all_ip { type inet_proto . inet_service : ipv4_addr . inet_service; $all_ip }
+    map all_ip6 { type inet_proto . inet_service : ipv6_addr . inet_service; $all_ip6 }
+    chain published {
+        dnat ip to ip daddr . meta l4proto . th dport map @one_ip
+        dnat ip6 to ip6 daddr . meta l4proto . th dport map @one_ip6
+        fib daddr type local dnat ip to meta l4proto . th dport map @all_ip
+        fib daddr type local dnat ip6 to meta l4proto . th dport map @all_ip6
     }
     chain arriving {
         type nat hook prerouting priority dstnat
-        dnat ip to ip daddr . meta l4proto . th dport map @ports_of_one
-        fib daddr type local dnat ip to meta l4proto . th dport map @ports_of_all
+        jump published
     }
     chain own {
         type nat hook output priority -100
         ip daddr 127.0.0.0/8 return
-        dnat ip to ip daddr . meta l4proto . th dport map @ports_of_one
-        fib daddr type local dnat ip to meta l4proto . th dport map @ports_of_all
+        ip6 daddr ::1 return
+        jump published
     }
     chain leaving {
         type nat hook postrouting priority srcnat
-        ip saddr @outward oifname != @bridges masquerade
-        ip saddr @outward ct status dnat masquerade
+        ip saddr @outward_ip oifname != @bridges masquerade
+        ip6 saddr @outward_ip6 oifname != @bridges masquerade
+        ip saddr @outward_ip ct status dnat masquerade
+        ip6 saddr @outward_ip6 ct status dnat masquerade
     }
     chain passing {
         type filter hook forward priority filter
         ct state established,related accept
+        $inner_walls
+        ct status dnat accept
         $walls
     }
 }
 """  # as nft(8) takes it; the words with a $ are filled in
+INNER_WALL = """iifname "$" oifname != "$" drop
+        oifname "$" iifname != "$" drop
+        """
+WALL = """oifname "$" iifname != "$" drop
+        """
+
+
+def is_oneself(address):
+    """Whether an address means "myself"."""
+    return lies_in(address, "127.0.0.0/8") or number_of(address) == 1
+
+
+def kernel_ports(endpoint):
+    """(set, element) of each published port that the kernel is to send on: not those of
+    loopback addresses, nor of a family that the container has no address of."""
+    for kind, address, port, inner in endpoint["ports"]:
+        six = ":" in address
+        own = next((a for a in endpoint["addresses"] if (":" in a) == six), None)
+        if own and not is_oneself(address):
+            to = f"{kind} . {port} : {own} . {inner}"
+            if number_of(address) in (0, IPV4.start):
+                yield f"all_ip{'6' * six}", to
+            else:
+                yield f"one_ip{'6' * six}", f"{address} . {to}"
 
 
 def rules_text(networks, there):
     """The table for nft(8): who may go out, and which port leads to whom."""
-    text = "table inet minicontainer\ndelete table inet minicontainer\n"  # the old one
     if not networks:
-        return text
-    bridges = [f'"{network["bridge"]}"' for network in networks]
-    outward = [network["subnet"] for network in networks if not network["internal"]]
-    of_one, of_all, walls = [], [], []
+        return f"table {OURS}\ndelete table {OURS}\n"
+    found = {name: [] for name in ("outward_ip6", "outward_ip", "one_ip6", "one_ip",
+                                   "all_ip6", "all_ip", "bridges")}
+    walls = {True: "", False: ""}
+    for network in networks:
+        found["bridges"].append(f'"{network["bridge"]}"')
+        walls[network["internal"]] += (INNER_WALL if network["internal"] else WALL
+                                       ).replace("$", network["bridge"])
+        for pool in network["pools"] if not network["internal"] else ():
+            found[f"outward_ip{'6' * (':' in pool['subnet'])}"].append(pool["subnet"])
     for endpoint in there:
-        for kind, address, port, inner in endpoint["ports"]:
-            to = f"{kind} . {port} : {endpoint['ip']} . {inner}"
-            if address == "0.0.0.0":
-                of_all.append(to)
-            else:
-                of_one.append(f"{address} . {to}")
-    for own, network in zip(bridges, networks, strict=True):
-        beyond = "" if network["internal"] else "oifname @bridges "
-        walls.append(f"iifname {own} oifname != {own} {beyond}drop")
-        if network["internal"]:
-            walls.append(f"oifname {own} iifname != {own} drop")
-    text += RULES.replace("$walls", "\n        ".join(walls))
-    for word, found in (("bridges", bridges), ("outward", outward),
-                        ("ports_of_one", of_one), ("ports_of_all", of_all)):
-        elements = f"elements = {{ {', '.join(found)} }}" if found else ""
-        text = text.replace(f"${word}", elements)
-    return text
+        for name, element in kernel_ports(endpoint):
+            found[name].append(element)
+    text = RULES.replace("$inner_walls", walls[True]).replace("$walls", walls[False])
+    for name, elements in found.items():  # $one_ip6 before $one_ip, which it begins
+        text = text.replace(f"${name}", f"elements = {{ {', '.join(elements)} }}"
+                            if elements else "")
+    return f"table {OURS}\ndelete table {OURS}\n{text}"
 
 
-def apply_rules(text):
-    """Have nft(8) replace our table, in one transaction."""
-    import subprocess
+# Nothing of what nft(8) does is beyond netlink.  But a rule is a small program for a
+# machine of the kernel's, of registers, lookups and comparisons; an encoder for those
+# above would be longer than this chapter, and say less than the text does.
 
-    def ask():
+
+class Nft:
+    """nft(8), which does what a text says, in one transaction, while we do other
+    things: most of its time it waits for the kernel."""
+
+    def __init__(self, text, why=""):
+        self.text, self.why = text, why
+        self.input, self.output = os.memfd_create("rules"), os.memfd_create("answer")
+        os.write(self.input, text.encode())
+        os.lseek(self.input, 0, os.SEEK_SET)
+        actions = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(
+            (self.input, self.output, self.output))]
         try:
-            done = subprocess.run(["nft", "-f", "-"], input=text, capture_output=True,
-                                  text=True)
+            self.pid = os.posix_spawnp("nft", ["nft", "-a", "-f", "-"], os.environ,
+                                       file_actions=actions)
         except FileNotFoundError:
+            self.close()
             raise Fail("no nft on the PATH: it makes the rules of a network",
                        "install nftables, or --network none") from None
-        if done.returncode:
-            raise Fail(f"nft refuses the rules: {done.stderr.strip()[:300]}",
-                       "does this kernel have nf_tables?")
-        return 0
-    request("nft", (text,), ask, "who may go out, and which port leads to whom")
+
+    def close(self):
+        """Give its files back."""
+        os.close(self.input)
+        os.close(self.output)
+
+    def end(self):
+        """What it has said, when it has ended; a Fail if it did nothing."""
+        def ask():
+            code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+            answer = os.pread(self.output, 1 << 24, 0).decode()
+            self.close()
+            if code:
+                raise Fail(f"nft refuses the rules: {answer.strip()[:300]}",
+                           "does this kernel have nf_tables?")
+            return answer
+        return request("nft", (self.text,), ask, self.why)
+
+
+# ── other walls ──
+#
+# Whatever passes through this host is shown to everybody's chains, and is dropped if
+# one of them says so.  Docker and ufw drop what they do not know, and firewalld's chain
+# ends with a reject.  So while a network of ours is up, rules of ours stand at the head
+# of such a chain: it is to leave alone what goes to or comes from our bridges, which is
+# judged by our own.  They have a comment by which they are known and taken out again.
+
+
+def foreign_chains(listing):
+    """The chains of others that are asked about what passes, in what nft lists."""
+    table = chain = ""
+    for line in listing.splitlines():
+        words = line.split()
+        if words[:1] == ["table"]:
+            table = " ".join(words[1:3])
+        elif words[:1] == ["chain"]:
+            chain = words[1]
+        elif words[:4] == ["type", "filter", "hook", "forward"] and table != OURS and (
+                table.split()[0] in ("ip", "ip6", "inet")):
+            yield f"{table} {chain}"
+
+
+# A chain is known to drop what it does not know by its policy, or by a last rule that
+# asks for nothing before it drops.  The rules go in by nft also where iptables has made
+# the chain: they are of a form that iptables knows how to show.
+
+
+def holes(chain, listing, bridges):
+    """What has to be done to a chain so that it leaves those bridges alone, if it drops
+    what it does not know, and does nothing more of ours."""
+    import re
+
+    rules = re.findall(r"^\t\t(?!type )(.*) # handle (\d+)$", listing, re.M)
+    ours = {rule: handle for rule, handle in rules if '"minicontainer"' in rule}
+    others = [re.sub(r"counter packets \d+ bytes \d+ ", "", rule)
+              for rule, _ in rules if rule not in ours]
+    wanted = [f'{side}ifname "{bridge}" accept comment "minicontainer"'
+              for bridge in bridges for side in "io"]
+    if "policy drop" not in listing and not (
+            others and others[-1].startswith(("drop", "reject"))):
+        wanted = []
+    return [*(f"delete rule {chain} handle {handle}" for rule, handle in ours.items()
+              if rule not in wanted),
+            *(f"insert rule {chain} {rule}" for rule in wanted if rule not in ours)]
+
+
+def open_walls(listing, bridges):
+    """Have the chains of others leave our bridges alone, or say which does not."""
+    for chain in foreign_chains(listing):
+        try:
+            found = Nft(f"list chain {chain}\n", "does it drop what it knows not?")
+            if change := holes(chain, found.end(), bridges):
+                Nft("\n".join(change) + "\n", "our own chain judges that").end()
+        except Fail as fail:
+            say(f"the chain {chain} of nf_tables may drop what goes to and comes from "
+                f"{', '.join(bridges)}, and cannot be changed: {fail.message}\n  hint: "
+                "with firewalld, `firewall-cmd --zone=trusted --add-interface=BRIDGE`")
+
+
+def check_old_wall(bridge):
+    """Say so if the older iptables, whose rules nft does not see, drop what passes."""
+    for version in ("", "6"):
+        try:
+            names = read_file(f"/proc/net/ip{version}_tables_names").split()
+        except FileNotFoundError:
+            continue
+        program = f"ip{version}tables-legacy"
+        if "filter" in names and any("-P FORWARD DROP" in line for line in os.popen(
+                f"{program} -S FORWARD 2>&1 || echo -P FORWARD DROP?")):
+            say(f"{program} drops what goes to and comes from {bridge}, or may; try"
+                + "".join(f"\n  {program} -I FORWARD -{side} {bridge} -j ACCEPT"
+                          for side in "io"))
+
+
+FORWARDING = {False: "/proc/sys/net/ipv4/ip_forward",
+              True: "/proc/sys/net/ipv6/conf/all/forwarding"}
+BOOT = "/proc/sys/kernel/random/boot_id"  # another one: what was switched on is off
+
+
+# A host that forwards is a router, and not everybody's machine is meant to be one.  So
+# what we switch on is said, is noted with the number of this boot, and is switched off
+# when the last network goes, unless the chains of others show that they forward too.
+
+
+def forwarded(switched=None):
+    """What of FORWARDING we have switched on since the machine was; or keep that."""
+    path = store("networks", "forwarding")
+    if switched is not None:
+        save(path, {"boot": read_file(BOOT), "on": switched})
+    kept = from_json(read_file(path)) if os.path.exists(path) else {}
+    return kept["on"] if kept.get("boot") == read_file(BOOT) else []
+
+
+def forward_for(networks, others):
+    """Have the host pass packets on between its interfaces while a network needs it,
+    which is said; if others judge what passes, they may have come to need it too."""
+    needed = {FORWARDING[":" in pool["subnet"]] for network in networks
+              if not network["internal"] for pool in network["pools"]}
+    switched = forwarded()
+    off = [path for path in sorted(needed) if read_file(path).strip() == "0"]
+    for path in off:
+        six = path == FORWARDING[True]
+        say(f"this host now forwards IPv{'6' if six else '4'} packets between its "
+            "interfaces, until no network needs it" + (
+                ", and takes no route that routers advertise, but on an interface with "
+                "accept_ra=2" if six else ""))
+        write_file(path, "1", why="or nothing gets beyond the bridge")
+    back = [] if others else [path for path in switched if path not in needed]
+    for path in back:
+        write_file(path, "0", why="as it was before")
+    if off or back:
+        forwarded(sorted({*switched, *off} - {*back}))
 
 
 # ── endpoints ──
+#
+# What a container wants is an annotation of its spec: the names it has, the lines of
+# its /etc/hosts, and a wish for each network.  An endpoint is such a wish fulfilled.
+
+
+def wants_of(spec):
+    """What a spec says of networks."""
+    nothing = {"names": [], "hosts": [], "of": "", "networks": []}
+    notes = spec.get("annotations", {})
+    return from_json(notes[NETWORK]) if NETWORK in notes else nothing
+
+
+def endpoints_of(id):
+    """Where a container is, while it runs; the first is the first that it was given."""
+    directory, found = os.path.dirname(store("endpoints", "x")), []
+    for name in os.listdir(directory):
+        if name.startswith(f"{id}-"):
+            try:
+                found.append(from_json(read_file(f"{directory}/{name}")))
+            except FileNotFoundError:  # it leaves
+                pass
+    return sorted(found, key=lambda endpoint: endpoint["number"])
 
 
 def endpoints():
@@ -8636,119 +8967,222 @@ def endpoints():
     return found
 
 
-def take_address(network, there, wanted):
-    """An address of the network that nobody has: the one that is wanted, if any."""
-    own = subnet_range(network["subnet"])
-    taken = {number_of(e["ip"]) for e in there if e["network"] == network["name"]}
-    taken |= {own.start, own.stop - 1, number_of(network["gateway"])}
-    if wanted:
-        if number_of(wanted) not in own:
-            raise Fail(f"no configured subnet contains IP address {wanted}",
-                       f"{network['name']} is {network['subnet']}")
-        if number_of(wanted) in taken:
-            raise Fail("Address already in use", f"{wanted} is somebody else's")
-        return wanted
-    for number in subnet_range(network["ip_range"] or network["subnet"]):
-        if number not in taken:
-            return address_of(number)
-    raise Fail(f"no available IPv4 addresses on the network {network['name']}",
-               "a larger subnet, or fewer containers")
+def take_addresses(network, there, wanted):
+    """An address of each of the network's subnets that nobody has: the one that is
+    wanted, if any is."""
+    taken, found = {number_of(address) for endpoint in there if
+                    endpoint["network"] == network["name"]
+                    for address in endpoint["addresses"]}, []
+    for pool in network["pools"]:
+        own = subnet_range(pool["subnet"])
+        never = {own.start, own.stop - 1, number_of(pool["gateway"])}
+        asked = next((number_of(a) for a in wanted if number_of(a) in own), None)
+        if asked in never | taken:
+            raise Fail("Address already in use", f"{address_of(asked)} is somebody "
+                       "else's, or the subnet's own")
+        for number in subnet_range(pool["ip_range"] or pool["subnet"]) if (
+                asked is None) else [asked]:
+            if number not in taken and number not in never:
+                found.append(address_of(number))
+                break
+        else:
+            raise Fail("no free address in "
+                       f"{pool['ip_range'] or pool['subnet']} of network "
+                       f"{network['name']}", "a larger subnet, or fewer containers")
+    for address in wanted:
+        if address_of(number_of(address)) not in found:
+            raise Fail(f"no configured subnet contains IP address {address}",
+                       f"{network['name']} is "
+                       f"{', '.join(pool['subnet'] for pool in network['pools'])}")
+    return found
 
 
-def check_ports(ports, there):
-    """Refuse a port of the host that a container or another program has."""
+# A port is taken if a container has it, which no socket may show, as it is the kernel
+# who sends its packets on; or if a program has it.  Neither may be said too late, when
+# the container runs already.
+
+
+def probe(kind, address, port):
+    """The port that a program would have who asked for that one; 0 is any.  An OSError
+    says why it would not."""
     import _socket
 
-    for kind, address, port, _ in ports:
-        taken = any((kind, port) == (k, p) and (a == address or "0.0.0.0" in (
-            a, address)) for e in there for k, a, p, _ in e["ports"])
-        probe = _socket.socket(AF_INET, _socket.SOCK_STREAM if kind == "tcp"
-                               else _socket.SOCK_DGRAM)
-        try:
-            probe.setsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEADDR, 1)
-            probe.bind((address, port))
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise Fail(f"-p {address}:{port}: {error.strerror}",
-                           "an address of this host") from None
-            taken = True
-        finally:
-            probe.close()
+    socket = _socket.socket(AF_INET6 if ":" in address else AF_INET, _socket.SOCK_STREAM
+                            if kind == "tcp" else _socket.SOCK_DGRAM)
+    try:
+        if kind == "tcp":  # connections that were closed a minute ago do not count
+            socket.setsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEADDR, 1)
+        if ":" in address:
+            socket.setsockopt(_socket.IPPROTO_IPV6, _socket.IPV6_V6ONLY, 1)
+        socket.bind((address, port))
+        return socket.getsockname()[1]
+    finally:
+        socket.close()
+
+
+def is_taken(kind, address, port, there):
+    """Whether a container or another program has a port of the host."""
+    every = "::" if ":" in address else "0.0.0.0"
+    if any((kind, port) == (k, p) and (a == address or every in (a, address) and
+                                       (":" in a) == (":" in address))
+           for endpoint in there for k, a, p, _ in endpoint["ports"]):
+        return True
+    try:
+        probe(kind, address, port)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise Fail(f"-p {address}:{port}: {error.strerror}",
+                       "an address of this host") from None
+        return True
+    return False
+
+
+def host_ports(wishes, there):
+    """[protocol, address, port of the host, port inside] of what is published: with no
+    address, for all of either family; with port 0, at one that is free."""
+    both = ["0.0.0.0", *(["::"] if os.path.exists("/proc/net/if_inet6") else [])]
+    found = []
+    for kind, given, port, inner in wishes:
+        addresses, taken = [given] if given else both, True
+        for _ in range(1 if port else 100):
+            outer = port or probe(kind, addresses[0], 0)
+            taken = [a for a in addresses if is_taken(
+                kind, a, outer, [*there, {"ports": found}])]
+            if not taken:
+                break
         if taken:
-            raise Fail(f"Bind for {address}:{port} failed: port is already allocated",
+            raise Fail(f"Bind for {taken[0]}:{outer} failed: port is already allocated",
                        "another port, or stop what has this one")
+        found += [[kind, address, outer, inner] for address in addresses]
+    return found
 
 
-def mac_of(address):
-    """The MAC that Docker makes of an address."""
-    return "02:42:" + ":".join(f"{byte:02x}" for byte in packed(address))
+def write_hosts(id, there):
+    """Write the /etc/hosts of a container.
 
-
-def write_hosts(endpoint, there):
-    """The /etc/hosts of a container: it is written over, as it is a mount in there."""
+    It is a mount in there, so it is written over, not replaced; and it is never empty,
+    or a lookup at that moment would find nothing."""
+    own = [endpoint for endpoint in there if endpoint["id"] == id]
     lines = ["127.0.0.1\tlocalhost", "::1\tlocalhost ip6-localhost ip6-loopback",
-             *(f"{address}\t{name}" for name, address in endpoint["hosts"])]
-    for other in sorted(there, key=lambda e: e["id"] != endpoint["id"]):
-        if other["network"] == endpoint["network"]:
-            lines.append(f"{other['ip']}\t{' '.join(other['names'])}")
-    write_file(f"{store('containers', endpoint['id'])}/hosts", "\n".join(lines) + "\n",
-               why="who else is on its network", create=0o644)
+             *(f"{address}\t{name}" for name, address in own[0]["hosts"])]
+    networks = {endpoint["network"] for endpoint in own}
+    for other in sorted(there, key=lambda endpoint: endpoint["id"] != id):
+        lines += [f"{address}\t{' '.join(other['names'])}"
+                  for address in other["addresses"] if other["network"] in networks]
+    text = os.fsencode("\n".join(lines) + "\n")
+    fd = os.open(f"{store('containers', id)}/hosts", O_RDWR | O_CLOEXEC)
+    try:
+        if os.read(fd, len(text) + 1) != text:
+            os.lseek(fd, 0, os.SEEK_SET)
+            write_file(fd, os.fsdecode(text), why="who else is on its networks")
+            os.ftruncate(fd, len(text))
+    finally:
+        os.close(fd)
 
 
-def tell_everybody(there):
-    """Make rules, names and bridges those of the endpoints that there are."""
-    networks = {n["name"]: n for n in all_networks()}
-    used, netlink = {e["network"] for e in there}, Netlink()
-    apply_rules(rules_text([networks[name] for name in sorted(used)], there))
-    for name in networks.keys() - used:
-        bridge = networks[name]["bridge"]
-        if index := index_of(netlink, bridge):
-            netlink.ask(f"link delete {bridge}", RTM_DELLINK, link(index), {},
-                        why="nobody is on it any more")
-    for endpoint in there:
-        write_hosts(endpoint, there)
+def tell_everybody(there, meanwhile=lambda: None):
+    """Make rules, bridges, names and forwarding those of the endpoints that there are,
+    and do something else while nft is at work."""
+    everything = all_networks()
+    used = {endpoint["network"] for endpoint in there}
+    networks = [network for network in everything if network["name"] in used]
+    bridges = [network["bridge"] for network in networks]
+    rules = Nft(rules_text(networks, there) + "list chains\n",
+                "who may go out, and which port leads to whom")
+    try:
+        meanwhile()
+        netlink = Netlink()
+        for network in everything:
+            if network["name"] not in used:
+                netlink.remove(network["bridge"], "nobody is on it any more")
+        for id in {endpoint["id"] for endpoint in there}:
+            write_hosts(id, there)
+    finally:
+        listing = rules.end()
+    open_walls(listing, bridges)
+    forward_for(networks, any(foreign_chains(listing)))
 
 
-def let_forward():
-    """Have the host pass packets on between its interfaces, which is said."""
-    path = "/proc/sys/net/ipv4/ip_forward"
-    if read_file(path).strip() == "0":
-        say("this host now forwards packets between its interfaces (ip_forward)")
-        write_file(path, "1", why="or nothing gets beyond the bridge")
+def gate_of(id, there):
+    """Of a container's endpoints, the one whose network leads out of this host."""
+    inner = {network["name"] for network in all_networks() if network["internal"]}
+    own = [endpoint for endpoint in there if endpoint["id"] == id]
+    return next((endpoint for endpoint in sorted(own, key=lambda e: e["number"])
+                 if endpoint["network"] not in inner), None)
+
+
+def join_network(id, pid, wants, wish):
+    """Put a container, whose process 1 is `pid`, on a network; the caller must hold the
+    lock of networks/, and after an error has it leave again."""
+    network, there = find_network(wish["network"], 125), endpoints()
+    own = [endpoint for endpoint in there if endpoint["id"] == id]
+    if any(endpoint["network"] == network["name"] for endpoint in own):
+        raise Fail(f"endpoint with name {wants['names'][0]} already exists in network "
+                   f"{network['name']}", "it is there already", 1)
+    addresses = take_addresses(network, there, wish["ips"])
+    number = min({*range(len(own) + 1)} - {endpoint["number"] for endpoint in own})
+    endpoint = {
+        "id": id, "network": network["name"], "number": number,
+        "interface": f"eth{number}", "cable": f"mc{number}-{id}"[:15],
+        "addresses": addresses, "mac": wish["mac"] or mac_of(addresses[0]),
+        "ports": host_ports(wish["ports"], there), "hosts": wants["hosts"],
+        "names": list(dict.fromkeys([*wants["names"], *wish["aliases"]]))}
+    leads_out = not network["internal"] and not gate_of(id, there)
+    save(store("endpoints", f"{id}-{network['name']}.json"), endpoint)
+    if not any(other["network"] == network["name"] for other in there):
+        check_old_wall(network["bridge"])
+    tell_everybody([*there, endpoint],
+                   lambda: plug_in(pid, network, endpoint, leads_out))
+
+
+def leave_networks(id, name="", pid=0):
+    """Take a container off its networks, or off one; the last one takes the bridge with
+    it.  If the way out was there, and it lives on as `pid`, another is."""
+    with held("networks", fcntl.LOCK_EX):
+        gone = [e for e in endpoints_of(id) if name in ("", e["network"])]
+        if not gone:
+            return
+        before = gate_of(id, endpoints_of(id))
+        for endpoint in gone:
+            os.unlink(store("endpoints", f"{id}-{endpoint['network']}.json"))
+
+        def unplug():
+            for endpoint in gone:
+                Netlink().remove(endpoint["cable"], "it leaves")
+        tell_everybody(endpoints(), unplug)
+        after = gate_of(id, endpoints_of(id))
+        if pid and after and after != before:
+            with network_of(pid):
+                netlink = Netlink()
+            for pool in find_network(after["network"])["pools"]:
+                netlink.route(pool["gateway"], after["interface"])
+
+
+def rename_there(id, spec, name):
+    """Give a container another name on its networks; what its spec is to say."""
+    wants = wants_of(spec)
+    wants["names"][0] = name
+    with held("networks", fcntl.LOCK_EX):
+        for endpoint in endpoints_of(id):
+            endpoint["names"][0] = name
+            save(store("endpoints", f"{id}-{endpoint['network']}.json"), endpoint)
+        if there := endpoints():
+            tell_everybody(there)
+    return wants
 
 
 def connect(c):
-    """Outside: put the container on the network that its spec names."""
-    wish = from_json(c.spec.get("annotations", {}).get(NETWORK, "null"))
-    if not wish:
+    """Outside: put the container on the networks that its spec names."""
+    wants = wants_of(c.spec)
+    if not wants["networks"]:
         return
     with held("networks", fcntl.LOCK_EX):
-        network, there = find_network(wish["network"]), endpoints()
-        check_ports(wish["ports"], there)
-        ip = take_address(network, there, wish["ip"])
-        endpoint = {**wish, "id": c.id, "network": network["name"], "ip": ip,
-                    "mac": wish["mac"] or mac_of(ip)}
-        save(store("endpoints", f"{c.id}.json"), endpoint)
-        if not network["internal"]:
-            let_forward()
-        plug_in(c, network, endpoint)
-        tell_everybody([*there, endpoint])
-
-
-def endpoint_of(id):
-    """Where a container is, while it runs."""
-    return from_json(read_file(store("endpoints", f"{id}.json")))
-
-
-def disconnect(id):
-    """Take a container off its network; the last one takes the bridge with it."""
-    path = store("endpoints", f"{id}.json")
-    if not os.path.exists(path):
-        return
-    with held("networks", fcntl.LOCK_EX):
-        if os.path.exists(path):
-            os.unlink(path)
-        tell_everybody(endpoints())
+        for wish in wants["networks"]:
+            join_network(c.id, c.pid, wants, wish)
+    path = "/proc/sys/net/ipv4/ip_unprivileged_port_start"
+    if os.path.exists(path):
+        with network_of(c.pid):
+            write_file(path, "0", why="in there port 80 is anybody's, as with Docker")
 
 
 # ── the spec: what the options mean ──
@@ -8763,67 +9197,81 @@ def port_range(text, option):
 
 def published(option):
     """[protocol, address, port of the host, port inside] of each port that -p
-    [[IP:]PORT:]PORT[/PROTOCOL] names; a port of the host that is not named is 0."""
+    [[IP:]PORT:]PORT[/PROTOCOL] names; what is not named is "", or 0."""
     text, _, kind = option.partition("/")
     outer, _, inner = text.rpartition(":")
     address, _, outer = outer.rpartition(":")
     what, kind = f"-p {option}", kind or "tcp"
     if kind not in ("tcp", "udp"):
         raise Fail(f"{what}: invalid protocol {kind!r}", "tcp or udp")
-    packed(address or "0.0.0.0")
+    address = address.removeprefix("[").removesuffix("]")
+    if address:
+        packed(address)
     inner = port_range(inner, what)
     outer = port_range(outer, what) if outer else [0] * len(inner)
     if len(outer) != len(inner):
         raise Fail(f"{what}: two ranges of different lengths", "-p 80-82:8080-8082")
-    pairs = zip(outer, inner, strict=True)
-    return [[kind, address or "0.0.0.0", *pair] for pair in pairs]
-
-
-def free_port(kind, address):
-    """A port of the host that nobody has."""
-    import _socket
-
-    probe = _socket.socket(AF_INET, _socket.SOCK_STREAM if kind == "tcp"
-                           else _socket.SOCK_DGRAM)
-    probe.bind((address, 0))
-    port = probe.getsockname()[1]
-    probe.close()
-    return port
+    return [[kind, address, *pair] for pair in zip(outer, inner, strict=True)]
 
 
 def ports_text(ports):
     """Published ports, as `ps` shows them."""
-    return ", ".join(f"{address}:{port}->{inner}/{kind}"
-                     for kind, address, port, inner in ports)
+    return ", ".join(f"{f'[{address}]' if ':' in address else address}:{port}->"
+                     f"{inner}/{kind}" for kind, address, port, inner in ports)
+
+
+def wish_for(network, options, ports=(), aliases=()):
+    """What the options of `run` or `network connect` want of a network."""
+    mac = options.mac_address or ""
+    if mac and ([len(part) for part in mac.split(":")] != [2] * 6 or
+                set(mac.lower()) - set("0123456789abcdef:")):
+        raise Fail(f"invalid MAC address: {mac!r}", "as 02:42:ac:12:00:02")
+    ips = [address for address in (options.ip, options.ip6) if address]
+    for address in ips:
+        packed(address)
+    return {"network": network, "ips": ips, "mac": mac, "ports": list(ports),
+            "aliases": list(aliases)}
+
+
+def choose_network(options):
+    """The network that `run` means if it names none: of what is asked for only one of
+    ours can do, `bridge`; else `none`, which is quicker by far."""
+    asked = [word for word, value in (
+        ("-p", options.publish), ("-P", options.publish_all), ("--ip", options.ip),
+        ("--ip6", options.ip6), ("--mac-address", options.mac_address),
+        ("--network-alias", options.network_alias)) if value]
+    if not options.network:
+        options.network = "bridge" if asked else "none"
+    elif asked and (options.network in ("none", "host") or ":" in options.network):
+        raise Fail(f"{asked[0]} without a network of its own",
+                   "--network bridge, or one that `network create` has made")
+
+
+def host_lines(texts, gateway):
+    """[name, address] of each --add-host."""
+    found = []
+    for text in texts:
+        host, _, address = text.partition(":")
+        address = gateway if address == "host-gateway" else address
+        packed(address)
+        found.append([host, address])
+    return found
 
 
 def network_spec(options, id, name, hostname):
-    """What a container wants of its network, for the spec's annotation; None if it is
-    to have none of ours."""
-    if options.network in ("none", "host"):
-        given = [word for word, value in (
-            ("-p", options.publish), ("-P", options.publish_all), ("--ip", options.ip),
-            ("--network-alias", options.network_alias)) if value]
-        if given:
-            raise Fail(f"{given[0]} without a network of its own",
-                       "--network bridge, or one that `network create` has made")
-        return None
-    with held("networks", fcntl.LOCK_EX):
-        network = find_network(options.network, 125)["name"]
-    hosts = []
-    for text in options.add_host:
-        host, _, address = text.partition(":")
-        packed(address)
-        hosts.append([host, address])
-    exposed = options.exposed if options.publish_all else ()
-    ports = [port for option in (*options.publish, *exposed)
-             for port in published(option)]
-    for port in ports:
-        port[2] = port[2] or free_port(*port[:2])
-    names = [name, id[:12], hostname, *options.network_alias]
-    return {"network": network, "ip": options.ip or "", "hosts": hosts, "ports": ports,
-            "mac": options.mac_address or "",
-            "names": list(dict.fromkeys(filter(None, names)))}
+    """What a container wants of its networks, for the spec's annotation."""
+    gateway, wishes = "127.0.0.1", []
+    if options.network not in ("none", "host") and ":" not in options.network:
+        with held("networks", fcntl.LOCK_EX):
+            network = find_network(options.network, 125)
+        gateway = network["pools"][0]["gateway"]
+        exposed = options.exposed if options.publish_all else ()
+        ports = [port for option in (*options.publish, *exposed)
+                 for port in published(option)]
+        wishes = [wish_for(network["name"], options, ports, options.network_alias)]
+    return {"names": list(dict.fromkeys(filter(None, (name, id[:12], hostname)))),
+            "hosts": host_lines(options.add_host, gateway), "networks": wishes,
+            "of": options.network.partition(":")[2]}
 
 
 # ── its commands ──
@@ -8831,9 +9279,13 @@ def network_spec(options, id, name, hostname):
 
 @command("network create", arg("-d", "--driver", choices=["bridge"], default="bridge",
                                help="bridge is what there is"),
-         arg("--subnet", metavar="SUBNET", default="", help="as 172.30.0.0/16"),
-         arg("--gateway", metavar="ADDRESS", default="", help="the host's in it"),
-         arg("--ip-range", metavar="SUBNET", default="", help="of which addresses are"),
+         arg("--subnet", metavar="SUBNET", action="append", default=[],
+             help="as 172.30.0.0/16, and one of IPv6"),
+         arg("--gateway", metavar="ADDRESS", action="append", default=[],
+             help="the host's in it"),
+         arg("--ip-range", metavar="SUBNET", action="append", default=[],
+             help="what addresses are taken from"),
+         arg("--ipv6", action="store_true", help="with IPv6, too"),
          arg("--internal", action="store_true", help="nothing in or out"),
          arg("--label", metavar="KEY[=VALUE]", action="append", default=[],
              help="a note"),
@@ -8846,75 +9298,109 @@ def network_create_command(options):
              for texts in (options.label, options.opt)]
     with held("networks", fcntl.LOCK_EX):
         print(new_network(options.name, options.subnet, options.gateway,
-                          options.ip_range, options.internal, *pairs)["id"])
+                          options.ip_range, options.ipv6, options.internal,
+                          *pairs)["id"])
 
 
 def network_document(network, there):
     """What `network inspect` shows, with Docker's keys."""
     at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(network["created"] // 10 ** 9))
-    bits = network["subnet"].partition("/")[2]
+    members = {}
+    for endpoint in there:
+        if endpoint["network"] == network["name"]:
+            four, six = [*with_prefix(network, endpoint["addresses"]), ""][:2]
+            members[endpoint["id"]] = {
+                "Name": endpoint["names"][0], "MacAddress": endpoint["mac"],
+                "IPv4Address": four, "IPv6Address": six}
     return {
         "Name": network["name"], "Id": network["id"], "Created": at, "Scope": "local",
-        "Driver": "bridge", "EnableIPv6": False, "Internal": network["internal"],
+        "Driver": "bridge", "EnableIPv6": len(network["pools"]) > 1,
+        "Internal": network["internal"],
         "IPAM": {"Driver": "default", "Options": {}, "Config": [
-            {"Subnet": network["subnet"], "Gateway": network["gateway"],
-             **({"IPRange": network["ip_range"]} if network["ip_range"] else {})}]},
-        "Containers": {e["id"]: {"Name": e["names"][0], "MacAddress": e["mac"],
-                                 "IPv4Address": f"{e['ip']}/{bits}", "IPv6Address": ""}
-                       for e in there if e["network"] == network["name"]},
-        "Options": network["options"], "Labels": network["labels"]}
+            {"Subnet": pool["subnet"], "Gateway": pool["gateway"],
+             **({"IPRange": pool["ip_range"]} if pool["ip_range"] else {})}
+            for pool in network["pools"]]},
+        "Containers": members, "Options": network["options"],
+        "Labels": network["labels"]}
 
 
-@command("network ls", QUIET, NO_TRUNC, FORMAT)
+BUILT_IN = "bridge", "host", "none"
+NETWORK_FILTERS = {  # of `network ls`: whether one passes KEY=text
+    "driver": lambda row, text: row["Driver"] == text,
+    "id": lambda row, text: row["ID"].startswith(text),
+    "name": lambda row, text: text in row["Name"],
+    "label": lambda row, text: has_label(row["Labels"], text),
+    "scope": lambda row, text: row["Scope"] == text,
+    "type": lambda row, text: (text == "builtin") == (row["Name"] in BUILT_IN),
+    "dangling": lambda row, text: (text in ("1", "true")) == row["Dangling"],
+}
+
+
+@command("network ls", QUIET, NO_TRUNC, FILTER, FORMAT)
 def network_ls_command(options):
     """List the networks."""
+    wanted = filters_of(options.filter, NETWORK_FILTERS)
     with held("networks", fcntl.LOCK_EX):
         find_network("bridge")
-        rows = [(n["name"], n["id"], "bridge") for n in all_networks()]
-    rows += [("host", "-", "host"), ("none", "-", "null")]
+        used = {endpoint["network"] for endpoint in endpoints()}
+        rows = [(n["name"], n["id"], "bridge", n["labels"]) for n in all_networks()]
+    rows += [("host", "-", "host", {}), ("none", "-", "null", {})]
+    rows = [{"ID": id if options.no_trunc else id[:12], "Name": name, "Driver": driver,
+             "Scope": "local", "Labels": labels,
+             "Dangling": name not in used and name not in BUILT_IN}
+            for name, id, driver, labels in rows]
     print_list({"NETWORK ID": "ID", "NAME": "Name", "DRIVER": "Driver",
-                "SCOPE": "Scope"}, [
-        {"ID": id if options.no_trunc else id[:12], "Name": name, "Driver": driver,
-         "Scope": "local"} for name, id, driver in rows],
-        options.format, "ID" if options.quiet else "")
+                "SCOPE": "Scope"},
+               [row for row in rows if passes(row, NETWORK_FILTERS, wanted)],
+               options.format, "ID" if options.quiet else "")
 
 
-@command("network inspect", arg("names", nargs="+", metavar="NETWORK…",
-                                help="names, or the beginning of ids"))
+NETWORKS = arg("names", nargs="+", metavar="NETWORK…",
+               help="names, or the beginning of ids")
+
+
+@command("network inspect", arg("-f", "--format", metavar="FORM", help="'{{.A.B}}'"),
+         NETWORKS)
 def network_inspect_command(options):
     """Show all about networks, and who is on them, as JSON."""
-    import json
-
     with held("networks", fcntl.LOCK_EX):
         there = endpoints()
-        print(json.dumps([network_document(find_network(name), there)
-                          for name in options.names], indent=4))
+        show_facts(options.names, lambda name: network_document(
+            find_network(name), there), options.format)
 
 
-@command("network rm", arg("names", nargs="+", metavar="NETWORK…",
-                           help="names, or the beginning of ids"))
+@command("network rm", NETWORKS)
 def network_rm_command(options):
     """Remove networks that nobody is on."""
+    def remove(text):
+        name = find_network(text)["name"]
+        if name == "bridge":
+            raise Fail("bridge is a pre-defined network and cannot be removed",
+                       "it takes nothing while nobody is on it", 1)
+        if any(endpoint["network"] == name for endpoint in endpoints()):
+            raise Fail(f"network {name} has active endpoints",
+                       "stop its containers: `network inspect`", 1)
+        os.unlink(store("networks", f"{name}.json"))
+        print(text)
     with held("networks", fcntl.LOCK_EX):
-        for text in options.names:
-            name = find_network(text)["name"]
-            if name == "bridge":
-                raise Fail("bridge is a pre-defined network and cannot be removed",
-                           "it takes nothing while nobody is on it", 1)
-            if any(e["network"] == name for e in endpoints()):
-                raise Fail(f"network {name} has active endpoints",
-                           "stop its containers: `network inspect`", 1)
-            os.unlink(store("networks", f"{name}.json"))
-            print(text)
+        for_each(options.names, remove)
 
 
-@command("network prune")
+@command("network prune", FORCE,
+         arg("--filter", metavar="KEY=VALUE", action="append", default=[],
+             help="only such: until, label, label!"))
 def network_prune_command(options):
     """Remove all networks that nobody is on."""
+    keep = {"label": lambda network, text: has_label(network["labels"], text),
+            "label!": lambda network, text: not has_label(network["labels"], text),
+            "until": lambda network, text: network["created"] < moment("until", text)}
+    wanted = filters_of(options.filter, keep)
+    if not confirm(options, "all custom networks not used by at least one container"):
+        return
     with held("networks", fcntl.LOCK_EX):
-        used = {e["network"] for e in endpoints()} | {"bridge"}
+        used = {endpoint["network"] for endpoint in endpoints()} | {"bridge"}
         for network in all_networks():
-            if network["name"] not in used:
+            if network["name"] not in used and passes(network, keep, wanted):
                 os.unlink(store("networks", f"{network['name']}.json"))
                 print(network["name"])
 
@@ -9506,7 +9992,8 @@ def leave_to(shim):
 #
 # What is sent to 127.0.0.1 cannot be sent on: an address that means "myself" leaves the
 # machine by no cable.  So for those who call a published port there the shim is one who
-# calls the container and passes on what both say.
+# calls the container and passes on what both say.  It is so, too, where the kernel has
+# no way from one family of addresses to the other.
 
 
 class Pump:
@@ -9540,48 +10027,63 @@ class Pump:
 
 
 class Relay:
-    """Who listens on the loopback addresses for a container's published ports."""
+    """Who passes on what comes to a container's published ports by no other way."""
 
-    def __init__(self, address, ports):
+    CROWD = 400  # connections, or callers of UDP, at the same time
+
+    def __init__(self, endpoints):
         import _socket
 
-        self.api, self.address = _socket, address
-        self.doors, self.pairs = {}, []  # descriptor: (socket, port inside); Pumps
-        for kind, outer, port, inner in ports:
-            here = {"0.0.0.0": ["127.0.0.1", "::1"], "127.0.0.1": ["127.0.0.1"]}
-            for host in here.get(outer, ()) if kind == "tcp" else ():
-                self.listen(host, port, inner)
+        self.api = _socket
+        self.doors, self.pairs = {}, []  # descriptor: (socket, where to); Pumps
+        self.callers = {}  # (descriptor of a door of UDP, caller): socket to the inside
+        self.answers = {}  # descriptor of such a socket: the same key
+        for endpoint in endpoints:
+            for kind, outer, port, inner in endpoint["ports"]:
+                six = [a for a in endpoint["addresses"] if ":" in a]
+                to = (six if ":" in outer and six else endpoint["addresses"])[0], inner
+                own = {"0.0.0.0": "127.0.0.1", "::": "::1" if six else "::"}.get(outer)
+                if own or is_oneself(outer) or ":" in outer and not six:
+                    self.listen(kind, own or outer, port, to)
 
-    def socket(self, family):
-        """A stream that waits for nothing."""
-        return self.api.socket(family, self.api.SOCK_STREAM | self.api.SOCK_NONBLOCK
-                               | self.api.SOCK_CLOEXEC)
+    def socket(self, kind, address):
+        """One that waits for nothing."""
+        return self.api.socket(
+            self.api.AF_INET6 if ":" in address else self.api.AF_INET,
+            (self.api.SOCK_STREAM if kind == "tcp" else self.api.SOCK_DGRAM)
+            | self.api.SOCK_NONBLOCK | self.api.SOCK_CLOEXEC)
 
-    def listen(self, host, port, inner):
+    def listen(self, kind, host, port, to):
         """Open a door; a Fail if somebody else has the port."""
+        door = self.socket(kind, host)
         try:
-            door = self.socket(self.api.AF_INET6 if ":" in host else self.api.AF_INET)
-            door.setsockopt(self.api.SOL_SOCKET, self.api.SO_REUSEADDR, 1)
+            if kind == "tcp":
+                door.setsockopt(self.api.SOL_SOCKET, self.api.SO_REUSEADDR, 1)
+            if ":" in host:
+                door.setsockopt(self.api.IPPROTO_IPV6, self.api.IPV6_V6ONLY, 1)
             door.bind((host, port))
-            door.listen(128)
-            self.doors[door.fileno()] = door, inner
+            if kind == "tcp":
+                door.listen(128)
         except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise Fail(f"Bind for {host}:{port} failed: port is already allocated",
-                           "another port, or stop what has this one") from None
-            if host != "::1":  # which not every machine has
-                raise
+            if error.errno == errno.EADDRNOTAVAIL and host == "::1":
+                return  # this machine knows IPv6, and has no such address
+            raise Fail(f"Bind for {host}:{port} failed: " + (
+                "port is already allocated" if error.errno == errno.EADDRINUSE else
+                error.strerror), "another port, or stop what has this one") from None
+        self.doors[door.fileno()] = door, kind, to
 
     def wanted(self):
-        """Who may knock, and what the Pumps wait for."""
-        wanted = dict.fromkeys(self.doors, select.POLLIN)
+        """Who may knock, and what the Pumps and the answers to callers wait for."""
+        wanted = dict.fromkeys(self.answers, select.POLLIN)
+        if len(self.pairs) < self.CROWD:  # who comes after that waits at the door
+            wanted.update(dict.fromkeys(self.doors, select.POLLIN))
         for pump in (pump for pair in self.pairs for pump in pair):
             for fd, events in pump.wanted().items():
                 wanted[fd] = wanted.get(fd, 0) | events
         return wanted
 
     def act(self, ready):
-        """Let in who is at a door, and pass on what was said."""
+        """Let in who is at a door, and pass on what was said; whether there was any."""
         for pair in list(self.pairs):
             for pump in pair:
                 pump.act(ready)
@@ -9589,18 +10091,69 @@ class Relay:
                 self.pairs.remove(pair)
                 for pump in pair:
                     pump.source.close()
+        for fd in ready.keys() & self.answers.keys():
+            if fd in self.answers:
+                self.pass_out(*self.answers[fd])
         for fd in ready.keys() & self.doors.keys():
-            self.let_in(*self.doors[fd])
+            door, kind, to = self.doors[fd]
+            (self.let_in if kind == "tcp" else self.pass_in)(door, to)
+        return bool(ready)
 
-    def let_in(self, door, port):
+    def close(self):
+        """Pass on what is left, and let go of everything."""
+        for _ in range(64):
+            if not turn([self], 0):
+                break
+        for socket, *_ in self.doors.values():
+            socket.close()
+        for pair in self.pairs:
+            for pump in pair:
+                pump.source.close()
+        for socket in self.callers.values():
+            socket.close()
+
+    def pass_in(self, door, to):
+        """A datagram for the container: each caller has a socket there of its own, by
+        which the answer is known; the one who was quiet longest makes room."""
+        try:
+            data, caller = door.recvfrom(MOST)
+            key = door.fileno(), caller
+            inside = self.callers.pop(key, None)
+            if not inside:
+                inside = self.socket("udp", to[0])
+                inside.connect(to)
+                self.answers[inside.fileno()] = key
+            self.callers[key] = inside
+            if len(self.callers) > self.CROWD:
+                self.forget(next(iter(self.callers)))
+            inside.send(data)
+        except OSError:  # a datagram may be lost
+            pass
+
+    def pass_out(self, door, caller):
+        """A datagram from the container."""
+        try:
+            self.doors[door][0].sendto(self.callers[door, caller].recv(MOST), caller)
+        except BlockingIOError:
+            pass
+        except OSError:  # nobody listens there
+            self.forget((door, caller))
+
+    def forget(self, key):
+        """A caller of UDP has gone, as far as anybody can tell."""
+        inside = self.callers.pop(key)
+        del self.answers[inside.fileno()]
+        inside.close()
+
+    def let_in(self, door, to):
         """Call the container for somebody."""
         try:
             fd, _ = door._accept()
         except OSError:  # has left again
             return
-        here, there = self.api.socket(fileno=fd), self.socket(self.api.AF_INET)
+        here, there = self.api.socket(fileno=fd), self.socket("tcp", to[0])
         here.setblocking(False)
-        there.connect_ex((self.address, port))  # a Pump hears how it ends
+        there.connect_ex(to)  # a Pump hears how it ends
         self.pairs.append((Pump(here, there), Pump(there, here)))
 
 
@@ -10071,14 +10624,6 @@ EVENT_FILTERS = {  # of `events`: whether one passes for one of the values
 }
 
 
-def passes(thing, tests, wanted):
-    """Whether a thing passes --filter: of a key any value will do, of labels it takes
-    all."""
-    return all((all if key == "label" else any)(tests[key](thing, text)
-                                                for text in texts)
-               for key, texts in wanted.items())
-
-
 def event_line(event, form):
     """An event as a person reads it, or as --format says."""
     if form:
@@ -10392,8 +10937,16 @@ def discard(record, volumes=True):
             remove_volume(name)
     announce(record, "destroy")
     slot = (record.first_id - CONTAINER_IDS[0]) // CONTAINER_IDS[1]
-    for path in store("ids", str(slot)), store("names", record.name):
-        if owner_of(path) == record.id:
+    heir = next((other.id for other in known() if record.first_id and
+                 other.first_id == record.first_id), "")  # it shares our network
+    for kind, name in (("ids", str(slot)), ("names", record.name)):
+        path = store(kind, name)
+        if owner_of(path) != record.id:
+            continue
+        if heir and kind == "ids":
+            os.symlink(heir, f"{path}.new")
+            os.rename(f"{path}.new", path)
+        else:
             take_away_file(path)
 
 
@@ -10412,7 +10965,7 @@ def settle(record):
         return record
     try:
         Cgroup(f"/minicontainer-{record.id}").remove()
-        disconnect(record.id)
+        leave_networks(record.id)
         with changing(record.id, lasting=True) as record:
             if record.status in RUNNING:
                 record.exit_code, record.error = (
@@ -10538,8 +11091,10 @@ def etc_files(spec, options):
     """{name: text} of the files that Docker puts into every container's /etc."""
     name = spec.get("hostname") or os.uname().nodename
     resolv = host_resolv_conf()
+    known = "".join(f"{address}\t{host}\n" for host, address in host_lines(
+        options.add_host, "127.0.0.1"))
     if options.network == "host":
-        return {"hostname": name + "\n", "hosts": read_file("/etc/hosts"),
+        return {"hostname": name + "\n", "hosts": read_file("/etc/hosts") + known,
                 "resolv.conf": resolv}
     local = ("nameserver 127.", "nameserver ::1")  # not to be reached from inside
     lines = [line for line in resolv.splitlines()
@@ -10550,12 +11105,17 @@ def etc_files(spec, options):
             lines = [line for line in lines if line.split()[:1] != [word]]
             lines += ([f"{word} {value}" for value in values] if word == "nameserver"
                       else [f"{word} {' '.join(values)}"])
+    if options.network not in ("", "none") and not any(
+            line.startswith("nameserver") for line in lines):
+        # Docker's choice, too: names are asked for, and nobody is left to be asked.
+        say("no name server of the host's can be reached from inside: 8.8.8.8 is asked")
+        lines += ["nameserver 8.8.8.8", "nameserver 8.8.4.4"]
     return {
         "hostname": name + "\n",
         "hosts": "127.0.0.1\tlocalhost\n"
                  "::1\tlocalhost ip6-localhost ip6-loopback\n"
                  "fe00::\tip6-localnet\nff00::\tip6-mcastprefix\n"
-                 "ff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n",
+                 "ff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n" + known,
         "resolv.conf": "".join(line + "\n" for line in lines),
     }
 
@@ -10678,9 +11238,13 @@ def make_files(record, options, spec, base):
     else:
         syscall("fchmodat", AT_FDCWD, f"{directory}/upper",
                 stat.S_IMODE(os.stat(layers[-1]).st_mode), why="as / of the image")
+    of = options.network.partition(":")[2]  # whose network it shares, and its names
     for name, text in etc_files(spec, options).items():
-        write_file(f"{directory}/{name}", text, f"to be /etc/{name}", 0o644)
-        syscall("fchownat", AT_FDCWD, f"{directory}/{name}", base, base, 0)
+        directory = store("containers", of) if of and name != "hostname" else (
+            record.path())
+        if directory == record.path():
+            write_file(f"{directory}/{name}", text, f"to be /etc/{name}", 0o644)
+            syscall("fchownat", AT_FDCWD, f"{directory}/{name}", base, base, 0)
         if not any(m["destination"] == f"/etc/{name}" for m in spec["mounts"]):
             spec["mounts"].append({
                 "destination": f"/etc/{name}", "type": "bind",
@@ -10688,9 +11252,51 @@ def make_files(record, options, spec, base):
                 "options": ["bind", *(["ro"] if options.read_only else [])]})
 
 
+def share_network(options):
+    """Choose the network; with container:NAME, the record of that one.
+
+    What belongs to its network is root's in there, so its root's ids are shared too."""
+    choose_network(options)
+    mode, colon, name = options.network.partition(":")
+    if not colon:
+        return None
+    if mode != "container":
+        raise Fail(f"invalid network mode: {options.network}", "container:NAME")
+    try:
+        other = find(name)
+    except Fail as fail:
+        fail.code = 125
+        raise
+    if "host" in (other.asked["network"], wants_of(other.spec())["of"] and "host"):
+        raise Fail(f"{name} has no network of its own", "join the one that it joins")
+    for option in ("hostname", "add_host", "dns", "dns_search", "dns_option"):
+        if getattr(options, option):
+            raise Fail(f"conflicting options: --{option.replace('_', '-')} and the "
+                       "network of another container", "it has that one's")
+    options.network = f"container:{other.id}"
+    options.userns = options.userns or (None if other.first_id else "host")
+    return other
+
+
+def join_container(c, id):
+    """Have a container be born in the namespaces of another's network, and its ids."""
+    try:
+        other = settle(load(id))
+    except FileNotFoundError:
+        raise NoContainer(id[:12]) from None
+    if other.status not in RUNNING:
+        raise Fail(f"cannot join network of a non running container: {other.name}",
+                   f"start {other.name}")
+    for namespace in c.spec["linux"]["namespaces"]:
+        if namespace["type"] in ("network", "user"):
+            file = NAMESPACES[namespace["type"]][1]
+            namespace["path"] = f"/proc/{other.pid}/ns/{file}"
+
+
 def create(options, args):
     """A container that has everything but a life: its record, its spec, and the lock of
     its directory, which is the caller's now."""
+    other = share_network(options)
     id, (wish, volumes, nameless) = os.urandom(32).hex(), find_volumes(options)
     if options.cidfile and os.path.lexists(options.cidfile):
         raise Fail("container ID file found, make sure the other container isn't "
@@ -10711,12 +11317,12 @@ def create(options, args):
         record.name = options.name or take_any_name(id)
         base = 0
         if namespace_flags(spec) & CLONE_NEWUSER:
-            base = record.first_id = take_ids(id)
+            base = record.first_id = other.first_id if other else take_ids(id)
             maps = [{"containerID": 0, "hostID": base, "size": CONTAINER_IDS[1]}]
             spec["linux"].update(uidMappings=maps, gidMappings=maps)
         make_files(record, options, spec, base)
-        if wish := network_spec(options, id, record.name, spec.get("hostname", "")):
-            spec["annotations"] = {**spec["annotations"], NETWORK: to_json(wish)}
+        wants = network_spec(options, id, record.name, spec.get("hostname", ""))
+        spec["annotations"] = {**spec["annotations"], NETWORK: to_json(wants)}
         for name, target in volumes.items():
             make_volume(name, anonymous=name in nameless)
             fill_volume(record, spec, name, target)
@@ -10989,6 +11595,8 @@ class Life(Shim):
         syscall("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0,
                 why="what is left of it without a parent is ours to reap")
         try:
+            if of := wants_of(c.spec)["of"]:
+                join_container(c, of)
             start(c, before, (*outside, connect), birth)
             try:
                 self.attend_to(self.record)
@@ -10996,7 +11604,7 @@ class Life(Shim):
                 end(c)
                 raise
         except BaseException:
-            disconnect(c.id)
+            leave_networks(c.id)
             raise
 
     def attend_to(self, record):
@@ -11007,9 +11615,8 @@ class Life(Shim):
             self.door = open_door(record)
         if record.health:
             self.parties.append(HealthCheck(record, self.c))
-        wish = from_json(self.c.spec["annotations"].get(NETWORK, "null"))
-        if wish and wish["ports"]:
-            self.parties.append(Relay(endpoint_of(record.id)["ip"], wish["ports"]))
+        if any(endpoint["ports"] for endpoint in endpoints_of(record.id)):
+            self.parties.append(Relay(endpoints_of(record.id)))
         if not record.interactive:
             self.close("stdin")
         with changing(record.id) as now:
@@ -11019,6 +11626,12 @@ class Life(Shim):
             now.checked = {"Status": "starting", "FailingStreak": 0, "Log": []} if (
                 now.health) else {}
         announce(record, "start")
+
+    def close_relay(self):
+        """Nobody is behind the published ports any more."""
+        for party in self.parties:
+            if isinstance(party, Relay):
+                party.close()
 
     def failed(self, error):
         """It does not start: what there was before is kept, and why."""
@@ -11036,7 +11649,7 @@ class Life(Shim):
         c, record, code, used = self.c, self.record, self.c.wait(), {}
         for do in (lambda: used.update(c.cgroup.measure()),  # while there is something
                    lambda: self.write_end(code, used),
-                   lambda: end(c), lambda: disconnect(c.id),
+                   self.close_relay, lambda: end(c), lambda: leave_networks(c.id),
                    lambda: record.throw_away and discard(record)):
             try:
                 do()
@@ -11494,35 +12107,48 @@ def sizes(record, spec):
     return own, own + sum(map(bytes_in, record.layers(spec)))
 
 
-def ports_of(spec):
-    """[protocol, address, port of the host, port inside] of what it publishes."""
-    wish = from_json(spec["annotations"].get(NETWORK, "null"))
-    return wish["ports"] if wish else []
+def network_names(record, spec):
+    """The networks that a container is on, or what it has instead."""
+    return [wish["network"] for wish in wants_of(spec)["networks"]] or [
+        record.asked.get("network", "none")]
 
 
-def port_bindings(spec):
+def ports_of(record):
+    """[protocol, address, port of the host, port inside] of what leads to it."""
+    return [port for endpoint in (endpoints_of(record.id) if record.status in LIVE else
+                                  ()) for port in endpoint["ports"]]
+
+
+def port_bindings(ports):
     """The same as Docker's JSON has it."""
     found = {}
-    for kind, address, port, inner in ports_of(spec):
+    for kind, address, port, inner in ports:
         found.setdefault(f"{inner}/{kind}", []).append(
             {"HostIp": address, "HostPort": str(port)})
     return found
 
 
-def network_settings(record, spec):
+def network_settings(record):
     """The part of `inspect` that is about the network."""
-    settings, mode = {}, record.asked["network"]
-    with held("networks", fcntl.LOCK_EX):
-        for endpoint in endpoints():
-            if endpoint["id"] == record.id:
-                network = find_network(endpoint["network"])
-                settings = {"NetworkID": network["id"], "Gateway": network["gateway"],
-                            "IPAddress": endpoint["ip"], "MacAddress": endpoint["mac"],
-                            "IPPrefixLen": int(network["subnet"].partition("/")[2]),
-                            "Aliases": endpoint["names"][1:]}
-    return {"Ports": port_bindings(spec) if record.status in LIVE else {},
-            "IPAddress": settings.get("IPAddress", ""),
-            "Gateway": settings.get("Gateway", ""), "Networks": {mode: settings}}
+    settings = {}
+    for endpoint in endpoints_of(record.id) if record.status in LIVE else ():
+        network = from_json(read_file(store("networks", f"{endpoint['network']}.json")))
+        found = {"NetworkID": network["id"], "MacAddress": endpoint["mac"],
+                 "Aliases": endpoint["names"][1:]}
+        for six, pool, address in zip(("", "v6"), network["pools"],
+                                      endpoint["addresses"], strict=False):
+            bits = int(pool["subnet"].partition("/")[2])
+            found.update({"IPv6Gateway": pool["gateway"], "GlobalIPv6Address": address,
+                          "GlobalIPv6PrefixLen": bits} if six else
+                         {"Gateway": pool["gateway"], "IPAddress": address,
+                          "IPPrefixLen": bits})
+        settings[endpoint["network"]] = found
+    first = next(iter(settings.values()), {})
+    return {"Ports": port_bindings(ports_of(record)),
+            "IPAddress": first.get("IPAddress", ""),
+            "Gateway": first.get("Gateway", ""),
+            "GlobalIPv6Address": first.get("GlobalIPv6Address", ""),
+            "Networks": settings or {record.asked["network"]: {}}}
 
 
 def container_row(record, options):
@@ -11537,13 +12163,13 @@ def container_row(record, options):
         "CreatedAt": time.strftime("%Y-%m-%d %H:%M:%S +0000 UTC",
                                    time.gmtime(record.created // 10 ** 9)),
         "RunningFor": ago(record.created / 10 ** 9),
-        "Ports": ports_text(ports_of(spec)) if record.status in LIVE else "",
+        "Ports": ports_text(ports_of(record)),
         "State": record.status, "Status": record.state(), "Names": record.name,
         "Labels": ",".join(f"{key}={text}" for key, text in record.labels.items()),
         "Mounts": ",".join(short(facts.get("Name", facts["Source"]), 15)
                            for facts in mount_facts(record, spec["mounts"])),
         "LocalVolumes": str(len(record.volumes)),
-        "Networks": record.asked.get("network", "none")}
+        "Networks": ",".join(network_names(record, spec))}
     if options.size or "{{.Size" in (options.format or ""):
         own, all_of_it = sizes(record, spec)
         row["Size"] = f"{decimal(own)} (virtual {decimal(all_of_it)})"
@@ -11576,7 +12202,7 @@ FILTERS = {  # of `ps`: whether a record passes for one of the values
     "before": lambda record, text: record.created < find(text).created,
     "since": lambda record, text: record.created > find(text).created,
     "health": lambda record, text: record.checked.get("Status", "none") == text,
-    "network": lambda record, text: record.asked.get("network") == text,
+    "network": lambda record, text: text in network_names(record, record.spec()),
     "volume": lambda record, text: text in record.volumes or any(
         text in (facts["Source"], facts["Destination"])
         for facts in mount_facts(record, record.spec()["mounts"])),
@@ -11638,7 +12264,9 @@ def host_config(record, spec):
         "NanoCpus": limits.get("cpu", {}).get("quota", 0) * 10 ** 4,
         "LogConfig": {"Type": asked["log_driver"], "Config": dict(
             text.partition("=")[::2] for text in asked.get("log_opt", ()))},
-        "PortBindings": port_bindings(spec), "AutoRemove": record.throw_away,
+        "PortBindings": port_bindings([port for wish in wants_of(spec)["networks"]
+                                       for port in wish["ports"]]),
+        "AutoRemove": record.throw_away,
         "RestartPolicy": {"Name": record.restart, "MaximumRetryCount": record.tries},
         "OomScoreAdj": spec["process"].get("oomScoreAdj", 0),
         "ReadonlyRootfs": spec["root"]["readonly"], "Init": record.wants_reaper,
@@ -11686,7 +12314,7 @@ def container_facts(record, with_sizes=False):
             "Cmd": process["args"][len(entry):], "Image": record.image,
             "WorkingDir": process["cwd"], "Labels": record.labels,
             "StopSignal": record.stop_signal, "StopTimeout": record.stop_timeout},
-        "NetworkSettings": network_settings(record, spec)}
+        "NetworkSettings": network_settings(record)}
     if with_sizes:
         found["SizeRw"], found["SizeRootFs"] = sizes(record, spec)
     return found
@@ -11722,13 +12350,78 @@ def inspect_command(options):
 # is a rate that is wanted: CPU % is of one processor, as in Docker.
 
 
+class rewiring:
+    """A context for a change of what a container wants of networks, which is kept if
+    all goes well: (its record, what it wants, the name of the network)."""
+
+    def __init__(self, options):
+        record = find(options.container)
+        if record.asked["network"].startswith(("host", "container:")):
+            raise Fail("container sharing network namespace with another container or "
+                       "host cannot be connected to any other network",
+                       "start it with --network none", 1)
+        self.change = changing(record.id)
+        with held("networks", fcntl.LOCK_EX):
+            self.name = find_network(options.network)["name"]
+
+    def __enter__(self):
+        self.record = self.change.__enter__()
+        self.spec = self.record.spec()
+        self.wants = wants_of(self.spec)
+        return self.record, self.wants, self.name
+
+    def __exit__(self, failed, *how):
+        if not failed:
+            self.spec["annotations"][NETWORK] = to_json(self.wants)
+            save(self.record.path("config.json"), self.spec)
+        self.change.__exit__(failed, *how)
+
+
+@command("network connect", *ADDRESS_OPTIONS,
+         arg("--alias", metavar="NAME", action="append", default=[],
+             help="one more name there"),
+         arg("network", metavar="NETWORK", help="its name, or the beginning of its id"),
+         CONTAINER)
+def network_connect_command(options):
+    """Put a container on one more network; if it runs, at once."""
+    with rewiring(options) as (record, wants, name):
+        if any(wish["network"] == name for wish in wants["networks"]):
+            raise Fail(f"endpoint with name {record.name} already exists in network "
+                       f"{name}", "`network disconnect` first", 1)
+        wish = wish_for(name, options, aliases=options.alias)
+        try:
+            if record.status in RUNNING:
+                with held("networks", fcntl.LOCK_EX):
+                    join_network(record.id, record.pid, wants, wish)
+        except BaseException:
+            leave_networks(record.id, name)
+            raise
+        wants["networks"].append(wish)
+
+
+@command("network disconnect", arg("-f", "--force", action="store_true",
+                                   help="which takes no force here"),
+         arg("network", metavar="NETWORK", help="its name, or the beginning of its id"),
+         CONTAINER)
+def network_disconnect_command(options):
+    """Take a container off a network; if it runs, at once."""
+    with rewiring(options) as (record, wants, name):
+        left = [wish for wish in wants["networks"] if wish["network"] != name]
+        if left == wants["networks"]:
+            raise Fail(f"container {record.name} is not connected to network {name}",
+                       "see `inspect`", 1)
+        if record.status in RUNNING:
+            leave_networks(record.id, name, record.pid)
+        wants["networks"] = left
+
+
 @command("port", CONTAINER, arg("port", nargs="?", metavar="PORT[/PROTOCOL]",
                                 help="only of this one of the container's"))
 def port_command(options):
     """Show which ports of the host lead to a container."""
     record = find(options.container)
-    found = [(f"{inner}/{kind}", f"{address}:{port}") for kind, address, port, inner in
-             (ports_of(record.spec()) if record.status in LIVE else ())]
+    found = [(f"{inner}/{kind}", f"{f'[{address}]' if ':' in address else address}:"
+              f"{port}") for kind, address, port, inner in ports_of(record)]
     wanted = options.port and (options.port if "/" in options.port
                                else f"{options.port}/tcp")
     if wanted and wanted not in dict(found):
@@ -11988,6 +12681,9 @@ def rename_command(options):
             raise Fail(f"Error when allocating new name: {fail.message}", fail.hint,
                        1) from None
         old, record.name = record.name, name
+        spec = record.spec()
+        spec["annotations"][NETWORK] = to_json(rename_there(record.id, spec, name))
+        save(record.path("config.json"), spec)
     os.unlink(store("names", old))
     announce(record, "rename", oldName=f"/{old}")
 
@@ -12371,21 +13067,6 @@ def cp_command(options):
 # ── clearing up ──
 
 
-def confirm(options, what):
-    """Ask the person, unless --force; whether the answer is yes."""
-    if not options.force:
-        print(f"WARNING! This will remove {what}.\nAre you sure you want to continue? "
-              "[y/N] ", end="", flush=True)
-    return options.force or sys.stdin.readline().strip().lower() == "y"
-
-
-def tell_gone(what, gone):
-    """Say what was removed, {name: bytes}, and how much room that makes."""
-    if gone:
-        print("\n".join([f"Deleted {what}:", *gone, ""]))
-    print(f"Total reclaimed space: {decimal(sum(gone.values()))}")
-
-
 def remove_ended():
     """Remove the containers that have ended; {id: bytes that each had written}."""
     gone = {}
@@ -12398,9 +13079,6 @@ def remove_ended():
             except Fail:  # it was started meanwhile
                 pass
     return gone
-
-
-FORCE = arg("-f", "--force", action="store_true", help="do not ask")
 
 
 @command("container prune", FORCE)
@@ -12488,9 +13166,11 @@ def leftovers():
         if place.startswith((top, store("workshop", ""))):
             yield f"mount {place}", lambda at=place: syscall(
                 "umount2", at, MNT_DETACH, why="it is nobody's")
-    for name in os.listdir(store("endpoints", "")):
-        if (id := name.removesuffix(".json")) not in alive:
-            yield f"endpoint of {id} on a network", lambda id=id: disconnect(id)
+    for id, _, network in (name.removesuffix(".json").partition("-")
+                           for name in os.listdir(store("endpoints", ""))):
+        if id not in alive:
+            yield (f"endpoint of {id} on network {network}",
+                   lambda id=id: leave_networks(id))
     for path in (store(kind, name) for kind in ("ids", "names")
                  for name in os.listdir(store(kind, ""))):
         if owner_of(path) not in owners:
@@ -12916,6 +13596,8 @@ def check_script(words, options):
                    "--explain tells about any command")
     for option, given in (("--tty", options.tty), ("--init", options.init),
                           ("--storage-driver vfs", options.storage_driver == "vfs"),
+                          ("a network of its own", options.publish or
+                           options.network not in ("", "none", "host")),
                           ("--without pivot", "pivot" in ",".join(options.without)),
                           ("--stop-after", options.stop_after)):
         if given:
