@@ -7069,6 +7069,12 @@ def from_template(template, value):
     return re.sub(r"\{\{\s*(.*?)\s*\}\}", replace, text)
 
 
+def spaced(name):
+    """A field's name as a person reads it: LocalVolumes is Local Volumes."""
+    return "".join(f" {letter}" if letter.isupper() and before.islower() else letter
+                   for before, letter in zip(f"_{name}", name, strict=False))
+
+
 def print_list(columns, rows, form, quiet=""):
     """Print rows as Docker does; `columns` are titles and the fields below them."""
     form = form or "table"
@@ -7077,11 +7083,16 @@ def print_list(columns, rows, form, quiet=""):
     elif form == "json":
         lines = map(to_json, rows)
     elif form.startswith("table"):
-        text = form[6:].replace("\\t", "\t") or "\t".join(
-            f"{{{{.{field}}}}}" for field in columns.values())
-        titles = {field: title for title, field in columns.items()}
-        cells = [from_template(text, row).split("\t") for row in (
-            {**dict.fromkeys(rows[0] if rows else (), "?"), **titles}, *rows)]
+        if text := form[6:].replace("\\t", "\t"):
+            import re
+
+            titles = {field: spaced(field).upper() for field in re.findall(
+                r"\.(\w+)", text)}
+            titles.update((field, title) for title, field in columns.items())
+            cells = [from_template(text, row).split("\t") for row in (titles, *rows)]
+        else:  # mostly so, and without what templates import
+            cells = [list(columns), *([go_value(row[field]) for field in
+                                       columns.values()] for row in rows)]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = ["   ".join(f"{cell:{width}}" for cell, width in zip(
             row, widths, strict=True)).rstrip() for row in cells]
@@ -8153,8 +8164,8 @@ def push_image(image, ref):
 @command("push", arg("name", metavar="NAME[:TAG]", help="of the image"))
 def push_command(options):
     """Send an image to a registry."""
-    ref = full_name(options.name) if options.all_tags else asked_name(options.name)
-    host, path, tag = split_name(ref)
+    ref = asked_name(options.name)
+    host, path, _ = split_name(ref)
     print(f"The push refers to repository [{host}/{path}]", flush=True)
     with adding():
         if ref not in map(name_of, read_index()):
@@ -11911,28 +11922,27 @@ def hear_end(record):
 
 
 def pidfd_of(record):
-    """A descriptor of its process 1; ProcessLookupError if that has ended."""
-    fd = syscall("pidfd_open", record.pid, 0, why="its process 1")
-    try:
-        if f"minicontainer-{record.id}" in read_file(f"/proc/{record.pid}/cgroup"):
-            return fd
-    except FileNotFoundError:
-        pass
-    os.close(fd)
+    """A descriptor of its process 1; ProcessLookupError if there is none."""
+    if record.status in RUNNING:
+        fd = syscall("pidfd_open", record.pid, 0, why="its process 1")
+        try:
+            if f"minicontainer-{record.id}" in read_file(f"/proc/{record.pid}/cgroup"):
+                return fd
+        except FileNotFoundError:
+            pass
+        os.close(fd)
     raise ProcessLookupError(errno.ESRCH, "its process 1 has ended")
 
 
 def send_signal(record, number):
     """Send a signal to process 1; a pidfd of it, or None if there is none."""
-    if record.status not in RUNNING:
-        return None
     try:
         fd = pidfd_of(record)
         syscall("pidfd_send_signal", fd, number, None, 0, why="for process 1")
-        announce(record, "kill", signal=str(number))
-        return fd
     except ProcessLookupError:
         return None
+    announce(record, "kill", signal=str(number))
+    return fd
 
 
 def not_running(record, what=""):
@@ -12005,9 +12015,10 @@ def remove_it(record, force=False, volumes=True):
     """Remove a container; one that runs only by force."""
     if record.status in LIVE:
         if not force:
+            first = "Unpause and then stop" if record.status == "paused" else "Stop"
             raise Fail(f"You cannot remove a {record.status} container {record.id}. "
-                       "Stop the container before attempting removal or force remove",
-                       "rm -f", 1)
+                       f"{first} the container before attempting removal or force "
+                       "remove", "rm -f", 1)
         end_it(record, signal.SIGKILL, 10)
     try:
         held = claim(record)
@@ -12340,6 +12351,9 @@ def inspect_command(options):
                 return kinds[kind](name)
             except (NoContainer, NoImage):
                 pass
+            except Fail as fail:  # what cannot be the name of an image is none
+                if not fail.message.startswith("invalid reference"):
+                    raise
         raise Fail(f"No such {options.type or 'object'}: {name}",
                    "`ps -a` and `images` list them", 1)
     show_facts(options.names, look, options.format)
@@ -12573,9 +12587,8 @@ def show_document(document, form):
         print(to_json(document) if form == "json" else from_template(form, document))
         return
     for key, value in document.items():
-        words = "".join(f" {c}" if c.isupper() and before.islower() else c
-                        for before, c in zip(f"_{key}", key, strict=False))
-        print(f"{words}: {', '.join(value) if isinstance(value, list) else value}")
+        print(f"{spaced(key)}: "
+              f"{', '.join(value) if isinstance(value, list) else value}")
 
 
 @command("info", arg("-f", "--format", metavar="FORM", help="json, or '{{.NCPU}}'"))
@@ -12744,11 +12757,9 @@ def exec_command(options):
         raise Fail(f"Container {options.container} is paused, unpause the container "
                    "before exec", "", 1)
     try:
-        target = pidfd_of(record) if record.status in LIVE else None
+        target = pidfd_of(record)
     except ProcessLookupError:
-        target = None
-    if target is None:
-        raise not_running(record)
+        raise not_running(record) from None
     spec = record.spec()
     seal_interpreter(spec)
     process = {**spec["process"],
