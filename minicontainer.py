@@ -13247,8 +13247,10 @@ def gc_command(options):
          arg("--volumes", action="store_true", help="also volumes without a name"))
 def system_prune_command(options):
     """Remove all containers that have ended, and what killed commands left behind."""
+    before = os.listdir(store("containers", ""))
     clear_away(False)
-    for id in remove_ended():
+    remove_ended()
+    for id in {*before} - {*os.listdir(store("containers", ""))}:
         print(id)
     options.force, options.filter = True, []  # asked for in words: no question
     if options.all:
