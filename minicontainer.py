@@ -13749,6 +13749,10 @@ def completion_command(options):
 # PYTHON… (-I), the locale (utf8), and collecting garbage, of which there is hardly any.
 # "Unchecked" bytecode is not compared with the file, so that a start never compiles,
 # whoever it is for: a change takes `install`.
+#
+# And a start pays for every line that it loads, used or not.  minirunc uses nothing of
+# the engine; a chapter uses only what stands above it; so its launcher loads the file
+# with chapters 8 to 15 cut out, which is half of Python's part of a start.
 
 LAUNCHER_FLAG = "-ISXutf8"
 LAUNCHER = """\
@@ -13911,19 +13915,28 @@ WantedBy=multi-user.target
 """
 
 
+def without_chapters(text, first, last):
+    """The text of this file, chapters cut out."""
+    chapters = text.split("\n# ══ ")
+    numbers = [*map(str, range(first, last + 1))]
+    return "\n# ══ ".join(chapter for chapter in chapters
+                          if chapter.partition(".")[0] not in numbers)
+
+
 def installed(prefix):
-    """What `install` puts under a prefix: the file, its bytecode, a record of the
-    directories that were made for them, and the launchers."""
+    """What `install` puts under a prefix: the file, whole and cut; bytecode of both;
+    a record of the directories that were made for them; launchers; systemd's unit."""
     import importlib.util
 
     if not prefix or any(ord(character) < 32 for character in prefix):
         raise Fail(f"invalid --prefix: {prefix!r}", "a directory, as /usr/local", 1)
     top = os.path.abspath(prefix)
-    file = f"{top}/lib/minicontainer/minicontainer.py"
-    return [file, importlib.util.cache_from_source(file), f"{file[:-3]}.directories",
-            f"{top}/bin/minirunc", f"{top}/lib/minicontainer/minirunc",
-            f"{top}/bin/minicontainer",
-            f"{top}/lib/systemd/system/minicontainer.service"]
+    lib = f"{top}/lib/minicontainer"
+    files = [f"{lib}/minicontainer.py", f"{lib}/minirunc.py"]
+    return (files, [*map(importlib.util.cache_from_source, files)],
+            f"{lib}/minicontainer.directories",
+            [f"{top}/bin/minicontainer", f"{lib}/minirunc", f"{top}/bin/minirunc"],
+            f"{top}/lib/systemd/system/minicontainer.service")
 
 
 def check_ours(paths):
@@ -13952,35 +13965,36 @@ def install_command(options):
     """Put minicontainer and minirunc on the PATH, compiled."""
     import pathlib
     import py_compile
-    import shutil
 
     python = os.path.realpath("/proc/self/exe")  # what a link or a shim has led to
-    file, bytecode, record, *launchers, unit = paths = installed(options.prefix)
-    text = LAUNCHER.format(python=python, flag=LAUNCHER_FLAG, file=file)
-    contents = {path: os.fsencode(text) for path in launchers}
-    contents[launchers[0]] = sealed_start(python, launchers[1])
+    files, bytecodes, record, launchers, unit = installed(options.prefix)
+    with open(__file__, encoding="utf-8") as file:
+        whole = file.read()
+    contents = dict(zip(files, (whole, without_chapters(whole, 8, 15)), strict=True))
+    for path, file in zip(launchers, files, strict=False):
+        contents[path] = LAUNCHER.format(python=python, flag=LAUNCHER_FLAG, file=file)
+        if contents[path].index("\n") > 254 or any(map(str.isspace, python)):
+            raise Fail(f"the kernel takes no #! line with {python!r}",
+                       "use a Python with a shorter path, without spaces", 1)
+    contents[launchers[2]] = os.fsdecode(sealed_start(python, launchers[1]))
     if options.unit:
-        contents[unit] = UNIT.format(launcher=launchers[-1]).encode()
-    else:
-        paths.remove(unit)
-    if text.index("\n") > 254 or any(map(str.isspace, python)):
-        raise Fail(f"the kernel takes no #! line with {python!r}",
-                   "use a Python with a shorter path, without spaces", 1)
+        contents[unit] = UNIT.format(launcher=launchers[0])
     unchecked, made = py_compile.PycInvalidationMode.UNCHECKED_HASH, set()
+    paths = [*bytecodes, record, *contents]
     try:
-        check_ours([file, *launchers, unit])
+        check_ours([*files, *launchers, unit])
         made.update(str(top) for path in paths for top in pathlib.Path(path).parents
                     if not top.exists())
         for path in paths:
             os.makedirs(os.path.dirname(path), exist_ok=True)
-        shutil.copyfile(__file__, f"{file}.new")
-        py_compile.compile(f"{file}.new", f"{bytecode}.new", file, doraise=True,
-                           invalidation_mode=unchecked)
         earlier = read_file(record).splitlines() if os.path.exists(record) else []
         write_file(f"{record}.new", "\n".join([*earlier, *made]), create=0o644)
         for path, content in contents.items():
-            write_file(f"{path}.new", os.fsdecode(content),
-                       create=0o644 if path == unit else 0o755)
+            write_file(f"{path}.new", content,
+                       create=0o755 if path in launchers else 0o644)
+        for file, bytecode in zip(files, bytecodes, strict=True):
+            py_compile.compile(f"{file}.new", f"{bytecode}.new", file, doraise=True,
+                               invalidation_mode=unchecked)
         for path in paths:  # a start in this moment finds the old one or the new (P3)
             os.replace(f"{path}.new", path)
             print(f"installed {path}")
@@ -13997,16 +14011,17 @@ def install_command(options):
 @command("uninstall", PREFIX_OPTION)
 def uninstall_command(options):
     """Remove what `install` has put under a prefix, and nothing else."""
-    file, bytecode, record, *launchers, unit = installed(options.prefix)
+    files, bytecodes, record, launchers, unit = installed(options.prefix)
     if not os.path.exists(record):
         raise Fail(f"nothing is installed under {options.prefix}",
                    "--prefix as it was given to `install`", 1)
-    check_ours([file, *launchers, unit])
-    cache = os.path.dirname(bytecode)
+    check_ours([*files, *launchers, unit])
+    cache = os.path.dirname(bytecodes[0])
     names = os.listdir(cache) if os.path.isdir(cache) else []
     files = list(filter(os.path.lexists, (
-        *launchers, unit, *(f"{cache}/{name}" for name in names
-                      if name.startswith("minicontainer.")), file, record)))
+        *launchers, unit, *(f"{cache}/{name}" for name in names  # of any Python
+                      if name.startswith(("minicontainer.", "minirunc."))),
+        *files, record)))
     take_away(files, read_file(record).splitlines())
     print("\n".join(f"removed {path}" for path in files))
 

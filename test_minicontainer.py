@@ -7483,7 +7483,7 @@ def installed(prefix):
     (prefix / "bin").mkdir(parents=True, exist_ok=True)
     done = mini("install", "--prefix", prefix)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.count("installed ") == 6
+    assert done.stdout.count("installed ") == 8
     return f"{prefix}/bin/minicontainer"
 
 
@@ -7497,7 +7497,7 @@ def test_what_install_puts_under_a_prefix_uninstall_takes_away(tmp_path):
     gone = subprocess.run([tmp_path / "a prefix/bin/minicontainer", "uninstall",
                            "--prefix", tmp_path / "a prefix"],
                           capture_output=True, text=True)
-    assert (gone.returncode, gone.stderr, gone.stdout.count("removed ")) == (0, "", 6)
+    assert (gone.returncode, gone.stderr, gone.stdout.count("removed ")) == (0, "", 8)
     assert tree(tmp_path) == [f"{tmp_path}/a prefix", f"{tmp_path}/a prefix/bin"]
     assert "nothing is installed" in refused("uninstall", "--prefix",
                                              tmp_path / "a prefix", code=1)
@@ -7506,7 +7506,7 @@ def test_what_install_puts_under_a_prefix_uninstall_takes_away(tmp_path):
 def test_a_launcher_never_compiles_whoever_starts_it(tmp_path):
     launcher = installed(tmp_path)
     file = tmp_path / "lib/minicontainer/minicontainer.py"
-    (bytecode,) = (tmp_path / "lib/minicontainer/__pycache__").iterdir()
+    (bytecode, _) = kept = sorted((file.parent / "__pycache__").iterdir())
     before = bytecode.stat().st_mtime_ns, bytecode.stat().st_ino
     file.write_text("raise SystemExit('this was compiled')")
     (tmp_path / "lib").chmod(0o555)
@@ -7515,7 +7515,7 @@ def test_a_launcher_never_compiles_whoever_starts_it(tmp_path):
                                env={**os.environ, name: "2"})
         assert (shown.stdout, shown.stderr) == (m.usage() + "\n", "")
     assert (bytecode.stat().st_mtime_ns, bytecode.stat().st_ino) == before
-    assert tree(bytecode.parent) == [str(bytecode)]
+    assert tree(bytecode.parent) == [*map(str, kept)]
     for path in (launcher, bytecode, bytecode.parent, file.parent):
         assert os.stat(path).st_mode & 0o444 == 0o444
 
@@ -7561,6 +7561,15 @@ def test_minirunc_is_the_oci_runtime(tmp_path):
     said = subprocess.run([tmp_path / "bin/minirunc", "--version"],
                           capture_output=True, text=True)
     assert said.stdout.startswith("minirunc version") and "spec: 1.2" in said.stdout
+    part = (tmp_path / "lib/minicontainer/minirunc.py").read_text()
+    assert [line.split()[2] for line in part.splitlines() if line.startswith("# ══")] == [
+        f"{number}." for number in (*range(1, 8), 16)]
+    for words in [*(words.split()[1:] for words in m.COMMANDS if words[:4] == "oci "), []]:
+        shown = subprocess.run([tmp_path / "bin/minirunc", *words, "--help"],
+                               capture_output=True, text=True)
+        assert shown.stdout.startswith("Usage: minicontainer oci"), shown
+        assert shown.stdout == m.command_usage(" ".join(["oci", *words])) + "\n"
+    assert (set(part.splitlines()) < set(SOURCE.splitlines()))
 
 
 @root
