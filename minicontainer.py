@@ -68,7 +68,6 @@ import _signal as signal  # what Python's own wraps in enums, at 5 ms a start
 if __name__ == "__main__" and callable(signal.getsignal(signal.SIGINT)):
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while we are still being read
 
-import ctypes
 import errno
 import fcntl
 import os
@@ -77,6 +76,9 @@ import stat
 import struct
 import sys
 import time
+from _ctypes import FUNCFLAG_CDECL, FUNCFLAG_PYTHONAPI, FUNCFLAG_USE_ERRNO
+from _ctypes import Array, CFuncPtr, Structure, _SimpleCData
+from _ctypes import addressof, byref, dlopen, dlsym, get_errno, sizeof
 from _json import encode_basestring as quote
 from _json import encode_basestring_ascii as quote_ascii
 from _json import make_scanner
@@ -152,10 +154,39 @@ def say(message):
               flush=True)
 
 
-# PyDLL, unlike CDLL, keeps Python's global lock during the call.  Nothing else may
-# run while clone3 below copies the process.
-LIBC = ctypes.PyDLL(None, use_errno=True)
-LIBC.syscall.restype = ctypes.c_long
+# C's types and functions, from the module below Python's `ctypes`, whose own import
+# would cost every start 4 ms.  The letters are those of `struct`, "z" a string's.
+
+c_char, c_int, c_long, c_ushort, c_uint32, c_uint64, c_char_p, c_void_p = (
+    type(_SimpleCData)(name, (_SimpleCData,), {"_type_": letter}) for name, letter in (
+        ("c_char", "c"), ("c_int", "i"), ("c_long", "l"), ("c_ushort", "H"),
+        ("c_uint32", "I"), ("c_uint64", "L"), ("c_char_p", "z"), ("c_void_p", "P")))
+OURSELVES = dlopen(None, 0)  # the C library, and Python's own
+
+
+class Function(CFuncPtr):
+    """A function of C.
+
+    FUNCFLAG_PYTHONAPI: Python's global lock is kept during the call.  Nothing else may
+    run while clone3 below copies the process.
+    """
+
+    _flags_ = FUNCFLAG_CDECL | FUNCFLAG_PYTHONAPI | FUNCFLAG_USE_ERRNO
+    _restype_ = c_long
+
+
+def c_function(name):
+    """The function of C's library, or of Python's, that is called so."""
+    return Function(dlsym(OURSELVES, name))
+
+
+def c_buffer(content, size=0):
+    """Memory that the kernel may write to: the bytes, and zeros up to `size`."""
+    content = content.ljust(size, b"\0")
+    return (c_char * len(content)).from_buffer_copy(content)
+
+
+C_SYSCALL = c_function("syscall")
 
 
 class Place(str):
@@ -173,24 +204,24 @@ class Place(str):
 
 
 def c_argument(value):
-    """The ctypes form of one argument of a system call."""
+    """The form for C of one argument of a system call."""
     if isinstance(value, Place):
-        return ctypes.c_char_p(b"/proc/self/fd/%d" % value.fd)
+        return c_char_p(b"/proc/self/fd/%d" % value.fd)
     if isinstance(value, str):
         return os.fsencode(value)
     if isinstance(value, list):  # argv and envp end in a null pointer
         strings = [os.fsencode(item) for item in value]
-        return (ctypes.c_char_p * (len(strings) + 1))(*strings)
+        return (c_char_p * (len(strings) + 1))(*strings)
     if isinstance(value, int):
-        return ctypes.c_long(value)
-    return ctypes.byref(value) if isinstance(value, ctypes.Structure) else value
+        return c_long(value)
+    return byref(value) if isinstance(value, Structure) else value
 
 
 def kernel(name, args):
     """What syscall(2) returns, or OSError.  Tests put their own function here."""
-    result = LIBC.syscall(ctypes.c_long(CALLS[name][0]), *map(c_argument, args))
+    result = C_SYSCALL(c_long(CALLS[name][0]), *map(c_argument, args))
     if result < 0:
-        code = ctypes.get_errno()
+        code = get_errno()
         raise OSError(code, os.strerror(code))
     return result
 
@@ -268,9 +299,9 @@ def spell_one(value, word):
         return f"0{value:o}" if value else "0"
     if word.endswith("dirfd") and value == AT_FDCWD:
         return "AT_FDCWD"
-    if isinstance(value, ctypes.Array) and not isinstance(value[:], bytes):
+    if isinstance(value, Array) and not isinstance(value[:], bytes):
         return spell_one(value[:], "")
-    return str(value) if isinstance(value, (int, ctypes.Structure)) else "…"
+    return str(value) if isinstance(value, (int, Structure)) else "…"
 
 
 def spell(name, args):
@@ -499,6 +530,24 @@ def size(text):
     return int(float(digits) * UNITS[unit])
 
 
+SPANS = {"ns": 1, "us": 1000, "µs": 1000, "ms": 10 ** 6, "s": 10 ** 9,
+         "m": 60 * 10 ** 9, "h": 3600 * 10 ** 9}
+
+
+def nanoseconds(option, text, code=125):
+    """A span of time as Go writes it, 1m30s, in nanoseconds."""
+    import re
+
+    parts = re.findall(r"([\d.]+)(ns|us|µs|ms|s|m|h)", text)
+    try:
+        if text == "0" or parts and "".join(map("".join, parts)) == text:
+            return sum(round(float(count) * SPANS[unit]) for count, unit in parts)
+    except ValueError:
+        pass
+    raise Fail(f"invalid date or duration {text!r} for {option}",
+               "as in 2026-01-31T12:00:00Z, 1m30s or 500ms", code)
+
+
 def human(number):
     """Bytes as Docker writes them, to four digits: 67108864 is 64MiB."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
@@ -708,8 +757,9 @@ CLOCKS = "monotonic", "boottime"  # that a time namespace can shift
 NAMESPACE_OPTIONS = (
     arg("--userns", choices=["host"], help="host: root inside is root outside"),
     arg("--pid", choices=["host"], help="host: see and signal the host's processes"),
-    arg("--network", "--net", metavar="NAME", default="none",
-        help="one of `network ls`; none: a loopback interface only; host: the host's"),
+    arg("--network", "--net", metavar="NAME", default="",
+        help="one of `network ls`; none: a loopback interface only; host: the host's; "
+             "container:NAME: that one's"),
     arg("--uts", choices=["host"], help="host: the host's name"),
     arg("--ipc", choices=["host"], help="host: the host's System V IPC and queues"),
     arg("--cgroupns", choices=["host", "private"], help="host: show the host's tree"),
@@ -786,10 +836,10 @@ def birth_flags(spec):
     return new_namespaces(spec) & ~later
 
 
-class clone_args(ctypes.Structure):
+class clone_args(Structure):
     """struct clone_args of <linux/sched.h>, 88 bytes."""
 
-    _fields_ = [(name, ctypes.c_uint64) for name in (
+    _fields_ = [(name, c_uint64) for name in (
         "flags", "pidfd", "child_tid", "parent_tid", "exit_signal", "stack",
         "stack_size", "tls", "set_tid", "set_tid_size", "cgroup")]
 
@@ -808,30 +858,29 @@ def clone3(flags, cgroup_fd=-1, why=""):
     is born.  Where clone3 is refused (ENOSYS: a seccomp filter around us), the older
     clone does the same but for the time namespace and the cgroup.
     """
-    pidfd, python = ctypes.c_int(-1), ctypes.pythonapi
+    pidfd = c_int(-1)
+    before, in_child, in_parent = map(c_function, (
+        "PyOS_BeforeFork", "PyOS_AfterFork_Child", "PyOS_AfterFork_Parent"))
     args = clone_args(flags=flags | CLONE_PIDFD, exit_signal=signal.SIGCHLD,
-                      pidfd=ctypes.addressof(pidfd))
+                      pidfd=addressof(pidfd))
     if flags & CLONE_PARENT:  # then the parent's signal counts, and pidfd is unused
         args.flags, args.exit_signal = flags, 0
     if cgroup_fd >= 0:
         args.flags, args.cgroup = args.flags | CLONE_INTO_CGROUP, cgroup_fd
-    python.PyOS_BeforeFork()
+    before()
     pid = -1
     try:
-        pid = syscall("clone3", args, ctypes.sizeof(args), why=why)
+        pid = syscall("clone3", args, sizeof(args), why=why)
     except OSError as error:
         if error.errno != errno.ENOSYS:
             raise
         old = args.flags & 0xFFFFFF00 | args.exit_signal  # without _NEWTIME, _INTO_
-        pid = syscall("clone", old, None, ctypes.byref(pidfd), None, None,
+        pid = syscall("clone", old, None, byref(pidfd), None, None,
                       why="clone3 is refused here: no time namespace, then")
         if pid and cgroup_fd >= 0:
             write_file(f"/proc/self/fd/{cgroup_fd}/cgroup.procs", str(pid))
     finally:
-        if pid == 0:
-            python.PyOS_AfterFork_Child()
-        else:
-            python.PyOS_AfterFork_Parent()
+        (in_parent if pid else in_child)()
     return pid, pidfd.value
 
 
@@ -968,7 +1017,7 @@ def loopback_up(c):
     if not new_namespaces(c.spec) & CLONE_NEWNET:
         return
     fd = syscall("socket", AF_INET, SOCK_DGRAM, 0, why="any socket will do for ioctl")
-    ifreq = ctypes.create_string_buffer(struct.pack("16sh", b"lo", IFF_UP), 40)
+    ifreq = c_buffer(struct.pack("16sh", b"lo", IFF_UP), 40)
     syscall("ioctl", fd, SIOCSIFFLAGS, ifreq, why="127.0.0.1 works: lo is up")
     os.close(fd)
 
@@ -1092,8 +1141,9 @@ def cgroup_trees(resources=()):
     return trees
 
 
-THROTTLES = [(way, unit, f"throttle{way.title()}{unit.upper()}Device")
-             for way in ("read", "write") for unit in ("bps", "iops")]
+THROTTLES = [(way, unit, f"throttle{way.title()}{word}Device")
+             for way in ("read", "write")
+             for unit, word in (("bps", "Bps"), ("iops", "IOPS"))]
 
 CGROUP_OPTIONS = (
     arg("-m", "--memory", metavar="BYTES", help="memory limit (64m)"),
@@ -1356,15 +1406,15 @@ def device_filter(rules_):
 def attach_device_filter(directory, rules_):
     """Load the filter for a group of version 2, in place of the one it may have."""
     BPF_PROG_LOAD, BPF_PROG_ATTACH, PROG_TYPE, ATTACH_TYPE = 5, 8, 15, 6
-    program, licence = device_filter(rules_), ctypes.create_string_buffer(b"MIT")
-    buffer = ctypes.create_string_buffer(program)
-    load = ctypes.create_string_buffer(struct.pack(
-        "=IIQQ", PROG_TYPE, len(program) // 8, ctypes.addressof(buffer),
-        ctypes.addressof(licence)), 128)
+    program, licence = device_filter(rules_), c_buffer(b"MIT", 4)
+    buffer = c_buffer(program)
+    load = c_buffer(struct.pack(
+        "=IIQQ", PROG_TYPE, len(program) // 8, addressof(buffer),
+        addressof(licence)), 128)
     try:
         fd = syscall("bpf", BPF_PROG_LOAD, load, 128, why="which devices work in it")
         group = open_fd(directory, os.O_RDONLY)
-        attach_ = ctypes.create_string_buffer(
+        attach_ = c_buffer(
             struct.pack("=IIII", group, fd, ATTACH_TYPE, 0), 128)
         syscall("bpf", BPF_PROG_ATTACH, attach_, 128, why="and in all groups below")
     except OSError as error:
@@ -1561,7 +1611,7 @@ class Cgroup:
             else:
                 write_file(f"{self.directory()}/cgroup.kill", "1", why="all at once")
                 wait_for(lambda: not self.table("cgroup.events")["populated"])
-        except (FileNotFoundError, KeyError):
+        except (OSError, KeyError):  # it is gone, and whoever removed it had it empty
             if self.exists():
                 raise
 
@@ -1803,20 +1853,20 @@ MOUNT_OPTIONS = (
 )
 
 
-class open_how(ctypes.Structure):
+class open_how(Structure):
     """struct open_how of <linux/openat2.h>."""
 
-    _fields_ = [(name, ctypes.c_uint64) for name in ("flags", "mode", "resolve")]
+    _fields_ = [(name, c_uint64) for name in ("flags", "mode", "resolve")]
 
     def __str__(self):
         return ("{.flags = " + spell_flags(self.flags, "O_") + ", .resolve = "
                 + spell_flags(self.resolve, "RESOLVE_") + "}")
 
 
-class mount_attr(ctypes.Structure):
+class mount_attr(Structure):
     """struct mount_attr of <linux/mount.h>."""
 
-    _fields_ = [(name, ctypes.c_uint64) for name in (
+    _fields_ = [(name, c_uint64) for name in (
         "attr_set", "attr_clr", "propagation", "userns_fd")]
 
     def __str__(self):
@@ -2078,7 +2128,7 @@ def set_attributes(tree, attributes, propagation=0, users=-1, what="",
                       userns_fd=max(users, 0))
     try:
         syscall("mount_setattr", tree, "", AT_EMPTY_PATH | deep, attr,
-                ctypes.sizeof(attr), why=f"how {what} is seen from inside")
+                sizeof(attr), why=f"how {what} is seen from inside")
     except OSError as error:
         if users >= 0 and error.errno in (errno.EINVAL, errno.ENOSYS, errno.EPERM,
                                           errno.EOPNOTSUPP):
@@ -2109,8 +2159,8 @@ def prepare_sources(c):
     """Outside: what root owns in a source is to be the container's root's."""
     for mount in c.spec["mounts"]:
         if mount["type"] == "bind":
-            if "shared" in mount["options"] or "rshared" in mount["options"]:
-                check_shared(mount)
+            if {"shared", "rshared"} & {*mount["options"]} and not c.record:
+                check_shared(mount)  # a runtime's caller means: inside
             deep = AT_RECURSIVE if "ridmap" in mount["options"] else 0
             if mount.get("uidMappings"):
                 users = user_namespace(mount["uidMappings"], mount["gidMappings"])
@@ -2156,8 +2206,8 @@ def make_nodes(c):
         if bits != 6:
             group = host_id(0, linux.get("gidMappings"))
             owner, mode = 0, bits << 3 | mode & bits
-        syscall("mknodat", AT_FDCWD, path,
-                stat.S_IFBLK if device["type"] == "b" else stat.S_IFCHR,
+        kind = {"b": stat.S_IFBLK, "p": stat.S_IFIFO}.get(device["type"], stat.S_IFCHR)
+        syscall("mknodat", AT_FDCWD, path, kind,
                 os.makedev(device["major"], device["minor"]), why=device["path"])
         syscall("fchownat", AT_FDCWD, path, owner, group, 0)
         syscall("fchmodat", AT_FDCWD, path, mode, why="whatever our umask is")
@@ -2185,8 +2235,9 @@ def build_rootfs(c):
     layers, hundreds of them fit, and no path needs its commas and colons escaped.
     """
     if not c.layers:  # one directory with the owners it needs: vfs, or a bundle's
+        kept = c.spec["linux"].get("resources", {}).get("devices")  # by the group
         attach(os.path.join(c.directory, c.spec["root"]["path"]), "rootfs",
-               MOUNT_ATTR_NODEV, -1, AT_RECURSIVE)
+               0 if kept else MOUNT_ATTR_NODEV, -1, AT_RECURSIVE)
         return
     for number, layer in enumerate(c.layers):
         attach(layer, str(number), 0, c.users)
@@ -2229,7 +2280,7 @@ def open_inside(c, path, flags=os.O_PATH):
                    resolve=RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS)
     for left in reversed(range(128)):
         try:
-            return syscall("openat2", c.root_fd, path, how, ctypes.sizeof(how))
+            return syscall("openat2", c.root_fd, path, how, sizeof(how))
         except BlockingIOError:  # a rename, anywhere, while there was a ".." on the way
             if not left:
                 raise
@@ -2267,7 +2318,7 @@ def inside(c, path, make="", links=0):
 def attach_source(c, mount):
     """Put a source that the parent took at its place, read-only, private … as asked."""
     path = mount["destination"]
-    tree, propagation = c.sources[path], 0
+    tree, wish = c.sources[path], MS_PRIVATE
     is_directory = stat.S_ISDIR(os.fstat(tree).st_mode)
     place = inside(c, path, "dir" if is_directory else "file")
     if is_directory != stat.S_ISDIR(os.fstat(place.fd).st_mode):
@@ -2277,15 +2328,11 @@ def attach_source(c, mount):
             MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH,
             why=f"the volume appears at {path}")
     place.close()
+    # trap: where / is shared, a copy of /proc is the host's peer, and what we hide in
+    # ours would be hidden on the host; hence private unless asked for
     for word in mount["options"]:
-        propagation |= PROPAGATIONS.get(word, 0) & ~MS_REC
-    if propagation & MS_SHARED:
-        propagation = 0  # it is shared, or it had been refused
-    else:
-        # trap: where / is shared, a copy of /proc is the host's peer, and what we hide
-        # in ours would be hidden on the host; hence private unless asked for
-        propagation = propagation or MS_PRIVATE
-    set_attributes(tree, 0, propagation, what=path)
+        wish = PROPAGATIONS.get(word, wish) & ~MS_REC
+    set_attributes(tree, 0, wish, what=path)
     for table, deep in ((ATTRIBUTES, 0), (DEEP_WORDS, AT_RECURSIVE)):
         attributes, cleared = 0, 0
         for word in mount["options"]:
@@ -2388,6 +2435,10 @@ def mount_one(c, mount):
         if "tmpcopyup" in mount["options"]:
             fill_tmpfs(c, mount["destination"], place, flags)
         place.close()
+        for word in PROPAGATIONS.keys() & {*mount["options"]}:
+            place = inside(c, mount["destination"])
+            syscall("mount", None, place, None, PROPAGATIONS[word], None, why=word)
+            place.close()
 
 
 def mount_all(c):
@@ -2465,7 +2516,7 @@ def open_console(c):
         return
     master = open_inside(c, "/dev/pts/ptmx", os.O_RDWR | os.O_NOCTTY)
     check_device(master, 5, 2, "/dev/pts/ptmx")
-    syscall("ioctl", master, TIOCSPTLCK, ctypes.byref(ctypes.c_int(0)),
+    syscall("ioctl", master, TIOCSPTLCK, byref(c_int(0)),
             why="unlock the other end")
     terminal = Place("/dev/pts/N")
     terminal.fd = syscall("ioctl", master, TIOCGPTPEER, os.O_RDWR | os.O_NOCTTY,
@@ -3230,10 +3281,10 @@ def seccomp_spec(options, capabilities):
     return {"seccomp": profile}
 
 
-class sock_fprog(ctypes.Structure):
+class sock_fprog(Structure):
     """struct sock_fprog of <linux/filter.h>: a program for the kernel."""
 
-    _fields_ = [("len", ctypes.c_ushort), ("filter", ctypes.c_char_p)]
+    _fields_ = [("len", c_ushort), ("filter", c_char_p)]
 
     def __str__(self):
         return f"{{.len = {self.len}}}"
@@ -3261,7 +3312,7 @@ def seal_interpreter(spec):
         tree = syscall("open_tree", AT_FDCWD, directory, OPEN_TREE_CLONE
                        | OPEN_TREE_CLOEXEC | AT_RECURSIVE, why="attached nowhere")
         syscall("mount_setattr", tree, "", AT_EMPTY_PATH | AT_RECURSIVE, attr,
-                ctypes.sizeof(attr), why="root inside is root outside, but not here")
+                sizeof(attr), why="root inside is root outside, but not here")
     except OSError as error:  # before Linux 5.12
         if error.errno != errno.ENOSYS:
             raise
@@ -3270,7 +3321,7 @@ def seal_interpreter(spec):
         return
     os.environ["MINICONTAINER_SAID"] = "\n".join(SAID)
     syscall("execve", f"/proc/self/fd/{tree}/{name}", sys.orig_argv,
-            ctypes.c_void_p.in_dll(LIBC, "environ"),
+            c_void_p.from_address(dlsym(OURSELVES, "environ")),
             why="start anew, in an interpreter that nobody can write to")
 
 
@@ -3309,7 +3360,7 @@ def wait_for_go(c):
 
 def set_ids(uid, gid, groups):
     """Become a user for good: real, effective and saved ids, and just these groups."""
-    array = (ctypes.c_uint32 * len(groups))(*groups)
+    array = (c_uint32 * len(groups))(*groups)
     syscall("setgroups", len(groups), array, why=f"groups {groups}")
     syscall("setresgid", gid, gid, gid)
     syscall("setresuid", uid, uid, uid, why=f"it runs as {uid}:{gid}")
@@ -3371,14 +3422,11 @@ def look_up(rows, text, what, fields):
     return None
 
 
-def find_user(c):
-    """Step: what --user and --group-add mean by the image's own files; also HOME."""
-    user = c.spec["process"]["user"]
-    if "username" not in user:
-        return
+def resolve_names(c, user, users):
+    """Set the ids that a user's names mean by the image's own files; its row in passwd,
+    or None if it has none there."""
     name, _, group = user["username"].partition(":")
-    groups = image_table(c, "/etc/group")
-    row = look_up(image_table(c, "/etc/passwd"), name or "0", "user", 4)
+    groups, row = image_table(c, "/etc/group"), look_up(users, name or "0", "user", 4)
     user["uid"] = int(row[2]) if row else int(name or 0)
     user["gid"] = int(row[3]) if row and row[3].isdecimal() else 0
     extra = []
@@ -3396,9 +3444,20 @@ def find_user(c):
     if max(user["uid"], *user["additionalGids"]) >= count:
         raise Fail(f"user {user['uid']} with groups {user['additionalGids']}: beyond "
                    f"the container's {count} ids", "a smaller number, or --userns host")
-    env = c.spec["process"]["env"]
-    if not any(line.startswith("HOME=") for line in env):
-        env.append(f"HOME={row[5] if row and len(row) > 5 and row[5] else '/'}")
+    return row
+
+
+def find_user(c):
+    """Step: who --user and --group-add are, and HOME, unless it is set."""
+    user, env, row = c.spec["process"]["user"], c.spec["process"]["env"], None
+    users = image_table(c, "/etc/passwd")
+    if "username" in user:
+        row = resolve_names(c, user, users)
+    else:
+        row = next((r for r in users if r[2:3] == [str(user["uid"])]), None)
+    if not any(line.startswith("HOME=") and line != "HOME=" for line in env):
+        env[:] = [*(line for line in env if line != "HOME="),
+                  f"HOME={row[5] if row and len(row) > 5 and row[5] else '/'}"]
 
 
 def enter_cwd(c):
@@ -3442,7 +3501,7 @@ def set_rlimits(c):
                    "set", "lowering it takes CAP_SYS_RESOURCE") from None
     for limit in c.spec["process"].get("rlimits", ()):
         name = limit["type"].removeprefix("RLIMIT_").lower()
-        pair = (ctypes.c_uint64 * 2)(limit["soft"] % 2**64, limit["hard"] % 2**64)
+        pair = (c_uint64 * 2)(limit["soft"] % 2**64, limit["hard"] % 2**64)
         try:
             syscall("prlimit64", c.pid, RLIMITS.index(name), pair, None,
                     why=f"--ulimit {name}")
@@ -3472,7 +3531,7 @@ def set_priorities(c):
             "nice", "priority", "runtime", "deadline", "period")]
         attr = struct.pack("=IIQiIQQQ", 48, SCHED_POLICIES.index(turn["policy"]), flags,
                            *numbers)  # struct sched_attr, sched_setattr(2)
-        syscall("sched_setattr", 0, ctypes.create_string_buffer(attr), 0,
+        syscall("sched_setattr", 0, c_buffer(attr), 0,
                 why=turn["policy"])
     if persona:
         syscall("personality", PERSONAS[persona["domain"]], why=persona["domain"])
@@ -3503,8 +3562,8 @@ def set_capabilities(c):
         sets = {}
     if c.spec["linux"].get("seccomp") and not process.get("noNewPrivileges"):
         last = ["CAP_SYS_ADMIN"]
-    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3, this process
-    data = (ctypes.c_uint32 * 6)()  # low words of three sets, then their high words
+    header = (c_uint32 * 2)(0x20080522, 0)  # version 3, this process
+    data = (c_uint32 * 6)()  # low words of three sets, then their high words
     syscall("capget", header, data, why="what may be kept")
     have = data[1] | data[4] << 32
     words = []
@@ -3642,7 +3701,7 @@ def label_program(c):
             flags=O_RDWR | O_CLOEXEC, resolve=RESOLVE_BENEATH | RESOLVE_NO_MAGICLINKS)
         try:
             fd = syscall("openat2", c.proc, f"self/attr/{file}", how,
-                         ctypes.sizeof(how), why="ours, whatever pid we have there")
+                         sizeof(how), why="ours, whatever pid we have there")
             write_file(fd, order + label, why="from the next execve on")
             if not order and b":" not in os.pread(fd, 4096, 0):
                 raise OSError(errno.EINVAL, "it has no policy, and knows no label")
@@ -4058,8 +4117,8 @@ OCI_GLOBALS = (
     arg("--debug", action="store_true", help="narrate on standard error, as --explain"),
     arg("--systemd-cgroup", action="store_true", help="refused: groups are made "
         "directly"),
-    arg("--rootless", metavar="BOOL", default="auto", help="true is refused: this "
-        "takes root"),
+    arg("--rootless", choices=["auto", "true", "false"], default="auto",
+        help="true is refused: this takes root"),
 )
 START_OPTIONS = (
     arg("-b", "--bundle", metavar="DIR", default=".", help="with config.json and root"),
@@ -4129,9 +4188,12 @@ def oci(word, *declared):
 
 
 @command("oci", arg("-v", "--version", action="store_true", help="show it"),
-         *OCI_GLOBALS)
+         *OCI_GLOBALS, arg("word", nargs="?", metavar="COMMAND", help="see --help"))
 def oci_command(options):
     """What runc does: create, start, kill, delete …; the same as `minirunc`."""
+    if options.word:
+        raise Fail(f"{options.word!r} is not a command of minirunc",
+                   "see `minicontainer --help` for those of `oci`", 1)
     print(f"minirunc version {VERSION}\nspec: {OCI_VERSION}" if options.version
           else "minirunc: see `minicontainer --help` for the commands of `oci`")
 
@@ -4160,7 +4222,7 @@ def oci_words(words):
 
 # ── config.json ──
 
-TEXTS, IDS, MAP = [str], range(1 << 32), {str: str}
+TEXTS, IDS, MAP = [str], range((1 << 32) - 1), {str: str}  # the last means: unchanged
 MAPPINGS = [{"containerID!": IDS, "hostID!": IDS, "size!": range(1, 1 << 32)}]
 HOOKS = "prestart", "createRuntime", "createContainer", "startContainer", "poststart", \
     "poststop"
@@ -4181,6 +4243,9 @@ PROCESS_FORM = {
     "apparmorProfile": str, "selinuxLabel": str}
 RATES = [{"major!": IDS, "minor!": IDS, "rate!": range(1 << 64)}]
 SIGNED = range(-1, 1 << 63)
+ARCHITECTURES = tuple(f"SCMP_ARCH_{name}" for name in """X86 X86_64 X32 ARM AARCH64
+    MIPS MIPS64 MIPS64N32 MIPSEL MIPSEL64 MIPSEL64N32 PPC PPC64 PPC64LE S390 S390X
+    PARISC PARISC64 RISCV64 LOONGARCH64 M68K SH SHEB NATIVE""".split())
 RESOURCES_FORM = {
     "memory": {"limit": SIGNED, "swap": SIGNED, "reservation": SIGNED,
                "kernelTCP": SIGNED, "swappiness": range(101), "disableOOMKiller": bool},
@@ -4207,15 +4272,15 @@ SPEC_FORM = {
     "linux": {
         "namespaces": [{"type": tuple(NAMESPACES), "path": str}],
         "uidMappings": MAPPINGS, "gidMappings": MAPPINGS, "cgroupsPath": str,
-        "devices": [{"path!": str, "type": ("b", "c", "u"), "major!": IDS,
-                     "minor!": IDS, "fileMode": IDS, "uid": IDS, "gid": IDS}],
+        "devices": [{"path!": str, "type": ("b", "c", "u", "p"), "major": IDS,
+                     "minor": IDS, "fileMode": IDS, "uid": IDS, "gid": IDS}],
         "resources": RESOURCES_FORM, "sysctl": MAP, "maskedPaths": TEXTS,
         "readonlyPaths": TEXTS, "rootfsPropagation": (*PROPAGATIONS, None, ""),
         "timeOffsets": dict.fromkeys(CLOCKS, {"secs": range(-(1 << 63), 1 << 63),
                                               "nanosecs": range(10 ** 9)}),
         "personality": {"domain": tuple(PERSONAS), "flags": [()]},
-        "seccomp": {**PROFILE_FORM, "architectures": TEXTS, "listenerPath": str,
-                    "listenerMetadata": str}}}
+        "seccomp": {**PROFILE_FORM, "architectures": [ARCHITECTURES],
+                    "listenerPath": str, "listenerMetadata": str}}}
 # What would change the container, and is not done; the rest of what we do not know is
 # to be ignored, says the specification.
 REFUSED = """process.execCPUAffinity vm linux.intelRdt linux.mountLabel
@@ -4228,8 +4293,7 @@ USUAL_DEVICES = [{"allow": True, "type": kind, "major": major, "minor": minor,
                   "access": access} for kind, major, minor, access in (
     ("c", None, None, "m"), ("b", None, None, "m"), ("c", 1, 3, "rwm"),
     ("c", 1, 5, "rwm"), ("c", 1, 7, "rwm"), ("c", 1, 8, "rwm"), ("c", 1, 9, "rwm"),
-    ("c", 5, 0, "rwm"), ("c", 5, 1, "rwm"), ("c", 5, 2, "rwm"),
-    ("c", 136, None, "rwm"))]
+    ("c", 5, 0, "rwm"), ("c", 5, 2, "rwm"), ("c", 136, None, "rwm"))]
 
 
 def refuse(place, value, wanted):
@@ -4266,7 +4330,11 @@ def complete_process(process, place):
     user.setdefault("uid", 0)
     user.setdefault("gid", 0)
     process["capabilities"] = {name: sets.get(name) or [] for name in CAPABILITY_SETS}
-    process["env"] = process.get("env") or []
+    for number, line in enumerate(process.get("env") or ()):
+        if "=" not in line[1:]:
+            refuse(f"{place}.env[{number}]", line, "NAME=VALUE")
+    process["env"] = [*{line.partition("=")[0]: line
+                        for line in process.get("env") or ()}.values()]  # the last
     for number, limit in enumerate(process.get("rlimits") or ()):
         if limit["soft"] > limit["hard"]:
             refuse(f"{place}.rlimits[{number}].soft", limit["soft"], "at most its hard")
@@ -4355,7 +4423,12 @@ def complete_linux(spec, id):
     linux["cgroupsPath"] = os.path.normpath(f"/{path}")
     for key in ("sysctl", "devices", "maskedPaths", "readonlyPaths"):
         linux[key] = linux.get(key) or ({} if key == "sysctl" else [])
-    for device in linux["devices"]:
+    for number, device in enumerate(linux["devices"]):
+        if device["type"] == "p":
+            device.update(major=0, minor=0)
+        for key in ("major", "minor"):
+            if device.get(key) is None:
+                refuse(f"config.linux.devices[{number}].{key}", None, "a number")
         device["fileMode"] = (device.get("fileMode") or 0o666) & 0o7777
         device.update(uid=device.get("uid") or 0, gid=device.get("gid") or 0,
                       access="rwm", type=device["type"].replace("u", "c"))
@@ -4420,10 +4493,52 @@ def status_of(record):
     state, began = process_facts(record["pid"])
     if not record["pid"] or state in "ZX" or began != record["began"]:
         return "stopped"
-    if os.path.exists(f"{record['where']}/exec.fifo"):
-        return "created"
-    frozen = cgroup_of(record["spec"]).is_frozen()
-    return "paused" if frozen else "running"
+    if cgroup_of(record["spec"]).is_frozen():
+        return "paused"
+    try:  # whoever would start it may have died before it could remove the FIFO
+        os.close(os.open(f"{record['where']}/exec.fifo", O_WRONLY | O_NONBLOCK))
+    except OSError:  # there is none any more, or nobody waits at it
+        return "running"
+    return "created"
+
+
+def first_process(record):
+    """(a pidfd of a container's first process, or -1; its status).
+
+    In this order: a pid that is looked at first may be another's when it is opened."""
+    try:
+        pidfd = syscall("pidfd_open", record["pid"], 0, why="its process 1, no other")
+    except OSError:  # EINVAL: it was never made
+        return -1, "stopped"
+    return pidfd, status_of(record)
+
+
+def signal_first(record, number):
+    """Send a signal to a container's first process; whether there was one."""
+    pidfd, status = first_process(record)
+    try:
+        if status != "stopped":
+            syscall("pidfd_send_signal", pidfd, number, None, 0, why="to its process 1")
+        return status != "stopped"
+    except ProcessLookupError:
+        return False
+    finally:
+        if pidfd >= 0:
+            os.close(pidfd)
+
+
+def lock_record(directory):
+    """A descriptor that holds a container while it is made, started or removed."""
+    try:
+        fd = open_fd(directory, O_DIRECTORY, "one at a time")
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        if os.fstat(fd).st_nlink:  # else the one before us has removed it
+            return fd
+        os.close(fd)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    raise Fail(f"container {os.path.basename(directory)!r} does not exist",
+               "see `list`")
 
 
 def oci_state(record, status):
@@ -4459,19 +4574,25 @@ def run_hook(hook, state, what):
     its = os.memfd_create("state")  # a pipe would wait for a hook that does not read
     os.write(its, to_json(state).encode())
     os.lseek(its, 0, os.SEEK_SET)
+    refusal = os.pipe()  # closed by execve
     pid = os.fork()
     if pid == 0:
         try:
             os.dup2(its, 0)
             os.dup2(2, 1)  # 1 is the container's
             os.setsid()  # to be killed with what it has begun
-            os.closerange(3, 1 << 16)
+            close_all_but(3, refusal[1])
             reset_signals(None)
             env = dict(line.partition("=")[::2] for line in hook.get("env") or ())
             os.execve(hook["path"], hook.get("args") or [hook["path"]], env)
+        except OSError as error:
+            os.write(refusal[1], error.strerror.encode())
         finally:
             os._exit(127)
     os.close(its)
+    os.close(refusal[1])
+    refused = os.read(refusal[0], 100).decode()
+    os.close(refusal[0])
     poll, pidfd = select.poll(), syscall("pidfd_open", pid, 0, why=f"a {what} hook")
     poll.register(pidfd, select.POLLIN)
     in_time = poll.poll(hook["timeout"] * 1000 if hook.get("timeout") else None)
@@ -4481,7 +4602,8 @@ def run_hook(hook, state, what):
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     if code or not in_time:
         how = f"ended with {code}" if in_time else "took too long"
-        raise Fail(f"the {what} hook {hook['path']} {how}", "see what it printed")
+        raise Fail(f"the {what} hook {hook['path']}"
+                   + (f": {refused}" if refused else f" {how}"), "see what it printed")
 
 
 def run_hooks(c, *kinds, status, pid):
@@ -4652,10 +4774,12 @@ def create_container(options, stays=False):
         os.mkdir(directory, 0o700)
     except FileExistsError:
         raise Fail(f"container with id exists: {options.id}", "see `list`") from None
+    held = lock_record(directory)
     record = {"id": options.id, "pid": 0, "began": 0, "bundle": bundle, "spec": spec,
               "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     c = Container(options.id, spec, bundle)
     c.record, c.workshop, c.preserved = directory, f"{directory}/workshop", preserved
+    c.lock = held
     try:
         os.mkdir(c.workshop)
         save(f"{directory}/state.json", record)
@@ -4683,27 +4807,36 @@ def create_container(options, stays=False):
     return {**record, "where": directory}, c
 
 
-def start_container(record):
-    """Have init become the program; returns when it runs."""
-    c = Container(record["id"], record["spec"], record["bundle"])
+def release(c, record):
+    """Have the init of a container that was created become the program."""
     where = record["where"]
-    if status_of(record) != "created":
-        raise Fail(f"cannot start a container that is {status_of(record)}",
-                   "create makes one that can be started")
-    c.pidfd = syscall("pidfd_open", record["pid"], 0, why="perhaps not our child")
-    news = open_fd(f"{where}/news.fifo", os.O_RDONLY | os.O_NONBLOCK, "what init says")
-    os.set_blocking(news, True)
-    c.news = news, -1
-    c.orders = -1, open_fd(f"{where}/exec.fifo", O_WRONLY, "init waits for a word")
     try:
+        news = open_fd(f"{where}/news.fifo", os.O_RDONLY | O_NONBLOCK, "what init says")
+        os.set_blocking(news, True)
+        c.news = news, -1
+        c.orders = -1, open_fd(f"{where}/exec.fifo", O_WRONLY | O_NONBLOCK,
+                               "init waits for a word, unless it is dead")
         c.answer("go")
         c.listen()
         os.unlink(f"{where}/exec.fifo")
     except BaseException:
-        os.kill(record["pid"], signal.SIGKILL)
+        signal_first(record, signal.SIGKILL)
         raise
+
+
+def start_container(record, held):
+    """Start a container that was created; returns when its program runs, or with an
+    error when it is dead.  `held` is its lock, and is given back."""
+    c = Container(record["id"], record["spec"], record["bundle"])
+    try:
+        c.pidfd, status = first_process(record)
+        if status != "created":
+            raise Fail(f"cannot start a container that is {status}",
+                       "create makes one that can be started")
+        release(c, record)
     finally:
         c.close()
+        os.close(held)  # a hook may want to do something to the container
     try:
         run_hooks(c, "poststart", status="running", pid=record["pid"])
     except Fail as fail:  # too late to undo anything, says the specification
@@ -4768,17 +4901,29 @@ def stay_with(c):
             os.kill(c.pid, told.si_signo)
 
 
-def delete_container(record):
+def delete_container(options, force):
     """Remove all that is left of a container that has ended, or is to end now."""
-    cgroup = cgroup_of(record["spec"])
-    if status_of(record) != "stopped":
-        os.kill(record["pid"], signal.SIGKILL)
-    if record.get("made"):  # or it was never more than a record
-        cgroup.remove()
-    wait_for(lambda: status_of(record) == "stopped")
-    forget(record["where"])
-    c = Container(record["id"], record["spec"], record["bundle"])
-    for hook in (c.spec.get("hooks") or {}).get("poststop") or ():
+    where = record_directory(options)
+    if force and os.path.exists(f"{where}/state.json"):
+        signal_first(read_record(options), signal.SIGKILL)  # who makes it lets go then
+    held = lock_record(where)
+    try:
+        if force and not os.path.exists(f"{where}/state.json"):
+            forget(where)  # its `create` was killed before there was more
+            return
+        record = read_record(options)
+        status = status_of(record)
+        if status not in ("stopped", "created") and not force:
+            raise Fail(f"cannot delete container {options.id} that is not stopped: "
+                       f"{status}", "kill it before, or --force")
+        signal_first(record, signal.SIGKILL)
+        if record.get("made"):  # or it was never more than a record
+            cgroup_of(record["spec"]).remove()
+        wait_for(lambda: status_of(record) == "stopped")
+        forget(where)
+    finally:
+        os.close(held)
+    for hook in (record["spec"].get("hooks") or {}).get("poststop") or ():
         try:
             run_hook(hook, oci_state(record, "stopped"), "poststop")
         except Fail as fail:  # it is over all the same
@@ -4794,7 +4939,8 @@ def create_command_oci(options):
 @oci("start", ID)
 def start_command_oci(options):
     """Start the program of a container that was created."""
-    start_container(read_record(options))
+    held = lock_record(record_directory(options))
+    start_container(read_record(options), held)
 
 
 @oci("run", *START_OPTIONS, arg("-d", "--detach", action="store_true",
@@ -4804,32 +4950,38 @@ def run_command_oci(options):
     """Create a container, start it, and stay with it until it ends."""
     record, c = create_container(options, not options.detach)
     try:
-        start_container(record)
+        start_container(record, c.lock)
         code = 0 if options.detach else stay_with(c)
     except BaseException:
-        delete_container(record)
+        delete_container(options, True)
         raise
     if not (options.detach or options.keep):
-        delete_container(record)
+        delete_container(options, True)
     return code
+
+
+HELD_BACK = "capabilities", "rlimits", "apparmorProfile", "selinuxLabel"
 
 
 def exec_process(options, spec):
     """The process that `exec` is to run: from a file, or the container's with what the
     options say."""
-    if options.process:
-        process = read_json(options.process, PROCESS_FORM, "process")
+    process = from_json(to_json(spec["process"]))
+    if options.process:  # what it leaves out of what holds a process back is as in ours
+        given = read_json(options.process, PROCESS_FORM, "process")
+        process = {**{key: process[key] for key in HELD_BACK if key in process},
+                   **{key: value for key, value in given.items()
+                      if value or key not in HELD_BACK}}
     else:
-        process = from_json(to_json(spec["process"]))
         process.update(args=options.words, terminal=options.tty,
                        cwd=options.cwd or process["cwd"])
         process["env"] += options.env
         user, _, group = options.user.partition(":")
-        if user:
+        if options.user:
             process["user"] = {**process["user"],
-                               "uid": whole("--user", user, 0, 1 << 32),
-                               "gid": whole("--user", group or "0", 0, 1 << 32)}
-        more = [whole("--additional-gids", gid, 0, 1 << 32)
+                               "uid": whole("--user", user, 0, IDS.stop - 1),
+                               "gid": whole("--user", group or "0", 0, IDS.stop - 1)}
+        more = [whole("--additional-gids", gid, 0, IDS.stop - 1)
                 for gid in options.additional_gids]
         process["user"]["additionalGids"] = [
             *(process["user"].get("additionalGids") or ()), *more]
@@ -4865,21 +5017,20 @@ def exec_process(options, spec):
 def exec_command_oci(options):
     """Run one more process in a container."""
     record = read_record(options)
-    status, spec = status_of(record), record["spec"]
-    if status == "stopped" or (status == "paused" and not options.ignore_paused):
-        raise Fail(f"cannot exec in a {status} container", "container not running")
-    process = exec_process(options, spec)
+    process = exec_process(options, spec := record["spec"])
     check_console(process, options, not options.detach)
     seal_interpreter(spec)
     preserved = whole("--preserve-fds", options.preserve_fds, 0, 1 << 10)
     close_others(preserved)
+    target, status = first_process(record)
+    if status == "stopped" or (status == "paused" and not options.ignore_paused):
+        raise Fail(f"cannot exec in a {status} container", "container not running")
     c = Container(options.id, {**spec, "process": process}, record["bundle"])
-    c.is_new, c.preserved = False, preserved
-    c.target = syscall("pidfd_open", record["pid"], 0, why="its process 1")
+    c.is_new, c.preserved, c.target = False, preserved, target
     c.cgroup = cgroup_of(spec)
     if options.cgroup:
         c.cgroup.path += os.path.normpath(f"/{options.cgroup}")
-        if not c.cgroup.exists():
+        if ".." in options.cgroup.split("/") or not c.cgroup.exists():
             raise Fail(f"--cgroup {options.cgroup}: the container has no such group",
                        "make it first, below its own")
     enter(c, (open_cgroup,), oci_steps(JOIN, tell_runs))
@@ -4914,46 +5065,45 @@ def signal_number(text):
 def kill_command_oci(options):
     """Send a signal to a container's first process, or to all."""
     record, number = read_record(options), signal_number(options.signal or "TERM")
-    status, cgroup = status_of(record), cgroup_of(record["spec"])
-    pids = cgroup.pids() if options.all else [record["pid"]]
-    if status == "stopped" and not options.all:
-        raise Fail("container not running", "it has ended")
-    if options.all and number == signal.SIGKILL:
+    cgroup = cgroup_of(record["spec"])
+    if not options.all:
+        if not signal_first(record, number):
+            raise Fail("container not running", "it has ended")
+        if number == signal.SIGKILL and status_of(record) == "paused":
+            cgroup.freeze(False)
+    elif number == signal.SIGKILL:
         cgroup.kill()  # also those that are just being born
-        return
-    for pid in pids:
-        try:
-            os.kill(pid, number)
-        except ProcessLookupError:
-            if not options.all:
-                raise Fail("process already finished", "it has just ended") from None
-    if number == signal.SIGKILL and status == "paused":
-        cgroup.freeze(False)
+    else:
+        for pid in cgroup.pids():
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:  # it has just ended
+                pass
 
 
 @oci("delete", arg("-f", "--force", action="store_true",
                    help="kill it if it runs; and no error if there is none"), ID)
 def delete_command_oci(options):
     """Remove a container that has ended."""
-    if options.force and not os.path.exists(
-            f"{record_directory(options)}/state.json"):
-        if os.path.isdir(record_directory(options)):
-            forget(record_directory(options))
-        return
+    try:
+        delete_container(options, options.force)
+    except Fail:
+        if not options.force or os.path.isdir(record_directory(options)):
+            raise  # else there is none, or somebody has just removed it
+
+
+def full_state(options):
+    """A container's state as runc tells it."""
     record = read_record(options)
-    if status_of(record) not in ("stopped", "created") and not options.force:
-        raise Fail(f"cannot delete container {options.id} that is not stopped: "
-                   f"{status_of(record)}", "kill it before, or --force")
-    delete_container(record)
+    rootfs = os.path.join(record["bundle"], record["spec"]["root"]["path"])
+    return {**oci_state(record, status_of(record)), "rootfs": rootfs,
+            "created": record["created"], "owner": "root"}
 
 
 @oci("state", ID)
 def state_command_oci(options):
     """Print a container's state as JSON."""
-    record = read_record(options)
-    rootfs = os.path.join(record["bundle"], record["spec"]["root"]["path"])
-    print(to_json({**oci_state(record, status_of(record)), "rootfs": rootfs,
-                   "created": record["created"], "owner": "root"}))
+    print(to_json(full_state(options)))
 
 
 @oci("list", arg("-f", "--format", choices=["table", "json"], default="table",
@@ -4966,11 +5116,9 @@ def list_command_oci(options):
     for id in sorted(there):
         options.id = id
         try:
-            record = read_record(options)
+            rows.append(full_state(options))
         except Fail:  # it is just being made, or deleted
             continue
-        rows.append({**oci_state(record, status_of(record)),
-                     "created": record["created"], "owner": "root"})
     if options.quiet:
         print("".join(f"{row['id']}\n" for row in rows), end="")
     elif options.format == "json":
@@ -4982,33 +5130,41 @@ def list_command_oci(options):
             print(form(**row))
 
 
+def shown_by_ps(pids, words):
+    """The lines of the host's `ps`, with these options, about some processes."""
+    import subprocess
+
+    done = subprocess.run(["ps", *words], capture_output=True, text=True)
+    title, *rows = done.stdout.splitlines() or [""]
+    if done.returncode or "PID" not in title.split():
+        raise Fail(f"ps {' '.join(words)}: {done.stderr.strip() or title}",
+                   "options that show a PID", 1)
+    column = title.split().index("PID")
+    return [title, *(row for row in rows if int(row.split()[column]) in pids)]
+
+
 @oci("ps", arg("-f", "--format", choices=["table", "json"], default="table",
-               help="table, as `ps -ef`, or the pids as json"), ID)
+               help="table, as `ps -ef`, or the pids as json"), ID,
+     arg("words", nargs="A*", metavar="PS-OPTIONS", help="for `ps`, instead of -ef"))
 def ps_command_oci(options):
     """Show the processes of a container."""
     pids = cgroup_of(read_record(options)["spec"]).pids()
-    if options.format == "json":
-        print(to_json(pids))
-        return
-    import subprocess
-
-    title, *rows = subprocess.run(["ps", "-ef"], capture_output=True, text=True,
-                                  check=True).stdout.splitlines()
-    print("\n".join([title, *(row for row in rows if int(row.split()[1]) in pids)]))
+    print(to_json(pids) if options.format == "json" else
+          "\n".join(shown_by_ps(pids, options.words or ["-ef"])))
 
 
-def freeze_container(options, frozen, wanted):
-    """Freeze or thaw a container that is in the status `wanted`."""
+def freeze_container(options, frozen, *wanted):
+    """Freeze or thaw a container that is in one of the statuses `wanted`."""
     record = read_record(options)
-    if status_of(record) != wanted:
-        raise Fail(f"container not {wanted}", f"it is {status_of(record)}")
+    if (status := status_of(record)) not in wanted:
+        raise Fail(f"container not {wanted[0]}", f"it is {status}")
     cgroup_of(record["spec"]).freeze(frozen)
 
 
 @oci("pause", ID)
 def pause_command_oci(options):
     """Stop all processes of a container where they stand."""
-    freeze_container(options, True, "running")
+    freeze_container(options, True, "running", "created")
 
 
 @oci("resume", ID)
@@ -5069,12 +5225,14 @@ def update_command_oci(options):
 
 
 @oci("events", arg("--stats", action="store_true", help="once, and no more"),
-     arg("--interval", metavar="SECONDS", default="5", help="time between two"), ID)
+     arg("--interval", metavar="TIME", default="5s", help="between two, as 500ms"), ID)
 def events_command_oci(options):
     """Print what a container has used, as JSON, again and again."""
     record = read_record(options)
     cgroup, poll = cgroup_of(record["spec"]), select.poll()
-    interval = whole("--interval", options.interval.removesuffix("s"), 1, 1 << 20)
+    interval = nanoseconds("--interval", options.interval)
+    if not interval:
+        raise Fail("--interval has to be more than 0", "as in 5s")
     killed = None
     while status_of(record) != "stopped":
         used = cgroup.measure()
@@ -5090,11 +5248,12 @@ def events_command_oci(options):
             flush=True)
         if options.stats:
             return
-        pidfd = syscall("pidfd_open", record["pid"], 0, why="to hear of its end")
-        poll.register(pidfd, select.POLLIN)
-        poll.poll(interval * 1000)
-        poll.unregister(pidfd)
-        os.close(pidfd)
+        pidfd, _ = first_process(record)
+        if pidfd >= 0:  # to hear of its end
+            poll.register(pidfd, select.POLLIN)
+            poll.poll(interval / 1e6)
+            poll.unregister(pidfd)
+            os.close(pidfd)
     if options.stats:
         raise Fail("container not running", "it has ended")
 
@@ -5204,22 +5363,17 @@ def features_command_oci(options):
 # directory hides all of them; overlay says it with a device 0,0 and an attribute.
 #
 # The default root file system needs no tarball and no network: it is made of what the
-# host has, a static busybox or else its shell and common tools with the libraries
-# that their headers ask for.  We read those headers ourselves: ldd would run the
-# program.
+# host has, a static busybox or else its shell and common tools, with the libraries
+# that the dynamic linker says it would load for them.
 #
-# Man pages: tar(5), elf(5), ld.so(8); the OCI image specification.
+# Man pages: tar(5), ld.so(8); the OCI image specification.
 
-calls(
-    unlinkat=(263, 35, "dirfd path flags"),
-    linkat=(265, 37, "olddirfd oldpath newdirfd newpath AT_"),
-)
+calls(syncfs=(306, 267, "fd"))
 
 STORE = os.path.abspath(os.environ.get("MINICONTAINER_ROOT")
                         or "/var/lib/minicontainer")
-
-
 PARENTS = set()  # directories of the store that are there
+FOLDER = os.O_RDONLY | O_DIRECTORY | os.O_NOFOLLOW | O_CLOEXEC
 
 
 def store(*names):
@@ -5270,67 +5424,86 @@ def take_away_file(path):
 
 
 def remove_tree(path):
-    """Remove a directory and all that is in it, however deep, without recursion.
+    """Remove a directory and all that is in it, however deep, without recursion; the
+    bytes of its files.
 
     Each pass moves the grandchildren up to the top and removes the emptied children,
     so no path is longer than two names and no symlink is ever followed.
     """
-    try:
-        top = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return
-    serial, mark = 0, f".removed-{os.urandom(8).hex()}"
-    try:
-        while entries := list(os.scandir(top)):
+    from itertools import islice
+
+    freed, serial, mark = 0, 0, f".removed-{os.urandom(8).hex()}"
+
+    def empty(fd, keep):
+        nonlocal freed
+        while entries := list(islice(os.scandir(fd), 10_000)):  # bounds the memory
             for entry in entries:
-                if not entry.is_dir(follow_symlinks=False):
-                    os.unlink(entry.name, dir_fd=top)
-                    continue
-                child = os.open(entry.name, os.O_RDONLY | os.O_DIRECTORY
-                                | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=top)
-                for grandchild in list(os.scandir(child)):
-                    if grandchild.is_dir(follow_symlinks=False):
-                        serial += 1
-                        os.rename(grandchild.name, f"{mark}-{serial}",
-                                  src_dir_fd=child, dst_dir_fd=top)
-                    else:
-                        os.unlink(grandchild.name, dir_fd=child)
-                os.close(child)
-                os.rmdir(entry.name, dir_fd=top)
+                if entry.is_dir(follow_symlinks=False):
+                    keep(fd, entry.name)
+                else:
+                    freed += entry.stat(follow_symlinks=False).st_size
+                    os.unlink(entry.name, dir_fd=fd)
+
+    def move_up(fd, name):
+        nonlocal serial
+        serial += 1
+        os.rename(name, f"{mark}-{serial}", src_dir_fd=fd, dst_dir_fd=top)
+
+    def remove(fd, name):
+        child = os.open(name, FOLDER, dir_fd=fd)
+        empty(child, move_up)
+        os.close(child)
+        os.rmdir(name, dir_fd=fd)
+
+    try:
+        top = os.open(path, FOLDER)
+    except FileNotFoundError:
+        return 0
+    try:
+        empty(top, remove)
     finally:
         os.close(top)
     os.rmdir(path)
+    return freed
 
 
 def new_directory(parent, make):
-    """make(path) in a fresh directory of the store that is removed if it fails.
+    """(a fresh directory of the store, what make(directory) says); gone if that fails.
 
     An unfinished one is named .new-… and is never looked at by anybody but prune.
     """
     path = store(parent, f".new-{os.getpid()}-{os.urandom(4).hex()}")
     os.mkdir(path, 0o755)
     try:
-        make(path)
+        return path, make(path)
     except BaseException:
         remove_tree(path)
         raise
-    return path
 
 
 def publish(path, name):
     """Give a finished directory its name in the store, all at once (P3); the loser of
-    a race finds that the same has been made already."""
-    target = os.path.join(os.path.dirname(path), name)
+    a race finds that the same has been made already.
+
+    First the disk must have it: after a power cut a name without its content would be
+    taken for good.  syncfs does that for all of its files together.
+    """
+    target, top = os.path.join(os.path.dirname(path), name), os.open(path, FOLDER)
     try:
+        syscall("syncfs", top)
         os.rename(path, target)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
         remove_tree(path)
+    finally:
+        os.close(top)
     return target
 
 
 # ── work for other processes ──
+
+BLOCK = 1 << 16  # so much at once, of whatever is passed on
 
 
 def begin_job(job):
@@ -5377,28 +5550,26 @@ def in_parallel(jobs, show, at_once=3):
             while waiting and len(running) < at_once:
                 number, (id, job) = waiting.pop(0)
                 pid, fd = begin_job(job)
-                running[fd] = [number, id, pid, b""]
+                running[fd] = number, id, pid
             for fd in select.select(list(running), [], [])[0]:
-                number, id, pid, text = running[fd]
-                part = os.read(fd, 1 << 16)
-                *lines, running[fd][3] = (text + part).split(b"\n")
-                for news in map(from_json, lines):
+                number, id, pid = running[fd]
+                text = os.read(fd, 1 << 16)  # whole lines: each was one write
+                for news in map(from_json, text.splitlines()):
                     if "fail" in news:
                         raise Fail(*news["fail"])
                     if "show" in news:
                         show(id, *news["show"])
                     else:
                         results[number] = news["result"]
-                if not part:
+                if not text:
                     os.close(fd)
                     del running[fd]
                     os.waitpid(pid, 0)
                     if number not in results:
                         raise Fail(f"the process for {id} was killed", "see `dmesg`")
     finally:
-        for _, _, pid, _ in running.values():
+        for fd, (_, _, pid) in running.items():
             os.kill(pid, signal.SIGTERM)
-        for fd, (_, _, pid, _) in running.items():
             os.waitpid(pid, 0)
             os.close(fd)
     return [results[number] for number in range(len(jobs))]
@@ -5408,13 +5579,13 @@ def in_parallel(jobs, show, at_once=3):
 
 PACKERS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\0": "xz",
            b"BZh": "bzip2"}  # the first bytes of what each has packed
-BLOCK = 1 << 16
 ZEROS = bytes(BLOCK)
 
 
-def compression(begin):
+def compression(head):
     """What has compressed a file that begins so, or ""."""
-    return next((name for mark, name in PACKERS.items() if begin.startswith(mark)), "")
+    return "" if head[257:262] == b"ustar" else next(
+        (name for mark, name in PACKERS.items() if head.startswith(mark)), "")
 
 
 def damaged(title, reason):
@@ -5430,64 +5601,49 @@ def pieces(file):
     return iter(lambda: file.read(BLOCK), b"")
 
 
-def gunzip(file):
-    """What gzip has packed, piece by piece: zlib does it, and checks the sum too.
-
-    The module gzip takes 8 KiB at a time, and 16 KiB never grow to more than 16 MiB."""
-    import zlib
-
-    unpacker, data = zlib.decompressobj(31), file.read(1 << 14)
-    while data:
-        yield unpacker.decompress(data)
-        data = unpacker.unused_data or file.read(1 << 14)
-        if unpacker.eof and (data := data.lstrip(b"\0")):
-            unpacker = zlib.decompressobj(31)  # one more has been appended
-    if not unpacker.eof:
-        raise EOFError("it ends too early")
-
-
 def unzstd(file):
-    """What zstd has packed, piece by piece; before Python 3.14 its program does it."""
+    """What zstd has packed, to be read; before Python 3.14 its program does it."""
     try:
         from compression import zstd
+
+        return zstd.open(file)
     except ImportError:
         import subprocess
+    try:
+        process = subprocess.Popen(["zstd", "-dcq"], stdin=file, stdout=subprocess.PIPE,
+                                   stderr=subprocess.DEVNULL)
+    except FileNotFoundError:
+        raise Fail("it is compressed with zstd, which this Python cannot read",
+                   "apt-get install zstd, or Python 3.14") from None
 
-        try:
-            process = subprocess.Popen(["zstd", "-dcq"], stdin=file,
-                                       stdout=subprocess.PIPE,
-                                       stderr=subprocess.DEVNULL)
-        except FileNotFoundError:
-            raise Fail("it is compressed with zstd, which this Python cannot read",
-                       "apt-get install zstd, or Python 3.14") from None
-        with process:
-            yield from pieces(process.stdout)
-        if process.returncode:
-            raise EOFError("zstd cannot decompress it") from None
-    else:
-        yield from pieces(zstd.open(file))
+    class Output:
+        def read(self, length):
+            data = process.stdout.read(length)
+            if not data and process.wait():
+                raise EOFError("zstd cannot decompress it")
+            return data
+    return Output()
 
 
 def plain_pieces(path, title):
     """What a file was before it was compressed, piece by piece; errors have a title."""
     import bz2
+    import gzip
     import lzma
 
-    with open(path, "rb", buffering=0) as file:  # zstd gets the descriptor
-        head = file.read(512)
-        file.seek(0)
-        packed = "" if head[257:262] == b"ustar" else compression(head)
-        try:
-            yield from {"gzip": gunzip, "zstd": unzstd, "": pieces,
-                        "xz": lambda file: pieces(lzma.open(file)),
-                        "bzip2": lambda file: pieces(bz2.open(file))}[packed](file)
-        except Fail as fail:
-            fail.message = f"{title}: {fail.message}"
+    unpackers = {"gzip": gzip.open, "xz": lzma.open, "bzip2": bz2.open, "zstd": unzstd}
+    try:
+        with open(path, "rb", buffering=0) as file:  # zstd gets the descriptor
+            packed = compression(file.read(512))
+            file.seek(0)
+            yield from pieces(unpackers[packed](file) if packed else file)
+    except Fail as fail:
+        fail.message = f"{title}: {fail.message}"
+        raise
+    except Exception as error:  # each of them has its own
+        if getattr(error, "errno", None):
             raise
-        except Exception as error:  # each of them has its own
-            if getattr(error, "errno", None):
-                raise
-            raise damaged(title, error) from None
+        raise damaged(title, error) from None
 
 
 def write_all(fd, data):
@@ -5507,6 +5663,8 @@ def write_all(fd, data):
 
 LAYER_ENTRIES = 1_000_000  # more take $MINICONTAINER_LAYER_ENTRIES
 HEADER_BYTES = 1 << 20  # of the extensions of one entry
+FIELDS = "name mode uid gid size mtime sum kind link magic who major minor rest".split()
+FIELD_BYTES = struct.Struct("100s 8s 8s 8s 12s 12s 8s c 100s 8s 64s 8s 8s 155s 12x")
 KINDS = {b"0": stat.S_IFREG, b"\0": stat.S_IFREG, b"7": stat.S_IFREG,
          b"S": stat.S_IFREG, b"1": stat.S_IFREG, b"2": stat.S_IFLNK, b"3": stat.S_IFCHR,
          b"4": stat.S_IFBLK, b"5": stat.S_IFDIR, b"6": stat.S_IFIFO}  # S has holes
@@ -5533,16 +5691,16 @@ class Entry:
         return stat.S_ISCHR(self.mode) and self.device == 0
 
 
-def tar_text(field):
-    """The text in a field of a header, whatever its encoding."""
-    return os.fsdecode(field.partition(b"\0")[0])
-
-
-def tar_number(field):
-    """The number in a field of a header: octal digits, or binary if it says so."""
-    if field[0] in (0x80, 0xff):
+def tar_number(field, base=8):
+    """The number in a field of a header: octal digits, or binary if it says so; or
+    with base 10 in what extends it."""
+    if base == 8 and field[0] in (0x80, 0xff):
         return int.from_bytes(field[1:], "big", signed=field[0] == 0xff)
-    return int(field.partition(b"\0")[0].strip() or b"0", 8)
+    text = field.partition(b"\0")[0].strip()
+    try:
+        return int(text or b"0", base)
+    except ValueError:
+        raise ValueError(f"{text[:12]!r} is no number") from None
 
 
 def pax_records(data):
@@ -5550,7 +5708,7 @@ def pax_records(data):
     found, at = {}, 0
     while at < len(data):
         space = data.index(b" ", at, at + 20)
-        end = at + int(data[at:space])
+        end = at + tar_number(data[at:space], 10)
         key, equals, value = data[space + 1:end - 1].partition(b"=")
         if not space < end <= len(data) or not equals:
             raise ValueError("a pax header is damaged")
@@ -5569,22 +5727,168 @@ def layer_bytes():
                 or f"{room.f_bavail * room.f_frsize}")
 
 
-class Tarball:
-    """The entries of a tarball, each to be read before the next.
+class TarReader:
+    """The entries of a tarball that is read from a file, each before the next."""
 
-    A process of its own decompresses it and works out the digest of what is inside, a
-    layer's diff_id: that is half of the work, and there are mostly two processors.
-    """
-
-    def __init__(self, path, title):
-        self.title = title
+    def __init__(self, file, title):
+        self.file, self.title = file, title
         self.common = {}  # what a header of kind g has said
         self.left = 0  # bytes of the content that are still to be read
+        self.bytes = 0  # of all files so far
+
+    def exactly(self, length):
+        """The next bytes."""
+        data = self.file.read(length)
+        if len(data) < length:
+            raise EOFError("it ends too early")
+        return data
+
+    def read(self, length):
+        """Some bytes of an entry's content."""
+        self.left -= length
+        if self.left < 0:
+            raise ValueError("its size and its holes do not agree")
+        return self.exactly(length)
+
+    def skip(self, length):
+        """Pass over some bytes."""
+        if self.file.seekable():
+            self.file.seek(length, os.SEEK_CUR)
+        else:
+            for at in range(0, length, BLOCK):
+                self.exactly(min(BLOCK, length - at))
+
+    def bounded(self, over, what):
+        """Refuse what could fill the disk, the memory or the day."""
+        if over:
+            raise Fail(f"{self.title}: the tarball {what}",
+                       "the bounds are MINICONTAINER_LAYER_BYTES (what is free on "
+                       "the disk) and MINICONTAINER_LAYER_ENTRIES (a million)")
+
+    def __iter__(self):
+        """Every entry, while they stay within bounds."""
+        most, count, notes, room = layer_bytes(), 0, {}, HEADER_BYTES
+        at_most = f"unpacks to more than {human(most)}"
+        entries = whole("$MINICONTAINER_LAYER_ENTRIES", os.environ.get(
+            "MINICONTAINER_LAYER_ENTRIES") or f"{LAYER_ENTRIES}", 1)
+        while (head := self.exactly(512)) != ZEROS[:512]:
+            field = dict(zip(FIELDS, FIELD_BYTES.unpack(head), strict=True))
+            if tar_number(field["sum"]) != sum(head) - sum(field["sum"]) + 8 * 32:
+                raise ValueError("bad checksum")
+            field["size"] = tar_number(field["size"])
+            if field["kind"] in b"xXgLK":
+                room -= max(field["size"], 1)
+                self.bounded(room < 0,
+                             f"has more than {human(HEADER_BYTES)} of headers")
+                notes.update(self.extension(field["kind"], field["size"]))
+                continue
+            entry = self.entry(field, {**self.common, **notes})
+            count, notes, room = count + 1, {}, HEADER_BYTES
+            self.bytes += entry.size
+            self.bounded(self.bytes > most, at_most)
+            if count == entries // 20 + 1:
+                self.look_ahead(entries)
+            self.bounded(count > entries, f"has more than {entries} entries")
+            padding = -self.left % 512
+            yield entry
+            self.skip(self.left + padding)
+
+    def look_ahead(self, entries):
+        """Refuse what has more entries than that before so many have been made."""
+
+    def extension(self, kind, size):
+        """What an entry says of the next one, or of all."""
+        if size < 0:
+            raise ValueError("a negative size")
+        data = self.exactly(size + -size % 512)[:size]
+        if kind in b"LK":
+            return {b"path" if kind == b"L" else b"linkpath": data.partition(b"\0")[0]}
+        if kind != b"g":
+            return pax_records(data)
+        self.common.update(pax_records(data))
+        self.bounded(len(self.common) > 100 or sum(
+            map(len, self.common.values())) > HEADER_BYTES, "has 100 global headers")
+        return {}
+
+    def entry(self, field, notes):
+        """The Entry of a header and of what extends it."""
+        def text(key, *names):
+            said = next(filter(None, map(notes.get, names)), b"")
+            return os.fsdecode(said or field[key].partition(b"\0")[0])
+
+        def number(key):
+            said = notes.get(key.encode())
+            return tar_number(said, 10) if said else tar_number(field[key])
+
+        kind, names = field["kind"], (b"GNU.sparse.name", b"path")
+        name = text("name", *names)
+        if field["magic"][:6] == b"ustar\0" and field["rest"][0] and not any(
+                map(notes.get, names)):
+            name = f"{text('rest')}/{name}"
+        said = notes.get(b"size")
+        size = (tar_number(said, 10) if said else field["size"]) * (
+            kind not in b"123456")
+        if size < 0:
+            raise ValueError(f"{name!r} has a negative size")
+        format = KINDS.get(kind, 0)
+        if format == stat.S_IFREG and kind != b"1" and name.endswith("/"):
+            format = stat.S_IFDIR  # before there was a kind for them
+        seconds, _, decimals = notes.get(b"mtime", b"").partition(b".")
+        entry = Entry(name, format | tar_number(field["mode"]) & 0o7777,
+                      [number("uid"), number("gid")], size,
+                      tar_number(seconds + b"%.9s" % decimals.ljust(9, b"0"), 10)
+                      if seconds else tar_number(field["mtime"]) * 10**9)
+        entry.stream, self.left, link = self, size, text("link", b"linkpath")
+        entry.link, entry.hard = ("", link) if kind == b"1" else (link, "")
+        if kind in b"34":
+            entry.device = os.makedev(*(tar_number(field[key]) % (1 << 20)
+                                        for key in ("major", "minor")))
+        entry.xattrs = {os.fsdecode(key[13:]): value for key, value in notes.items()
+                        if key.startswith(b"SCHILY.xattr.")}
+        self.find_holes(entry, field, notes)
+        return entry
+
+    def find_holes(self, entry, field, notes):
+        """Where the content of a sparse file goes: GNU tar has four ways to say it."""
+        if field["kind"] == b"S":
+            table, more = field["rest"][41:137], field["rest"][137]
+            entry.size = tar_number(field["rest"][138:150])
+            while more:
+                block = self.exactly(512)
+                table, more = table + block[:504], block[504]
+                self.bounded(len(table) > HEADER_BYTES, "has too many holes")
+            numbers = [tar_number(table[at:at + 12]) for at in range(0, len(table), 12)]
+        elif notes.get(b"GNU.sparse.major") == b"1":
+            text = self.read(512)
+            while text.count(b"\n") <= 2 * tar_number(text.partition(b"\n")[0], 10):
+                text += self.read(512)
+                self.bounded(len(text) > HEADER_BYTES, "has too many holes")
+            count, *numbers = (tar_number(line, 10) for line in text.split(b"\n")[:-1])
+            numbers = numbers[:2 * count]
+        elif b"GNU.sparse.map" in notes:
+            numbers = [tar_number(part, 10)
+                       for part in notes[b"GNU.sparse.map"].split(b",")]
+        else:
+            return
+        for key in (b"GNU.sparse.size", b"GNU.sparse.realsize"):
+            entry.size = tar_number(notes[key], 10) if key in notes else entry.size
+        entry.stretches = list(zip(numbers[::2], numbers[1::2], strict=True))
+        if entry.size < 0 or any(at < 0 or length < 0 or at + length > entry.size
+                                 for at, length in entry.stretches):
+            raise ValueError(f"{entry.name!r} has holes that are none")
+
+
+class Tarball(TarReader):
+    """One that a process of its own decompresses, which works out the digest of what is
+    inside, a layer's diff_id: half of the work, and there are mostly two processors."""
+
+    def __init__(self, path, title):
         ours, theirs = os.pipe()
         fcntl.fcntl(theirs, fcntl.F_SETPIPE_SZ, 16 * BLOCK)
+        super().__init__(open(ours, "rb", 2 * BLOCK), title)
+        self.path = path
         self.pid, self.news = begin_job(lambda tell: self.pour(path, ours, theirs))
         os.close(theirs)
-        self.file = open(ours, "rb", 2 * BLOCK)
 
     def pour(self, path, ours, theirs):
         """What that process does: all into the pipe; the digest."""
@@ -5596,6 +5900,22 @@ class Tarball:
             found.update(part)
             write_all(theirs, part)
         return f"sha256:{found.hexdigest()}"
+
+    def look_ahead(self, entries):
+        """Count them, once there are many, in a second look at the file: to hop from
+        header to header takes 3 µs each, to make a file fifty times that.  Whoever
+        hides a size from it meets the slower count."""
+        count = 0
+        try:
+            with Tarball(self.path, self.title) as other:
+                while count <= entries and (head := other.exactly(512)) != ZEROS[:512]:
+                    kind, size = head[156:157], tar_number(head[124:136])
+                    count += kind not in b"xXgLK"
+                    if size and kind not in b"123456":
+                        other.skip(size + -size % 512)
+        except (ValueError, EOFError):
+            pass
+        self.bounded(count > entries, f"has more than {entries} entries")
 
     def digest(self):
         """The digest, at the end; or why there is none."""
@@ -5616,125 +5936,6 @@ class Tarball:
         self.file.close()
         os.close(self.news)
         os.waitpid(self.pid, 0)
-
-    def exactly(self, length):
-        """The next bytes."""
-        data = self.file.read(length)
-        if len(data) < length:
-            raise EOFError("it ends too early")
-        return data
-
-    def read(self, length):
-        """Some bytes of an entry's content."""
-        self.left -= length
-        if self.left < 0:
-            raise ValueError("its size and its holes do not agree")
-        return self.exactly(length)
-
-    def __iter__(self):
-        """Every entry, while they stay within bounds."""
-        most, count, extra, room = layer_bytes(), 0, {}, HEADER_BYTES
-        entries = whole("$MINICONTAINER_LAYER_ENTRIES", os.environ.get(
-            "MINICONTAINER_LAYER_ENTRIES") or f"{LAYER_ENTRIES}", 1)
-        while (head := self.exactly(512)) != ZEROS[:512]:
-            if tar_number(head[148:156]) != sum(head) - sum(head[148:156]) + 8 * 32:
-                raise ValueError("bad checksum")
-            kind, size = head[156:157], tar_number(head[124:136])
-            if kind in (b"x", b"X", b"g", b"L", b"K"):
-                room -= max(size, 1)
-                self.bounded(room < 0,
-                             f"has more than {human(HEADER_BYTES)} of headers")
-                extra.update(self.extension(kind, size))
-                continue
-            entry = self.entry(head, {**self.common, **extra}, size)
-            most, count, extra, room = most - entry.size, count + 1, {}, HEADER_BYTES
-            self.bounded(most < 0, f"unpacks to more than {human(layer_bytes())}")
-            self.bounded(count > entries, f"has more than {entries} entries")
-            padding = -self.left % 512
-            yield entry
-            while self.left:
-                self.read(min(self.left, BLOCK))
-            self.exactly(padding)
-
-    def bounded(self, over, what):
-        """Refuse what could fill the disk, the memory or the day."""
-        if over:
-            raise Fail(f"{self.title}: the tarball {what}",
-                       "the bounds are MINICONTAINER_LAYER_BYTES (what is free on "
-                       "the disk) and MINICONTAINER_LAYER_ENTRIES (a million)")
-
-    def extension(self, kind, size):
-        """What an entry says of the next one, or of all."""
-        if size < 0:
-            raise ValueError("a negative size")
-        data = self.exactly(size + -size % 512)[:size]
-        if kind in b"LK":
-            return {b"path" if kind == b"L" else b"linkpath": data.partition(b"\0")[0]}
-        if kind != b"g":
-            return pax_records(data)
-        self.common.update(pax_records(data))
-        self.bounded(len(self.common) > 100 or sum(
-            map(len, self.common.values())) > HEADER_BYTES, "has 100 global headers")
-        return {}
-
-    def entry(self, head, notes, size):
-        """The Entry of a header and of what extends it."""
-        kind, name, link = head[156:157], tar_text(head[:100]), tar_text(head[157:257])
-        if head[257:263] == b"ustar\0" and head[345]:
-            name = f"{tar_text(head[345:500])}/{name}"
-        name = os.fsdecode(notes.get(b"GNU.sparse.name") or notes.get(b"path") or b""
-                           ) or name
-        link = os.fsdecode(notes.get(b"linkpath") or b"") or link
-        size = int(notes.get(b"size") or size) * (kind not in b"123456")
-        if size < 0:
-            raise ValueError(f"{name!r} has a negative size")
-        format = KINDS.get(kind, 0)
-        if format == stat.S_IFREG and kind != b"1" and name.endswith("/"):
-            format = stat.S_IFDIR  # before there was a kind for them
-        seconds, _, decimals = notes.get(b"mtime", b"").decode().partition(".")
-        entry = Entry(
-            name, format | tar_number(head[100:108]) & 0o7777,
-            [int(notes.get(key) or tar_number(field)) for key, field in (
-                (b"uid", head[108:116]), (b"gid", head[116:124]))], size,
-            int(f"{seconds}{decimals:0<9.9}") if seconds else
-            tar_number(head[136:148]) * 10**9)
-        entry.link, entry.hard = ("", link) if kind == b"1" else (link, "")
-        if kind in b"34":
-            entry.device = os.makedev(tar_number(head[329:337]),
-                                      tar_number(head[337:345]))
-        entry.xattrs = {os.fsdecode(key[13:]): value for key, value in notes.items()
-                        if key.startswith(b"SCHILY.xattr.")}
-        entry.stream, self.left = self, size
-        self.find_holes(entry, head, notes)
-        return entry
-
-    def find_holes(self, entry, head, notes):
-        """Where the content of a sparse file goes: GNU tar has four ways to say it."""
-        if head[156:157] == b"S":
-            table, more = head[386:482], head[482]
-            entry.size = tar_number(head[483:495])
-            while more:
-                block = self.exactly(512)
-                table, more = table + block[:504], block[504]
-                self.bounded(len(table) > HEADER_BYTES, "has too many holes")
-            numbers = [tar_number(table[at:at + 12]) for at in range(0, len(table), 12)]
-        elif notes.get(b"GNU.sparse.major") == b"1":
-            text = self.read(512)
-            while text.count(b"\n") <= 2 * int(text.partition(b"\n")[0]):
-                text += self.read(512)
-                self.bounded(len(text) > HEADER_BYTES, "has too many holes")
-            count, *numbers = text.split(b"\n")
-            numbers = list(map(int, numbers[:2 * int(count)]))
-        elif b"GNU.sparse.map" in notes:
-            numbers = list(map(int, notes[b"GNU.sparse.map"].split(b",")))
-        else:
-            return
-        for key in (b"GNU.sparse.size", b"GNU.sparse.realsize"):
-            entry.size = int(notes.get(key, entry.size))
-        entry.stretches = list(zip(numbers[::2], numbers[1::2], strict=True))
-        if entry.size < 0 or any(at < 0 or length < 0 or at + length > entry.size
-                                 for at, length in entry.stretches):
-            raise ValueError(f"{entry.name!r} has holes that are none")
 
 
 # ── layers from tarballs ──
@@ -5757,11 +5958,10 @@ def write_content(entry, fd):
         os.ftruncate(fd, entry.size)
 
 
-def open_beneath(top, path, flags=os.O_RDONLY | os.O_DIRECTORY):
-    """A descriptor of a path below `top`, reached through no symlink."""
-    how = open_how(flags=flags | os.O_CLOEXEC | os.O_NOFOLLOW,
-                   resolve=RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS)
-    return syscall("openat2", top, path, how, ctypes.sizeof(how))
+def open_beneath(top, path):
+    """A descriptor of a directory below `top`, reached through no symlink."""
+    how = open_how(flags=FOLDER, resolve=RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS)
+    return syscall("openat2", top, path, how, sizeof(how))
 
 
 def parts_of(path):
@@ -5776,28 +5976,36 @@ class Layer:
     """A directory that entries are unpacked into; a later one replaces an earlier one.
 
     Neighbours in a tarball mostly share their directory, so the last one stays open:
-    then its path is walked once for all of them, and safely.
+    then its path is walked once for all of them, and safely.  What is made in it
+    changes its time, which is set back when it is left: so no list of a million
+    directories has to be kept until the end.
     """
 
     def __init__(self, path):
-        self.top = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        self.fd, self.above = os.dup(self.top), []
-        self.times = {}  # of directories: set last, since a file made in one changes it
+        self.top = os.open(path, os.O_RDONLY | O_DIRECTORY | O_CLOEXEC)
+        self.fd, self.above, self.when = -1, None, 0  # the last one: its names, time
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        os.close(self.fd)
+        self.leave()
         os.close(self.top)
+
+    def leave(self):
+        """Be done with the directory that was open."""
+        if self.fd >= 0:
+            os.utime(self.fd, ns=(self.when, self.when))
+            os.close(self.fd)
+        self.fd, self.above = -1, None
 
     def parent(self, path):
         """(descriptor of the directory that an entry goes into, its name there)."""
         *above, name = parts_of(path) or ["."]
         if above != self.above:
-            fd = self.walk(above)
-            os.close(self.fd)
-            self.fd, self.above = fd, above
+            self.leave()
+            self.fd, self.above = self.walk(above), above
+            self.when = os.fstat(self.fd).st_mtime_ns
         return self.fd, name
 
     def walk(self, parts):
@@ -5808,6 +6016,7 @@ class Layer:
         except OSError:
             fd = os.dup(self.top)  # name by name, then
         for part in parts:
+            when = os.fstat(fd).st_mtime_ns
             try:
                 below = open_beneath(fd, part)
             except OSError as error:
@@ -5816,6 +6025,7 @@ class Layer:
                 elif error.errno != errno.ENOENT:
                     raise
                 os.mkdir(part, 0o755, dir_fd=fd)
+                os.utime(fd, ns=(when, when))
                 below = open_beneath(fd, part)
             os.close(fd)
             fd = below
@@ -5831,7 +6041,6 @@ class Layer:
             if name == ".":
                 raise ValueError("the top of a layer is a directory") from None
             remove_tree(f"/proc/self/fd/{parent}/{name}")
-            self.above = None  # it may have been in there
 
     def add(self, entry):
         """Make the file that an entry tells of."""
@@ -5856,6 +6065,7 @@ class Layer:
 
     def create(self, entry, parent, name):
         """Make a file of an entry's kind, with its content; never one that exists."""
+        kind = stat.S_IFMT(entry.mode)
         if entry.hard:
             *above, old = parts_of(entry.hard)
             source = self.walk(above)
@@ -5864,11 +6074,11 @@ class Layer:
                         follow_symlinks=False)
             finally:
                 os.close(source)
-        elif stat.S_ISDIR(entry.mode):
+        elif kind == stat.S_IFDIR:
             os.mkdir(name, 0o700, dir_fd=parent)
-        elif stat.S_ISLNK(entry.mode):
+        elif kind == stat.S_IFLNK:
             os.symlink(entry.link, name, dir_fd=parent)
-        elif stat.S_ISREG(entry.mode):
+        elif kind == stat.S_IFREG:
             fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
                          | os.O_CLOEXEC, 0o600, dir_fd=parent)
             try:
@@ -5876,7 +6086,7 @@ class Layer:
             finally:
                 os.close(fd)
         else:
-            os.mknod(name, stat.S_IFMT(entry.mode) | 0o600, entry.device, dir_fd=parent)
+            os.mknod(name, kind | 0o600, entry.device, dir_fd=parent)
 
     def set_metadata(self, entry, parent, name):
         """Owner, mode, extended attributes and times, in the order that keeps them all:
@@ -5887,38 +6097,25 @@ class Layer:
             for key, value in entry.xattrs.items():
                 os.setxattr(f"/proc/self/fd/{parent}/{name}", key, value,
                             follow_symlinks=False)
-        if stat.S_ISDIR(entry.mode):
-            self.times["/".join(parts_of(entry.name)) or "."] = entry.when
-        else:
-            os.utime(name, ns=(entry.when, entry.when), dir_fd=parent,
-                     follow_symlinks=False)
+        os.utime(name, ns=(entry.when, entry.when), dir_fd=parent,
+                 follow_symlinks=False)
+        if name == ".":
+            self.when = entry.when
 
     def add_all(self, entries, title):
-        """Make every file, and set the times of directories; errors name the entry."""
+        """Make every file; errors name the entry."""
         for entry in entries:
             try:
                 self.add(entry)
-            except (ValueError, OverflowError) as error:
-                raise Fail(f"{title}: {entry.name!r}: {error}",
-                           "the tarball is damaged or hostile: do not use it") from None
-            except OSError as error:
-                raise Fail(f"{title}: {entry.name!r}: {error.strerror}",
-                           "is the disk full, or the tarball damaged?") from None
-        for directory, when in self.times.items():
-            try:
-                handle = open_beneath(self.top, directory)
-            except OSError as error:
-                if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-                    raise
-                continue  # a later entry has replaced it
-            os.utime(handle, ns=(when, when))
-            os.close(handle)
-        self.times.clear()
+            except (ValueError, OverflowError, OSError) as error:
+                reason = getattr(error, "strerror", None) or error
+                raise Fail(f"{title}: {entry.name!r}: {reason}", "is the disk full, or "
+                           "the tarball damaged or hostile?") from None
 
 
 def unpack(path, top, title=None):
-    """Unpack a tarball as a layer into the directory `top`; the digest of its plain
-    form.  Errors call it by its title."""
+    """Unpack a tarball as a layer into the directory `top`: the digest of its plain
+    form, and the bytes of its files.  Errors call it by its title."""
     title = title or path
     with Layer(top) as layer, Tarball(path, title) as tarball:
         try:
@@ -5927,7 +6124,7 @@ def unpack(path, top, title=None):
             if isinstance(error, EOFError):
                 tarball.digest()  # if it could not be decompressed, that is why
             raise damaged(title, error) from None
-        return tarball.digest()
+        return tarball.digest(), tarball.bytes
 
 
 def sha256(file):
@@ -5944,17 +6141,15 @@ def layer_of(path):
     """The directory of a --rootfs: itself, or where its tarball is unpacked."""
     if os.path.isdir(path):
         return os.path.realpath(path)
-    if not os.path.exists(path):
-        raise Fail(f"--rootfs {path}: no such file or directory",
-                   "a directory or a tarball; ./rootfs-fetch.sh gets a real one")
     if not os.path.isfile(path):
-        raise Fail(f"--rootfs {path}: neither a directory nor a tarball", "")
+        raise Fail(f"--rootfs {path}: " + ("neither a directory nor a tarball"
+                   if os.path.exists(path) else "no such file or directory"),
+                   "a directory or a tarball; ./rootfs-fetch.sh gets a real one")
     with open(path, "rb") as file:
-        digest = sha256(file)
-    target = store("layers", digest[7:])
-    if os.path.isdir(target):
-        return target
-    return publish(new_directory("layers", lambda top: unpack(path, top)), digest[7:])
+        digits = sha256(file)[7:]
+    target = store("layers", digits)
+    return target if os.path.isdir(target) else publish(
+        new_directory("layers", lambda top: unpack(path, top))[0], digits)
 
 
 # ── layers as a copy ──
@@ -6095,75 +6290,26 @@ def copy_in(source, top, target):
         shutil.copy2(os.path.realpath(source), top + target)
 
 
-def library_directories():
-    """What /etc/ld.so.conf says, and the directories that are always searched."""
-    import glob
-
-    found, files = [], ["/etc/ld.so.conf"]
-    for file in files:  # grows while we read it
-        try:
-            lines = read_file(file).splitlines()
-        except FileNotFoundError:
-            continue
-        for line in lines:
-            if line.startswith("include "):
-                files.extend(sorted(glob.glob(line.split()[1])))
-            elif line.startswith("/"):
-                found.append(line.strip())
-    triplet = f"{os.uname().machine}-linux-gnu"
-    return [*found, f"/lib/{triplet}", f"/usr/lib/{triplet}", "/lib64", "/usr/lib64",
-            "/lib", "/usr/lib", *glob.glob("/lib/*-linux-musl*")]
-
-
-def find_library(name, first, machine):
-    """Where the dynamic linker would find a library for `machine`; "" if nowhere."""
-    for directory in [*first, *library_directories()]:
-        path = f"{directory}/{name}"
-        if os.path.isfile(path) and elf_machine(open_program(path)) == machine:
-            return os.path.normpath(path)
-    return ""
-
-
 def libraries_of(path):
-    """The paths of the libraries that an ELF file names in its dynamic section."""
-    PT_LOAD, PT_DYNAMIC = 1, 2
-    DT_NEEDED, DT_STRTAB, DT_RPATH, DT_RUNPATH = 1, 5, 15, 29
-    with open(path, "rb") as file:
-        data = file.read()
-    if not any(kind == PT_DYNAMIC for kind, *_ in elf_segments(data)):
+    """What the dynamic linker would load for a program of the host, and itself; or
+    what a script's interpreter needs."""
+    import re
+    import subprocess
+
+    head = open_program(os.path.realpath(path))
+    if not os.path.exists(loader := interpreter_of(head)):
         return []
-    segments, values = elf_segments(data), {}
-    order = "<" if data[5] == 1 else ">"
-    for kind, offset, _, length in segments:
-        if kind == PT_DYNAMIC:
-            for tag, value in struct.iter_unpack(order + "qQ",
-                                                 data[offset:offset + length]):
-                values.setdefault(tag, []).append(value)
-    strings = next(offset + values[DT_STRTAB][0] - address
-                   for kind, offset, address, length in segments if kind == PT_LOAD
-                   and address <= values[DT_STRTAB][0] < address + length)
-
-    def text(tag):
-        return [os.fsdecode(data[strings + at:data.index(b"\0", strings + at)])
-                for at in values.get(tag, ())]
-
-    own = [directory.replace("$ORIGIN", os.path.dirname(os.path.realpath(path)))
-           for joined in text(DT_RUNPATH) + text(DT_RPATH)
-           for directory in joined.split(":")]
-    return [found for name in text(DT_NEEDED)
-            if (found := find_library(name, own, elf_machine(data)))]
+    if head[:2] == b"#!":
+        return [loader, *libraries_of(loader)]
+    said = subprocess.run([loader, "--list", path], capture_output=True, text=True)
+    return list(dict.fromkeys([loader, *re.findall(r"(/\S+) \(0x", said.stdout)]))
 
 
 def copy_program(path, top, target):
-    """Copy a program, its interpreter, and every library that these ask for."""
+    """Copy a program, and every library that it asks for."""
     copy_in(path, top, target)
-    interpreter = interpreter_of(open_program(os.path.realpath(path)))
-    if interpreter and os.path.exists(interpreter):
-        if not os.path.exists(top + interpreter):
-            copy_program(interpreter, top, interpreter)
     for library in libraries_of(path):
-        if not os.path.exists(top + library):
-            copy_program(library, top, library)
+        copy_in(library, top, library)
 
 
 def make_host_rootfs(top):
@@ -6201,8 +6347,7 @@ def default_rootfs():
     if there is none yet."""
     default = store("rootfs", "default")
     if not os.path.isdir(default):
-        made = new_directory("rootfs", make_host_rootfs)
-        publish(made, "host")
+        publish(new_directory("rootfs", make_host_rootfs)[0], "host")
         link = f"{default}.{os.getpid()}"
         os.symlink("host", link)
         os.replace(link, default)
@@ -6229,6 +6374,12 @@ DESCRIPTOR_FORM = {"mediaType": str, "digest": str, "size": range(1 << 50),
                    "platform": {"os": str, "architecture": str, "variant": str}}
 MANIFEST_FORM = {"mediaType": str, "config": DESCRIPTOR_FORM,
                  "layers": [DESCRIPTOR_FORM], "manifests": [DESCRIPTOR_FORM]}
+PART = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
+NAME_FORM = (  # the first part is a host if it has a dot, a port or a capital letter
+    r"(?:(?=localhost/|[^/]*[.:A-Z])(?P<host>(?:\[[0-9a-fA-F:]+\]|"
+    r"[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?)(?::[0-9]{1,5})?)/)?"
+    rf"(?P<path>{PART}(?:/{PART})*)(?::(?P<tag>\w[\w.-]{{0,127}}))?"
+    r"(?:@(?P<digest>sha256:[0-9a-f]{64}))?")
 CONFIG_FORM = {
     "created": str, "author": str, "architecture": str, "os": str, "variant": str,
     "rootfs": {"diff_ids": [str]},
@@ -6238,32 +6389,31 @@ CONFIG_FORM = {
     "history": [{"created": str, "created_by": str, "comment": str}]}
 
 
-def full_name(text):
-    """What Docker's short name of an image means: busybox is
-    docker.io/library/busybox:latest; or a Fail in Docker's words."""
-    import re
-
+def spelled_out(text):
+    """What Docker's short name of an image means, if it is one: busybox is
+    docker.io/library/busybox:latest."""
     name, at, digest = text.partition("@")
     host, slash, path = name.partition("/")
     if not slash or not (host == "localhost" or set(".:") & set(host)
                          or host != host.lower()):
         host, path = "docker.io", name
-    path, colon, tag = path.partition(":")
-    if path != path.lower():
-        raise Fail(f"invalid reference format: repository name ({path}) must be "
-                   "lowercase", "as in alpine:3.20")
+    path, _, tag = path.partition(":")
     if host in ("docker.io", "index.docker.io"):
         host, path = "docker.io", path if "/" in path else f"library/{path}"
-    part = r"[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*"
-    where = r"(\[[0-9a-fA-F:]+\]|[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?)(:[0-9]{1,5})?"
-    if not (re.fullmatch(where, host)
-            and re.fullmatch(f"{part}(/{part})*", path) and len(name) < 256
-            and re.fullmatch(r"\w[\w.-]{0,127}" if colon else "", tag, re.ASCII)
-            and re.fullmatch("sha256:[0-9a-f]{64}" if at else "", digest)
-            and not re.fullmatch("[0-9a-f]{64}", text)):
-        raise Fail(f"invalid reference format: {text!r}",
-                   "[HOST[:PORT]/]NAME[:TAG] or NAME@sha256:…, as in alpine:3.20")
     return f"{host}/{path}@{digest}" if at else f"{host}/{path}:{tag or 'latest'}"
+
+
+def full_name(text):
+    """The same, or a Fail in Docker's words."""
+    import re
+
+    found = re.fullmatch(NAME_FORM, text, re.ASCII)
+    if not found or len(text.partition("@")[0]) > 255 or (
+            re.fullmatch("[0-9a-f]{64}", text)):
+        raise Fail(f"invalid reference format: {text!r}",
+                   "[HOST[:PORT]/]NAME[:TAG] or NAME@sha256:…, in lower case, as in "
+                   "alpine:3.20")
+    return spelled_out(text)
 
 
 def short_name(ref):
@@ -6289,6 +6439,16 @@ def hex_of(digest):
 def blob_path(digest):
     """Where the store has what has this digest."""
     return store("images", "blobs", "sha256", hex_of(digest))
+
+
+def diff_ids_of(config):
+    """The digests of an image's layers as plain tarballs, as its config has them."""
+    return (config.get("rootfs") or {}).get("diff_ids") or []
+
+
+def layer_path(diff_id):
+    """Where the store has a layer unpacked."""
+    return store("layers", hex_of(diff_id))
 
 
 def parsed(raw, what, form):
@@ -6358,6 +6518,11 @@ def name_of(entry):
     return entry.get("annotations", {}).get(NAME, "")
 
 
+def bare(entry):
+    """An entry without what only the store wants to know."""
+    return {key: entry[key] for key in ("mediaType", "digest", "size")}
+
+
 def with_name(entry, ref):
     """An entry like this, with that name or none."""
     notes = {SIZES: entry.get("annotations", {}).get(SIZES, "")}
@@ -6365,34 +6530,36 @@ def with_name(entry, ref):
     return {**entry, "annotations": {**notes, **names}}
 
 
-def untag(entries, ref):
-    """Take a name away; an image without any keeps an entry, to be seen and pruned."""
-    for entry in [entry for entry in entries if name_of(entry) == ref]:
-        entries.remove(entry)
-        if all(other["digest"] != entry["digest"] for other in entries):
-            entries.append(with_name(entry, ""))
-
-
-def point(entries, ref, entry):
-    """Have a name mean an image, whatever it meant before."""
-    untag(entries, ref)
-    entries[:] = [other for other in entries
-                  if name_of(other) or other["digest"] != entry["digest"]]
-    if ref or all(other["digest"] != entry["digest"] for other in entries):
-        entries.append(with_name(entry, ref))
+def point(entries, ref, entry=None):
+    """Have a name mean an image, whatever it meant before, or none any more; an image
+    without a name keeps an entry, to be seen and pruned."""
+    old = [other for other in entries if name_of(other) in ("", ref)]
+    entries[:] = [other for other in entries if other not in old]
+    if entry:
+        (entries if ref else old).append(with_name(entry, ref))
+    for other in old:
+        if all(kept["digest"] != other["digest"] for kept in entries):
+            entries.append(with_name(other, ""))
 
 
 def seconds_of(text):
-    """The Unix time of an RFC 3339 date; 0 for none."""
-    import calendar
+    """The Unix time of an RFC 3339 date; 0 for none.
 
+    time.strptime would do, but at each `run` of an image it imports a megabyte."""
     try:
-        moment = calendar.timegm(time.strptime(text[:19], "%Y-%m-%dT%H:%M:%S"))
-        zone = text[19:].lstrip(".0123456789")
-        sign = {"+": -1, "-": 1}.get(zone[:1], 0)
-        return moment + sign * (int(zone[1:3] or 0) * 3600 + int(zone[4:6] or 0) * 60)
-    except (ValueError, OverflowError):
+        date, _, rest = text[:10], text[10:11], text[19:].lstrip(".0123456789")
+        year, month, day = map(int, date.split("-"))
+        hour, minute, second = map(int, text[11:19].split(":"))
+        sign = {"+": -1, "-": 1}.get(rest[:1], 0)
+        away = sign * (int(rest[1:3] or 0) * 3600 + int(rest[4:6] or 0) * 60)
+    except ValueError:
         return 0
+    if not (0 < month < 13 and 0 < day < 32 and hour < 24 and minute < 60):
+        return 0
+    year -= month < 3  # a year that begins in March has its leap day at its end
+    days = (365 * year + year // 4 - year // 100 + year // 400
+            + (153 * ((month + 9) % 12) + 2) // 5 + day - 719469)
+    return days * 86400 + hour * 3600 + minute * 60 + second + away
 
 
 class Image:
@@ -6405,7 +6572,8 @@ class Image:
         self.config = from_json(read_file(blob_path(self.id)))
         self.names = []
         self.settings = self.config.get("config") or {}
-        self.diff_ids = (self.config.get("rootfs") or {}).get("diff_ids") or []
+        self.labels = self.settings.get("Labels") or {}
+        self.diff_ids = diff_ids_of(self.config)
         self.layers = self.manifest.get("layers") or []
         sizes = entry.get("annotations", {}).get(SIZES, "").split()
         self.sizes = list(map(int, sizes)) or [d["size"] for d in self.layers]
@@ -6446,17 +6614,14 @@ def find_image(text, code=1):
     by_id = [image for image in images if image.id[7:].startswith(digits)]
     if len(digits) == 64 and by_id:
         return by_id[0]
-    try:
-        ref = full_name(text)
-    except Fail:
-        if text != f"sha256:{digits}" and not by_id:
-            raise
-        ref = short_name(text)
+    ref = spelled_out(text)  # to ask whether it is well formed would import re
     for entry in read_index():
         if name_of(entry) == ref:
             image = Image(entry)  # of two manifests of an image, the one so named
             image.names = next(i.names for i in images if i.id == image.id)
             return image
+    if text != f"sha256:{digits}" and not by_id:
+        ref = full_name(text)
     if len(by_id) > 1:
         raise Fail(f"image reference is ambiguous: {text!r} is the beginning of "
                    f"{len(by_id)} ids", "a few digits more; see `minicontainer images`",
@@ -6613,26 +6778,25 @@ def check_layers(manifest, diff_ids):
     return layers
 
 
-def layer_at(diff_id, blob):
-    """The directory of a layer, unpacked from its blob unless it is there: verified."""
-    target = store("layers", hex_of(diff_id))
-
+def unpack_layer(diff_id, blob):
+    """Unpack a layer from its blob, verified; the bytes of its files."""
     def make(top):
-        found = unpack(blob, top)
+        found, bytes_ = unpack(blob, top)
         if found != diff_id:
             raise Fail(f"{blob}: unpacked it is {found}, not the {diff_id} that the "
                        "image's config promises", "the image is damaged or hostile")
+        return bytes_
 
-    if not os.path.isdir(target):
-        publish(new_directory("layers", make), hex_of(diff_id))
-    return target
+    top, bytes_ = new_directory("layers", make)
+    publish(top, hex_of(diff_id))
+    return bytes_
 
 
 def bytes_in(layer):
-    """The sizes of a layer's files added up, as Docker does it."""
+    """The sizes of a directory's files added up, as Docker does it."""
     total, waiting = 0, [layer]
-    for directory in waiting:  # grows while we read it
-        for entry in os.scandir(directory):
+    while waiting:
+        for entry in os.scandir(waiting.pop()):
             if entry.is_dir(follow_symlinks=False):
                 waiting.append(entry.path)
             elif entry.is_file(follow_symlinks=False):
@@ -6645,16 +6809,17 @@ def take_layer(source, descriptor, diff_id, tell):
 
     The blob stays: packed again, the layer would have another digest.
     """
-    if os.path.isdir(store("layers", hex_of(diff_id))) and (
-            os.path.exists(blob_path(descriptor["digest"]))):
+    top, bytes_ = layer_path(diff_id), None
+    is_here = os.path.isdir(top)
+    if is_here and os.path.exists(blob_path(descriptor["digest"])):
         tell("Already exists")
-        return bytes_in(store("layers", hex_of(diff_id)))
-    tell("Pulling fs layer")
-    blob = fetch(source, descriptor, tell)
-    tell("Download complete")
-    top = layer_at(diff_id, blob)
-    tell("Pull complete")
-    return bytes_in(top)
+    else:
+        tell("Pulling fs layer")
+        blob = fetch(source, descriptor, tell)
+        tell("Download complete")
+        bytes_ = None if is_here else unpack_layer(diff_id, blob)
+        tell("Pull complete")
+    return bytes_in(top) if bytes_ is None else bytes_
 
 
 def take_image(source, raw, refs, show=lambda *_: None):
@@ -6664,7 +6829,7 @@ def take_image(source, raw, refs, show=lambda *_: None):
         raise Fail("the manifest has no config", "is it the manifest of an image?", 1)
     config = parsed(fetch_small(source, manifest["config"], "config"), "config",
                     CONFIG_FORM)
-    diff_ids = (config.get("rootfs") or {}).get("diff_ids") or []
+    diff_ids = diff_ids_of(config)
     pairs = dict(zip(diff_ids, check_layers(manifest, diff_ids), strict=True))
     sizes = dict(zip(pairs, in_parallel([
         (layer["digest"][7:19], lambda tell, layer=layer, diff_id=diff_id:
@@ -6722,23 +6887,22 @@ class Archive:
     """
 
     def __init__(self, path, title):
-        import tarfile
-
         self.path, self.title = path, title
+        self.names = {}  # digest: the member that has it, if not named after it
         self.members, links = {}, {}  # name: (where, bytes) and name: name
         try:
-            with tarfile.open(path, "r:") as tar:
-                for member in tar:
-                    name = os.path.normpath(member.name)
-                    if member.isfile():
-                        self.members[name] = member.offset_data, member.size
-                    elif member.issym() or member.islnk():
-                        there = os.path.dirname(name) if member.issym() else ""
-                        links[name] = os.path.normpath(f"{there}/{member.linkname}"
-                                                       ).lstrip("/")
+            with open(path, "rb") as file:
+                for entry in TarReader(file, title):
+                    name = os.path.normpath(entry.name)
+                    if stat.S_ISREG(entry.mode) and not entry.hard:
+                        self.members[name] = file.tell(), entry.size
+                    elif entry.hard or entry.link:
+                        above = "" if entry.hard else os.path.dirname(name)
+                        links[name] = os.path.normpath(
+                            f"{above}/{entry.hard or entry.link}").lstrip("/")
                     if len(self.members) + len(links) > 100_000:
-                        raise Fail(f"{title}: more files than images have", "", 1)
-        except (tarfile.TarError, ValueError, EOFError, IndexError, OSError) as error:
+                        raise ValueError("more files than images have")
+        except (ValueError, EOFError) as error:
             raise Fail(f"{title}: not an archive of images: {str(error):.80}",
                        "what `save` wrote is one", 1) from None
         for name, target in links.items():
@@ -6746,7 +6910,6 @@ class Archive:
                 target = links.get(target, target)
             if target in self.members:
                 self.members[name] = self.members[target]
-        self.names = {}  # digest: the member that has it, if not named after it
 
     def patiently(self, do, *args):
         """Do something; there is no second attempt with a file."""
@@ -6769,15 +6932,14 @@ class Archive:
         return self.part(name, at), at
 
     def document(self, name, form):
-        """One of its JSON files, and its bytes."""
+        """One of its JSON files."""
         with self.part(name) as part:
-            raw = part.read(MANIFEST_LIMIT)
-        return parsed(raw, f"{self.title}: {name}", form), raw
+            return parsed(part.read(MANIFEST_LIMIT), f"{self.title}: {name}", form)
 
     def images(self, platform):
         """(manifest, names) of each image in it."""
         if "index.json" in self.members:
-            index, _ = self.document("index.json", MANIFEST_FORM)
+            index = self.document("index.json", MANIFEST_FORM)
             for entry in index.get("manifests") or ():
                 notes = entry.get("annotations") or {}
                 name = notes.get(ALSO_NAME) or notes.get(NAME)
@@ -6785,7 +6947,7 @@ class Archive:
                 yield pick(self, raw, platform), [full_name(name)] if name else []
         elif "manifest.json" in self.members:
             for item in self.document("manifest.json", [
-                    {"Config": str, "RepoTags": [str], "Layers": [str]}])[0]:
+                    {"Config": str, "RepoTags": [str], "Layers": [str]}]):
                 yield self.manifest_of(item), [
                     full_name(tag) for tag in item.get("RepoTags") or ()]
         else:
@@ -6803,13 +6965,12 @@ class Archive:
     def manifest_of(self, item):
         """The manifest of an image in Docker's older form, which has none."""
         config = self.describe(os.path.normpath(item.get("Config") or ""), OCI_CONFIG)
-        said, _ = self.document(self.names[config["digest"]], CONFIG_FORM)
-        diff_ids = (said.get("rootfs") or {}).get("diff_ids") or []
-        layers = []
+        layers, diff_ids = [], diff_ids_of(
+            self.document(self.names[config["digest"]], CONFIG_FORM))
         for name, diff_id in zip(item.get("Layers") or (), diff_ids, strict=False):
             name = os.path.normpath(name)
             with self.part(name) as part:
-                packed = compression(part.read(8))
+                packed = compression(part.read(512))
             layers.append(self.describe(name, OCI_LAYER + (packed and f"+{packed}"),
                                         None if packed else diff_id))
         return oci_manifest(config, layers)
@@ -6862,7 +7023,7 @@ def write_archive(chosen, file):
                     blob)
         entries = []
         for image, names in chosen:
-            entry = {key: image.entry[key] for key in ("mediaType", "digest", "size")}
+            entry = bare(image.entry)
             entries += [{**entry, "annotations": {NAME: name, ALSO_NAME: name}}
                         for name in names] or [entry]
         add_json("index.json", {"schemaVersion": 2, "mediaType": OCI_INDEX,
@@ -6921,32 +7082,28 @@ def from_template(template, value):
     import re
     import shlex
 
-    def field(path):
-        found = value
-        for name in filter(None, path.split(".")):
-            if not isinstance(found, dict) or name not in found:
-                raise Fail(f"template: no field {name!r} in {path}",
-                           "--format '{{json .}}' shows what there is", 1)
-            found = found[name]
-        return found
-
     def replace(match):
         try:
             words = shlex.split(match[1])
-            how, path, *keys = words if len(words) > 1 else ["", *words]
-            found = field(path)
-            for key in keys:
+            how, path, *keys = words if len(words) > 1 else ["index", *words]
+            found = value
+            for key in [*filter(None, path.split(".")), *keys]:
                 found = found[int(key) if isinstance(found, list) else key]
+            return {"index": go_value, "json": to_json,
+                    "len": lambda found: str(len(found))}[how](found)
         except (ValueError, KeyError, IndexError, TypeError):
-            how = "wrong"
-        if how not in ("", "json", "len", "index"):
-            raise Fail(f"template: {match[0]} is not possible",
-                       "{{.A.B}}, {{json .A}}, {{len .A}} and {{index .A 0}} are", 1)
-        return (to_json(found) if how == "json" else str(len(found)) if how == "len"
-                else go_value(found))
+            raise Fail(f"template: {match[0]} is not possible", "{{.A.B}}, {{len .A}}, "
+                       "{{json .A}}, {{index .A 0}} are, of what '{{json .}}' shows", 1
+                       ) from None
 
     text = template.replace("\\t", "\t").replace("\\n", "\n")
     return re.sub(r"\{\{\s*(.*?)\s*\}\}", replace, text)
+
+
+def spaced(name):
+    """A field's name as a person reads it: LocalVolumes is Local Volumes."""
+    return "".join(f" {letter}" if letter.isupper() and before.islower() else letter
+                   for before, letter in zip(f"_{name}", name, strict=False))
 
 
 def print_list(columns, rows, form, quiet=""):
@@ -6957,11 +7114,16 @@ def print_list(columns, rows, form, quiet=""):
     elif form == "json":
         lines = map(to_json, rows)
     elif form.startswith("table"):
-        text = form[6:].replace("\\t", "\t") or "\t".join(
-            f"{{{{.{field}}}}}" for field in columns.values())
-        titles = {field: title for title, field in columns.items()}
-        cells = [from_template(text, row).split("\t") for row in (
-            {**dict.fromkeys(rows[0] if rows else (), "?"), **titles}, *rows)]
+        if text := form[6:].replace("\\t", "\t"):
+            import re
+
+            titles = {field: spaced(field).upper() for field in re.findall(
+                r"\.(\w+)", text)}
+            titles.update((field, title) for title, field in columns.items())
+            cells = [from_template(text, row).split("\t") for row in (titles, *rows)]
+        else:  # mostly so, and without what templates import
+            cells = [list(columns), *([go_value(row[field]) for field in
+                                       columns.values()] for row in rows)]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = ["   ".join(f"{cell:{width}}" for cell, width in zip(
             row, widths, strict=True)).rstrip() for row in cells]
@@ -6982,26 +7144,54 @@ def filters_of(texts, known):
     return found
 
 
+def passes(thing, tests, wanted):
+    """Whether a thing passes --filter: of a key any value will do, of labels it takes
+    all."""
+    return all((all if key.startswith("label") else any)(tests[key](thing, text)
+                                                for text in texts)
+               for key, texts in wanted.items())
+
+
+def confirm(options, what):
+    """Ask the person, unless --force; whether the answer is yes."""
+    if not options.force:
+        print(f"WARNING! This will remove {what}.\nAre you sure you want to continue? "
+              "[y/N] ", end="", flush=True)
+    return options.force or sys.stdin.readline().strip().lower() == "y"
+
+
+def tell_gone(what, gone):
+    """Say what was removed, {name: bytes}, and how much room that makes."""
+    if gone:
+        print("\n".join([f"Deleted {what}:", *gone, ""]))
+    print(f"Total reclaimed space: {decimal(sum(gone.values()))}")
+
+
+FORCE = arg("-f", "--force", action="store_true", help="do not ask")
+
+
 FORMAT = arg("--format", metavar="FORM", help="json, 'table {{.A}}' or '{{.A}} {{.B}}'")
 FILTER = arg("-f", "--filter", metavar="KEY=VALUE", action="append", default=[],
              help="show only such")
 QUIET = arg("-q", "--quiet", action="store_true", help="show only ids")
 NO_TRUNC = arg("--no-trunc", action="store_true", help="show all of everything")
 PLATFORM = arg("--platform", metavar="OS/ARCH", help="of several, the one for this")
+FORCE = arg("-f", "--force", action="store_true", help="do not ask")
 
 
-def moment_of(text):
-    """The Unix time of a date, or of so long ago: 90m, 24h, 1h30m."""
+def moment(option, text):
+    """The Unix time, in nanoseconds, that a date, a number of seconds or a span of time
+    before now means."""
     import re
 
-    ago_ = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
-    if text and ago_:
-        hours, minutes, seconds = (int(part or 0) for part in ago_.groups())
-        return time.time() - hours * 3600 - minutes * 60 - seconds
-    if not (moment := seconds_of(text)):
-        raise Fail(f"no date and no duration: {text!r}",
-                   "as in 2026-01-31T12:00:00Z or 24h", 1)
-    return moment
+    if found := re.fullmatch(r"(\d+)(?:\.(\d{1,9}))?", text):
+        return int(found[1]) * 10 ** 9 + int((found[2] or "").ljust(9, "0"))
+    form = r"(\d{4}-\d\d-\d\d)(T\d\d:\d\d)?(:\d\d)?(?:\.(\d{1,9}))?(Z|[+-]\d\d:\d\d)?"
+    if found := re.fullmatch(form, text):
+        day, clock, seconds, rest, zone = found.groups()
+        date = f"{day}{clock or 'T00:00'}{seconds or ':00'}{zone or 'Z'}"
+        return seconds_of(date) * 10 ** 9 + int((rest or "").ljust(9, "0"))
+    return time.time_ns() - nanoseconds(option, text, 1)
 
 
 def has_label(labels, asked):
@@ -7010,18 +7200,13 @@ def has_label(labels, asked):
     return key in labels and (not equals or labels[key] == value)
 
 
-def labels_of(image):
-    """An image's labels."""
-    return image.settings.get("Labels") or {}
-
-
 IMAGE_FILTERS = {  # whether one passes KEY=text
     "dangling": lambda image, text: (text == "true") == (not image.names),
-    "label": lambda image, text: has_label(labels_of(image), text),
-    "label!": lambda image, text: not has_label(labels_of(image), text),
+    "label": lambda image, text: has_label(image.labels, text),
+    "label!": lambda image, text: not has_label(image.labels, text),
     "before": lambda image, text: image.created < find_image(text).created,
     "since": lambda image, text: image.created > find_image(text).created,
-    "until": lambda image, text: image.created < moment_of(text),
+    "until": lambda image, text: image.created * 10 ** 9 < moment("until", text),
 }
 
 
@@ -7029,15 +7214,6 @@ def matches(image, wanted):
     """Whether an image passes --filter."""
     return all(IMAGE_FILTERS[key](image, text) for key, texts in wanted.items()
                if key in IMAGE_FILTERS for text in texts)
-
-
-def is_like(row, patterns):
-    """Whether a row of `images` has one of these names, which may have wildcards."""
-    import fnmatch
-
-    return not patterns or any(
-        fnmatch.fnmatchcase(text, pattern) for pattern in patterns
-        for text in (row["Repository"], f"{row['Repository']}:{row['Tag']}"))
 
 
 def image_rows(image, no_trunc):
@@ -7053,8 +7229,7 @@ def image_rows(image, no_trunc):
                "CreatedSince": ago(image.created),
                "CreatedAt": time.strftime("%Y-%m-%d %H:%M:%S +0000 UTC",
                                           time.gmtime(image.created)),
-               "Size": decimal(sum(image.sizes)), "Containers": "N/A",
-               "SharedSize": "N/A", "UniqueSize": "N/A"}
+               "Size": decimal(sum(image.sizes))}
 
 
 LIST_OPTIONS = (
@@ -7067,16 +7242,19 @@ LIST_OPTIONS = (
 @command("images", *LIST_OPTIONS)
 def images_command(options):
     """List the images of the store."""
+    import fnmatch
+
     wanted = filters_of(options.filter, (*IMAGE_FILTERS, "reference"))
     like = wanted.get("reference", []) + [options.repository] * bool(options.repository)
-    columns = {"REPOSITORY": "Repository", "TAG": "Tag", "DIGEST": "Digest",
-               "IMAGE ID": "ID", "CREATED": "CreatedSince", "SIZE": "Size"}
-    if not options.digests:
-        del columns["DIGEST"]
-    print_list(columns, [row for image in all_images() if matches(image, wanted)
-                         for row in image_rows(image, options.no_trunc)
-                         if is_like(row, like)],
-               options.format, "ID" if options.quiet else "")
+    rows = [row for image in all_images() if matches(image, wanted)
+            for row in image_rows(image, options.no_trunc)
+            if not like or any(fnmatch.fnmatchcase(text, pattern) for pattern in like
+                               for text in (row["Repository"],
+                                            f"{row['Repository']}:{row['Tag']}"))]
+    digest = {"DIGEST": "Digest"} if options.digests else {}
+    print_list({"REPOSITORY": "Repository", "TAG": "Tag", **digest, "IMAGE ID": "ID",
+                "CREATED": "CreatedSince", "SIZE": "Size"}, rows, options.format,
+               "ID" if options.quiet else "")
 
 
 @command("history", QUIET, NO_TRUNC, FORMAT,
@@ -7101,22 +7279,21 @@ def history_command(options):
 
 def inspected(image):
     """What `image inspect` tells, under Docker's keys."""
-    history, directories = image.config.get("history") or [{}], [
-        store("layers", hex_of(diff_id)) for diff_id in image.diff_ids]
-    size_ = sum(image.sizes)
+    history, size_ = image.config.get("history") or [{}], sum(image.sizes)
+
+    def said(key):
+        return image.config.get(key) or ""
+
     return {
         "Id": image.id, "RepoTags": image.tags(), "RepoDigests": image.digests(),
         "Parent": "", "Comment": history[-1].get("comment") or "",
-        "Created": image.config.get("created") or "", "DockerVersion": "",
-        "Author": image.config.get("author") or "", "Config": image.settings,
-        "Architecture": image.config.get("architecture") or "",
-        "Variant": image.config.get("variant") or "",
-        "Os": image.config.get("os") or "", "Size": size_, "VirtualSize": size_,
-        "GraphDriver": {"Name": "overlay",
-                        "Data": {"LowerDir": ":".join(reversed(directories))}},
+        "Created": said("created"), "DockerVersion": "", "Author": said("author"),
+        "Config": image.settings, "Architecture": said("architecture"),
+        "Variant": said("variant"), "Os": said("os"), "Size": size_,
+        "VirtualSize": size_, "GraphDriver": {"Name": "overlay", "Data": {
+            "LowerDir": ":".join(map(layer_path, reversed(image.diff_ids)))}},
         "RootFS": {"Type": "layers", "Layers": image.diff_ids},
-        "Descriptor": {key: image.entry[key] for key in ("mediaType", "digest",
-                                                         "size")}}
+        "Descriptor": bare(image.entry)}
 
 
 def for_each(names, do):
@@ -7158,41 +7335,40 @@ def image_inspect_command(options):
 # ── images made, named and removed ──
 
 
+CHANGES = {"CMD": "Cmd", "ENTRYPOINT": "Entrypoint", "ENV": "Env", "LABEL": "Labels",
+           "EXPOSE": "ExposedPorts", "VOLUME": "Volumes", "USER": "User",
+           "WORKDIR": "WorkingDir", "STOPSIGNAL": "StopSignal"}
+
+
 def take_change(settings, text):
     """Apply one line of a Dockerfile, of those that only change the config."""
     import shlex
 
     word, _, rest = text.strip().partition(" ")
-    word, rest = word.upper(), rest.strip()
-    keys = {"CMD": "Cmd", "ENTRYPOINT": "Entrypoint", "ENV": "Env", "LABEL": "Labels",
-            "EXPOSE": "ExposedPorts", "VOLUME": "Volumes", "USER": "User",
-            "WORKDIR": "WorkingDir", "STOPSIGNAL": "StopSignal"}
-    if word not in keys or not rest:
-        raise Fail(f"--change {text!r}: not possible", f"{', '.join(keys)}, each with "
-                   "what it takes in a Dockerfile", 1)
+    word, rest, key = word.upper(), rest.strip(), CHANGES.get(word.upper())
+    if not key or not rest:
+        raise Fail(f"--change {text!r}: not possible", f"{', '.join(CHANGES)}, each "
+                   "with what it takes in a Dockerfile", 1)
+    listed = parsed(rest, f"--change {text!r}", [str]) if rest[0] == "[" else None
     try:
-        words = from_json(rest) if rest[0] == "[" else None
-        split = shlex.split(rest)
+        words = listed or shlex.split(rest)
     except ValueError as error:
         raise Fail(f"--change {text!r}: {error}", "as in a Dockerfile", 1) from None
     if word in ("CMD", "ENTRYPOINT"):
-        settings[keys[word]] = ["/bin/sh", "-c", rest] if words is None else words
+        settings[key] = ["/bin/sh", "-c", rest] if listed is None else listed
     elif word in ("ENV", "LABEL"):
-        pairs = dict(item.partition("=")[::2] for item in split)
-        if "=" not in split[0]:  # the older form, ENV NAME VALUE
-            pairs = {split[0]: rest.partition(" ")[2].strip()}
-        old = settings.get(keys[word]) or {}
-        if word == "ENV":
-            old = dict(line.partition("=")[::2] for line in old)
-        pairs = {**old, **pairs}
-        settings[keys[word]] = pairs if word == "LABEL" else [
+        pairs = {words[0]: rest.partition(" ")[2].strip()} if "=" not in words[0] else (
+            dict(item.partition("=")[::2] for item in words))  # ENV NAME VALUE is older
+        pairs = {**dict(settings.get(key) or {} if word == "LABEL" else (
+            line.partition("=")[::2] for line in settings.get(key) or ())), **pairs}
+        settings[key] = pairs if word == "LABEL" else [
             f"{name}={value}" for name, value in pairs.items()]
     elif word in ("EXPOSE", "VOLUME"):
-        items = [f"{item}/tcp" if word == "EXPOSE" and "/" not in item else item
-                 for item in words or split]
-        settings.setdefault(keys[word], {}).update({item: {} for item in items})
+        settings[key] = {**(settings.get(key) or {}), **{
+            item if word == "VOLUME" or "/" in item else f"{item}/tcp": {}
+            for item in words}}
     else:
-        settings[keys[word]] = rest
+        settings[key] = rest
 
 
 def open_import(text):
@@ -7215,20 +7391,19 @@ def keep_layer(stream, title):
     path, digest = spool(pieces(stream))
     try:
         with open(path, "rb") as file:
-            packed = compression(file.read(8))
+            packed = compression(file.read(512))
         if packed in ("xz", "bzip2"):
             packed, old = "", path
             path, digest = spool(plain_pieces(old, title))
             os.unlink(old)
-        diff_id = []
-        made = new_directory("layers", lambda top: diff_id.append(
-            unpack(path, top, title)))
+        made, (diff_id, bytes_) = new_directory(
+            "layers", lambda top: unpack(path, top, title))
         os.rename(path, blob_path(digest))
     finally:
         take_away_file(path)
-    top = publish(made, hex_of(diff_id[0]))
+    publish(made, hex_of(diff_id))
     return {"mediaType": OCI_LAYER + (packed and f"+{packed}"), "digest": digest,
-            "size": os.path.getsize(blob_path(digest))}, diff_id[0], bytes_in(top)
+            "size": os.path.getsize(blob_path(digest))}, diff_id, bytes_
 
 
 def new_image(config, below, made, refs, step):
@@ -7263,7 +7438,6 @@ def new_image(config, below, made, refs, step):
          arg("name", nargs="?", metavar="NAME[:TAG]", help="of the new image"))
 def import_command(options):
     """Make an image of a tarball."""
-    need_root()
     refs = [full_name(options.name)] if options.name else [""]
     settings = {}
     for text in options.change:
@@ -7281,7 +7455,6 @@ def import_command(options):
          arg("name", metavar="NAME[:TAG]", help="the new one"))
 def tag_command(options):
     """Give an image one more name."""
-    need_root()
     ref = full_name(options.name)
     if "@" in ref:
         raise Fail("refusing to create a tag with a digest reference", "NAME:TAG", 1)
@@ -7326,42 +7499,42 @@ def sweep(all_of_it=False):
         for _, step in cached_steps():
             if layer := step.get("layer"):
                 keep_.update(map(hex_of, [layer[0]["digest"], layer[1]]))
-        for parent in ("images/blobs/sha256", "ingest", "layers"):
-            for name in os.listdir(store(parent, "")):
+        for parent in ("images/blobs/sha256", "layers", *["ingest"] * all_of_it):
+            for name in set(os.listdir(store(parent, ""))) - keep_:
                 path = store(parent, name)
-                if name in keep_ or (parent == "ingest" and not all_of_it):
-                    continue
-                if os.path.isdir(path) and not name.startswith(".new-"):
-                    freed += bytes_in(path)
-                    new = store(parent, f".new-{os.getpid()}-{name}")
-                    os.rename(path, new)
-                    remove_tree(new)
-                elif os.path.isfile(path):
+                if not os.path.isdir(path):
                     freed += os.path.getsize(path)
                     os.unlink(path)
+                elif not name.startswith(".new-"):
+                    new = store(parent, f".new-{os.getpid()}-{name}")
+                    os.rename(path, new)
+                    freed += remove_tree(new)
         return freed
 
 
 def check_removable(image, text, by_name, force):
-    """Refuse, in Docker's words, to remove an image that is in use."""
+    """Refuse, in Docker's words, to remove an image that is in use; who uses it."""
     short = image.id[7:19]
     users = [id for id, notes in containers() if notes.get(OF_IMAGE) == image.id]
-    running = [id for id in users if is_held(store("containers", id))]
-    if by_name and (len(image.tags()) > 1 or force or not users):
-        return users
+    running = [id[:12] for id in users if is_held(store("containers", id))]
+
+    def conflict(what, why, hint):
+        raise Fail(f"conflict: unable to {what} {why}", hint, 1)
+
     if by_name:
-        raise Fail(f"conflict: unable to remove repository reference {text!r} (must "
-                   f"force) - container {users[0][:12]} is using its referenced image "
-                   f"{short}", "`system prune` removes containers that have ended", 1)
-    if running:
-        raise Fail(f"conflict: unable to delete {short} (cannot be forced) - image is "
-                   f"being used by running container {running[0][:12]}", "end it", 1)
-    if users and not force:
-        raise Fail(f"conflict: unable to delete {short} (must be forced) - image is "
-                   f"being used by stopped container {users[0][:12]}", "-f", 1)
-    if len({tag.rpartition(":")[0] for tag in image.tags()}) > 1 and not force:
-        raise Fail(f"conflict: unable to delete {short} (must be forced) - image is "
-                   "referenced in multiple repositories", "-f", 1)
+        if users and not force and len(image.tags()) == 1:
+            conflict(f"remove repository reference {text!r} (must force) - container",
+                     f"{users[0][:12]} is using its referenced image {short}",
+                     "`system prune` removes containers that have ended")
+    elif running:
+        conflict(f"delete {short} (cannot be forced) - image is being used by running "
+                 "container", running[0], "end it")
+    elif not force and users:
+        conflict(f"delete {short} (must be forced) - image is being used by stopped "
+                 "container", users[0][:12], "-f")
+    elif not force and len({tag.rpartition(":")[0] for tag in image.tags()}) > 1:
+        conflict(f"delete {short} (must be forced) - image is", "referenced in "
+                 "multiple repositories", "-f")
     return users
 
 
@@ -7378,21 +7551,19 @@ def remove_image(text, force=False):
         users = check_removable(image, text, by_name, force)
         gone = [full_name(text)] if by_name else list(image.names)
         left = [ref for ref in image.names if ref not in gone]
-        repositories = {split_name(ref)[:2] for ref in left if "@" not in ref}
-        gone += [ref for ref in left if "@" in ref and any(
-            split_name(name)[:2] == split_name(ref)[:2] for name in gone)
-            and split_name(ref)[:2] not in repositories]
+        tagged = {split_name(ref)[:2] for ref in left if "@" not in ref}
+        gone += [ref for ref in left if "@" in ref and split_name(ref)[:2] in {
+            split_name(name)[:2] for name in gone} - tagged]
         for ref in gone:
-            untag(entries, ref)
+            point(entries, ref)
             print(f"Untagged: {short_name(ref)}")
         if set(image.names) - set(gone) or users:
             return
         entries[:] = [entry for entry in entries if Image(entry).id != image.id]
-    print(f"Deleted: {image.id}")
     kept = {diff_id for other in all_images() for diff_id in other.diff_ids}
-    for diff_id in reversed(image.diff_ids):
-        if diff_id not in kept:
-            print(f"Deleted: {diff_id}")
+    for digest in [image.id, *reversed(image.diff_ids)]:
+        if digest not in kept:
+            print(f"Deleted: {digest}")
     sweep()
 
 
@@ -7406,26 +7577,19 @@ RMI_OPTIONS = (
 @command("rmi", *RMI_OPTIONS)
 def rmi_command(options):
     """Remove images."""
-    need_root()
     for_each(options.images, lambda text: remove_image(text, options.force))
 
 
-@command("image prune",
+@command("image prune", FORCE,
          arg("-a", "--all", action="store_true", help="all that no container uses"),
-         arg("-f", "--force", action="store_true", help="do not ask"),
          arg("--filter", metavar="KEY=VALUE", action="append", default=[],
              help="only such: until, label, label!"))
 def image_prune_command(options):
     """Remove images that have no name, and what no image needs."""
-    need_root()
     wanted = filters_of(options.filter, ("until", "label", "label!"))
-    what = "all images without at least one container associated to them" if (
-        options.all) else "all dangling images"
-    if not options.force:
-        print(f"WARNING! This will remove {what}.\nAre you sure you want to continue? "
-              "[y/N] ", end="", flush=True)
-        if sys.stdin.readline().strip().lower() != "y":
-            return
+    if not confirm(options, "all images without at least one container associated to "
+                   "them" if options.all else "all dangling images"):
+        return
     used = {notes.get(OF_IMAGE) for _, notes in containers()}
     for image in all_images():
         if (options.all or not image.names) and image.id not in used and matches(
@@ -7453,7 +7617,6 @@ def save_command(options):
          arg("-q", "--quiet", action="store_true", help="no progress"), PLATFORM)
 def load_command(options):
     """Bring in the images of a tarball that `save` wrote, here or elsewhere."""
-    need_root()
     if not options.input and os.isatty(0):
         raise Fail("requested load from stdin, but stdin is empty", "-i FILE, or <", 1)
     title, temporary = options.input or "standard input", []
@@ -7465,7 +7628,7 @@ def load_command(options):
                     path = spool(pieces(stdin))[0]
                     temporary.append(path)
             with open(path, "rb") as file:
-                packed = compression(file.read(8))
+                packed = compression(file.read(512))
             if packed:
                 path = spool(plain_pieces(path, title))[0]
                 temporary.append(path)
@@ -7496,7 +7659,9 @@ def image_layers(image):
     found = {}
     for diff_id, layer in zip(image.diff_ids, image.layers, strict=True):
         found.pop(diff_id, None)
-        found[diff_id] = layer_at(diff_id, blob_path(layer["digest"]))
+        found[diff_id] = layer_path(diff_id)
+        if not os.path.isdir(found[diff_id]):
+            unpack_layer(diff_id, blob_path(layer["digest"]))
     if not found:
         raise Fail(f"image {image.id[7:19]} has no files", "there is nothing to run")
     return list(found.values())
@@ -7570,20 +7735,22 @@ CHUNK = 64 << 20  # bytes: a larger blob is uploaded in pieces
 # ── who we are ──
 
 
-def docker_config():
-    """(path, content) of Docker's config.json, where logins are kept."""
+def docker_config(host):
+    """Docker's config.json, where logins are kept: (its path, its content, the key that
+    it has for a registry, the credential helper for that or "")."""
     top = os.environ.get("DOCKER_CONFIG") or os.path.expanduser("~/.docker")
-    path = os.path.realpath(f"{top}/config.json")
-    try:
+    path, config = os.path.realpath(f"{top}/config.json"), {}
+    if os.path.exists(path):
         with open(path, "rb") as file:
-            return path, parsed(file.read(), path, {
+            config = parsed(file.read(), path, {
                 "auths": {}, "credHelpers": {}, "credsStore": str})
-    except FileNotFoundError:
-        return path, {}
+    key = HUB_KEY if host == "docker.io" else host
+    return path, config, key, (config.get("credHelpers") or {}).get(key) or config.get(
+        "credsStore") or ""
 
 
 def ask_helper(name, verb, text):
-    """What a credential helper answers; None if it knows nothing."""
+    """What a credential helper answers; "" if it knows nothing."""
     import subprocess
 
     program = f"docker-credential-{name}"
@@ -7596,12 +7763,7 @@ def ask_helper(name, verb, text):
     if done.returncode and "credentials not found" not in done.stdout:
         raise Fail(f"{program} {verb}: {(done.stdout or done.stderr).strip():.200}", "",
                    1)
-    return None if done.returncode else done.stdout
-
-
-def helper_of(config, key):
-    """The credential helper for a registry, or ""."""
-    return (config.get("credHelpers") or {}).get(key) or config.get("credsStore") or ""
+    return "" if done.returncode else done.stdout
 
 
 def credentials(host):
@@ -7609,11 +7771,10 @@ def credentials(host):
     token instead is "<token>"."""
     import base64
 
-    key, (path, config) = HUB_KEY if host == "docker.io" else host, docker_config()
-    if helper := helper_of(config, key):
-        said = ask_helper(helper, "get", key)
-        said = parsed(said, f"docker-credential-{helper}", {
-            "Username": str, "Secret": str}) if said else {}
+    path, config, key, helper = docker_config(host)
+    if helper:
+        said = parsed(ask_helper(helper, "get", key) or "{}",
+                      f"docker-credential-{helper}", {"Username": str, "Secret": str})
         return [said["Username"], said["Secret"]] if said.get("Secret") else None
     try:
         kept = config["auths"][key]
@@ -7632,18 +7793,16 @@ def keep_credentials(host, user):
     alone (P3), and with a helper not in a file at all."""
     import base64
 
-    key, (path, config) = HUB_KEY if host == "docker.io" else host, docker_config()
+    path, config, key, helper = docker_config(host)
     auths = {**(config.get("auths") or {})}
-    helper = helper_of(config, key)
     known = auths.pop(key, None) is not None or bool(helper)
-    if helper and user:
-        ask_helper(helper, "store", to_json({
-            "ServerURL": key, "Username": user[0], "Secret": user[1]}))
-        auths[key] = {}
-    elif helper:
-        ask_helper(helper, "erase", key)
-    elif user:
-        auths[key] = {"auth": base64.b64encode(":".join(user).encode()).decode()}
+    if helper:
+        ask_helper(helper, *["store", to_json({
+            "ServerURL": key, "Username": user[0], "Secret": user[1]})] if user else [
+            "erase", key])
+    if user:
+        auths[key] = {} if helper else {
+            "auth": base64.b64encode(":".join(user).encode()).decode()}
     os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
     save(path, {**config, "auths": auths})
     return known
@@ -7663,12 +7822,12 @@ def is_loopback(host):
 
 def may_be_insecure(host):
     """Whether http will do for a registry."""
-    try:
-        with open(f"{DOCKER_ETC}/daemon.json", "rb") as file:
-            config = parsed(file.read(), file.name, {"insecure-registries": [str]})
-    except FileNotFoundError:
-        config = {}
-    return is_loopback(host) or host in (config.get("insecure-registries") or ())
+    path = f"{DOCKER_ETC}/daemon.json"
+    if is_loopback(host) or not os.path.exists(path):
+        return is_loopback(host)
+    with open(path, "rb") as file:
+        config = parsed(file.read(), path, {"insecure-registries": [str]})
+    return host in (config.get("insecure-registries") or ())
 
 
 def tls_context(host):
@@ -7735,28 +7894,6 @@ def refusal(error, host):
     return refused
 
 
-class Flow:
-    """The body of an answer, whose end may come too early."""
-
-    def __init__(self, answer):
-        self.answer = answer
-
-    def read(self, length):
-        """Some bytes; none at the end."""
-        import http.client
-
-        try:
-            return self.answer.read(length)
-        except (OSError, http.client.HTTPException) as error:
-            raise Broken(f"the connection has ended: {error!r:.90}") from None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.answer.close()
-
-
 class Registry:
     """A source of images, and where they go: one repository of a registry.
 
@@ -7772,13 +7909,18 @@ class Registry:
 
     def patiently(self, do, *args):
         """Do something, and what may pass again, after a pause that grows."""
+        import http.client
+        import ssl
+
         for attempt in range(ATTEMPTS):
             try:
                 return do(*args)
-            except Broken as error:
+            except (Broken, ConnectionError, TimeoutError, ssl.SSLError,
+                    http.client.HTTPException) as error:
                 if attempt == ATTEMPTS - 1:
-                    raise Fail(f"{self.host}: {error}", f"the last of {ATTEMPTS} "
-                               "attempts; what has come is kept", 1) from None
+                    raise Fail(f"{self.host}: {str(error) or repr(error)}", "the last "
+                               f"of {ATTEMPTS} attempts; what has come is kept", 1
+                               ) from None
                 time.sleep(max(PAUSE * 2 ** attempt, getattr(error, "pause", 0)))
 
     def find_scheme(self):
@@ -7828,7 +7970,6 @@ class Registry:
 
     def open_url(self, asked):
         """What the opener gives for a request; Broken where another try may help."""
-        import http.client
         import socket
         import ssl
         import urllib.error
@@ -7837,8 +7978,8 @@ class Registry:
             return self.opener.open(asked, timeout=PATIENCE)
         except urllib.error.HTTPError:
             raise
-        except (OSError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", error)
+        except urllib.error.URLError as error:
+            reason = error.reason
             if isinstance(reason, ssl.SSLCertVerificationError):
                 raise Fail(f"{self.host}: {reason.verify_message}", "its authority's "
                            f"certificate goes into {DOCKER_ETC}/certs.d/{self.host}/",
@@ -7856,10 +7997,11 @@ class Registry:
         import urllib.parse
         import urllib.request
 
-        kind, fields = challenge.partition(" ")[0].lower(), dict(
-            re.findall(r'(\w+)="([^"]*)"', challenge))
-        basic = self.user and self.user[0] != "<token>" and "Basic " + base64.b64encode(
-            ":".join(self.user).encode()).decode()
+        kind = challenge.partition(" ")[0].lower()
+        fields = dict(re.findall(r'(\w+)="([^"]*)"', challenge))
+        name, secret = self.user or ("", "")
+        basic = name not in ("", "<token>") and "Basic " + base64.b64encode(
+            f"{name}:{secret}".encode()).decode()
         if kind == "basic" and basic:
             self.authorization = basic
             return
@@ -7868,16 +8010,17 @@ class Registry:
                 ("https://", f"{self.scheme}://")):
             raise Refused("unauthorized: authentication required",
                           f"minicontainer login {self.host}", 1)
-        query = [(key, fields[key]) for key in ("service", "scope") if key in fields]
-        if self.user and self.user[0] == "<token>":  # OAuth 2: in a body, by POST
-            form = [*query, ("grant_type", "refresh_token"),
-                    ("client_id", "minicontainer"), ("refresh_token", self.user[1])]
-            asked = urllib.request.Request(realm, urllib.parse.urlencode(form).encode())
+        form, body = {key: fields[key] for key in ("service", "scope")
+                      if key in fields}, None
+        if name == "<token>":  # OAuth 2: in a body, by POST
+            form.update(grant_type="refresh_token", client_id="minicontainer",
+                        refresh_token=secret)
+            body = urllib.parse.urlencode(form).encode()
         else:
-            asked = urllib.request.Request(realm + ("&" if "?" in realm else "?")
-                                           + urllib.parse.urlencode(query))
-            if basic:
-                asked.add_unredirected_header("Authorization", basic)
+            realm += ("&" if "?" in realm else "?") + urllib.parse.urlencode(form)
+        asked = urllib.request.Request(realm, body)
+        if basic:
+            asked.add_unredirected_header("Authorization", basic)
         try:
             with self.open_url(asked) as answer:
                 said = parsed(answer.read(1 << 20), "token", {
@@ -7889,18 +8032,16 @@ class Registry:
 
     def manifest(self, version):
         """The bytes that a tag or digest names, and their digest."""
-        import hashlib
+        import io
 
-        with Flow(self.ask("GET", f"/v2/{self.path}/manifests/{version}",
-                           Accept=", ".join(MANIFESTS))) as flow:
-            raw = b""
-            while part := flow.read(1 << 16):
-                raw += part
-                if len(raw) > MANIFEST_LIMIT:
-                    raise Fail(f"{self.host}: the manifest has more than "
-                               f"{MANIFEST_LIMIT} bytes", "it is hostile", 1)
-            said = flow.answer.headers.get("Docker-Content-Digest")
-        digest = f"sha256:{hashlib.sha256(raw).hexdigest()}"
+        with self.ask("GET", f"/v2/{self.path}/manifests/{version}",
+                      Accept=", ".join(MANIFESTS)) as answer:
+            raw = answer.read(MANIFEST_LIMIT + 1)
+            said = answer.headers.get("Docker-Content-Digest")
+        if len(raw) > MANIFEST_LIMIT:
+            raise Fail(f"{self.host}: the manifest has more than {MANIFEST_LIMIT} "
+                       "bytes", "it is hostile", 1)
+        digest = sha256(io.BytesIO(raw))
         for wanted in (version, said):
             if wanted and wanted.startswith("sha256:") and wanted != digest:
                 raise Fail(f"{self.host}: wrong digest: asked for {wanted}, what has "
@@ -7914,7 +8055,7 @@ class Registry:
         answer = self.ask("GET", f"/v2/{self.path}/{kind}/{descriptor['digest']}",
                           Accept=descriptor.get("mediaType") or "*/*", **rest)
         begins = answer.headers.get("Content-Range", "").startswith(f"bytes {at}-")
-        return Flow(answer), at if answer.status == 206 and begins else 0
+        return answer, at if answer.status == 206 and begins else 0
 
     def has(self, digest):
         """Whether it has a blob."""
@@ -7933,32 +8074,29 @@ class Registry:
         Each answer says where the next request goes; that may be another host, which
         is then told nothing of who we are.
         """
-        digest, length = descriptor["digest"], descriptor["size"]
+        digest, length, sent = descriptor["digest"], descriptor["size"], 0
         mount = f"?mount={digest}&from={other}" if other else ""
-        where = f"/v2/{self.path}/blobs/uploads/{mount}"
-        with self.ask("POST", where, lambda: b"") as answer:
-            where = answer.headers.get("Location", "")
+        with self.ask("POST", f"/v2/{self.path}/blobs/uploads/{mount}",
+                      lambda: b"") as answer:
             if answer.status == 201:
-                tell(f"Mounted from {other}")
-                return
-        sent = 0
+                return tell(f"Mounted from {other}")
+            where = answer.headers.get("Location", "")
 
-        def piece():
-            part = Part(blob_path(digest), sent, min(CHUNK, length - sent))
-            part.tell = lambda left: tell("Pushing", min(sent + CHUNK, length) - left,
-                                          length)
-            return part
+        def send(method, end, **headers):
+            def piece():
+                part = Part(blob_path(digest), sent, end - sent)
+                part.tell = lambda left: tell("Pushing", end - left, length)
+                return part
+            return self.ask(method, where, piece, Content_Length=str(end - sent),
+                            Content_Type="application/octet-stream", **headers)
 
         while length > CHUNK and sent < length:
             end = min(sent + CHUNK, length)
-            with self.ask("PATCH", where, piece, Content_Length=str(end - sent),
-                          Content_Type="application/octet-stream",
-                          Content_Range=f"{sent}-{end - 1}") as answer:
+            with send("PATCH", end, Content_Range=f"{sent}-{end - 1}") as answer:
                 where, sent = answer.headers.get("Location", where), end
         where += f"{'&' if '?' in where else '?'}digest={digest}"
-        with self.ask("PUT", where, piece, Content_Length=str(length - sent),
-                      Content_Type="application/octet-stream"):
-            tell("Pushed")
+        send("PUT", length).close()
+        tell("Pushed")
 
     def put(self, descriptor, other="", tell=lambda *_: None):
         """Have the registry have a blob of the store."""
@@ -8008,28 +8146,23 @@ class Progress:
 def pull_image(ref, platform, out=None):
     """Bring an image from its registry into the store, telling about it on `out`."""
     host, path, version = split_name(ref)
-    registry, out = Registry(host, path), out or sys.stdout
+    registry, out, name = Registry(host, path), out or sys.stdout, short_name(ref)
     try:
         raw, digest = registry.patiently(registry.manifest, version)
     except Refused as refused:
-        name = short_name(ref)
-        if refused.status == 404:
-            refused.message = f"manifest for {name} not found: {refused.message}"
-        else:
-            refused.message = (f"pull access denied for {name.rsplit(':', 1)[0]}, "
-                               "repository does not exist or may require 'minicontainer"
-                               f" login': {refused.message}")
+        refused.message = (
+            f"manifest for {name} not found" if refused.status == 404 else
+            f"pull access denied for {name.rsplit(':', 1)[0]}, repository does not "
+            "exist or may require 'minicontainer login'") + f": {refused.message}"
         raise
-    print(f"{short_name(ref) if '@' in ref else version}: Pulling from {path}",
-          file=out)
+    print(f"{name if '@' in ref else version}: Pulling from {path}", file=out)
     known = [(name_of(entry), entry["digest"]) for entry in read_index()]
     with adding():
         image = take_image(registry, pick(registry, raw, platform), dict.fromkeys(
             (ref, f"{host}/{path}@{digest}")), Progress(out))
-    new = (ref, image.entry["digest"]) not in known
-    print(f"Digest: {digest}\nStatus: "
-          f"{'Downloaded newer image' if new else 'Image is up to date'} for "
-          f"{short_name(ref)}", file=out)
+    status = "Image is up to date" if (ref, image.entry["digest"]) in known else (
+        "Downloaded newer image")
+    print(f"Digest: {digest}\nStatus: {status} for {name}", file=out)
 
 
 def asked_name(text):
@@ -8044,7 +8177,6 @@ def asked_name(text):
          PLATFORM, arg("name", metavar="NAME[:TAG|@DIGEST]", help="of the image"))
 def pull_command(options):
     """Fetch an image from a registry."""
-    need_root()
     ref = full_name(options.name) if options.quiet else asked_name(options.name)
     with open(os.devnull if options.quiet else 1, "w", closefd=options.quiet) as out:
         pull_image(ref, platform_of(options.platform), out)
@@ -8057,8 +8189,8 @@ def push_image(image, ref):
     registry, others = Registry(host, path), {}
     for entry in read_index():  # where the registry has it from us, if not there
         if "@" in name_of(entry) and split_name(name_of(entry))[0] == host:
-            for digest in Image(entry).blobs():
-                others[digest] = split_name(name_of(entry))[1]
+            others.update(dict.fromkeys(Image(entry).blobs(),
+                                        split_name(name_of(entry))[1]))
     registry.find_scheme()
     layers = {layer["digest"]: layer for layer in image.layers}
     in_parallel([(digest[7:19], lambda tell, layer=layer: registry.put(
@@ -8072,24 +8204,18 @@ def push_image(image, ref):
     print(f"{tag}: digest: {digest} size: {image.entry['size']}")
 
 
-@command("push", arg("-a", "--all-tags", action="store_true", help="every tag of it"),
-         arg("name", metavar="NAME[:TAG]", help="of the image"))
+@command("push", arg("name", metavar="NAME[:TAG]", help="of the image"))
 def push_command(options):
     """Send an image to a registry."""
-    need_root()
-    ref = full_name(options.name) if options.all_tags else asked_name(options.name)
-    host, path, tag = split_name(ref)
+    ref = asked_name(options.name)
+    host, path, _ = split_name(ref)
     print(f"The push refers to repository [{host}/{path}]", flush=True)
     with adding():
-        chosen = [name for name in map(name_of, read_index())
-                  if name == ref or (options.all_tags and name and "@" not in name
-                                     and split_name(name)[:2] == (host, path))]
-        if not chosen:
+        if ref not in map(name_of, read_index()):
             raise Fail("An image does not exist locally with the tag: "
                        f"{short_name(f'{host}/{path}')}", "see `minicontainer images`",
                        1)
-        for name in chosen:
-            push_image(find_image(name), name)
+        push_image(find_image(ref), ref)
 
 
 def login_host(server):
@@ -8106,26 +8232,22 @@ def login_command(options):
     """Check a name and password with a registry, and keep them for pull and push."""
     import getpass
 
-    if options.password_stdin:
-        password = sys.stdin.readline().rstrip("\r\n")
-    if options.password_stdin and not options.username or not (
-            options.password_stdin or os.isatty(0)):
+    if not options.password_stdin and not os.isatty(0) or (
+            options.password_stdin and not options.username):
         raise Fail("a password from something that is no terminal needs -u NAME and "
                    "--password-stdin", "echo $TOKEN | minicontainer login -u NAME "
                    "--password-stdin SERVER; an option would show in `ps`", 1)
-    host = login_host(options.server)
+    registry = Registry(login_host(options.server), "")
     name = options.username or input("Username: ")
-    if not options.password_stdin:
-        password = getpass.getpass("Password: ")
-    registry = Registry(host, "")
-    registry.user = [name, password]
+    registry.user = [name, sys.stdin.readline().rstrip("\r\n") if options.password_stdin
+                     else getpass.getpass("Password: ")]
     try:
         registry.patiently(registry.ask, "GET", "/v2/").close()
     except Refused as refused:
         raise Fail(f"login attempt to {registry.scheme}://{registry.address}/v2/ "
                    f"failed with status: {refused.status or 401} {refused.message}",
                    "is the password right?", 1) from None
-    keep_credentials(host, registry.user)
+    keep_credentials(registry.host, registry.user)
     print("Login Succeeded")
 
 
@@ -8156,8 +8278,9 @@ def logout_command(options):
 # in one table of ours, written anew as a whole, in one transaction, whenever somebody
 # comes or goes: it follows from the files below, and cannot get out of step with them.
 #
-#       networks/NAME.json      a network: its subnet, gateway, bridge …
-#       endpoints/ID.json       who is on which, from start to end: address, ports …
+#       networks/NAME.json         a network: its subnets, gateways, bridge …
+#       endpoints/ID-NAME.json     who is on it, from start to end: addresses, ports …
+#       networks/forwarding        what we have switched on, to be switched off again
 #
 # Whoever changes these locks networks/.  An address is one container's for as long as
 # its endpoint is there; that of a container which nobody looks after any more is swept
@@ -8165,7 +8288,9 @@ def logout_command(options):
 # host is left as it was.
 #
 # Names are in /etc/hosts, which we write for all who are on a network when somebody
-# comes or goes: so no process has to answer for it, and a lookup asks nobody.
+# comes or goes: so no process has to answer for it, a lookup asks nobody, and finds an
+# address's name as well as a name's address.  A program that asks name servers past
+# the C library (nslookup) does not see them.
 #
 # Man pages: rtnetlink(7), netlink(7), veth(4), bridge(8), nft(8).
 
@@ -8174,21 +8299,25 @@ RTM_NEWADDR, RTM_NEWROUTE = 20, 24
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_EXCL, NLM_F_CREATE = 1, 4, 0x200, 0x400
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_MASTER, IFLA_LINKINFO = 1, 3, 4, 10, 18
 IFLA_NET_NS_PID, IFLA_INFO_KIND, IFLA_INFO_DATA, VETH_INFO_PEER = 19, 1, 2, 1
-IFA_ADDRESS, IFA_LOCAL, RTA_OIF, RTA_GATEWAY = 1, 2, 4, 5
-AF_INET, AF_NETLINK, IFF_UP = 2, 16, 1
-NETWORK = "minicontainer.network"  # annotation: what the container wants of one
+IFA_ADDRESS, IFA_LOCAL, IFA_F_NODAD, RTA_OIF, RTA_GATEWAY = 1, 2, 2, 4, 5
+AF_INET, AF_INET6, AF_NETLINK, IFF_UP = 2, 10, 16, 1
+NETWORK = "minicontainer.network"  # annotation: what the container wants, see WANTS
 
+ADDRESS_OPTIONS = (
+    arg("--ip", metavar="ADDRESS", help="its IPv4 address in the network"),
+    arg("--ip6", metavar="ADDRESS", help="its IPv6 address in the network"),
+    arg("--mac-address", metavar="MAC", help="that of its interface"),
+)
 ENDPOINT_OPTIONS = (
     arg("-p", "--publish", metavar="[[IP:]PORT:]PORT[/udp]", action="append",
         default=[], help="what comes to that port of the host is for this of its own"),
     arg("-P", "--publish-all", action="store_true",
         help="publish what the image says it listens at, at ports that are free"),
-    arg("--ip", metavar="ADDRESS", help="its address in the network"),
-    arg("--mac-address", metavar="MAC", help="that of its interface"),
+    *ADDRESS_OPTIONS,
     arg("--network-alias", metavar="NAME", action="append", default=[],
         help="one more name in the network"),
     arg("--add-host", metavar="NAME:ADDRESS", action="append", default=[],
-        help="a line of /etc/hosts"),
+        help="a line of /etc/hosts; host-gateway is the host's address"),
     arg("--dns", metavar="ADDRESS", action="append", default=[],
         help="a name server, in place of the host's"),
     arg("--dns-search", metavar="DOMAIN", action="append", default=[],
@@ -8196,6 +8325,68 @@ ENDPOINT_OPTIONS = (
     arg("--dns-option", metavar="OPTION", action="append", default=[],
         help="an option of resolv.conf"),
 )
+
+
+# ── addresses ──
+#
+# An address is a number of 128 bits: one of IPv4 is the one that IPv6 has for it,
+# ::ffff:172.18.0.2.  So all are in one row, a subnet is a range of it, and nothing that
+# counts or compares them has to ask for the family.
+
+IPV4 = range(0xFFFF << 32, 0x10000 << 32)
+
+
+def packed(address):
+    """The four or sixteen bytes of an address."""
+    import _socket
+
+    try:
+        return _socket.inet_pton(AF_INET6 if ":" in address else AF_INET, address)
+    except OSError:
+        raise Fail(f"invalid address: {address!r}", "as 172.18.0.2, or fd00::2",
+                   1) from None
+
+
+def number_of(address):
+    """An address as a number."""
+    data = packed(address)
+    return int.from_bytes(data, "big") + (IPV4.start if len(data) == 4 else 0)
+
+
+def address_of(number):
+    """The address that a number is."""
+    import _socket
+
+    if number in IPV4:
+        return _socket.inet_ntop(AF_INET, (number - IPV4.start).to_bytes(4, "big"))
+    return _socket.inet_ntop(AF_INET6, number.to_bytes(16, "big"))
+
+
+def subnet_range(text):
+    """The numbers of the addresses of a subnet in the form 172.18.0.0/16."""
+    address, slash, bits = text.partition("/")
+    first, length = number_of(address), 8 * len(packed(address))
+    size_ = 1 << length - whole("the length of a prefix", bits if slash else "", 8,
+                                length - 2)
+    if first % size_:
+        raise Fail(f"invalid subnet {text}: it has bits beyond its prefix",
+                   f"{address_of(first // size_ * size_)}/{bits}", 1)
+    return range(first, first + size_)
+
+
+def lies_in(address, subnet):
+    """Whether an address is one of a subnet's."""
+    return number_of(address) in subnet_range(subnet)
+
+
+def overlap(one, other):
+    """Whether two ranges have an address in common."""
+    return one.start < other.stop and other.start < one.stop
+
+
+def mac_of(address):
+    """The MAC that Docker makes of an address."""
+    return "02:42:" + ":".join(f"{byte:02x}" for byte in packed(address)[-4:])
 
 
 # ── rtnetlink ──
@@ -8232,6 +8423,11 @@ def error_words(attributes):
     return ""
 
 
+def link(index=0, flags=0):
+    """struct ifinfomsg: an interface by its number, and flags that it is to have."""
+    return struct.pack("=BxHiII", 0, 0, index, flags, flags)
+
+
 class Netlink:
     """A socket to the tables of interfaces, addresses and routes of the network
     namespace that it is made in."""
@@ -8252,6 +8448,10 @@ class Netlink:
                               flags | NLM_F_REQUEST | NLM_F_ACK, 1, 0) + body
         return request("netlink", (f"ip {words}",), lambda: self.answer(message), why)
 
+    def make(self, words, kind, head, attributes, why=""):
+        """Ask for something that is not there yet."""
+        self.ask(words, kind, head, attributes, NLM_F_CREATE | NLM_F_EXCL, why)
+
     def answer(self, message):
         """Send a message and wait until the kernel has done it, or says why not."""
         found = 0
@@ -8269,117 +8469,124 @@ class Netlink:
                 found = struct.unpack_from("=i", data, 20)[0]
                 data = data[length + -length % 4:]
 
+    def index(self, name):
+        """The number of an interface; 0 if there is none of that name."""
+        try:
+            return self.ask(f"link show {name}", RTM_GETLINK, link(),
+                            {IFLA_IFNAME: name})
+        except OSError as error:
+            if error.errno != errno.ENODEV:
+                raise
+            return 0
 
-def link(index=0, flags=0):
-    """struct ifinfomsg: an interface by its number, and flags that it is to have."""
-    return struct.pack("=BxHiII", 0, 0, index, flags, flags)
+    def remove(self, name, why):
+        """Remove an interface, unless its namespace has taken it along already."""
+        try:
+            if index := self.index(name):
+                self.ask(f"link delete {name}", RTM_DELLINK, link(index), {}, why=why)
+        except OSError as error:
+            if error.errno != errno.ENODEV:
+                raise
+
+    def set_up(self, name, addresses=()):
+        """Give an interface addresses (with the length of their prefix), and switch it
+        on."""
+        index = self.index(name)
+        for address in addresses:
+            plain, _, bits = address.partition("/")
+            six = ":" in plain  # then it is to work now, not when all were asked for it
+            self.make(f"address add {address} dev {name}{' nodad' * six}", RTM_NEWADDR,
+                      struct.pack("=BBBBI", AF_INET6 if six else AF_INET, int(bits),
+                                  IFA_F_NODAD * six, 0, index),
+                      {IFA_LOCAL: packed(plain), IFA_ADDRESS: packed(plain)})
+        self.ask(f"link set {name} up", RTM_SETLINK, link(index, IFF_UP), {})
+
+    def route(self, gateway, name):
+        """Have what is not near go to a gateway, through an interface."""
+        six = ":" in gateway
+        self.make(f"{'-6 ' * six}route add default via {gateway} dev {name}",
+                  RTM_NEWROUTE, struct.pack("=8BI", AF_INET6 if six else AF_INET,
+                                            0, 0, 0, 254, 3, 0, 1, 0),
+                  {RTA_GATEWAY: packed(gateway), RTA_OIF: self.index(name)},
+                  why="the way to everywhere else")
 
 
-def index_of(netlink, name):
-    """The number of an interface; 0 if there is none of that name."""
-    try:
-        return netlink.ask(f"link show {name}", RTM_GETLINK, link(),
-                           {IFLA_IFNAME: name})
-    except OSError as error:
-        if error.errno != errno.ENODEV:
-            raise
-        return 0
+class network_of:
+    """A context in the network namespace of a process: what is made there is of there.
+
+    /proc/sys/net too shows whoever looks the settings of his own."""
+
+    def __init__(self, pid):
+        self.pid = pid
+
+    def __enter__(self):
+        self.home = open_fd("/proc/self/ns/net", os.O_RDONLY, "to come back")
+        there = open_fd(f"/proc/{self.pid}/ns/net", os.O_RDONLY)
+        syscall("setns", there, CLONE_NEWNET, why="a socket made there is of there")
+        os.close(there)
+
+    def __exit__(self, *_):
+        syscall("setns", self.home, CLONE_NEWNET, why="and back")
+        os.close(self.home)
 
 
-def packed(address):
-    """The four bytes of an address."""
-    import _socket
-
-    try:
-        return _socket.inet_pton(AF_INET, address)
-    except OSError:
-        raise Fail(f"invalid address: {address!r}", "four numbers, as 172.18.0.2",
-                   1) from None
+def with_prefix(network, addresses):
+    """Addresses with the length of their subnet's prefix: 172.18.0.2/16."""
+    return [f"{address}/{pool['subnet'].partition('/')[2]}"
+            for address, pool in zip(addresses, network["pools"], strict=True)]
 
 
-def set_up(netlink, name, address="", gateway=""):
-    """Give an interface an address (with the length of its prefix) and switch it on;
-    with a `gateway`, what is not near goes there."""
-    index = index_of(netlink, name)
-    if address:
-        plain, _, bits = address.partition("/")
-        netlink.ask(f"address add {address} dev {name}", RTM_NEWADDR,
-                    struct.pack("=BBBBI", AF_INET, int(bits), 0, 0, index),
-                    {IFA_LOCAL: packed(plain), IFA_ADDRESS: packed(plain)},
-                    NLM_F_CREATE | NLM_F_EXCL)
-    netlink.ask(f"link set {name} up", RTM_SETLINK, link(index, IFF_UP), {})
-    if gateway:
-        netlink.ask(f"route add default via {gateway} dev {name}", RTM_NEWROUTE,
-                    struct.pack("=8BI", AF_INET, 0, 0, 0, 254, 3, 0, 1, 0),
-                    {RTA_GATEWAY: packed(gateway), RTA_OIF: index},
-                    NLM_F_CREATE | NLM_F_EXCL, why="the way to everywhere else")
+def set_ipv6(name, **settings):
+    """Settings of an interface for IPv6, where this kernel knows that."""
+    for key, (value, why) in settings.items():
+        path = f"/proc/sys/net/ipv6/conf/{name}/{key}"
+        if os.path.exists(path):
+            write_file(path, value, why=why)
 
 
 def make_bridge(netlink, network):
-    """The switch of a network, with the gateway's address, if it is not there yet."""
+    """The switch of a network, with the gateways' addresses, if it is not there yet."""
     name = network["bridge"]
-    if not index_of(netlink, name):
-        netlink.ask(f"link add {name} type bridge", RTM_NEWLINK, link(),
-                    {IFLA_IFNAME: name, IFLA_MTU: network["mtu"],
-                     IFLA_LINKINFO: {IFLA_INFO_KIND: "bridge"}},
-                    NLM_F_CREATE | NLM_F_EXCL, why="a switch for all who are on it")
-        bits = network["subnet"].partition("/")[2]
-        set_up(netlink, name, f"{network['gateway']}/{bits}")
+    if netlink.index(name):
+        return
+    netlink.make(f"link add {name} mtu {network['mtu']} type bridge", RTM_NEWLINK,
+                 link(), {IFLA_IFNAME: name, IFLA_MTU: network["mtu"],
+                          IFLA_LINKINFO: {IFLA_INFO_KIND: "bridge"}},
+                 why="a switch for all who are on it")
+    set_ipv6(name, accept_ra=("0", "or a container could offer itself as the router"),
+             accept_dad=("0", "nobody else has its address: it need not wait a second"))
+    netlink.set_up(name, with_prefix(network, [p["gateway"] for p in network["pools"]]))
 
 
-def plug_in(c, network, endpoint):
-    """Outside: a cable from the bridge to eth0 in the container's network namespace."""
-    netlink, name = Netlink(), f"mc-{c.id[:12]}"
+def plug_in(pid, network, endpoint, leads_out):
+    """A cable from the bridge to an interface in the network namespace of a process."""
+    netlink, inner, outer = Netlink(), endpoint["interface"], endpoint["cable"]
     make_bridge(netlink, network)
+    bridge, mtu = network["bridge"], network["mtu"]
     peer = link() + b"".join(attribute(*item) for item in {
-        IFLA_IFNAME: "eth0", IFLA_NET_NS_PID: c.pid, IFLA_MTU: network["mtu"],
+        IFLA_IFNAME: inner, IFLA_NET_NS_PID: pid, IFLA_MTU: mtu,
         IFLA_ADDRESS: bytes.fromhex(endpoint["mac"].replace(":", ""))}.items())
-    bridge = index_of(netlink, network["bridge"])
-    netlink.ask(f"link add {name} master {network['bridge']} type veth peer eth0 netns "
-                f"{c.pid}", RTM_NEWLINK, link(),
-                {IFLA_IFNAME: name, IFLA_MASTER: bridge, IFLA_MTU: network["mtu"],
-                 IFLA_LINKINFO: {IFLA_INFO_KIND: "veth",
-                                 IFLA_INFO_DATA: {VETH_INFO_PEER: peer}}},
-                NLM_F_CREATE | NLM_F_EXCL, why="a cable: one end there, one inside")
-    set_up(netlink, name)
-    home = open_fd("/proc/self/ns/net", os.O_RDONLY, "to come back")
-    syscall("setns", c.pidfd, CLONE_NEWNET, why="a socket made there is of there")
-    try:
+    netlink.make(f"link add {outer} mtu {mtu} master {bridge} type veth peer {inner} "
+                 f"mtu {mtu} address {endpoint['mac']} netns {pid}", RTM_NEWLINK,
+                 link(), {IFLA_IFNAME: outer, IFLA_MASTER: netlink.index(bridge),
+                          IFLA_MTU: mtu, IFLA_LINKINFO: {
+                              IFLA_INFO_KIND: "veth",
+                              IFLA_INFO_DATA: {VETH_INFO_PEER: peer}}},
+                 why="a cable: one end there, one inside")
+    netlink.set_up(outer)
+    with network_of(pid):
         netlink = Netlink()
-    finally:
-        syscall("setns", home, CLONE_NEWNET, why="and back")
-        os.close(home)
-    bits = network["subnet"].partition("/")[2]
-    set_up(netlink, "eth0", f"{endpoint['ip']}/{bits}",
-           "" if network["internal"] else network["gateway"])
+        set_ipv6(inner, accept_dad=("0", "nor need this one"))
+    netlink.set_up(inner, with_prefix(network, endpoint["addresses"]))
+    for pool in network["pools"] if leads_out else ():
+        netlink.route(pool["gateway"], inner)
 
 
 # ── networks ──
 #
-# A network is a file until somebody is on it.  Its subnet must be nobody else's: not
-# another network's, and nothing that this host has a route to, or what is sent there
-# would end in the bridge.
-
-
-def number_of(address):
-    """An address as a number."""
-    return int.from_bytes(packed(address), "big")
-
-
-def address_of(number):
-    """The address that a number is."""
-    return ".".join(map(str, number.to_bytes(4, "big")))
-
-
-def subnet_range(text):
-    """The numbers of the addresses of a subnet in the form 172.18.0.0/16."""
-    address, slash, bits = text.partition("/")
-    size_ = 1 << 32 - whole("the length of a prefix", bits if slash else "", 8, 30)
-    first = number_of(address)
-    if first % size_:
-        raise Fail(f"invalid subnet {text}: it has bits beyond its prefix",
-                   f"{address_of(first // size_ * size_)}/{bits}", 1)
-    return range(first, first + size_)
+# A network is a file until somebody is on it.  Its subnets, one of IPv4 and perhaps one
+# of IPv6, must be nobody else's: not another network's, and nothing that this host has
+# a route to, or what is sent there would end in the bridge.
 
 
 def host_subnets():
@@ -8389,23 +8596,62 @@ def host_subnets():
         first, mask = (int.from_bytes(bytes.fromhex(fields[n])[::-1], "big")
                        for n in (1, 7))
         if mask:
+            first += IPV4.start
             yield range(first, first + (1 << 32) - mask)
-
-
-def overlap(one, other):
-    """Whether two ranges have an address in common."""
-    return one.start < other.stop and other.start < one.stop
 
 
 def free_subnet(networks):
     """A private subnet that neither a network nor the host has."""
-    taken = [*host_subnets(), *(subnet_range(n["subnet"]) for n in networks)]
+    taken = [*host_subnets(), *(subnet_range(pool["subnet"]) for network in networks
+                                for pool in network["pools"])]
     for text in (*(f"172.{n}.0.0/16" for n in range(18, 32)),
                  *(f"192.168.{n}.0/20" for n in range(0, 256, 16))):
         if not any(overlap(subnet_range(text), other) for other in taken):
             return text
     raise Fail("all predefined address pools have been fully subnetted",
                "remove networks, or name a --subnet", 1)
+
+
+def any_subnet6():
+    """A subnet of IPv6 that nobody else is likely to have: RFC 4193 says by chance."""
+    return address_of((0xFD << 40 | int.from_bytes(os.urandom(5), "big")) << 80) + "/64"
+
+
+# Addresses of IPv6 come the same way: the host is a router there too, and gives what
+# leaves its own address (NAT66), since the provider's router knows of no subnet that we
+# have thought out.
+
+
+def make_pools(subnets, gateways, ranges, six, networks):
+    """The subnets of a new network, each with its gateway, and the range of it that
+    addresses are taken from."""
+    families = [":" in subnet for subnet in subnets]
+    subnets = [*([] if False in families else [free_subnet(networks)]), *subnets,
+               *([any_subnet6()] if six and True not in families else [])]
+    subnets.sort(key=lambda subnet: ":" in subnet)
+    if len(subnets) > 1 + (True in families or six):
+        raise Fail(f"too many subnets: {', '.join(subnets)}",
+                   "one of IPv4, and one of IPv6", 1)
+    pools = []
+    for subnet in subnets:
+        own = subnet_range(subnet)
+        for network in networks:
+            for other in network["pools"]:
+                if overlap(own, subnet_range(other["subnet"])):
+                    raise Fail("Pool overlaps with other one on this address space: "
+                               f"{subnet} and {other['subnet']} of {network['name']}",
+                               "another --subnet", 1)
+        pools.append({
+            "subnet": subnet,
+            "gateway": next((g for g in gateways if lies_in(g, subnet)),
+                            address_of(own.start + 1)),
+            "ip_range": next((r for r in ranges if subnet_range(r).start in own
+                              and subnet_range(r).stop <= own.stop), "")})
+    for word, given in (("gateway", gateways), ("ip_range", ranges)):
+        for text in {*given} - {pool[word] for pool in pools}:
+            raise Fail(f"{text} is not in {', '.join(subnets)}, or not alone there",
+                       "each gateway and range has to be one of a subnet's own", 1)
+    return pools
 
 
 def all_networks():
@@ -8415,8 +8661,18 @@ def all_networks():
             for name in sorted(os.listdir(directory)) if name.endswith(".json")]
 
 
-def new_network(name, subnet="", gateway="", ip_range="", internal=False, labels=(),
-                options=()):
+def check_bridge(name, networks):
+    """Refuse a name for a bridge that is no interface's, or somebody else's."""
+    if not 0 < len(name) < 16 or not name.isascii() or not all(
+            letter.isalnum() or letter in "-_." for letter in name):
+        raise Fail(f"invalid name of a bridge: {name!r}", "at most 15 letters", 1)
+    if os.path.exists(f"/sys/class/net/{name}") or any(
+            network["bridge"] == name for network in networks):
+        raise Fail(f"there is an interface {name} already", "another name", 1)
+
+
+def new_network(name, subnets=(), gateways=(), ranges=(), six=False, internal=False,
+                labels=(), options=()):
     """Make a network; caller must hold the lock of networks/."""
     if not name.isascii() or not name[:1].isalnum() or not all(
             letter.isalnum() or letter in "_.-" for letter in name):
@@ -8424,25 +8680,14 @@ def new_network(name, subnet="", gateway="", ip_range="", internal=False, labels
     networks = all_networks()
     if name in ("none", "host") or any(n["name"] == name for n in networks):
         raise Fail(f"network with name {name} already exists", "take another", 1)
-    subnet = subnet or free_subnet(networks)
-    own = subnet_range(subnet)
-    for other in networks:
-        if overlap(own, subnet_range(other["subnet"])):
-            raise Fail(f"Pool overlaps with other one on this address space: {subnet} "
-                       f"and {other['subnet']} of {other['name']}", "another --subnet",
-                       1)
-    gateway = gateway or address_of(own.start + 1)
-    inner = subnet_range(ip_range) if ip_range else own
-    if number_of(gateway) not in own or inner.start not in own or (
-            inner.stop > own.stop):
-        raise Fail(f"the gateway {gateway} or the range {ip_range} is not in {subnet}",
-                   "both have to be addresses of the subnet", 1)
     options, id = dict(options), os.urandom(32).hex()
+    bridge = options.get("com.docker.network.bridge.name", f"br-{id[:12]}")
+    check_bridge(bridge, networks)
     mtu = whole("mtu", options.get("com.docker.network.driver.mtu", "1500"), 68, 65535)
-    network = {"name": name, "id": id, "created": time.time_ns(), "subnet": subnet,
-               "gateway": gateway, "ip_range": ip_range, "internal": internal,
-               "bridge": options.get("com.docker.network.bridge.name", f"br-{id[:12]}"),
-               "mtu": mtu, "labels": dict(labels), "options": options}
+    network = {"name": name, "id": id, "created": time.time_ns(), "bridge": bridge,
+               "pools": make_pools(subnets, gateways, ranges, six, networks),
+               "internal": internal, "mtu": mtu, "labels": dict(labels),
+               "options": options}
     save(store("networks", f"{name}.json"), network)
     return network
 
@@ -8462,8 +8707,7 @@ def find_network(text, code=1):
 
 
 # ── nf_tables ──
-
-
+#
 # Four chains, each hooked in where the kernel asks what to do with a packet:
 #
 #       arrives ─▶ arriving ─▶ routing ─▶ passing ─▶ leaving ─▶ goes out
@@ -8471,100 +8715,290 @@ def find_network(text, code=1):
 #       a program of the host ─▶ own
 #
 # arriving and own give what is for a published port a new destination; passing keeps
-# networks apart; leaving gives what a container sends into the world the address of
-# the host, since nobody out there knows the way to its own.  Later packets of the same
-# connection, both ways, are changed alike: the kernel remembers it.
+# networks apart, and lets nobody in but those whom a published port has sent there;
+# leaving gives what a container sends into the world the address of the host, since
+# nobody out there knows the way to its own.  Later packets of the same connection, both
+# ways, are changed alike: the kernel remembers it.
+#
+# Trap: arriving comes before the kernel refuses what somebody outside sends to an
+# address like 127.0.0.1.  Ports of those must not be in the maps, or a neighbour could
+# reach what is for this host only.
 
+OURS = "inet minicontainer"
 RULES = """
 table inet minicontainer {
-    set bridges {
-        type ifname
-        $bridges
+    set bridges { type ifname; $bridges }
+    set outward_ip { type ipv4_addr; flags interval; $outward_ip }
+    set outward_ip6 { type ipv6_addr; flags interval; $outward_ip6 }
+    map one_ip { type ipv4_addr . inet_proto . inet_service : ipv4_addr . inet_service
+        $one_ip
     }
-    set outward {
-        type ipv4_addr; flags interval
-        $outward
+    map one_ip6 { type ipv6_addr . inet_proto . inet_service : ipv6_addr . inet_service
+        $one_ip6
     }
-    map ports_of_one {
-        type ipv4_addr . inet_proto . inet_service : ipv4_addr . inet_service
-        $ports_of_one
-    }
-    map ports_of_all {
-        type inet_proto . inet_service : ipv4_addr . inet_service
-        $ports_of_all
+    map all_ip { type inet_proto . inet_service : ipv4_addr . inet_service; $all_ip }
+    map all_ip6 { type inet_proto . inet_service : ipv6_addr . inet_service; $all_ip6 }
+    chain published {
+        dnat ip to ip daddr . meta l4proto . th dport map @one_ip
+        dnat ip6 to ip6 daddr . meta l4proto . th dport map @one_ip6
+        fib daddr type local dnat ip to meta l4proto . th dport map @all_ip
+        fib daddr type local dnat ip6 to meta l4proto . th dport map @all_ip6
     }
     chain arriving {
         type nat hook prerouting priority dstnat
-        dnat ip to ip daddr . meta l4proto . th dport map @ports_of_one
-        fib daddr type local dnat ip to meta l4proto . th dport map @ports_of_all
+        jump published
     }
     chain own {
         type nat hook output priority -100
         ip daddr 127.0.0.0/8 return
-        dnat ip to ip daddr . meta l4proto . th dport map @ports_of_one
-        fib daddr type local dnat ip to meta l4proto . th dport map @ports_of_all
+        ip6 daddr ::1 return
+        jump published
     }
     chain leaving {
         type nat hook postrouting priority srcnat
-        ip saddr @outward oifname != @bridges masquerade
-        ip saddr @outward ct status dnat masquerade
+        ip saddr @outward_ip oifname != @bridges masquerade
+        ip6 saddr @outward_ip6 oifname != @bridges masquerade
+        ip saddr @outward_ip ct status dnat masquerade
+        ip6 saddr @outward_ip6 ct status dnat masquerade
     }
     chain passing {
         type filter hook forward priority filter
         ct state established,related accept
+        $inner_walls
+        ct status dnat accept
         $walls
     }
 }
 """  # as nft(8) takes it; the words with a $ are filled in
+INNER_WALL = """iifname "$" oifname != "$" drop
+        oifname "$" iifname != "$" drop
+        """
+WALL = """oifname "$" iifname != "$" drop
+        """
+
+
+def is_oneself(address):
+    """Whether an address means "myself"."""
+    return lies_in(address, "127.0.0.0/8") or number_of(address) == 1
+
+
+def kernel_ports(endpoint):
+    """(set, element) of each published port that the kernel is to send on: not those of
+    loopback addresses, nor of a family that the container has no address of."""
+    for kind, address, port, inner in endpoint["ports"]:
+        six = ":" in address
+        own = next((a for a in endpoint["addresses"] if (":" in a) == six), None)
+        if own and not is_oneself(address):
+            to = f"{kind} . {port} : {own} . {inner}"
+            if number_of(address) in (0, IPV4.start):
+                yield f"all_ip{'6' * six}", to
+            else:
+                yield f"one_ip{'6' * six}", f"{address} . {to}"
 
 
 def rules_text(networks, there):
     """The table for nft(8): who may go out, and which port leads to whom."""
-    text = "table inet minicontainer\ndelete table inet minicontainer\n"  # the old one
     if not networks:
-        return text
-    bridges = [f'"{network["bridge"]}"' for network in networks]
-    outward = [network["subnet"] for network in networks if not network["internal"]]
-    of_one, of_all, walls = [], [], []
+        return f"table {OURS}\ndelete table {OURS}\n"
+    found = {name: [] for name in ("outward_ip6", "outward_ip", "one_ip6", "one_ip",
+                                   "all_ip6", "all_ip", "bridges")}
+    walls = {True: "", False: ""}
+    for network in networks:
+        found["bridges"].append(f'"{network["bridge"]}"')
+        walls[network["internal"]] += (INNER_WALL if network["internal"] else WALL
+                                       ).replace("$", network["bridge"])
+        for pool in network["pools"] if not network["internal"] else ():
+            found[f"outward_ip{'6' * (':' in pool['subnet'])}"].append(pool["subnet"])
     for endpoint in there:
-        for kind, address, port, inner in endpoint["ports"]:
-            to = f"{kind} . {port} : {endpoint['ip']} . {inner}"
-            if address == "0.0.0.0":
-                of_all.append(to)
-            else:
-                of_one.append(f"{address} . {to}")
-    for own, network in zip(bridges, networks, strict=True):
-        beyond = "" if network["internal"] else "oifname @bridges "
-        walls.append(f"iifname {own} oifname != {own} {beyond}drop")
-        if network["internal"]:
-            walls.append(f"oifname {own} iifname != {own} drop")
-    text += RULES.replace("$walls", "\n        ".join(walls))
-    for word, found in (("bridges", bridges), ("outward", outward),
-                        ("ports_of_one", of_one), ("ports_of_all", of_all)):
-        elements = f"elements = {{ {', '.join(found)} }}" if found else ""
-        text = text.replace(f"${word}", elements)
-    return text
+        for name, element in kernel_ports(endpoint):
+            found[name].append(element)
+    text = RULES.replace("$inner_walls", walls[True]).replace("$walls", walls[False])
+    for name, elements in found.items():  # $one_ip6 before $one_ip, which it begins
+        text = text.replace(f"${name}", f"elements = {{ {', '.join(elements)} }}"
+                            if elements else "")
+    return f"table {OURS}\ndelete table {OURS}\n{text}"
 
 
-def apply_rules(text):
-    """Have nft(8) replace our table, in one transaction."""
-    import subprocess
+# Nothing of what nft(8) does is beyond netlink.  But a rule is a small program for a
+# machine of the kernel's, of registers, lookups and comparisons; an encoder for those
+# above would be longer than this chapter, and say less than the text does.
 
-    def ask():
+
+class Nft:
+    """nft(8), which does what a text says, in one transaction, while we do other
+    things: most of its time it waits for the kernel."""
+
+    def __init__(self, text, why=""):
+        self.text, self.why = text, why
+        self.input, self.output = os.memfd_create("rules"), os.memfd_create("answer")
+        os.write(self.input, text.encode())
+        os.lseek(self.input, 0, os.SEEK_SET)
+        actions = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(
+            (self.input, self.output, self.output))]
         try:
-            done = subprocess.run(["nft", "-f", "-"], input=text, capture_output=True,
-                                  text=True)
+            self.pid = os.posix_spawnp("nft", ["nft", "-a", "-f", "-"], os.environ,
+                                       file_actions=actions)
         except FileNotFoundError:
+            self.close()
             raise Fail("no nft on the PATH: it makes the rules of a network",
                        "install nftables, or --network none") from None
-        if done.returncode:
-            raise Fail(f"nft refuses the rules: {done.stderr.strip()[:300]}",
-                       "does this kernel have nf_tables?")
-        return 0
-    request("nft", (text,), ask, "who may go out, and which port leads to whom")
+
+    def close(self):
+        """Give its files back."""
+        os.close(self.input)
+        os.close(self.output)
+
+    def end(self):
+        """What it has said, when it has ended; a Fail if it did nothing."""
+        def ask():
+            code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+            answer = os.pread(self.output, 1 << 24, 0).decode()
+            self.close()
+            if code:
+                raise Fail(f"nft refuses the rules: {answer.strip()[:300]}",
+                           "does this kernel have nf_tables?")
+            return answer
+        return request("nft", (self.text,), ask, self.why)
+
+
+# ── other walls ──
+#
+# Whatever passes through this host is shown to everybody's chains, and is dropped if
+# one of them says so.  Docker and ufw drop what they do not know, and firewalld's chain
+# ends with a reject.  So while a network of ours is up, rules of ours stand at the head
+# of such a chain: it is to leave alone what goes to or comes from our bridges, which is
+# judged by our own.  They have a comment by which they are known and taken out again.
+
+
+def foreign_chains(listing):
+    """The chains of others that are asked about what passes, in what nft lists."""
+    table = chain = ""
+    for line in listing.splitlines():
+        words = line.split()
+        if words[:1] == ["table"]:
+            table = " ".join(words[1:3])
+        elif words[:1] == ["chain"]:
+            chain = words[1]
+        elif words[:4] == ["type", "filter", "hook", "forward"] and table != OURS and (
+                table.split()[0] in ("ip", "ip6", "inet")):
+            yield f"{table} {chain}"
+
+
+# A chain is known to drop what it does not know by its policy, or by a last rule that
+# asks for nothing before it drops.  The rules go in by nft also where iptables has made
+# the chain: they are of a form that iptables knows how to show.
+
+
+def holes(chain, listing, bridges):
+    """What has to be done to a chain so that it leaves those bridges alone, if it drops
+    what it does not know, and does nothing more of ours."""
+    import re
+
+    rules = re.findall(r"^\t\t(?!type )(.*) # handle (\d+)$", listing, re.M)
+    ours = {rule: handle for rule, handle in rules if '"minicontainer"' in rule}
+    others = [re.sub(r"counter packets \d+ bytes \d+ ", "", rule)
+              for rule, _ in rules if rule not in ours]
+    wanted = [f'{side}ifname "{bridge}" accept comment "minicontainer"'
+              for bridge in bridges for side in "io"]
+    if "policy drop" not in listing and not (
+            others and others[-1].startswith(("drop", "reject"))):
+        wanted = []
+    return [*(f"delete rule {chain} handle {handle}" for rule, handle in ours.items()
+              if rule not in wanted),
+            *(f"insert rule {chain} {rule}" for rule in wanted if rule not in ours)]
+
+
+def open_walls(listing, bridges):
+    """Have the chains of others leave our bridges alone, or say which does not."""
+    for chain in foreign_chains(listing):
+        try:
+            found = Nft(f"list chain {chain}\n", "does it drop what it knows not?")
+            if change := holes(chain, found.end(), bridges):
+                Nft("\n".join(change) + "\n", "our own chain judges that").end()
+        except Fail as fail:
+            say(f"the chain {chain} of nf_tables may drop what goes to and comes from "
+                f"{', '.join(bridges)}, and cannot be changed: {fail.message}\n  hint: "
+                "with firewalld, `firewall-cmd --zone=trusted --add-interface=BRIDGE`")
+
+
+def check_old_wall(bridge):
+    """Say so if the older iptables, whose rules nft does not see, drop what passes."""
+    for version in ("", "6"):
+        try:
+            names = read_file(f"/proc/net/ip{version}_tables_names").split()
+        except FileNotFoundError:
+            continue
+        program = f"ip{version}tables-legacy"
+        if "filter" in names and any("-P FORWARD DROP" in line for line in os.popen(
+                f"{program} -S FORWARD 2>&1 || echo -P FORWARD DROP?")):
+            say(f"{program} drops what goes to and comes from {bridge}, or may; try"
+                + "".join(f"\n  {program} -I FORWARD -{side} {bridge} -j ACCEPT"
+                          for side in "io"))
+
+
+FORWARDING = {False: "/proc/sys/net/ipv4/ip_forward",
+              True: "/proc/sys/net/ipv6/conf/all/forwarding"}
+BOOT = "/proc/sys/kernel/random/boot_id"  # another one: what was switched on is off
+
+
+# A host that forwards is a router, and not everybody's machine is meant to be one.  So
+# what we switch on is said, is noted with the number of this boot, and is switched off
+# when the last network goes, unless the chains of others show that they forward too.
+
+
+def forwarded(switched=None):
+    """What of FORWARDING we have switched on since the machine was; or keep that."""
+    path = store("networks", "forwarding")
+    if switched is not None:
+        save(path, {"boot": read_file(BOOT), "on": switched})
+    kept = from_json(read_file(path)) if os.path.exists(path) else {}
+    return kept["on"] if kept.get("boot") == read_file(BOOT) else []
+
+
+def forward_for(networks, others):
+    """Have the host pass packets on between its interfaces while a network needs it,
+    which is said; if others judge what passes, they may have come to need it too."""
+    needed = {FORWARDING[":" in pool["subnet"]] for network in networks
+              if not network["internal"] for pool in network["pools"]}
+    switched = forwarded()
+    off = [path for path in sorted(needed) if read_file(path).strip() == "0"]
+    for path in off:
+        six = path == FORWARDING[True]
+        say(f"this host now forwards IPv{'6' if six else '4'} packets between its "
+            "interfaces, until no network needs it" + (
+                ", and takes no route that routers advertise, but on an interface with "
+                "accept_ra=2" if six else ""))
+        write_file(path, "1", why="or nothing gets beyond the bridge")
+    back = [] if others else [path for path in switched if path not in needed]
+    for path in back:
+        write_file(path, "0", why="as it was before")
+    if off or back:
+        forwarded(sorted({*switched, *off} - {*back}))
 
 
 # ── endpoints ──
+#
+# What a container wants is an annotation of its spec: the names it has, the lines of
+# its /etc/hosts, and a wish for each network.  An endpoint is such a wish fulfilled.
+
+
+def wants_of(spec):
+    """What a spec says of networks."""
+    nothing = {"names": [], "hosts": [], "of": "", "networks": []}
+    notes = spec.get("annotations", {})
+    return from_json(notes[NETWORK]) if NETWORK in notes else nothing
+
+
+def endpoints_of(id):
+    """Where a container is, while it runs; the first is the first that it was given."""
+    directory, found = os.path.dirname(store("endpoints", "x")), []
+    for name in os.listdir(directory):
+        if name.startswith(f"{id}-"):
+            try:
+                found.append(from_json(read_file(f"{directory}/{name}")))
+            except FileNotFoundError:  # it leaves
+                pass
+    return sorted(found, key=lambda endpoint: endpoint["number"])
 
 
 def endpoints():
@@ -8587,119 +9021,222 @@ def endpoints():
     return found
 
 
-def take_address(network, there, wanted):
-    """An address of the network that nobody has: the one that is wanted, if any."""
-    own = subnet_range(network["subnet"])
-    taken = {number_of(e["ip"]) for e in there if e["network"] == network["name"]}
-    taken |= {own.start, own.stop - 1, number_of(network["gateway"])}
-    if wanted:
-        if number_of(wanted) not in own:
-            raise Fail(f"no configured subnet contains IP address {wanted}",
-                       f"{network['name']} is {network['subnet']}")
-        if number_of(wanted) in taken:
-            raise Fail("Address already in use", f"{wanted} is somebody else's")
-        return wanted
-    for number in subnet_range(network["ip_range"] or network["subnet"]):
-        if number not in taken:
-            return address_of(number)
-    raise Fail(f"no available IPv4 addresses on the network {network['name']}",
-               "a larger subnet, or fewer containers")
+def take_addresses(network, there, wanted):
+    """An address of each of the network's subnets that nobody has: the one that is
+    wanted, if any is."""
+    taken, found = {number_of(address) for endpoint in there if
+                    endpoint["network"] == network["name"]
+                    for address in endpoint["addresses"]}, []
+    for pool in network["pools"]:
+        own = subnet_range(pool["subnet"])
+        never = {own.start, own.stop - 1, number_of(pool["gateway"])}
+        asked = next((number_of(a) for a in wanted if number_of(a) in own), None)
+        if asked in never | taken:
+            raise Fail("Address already in use", f"{address_of(asked)} is somebody "
+                       "else's, or the subnet's own")
+        for number in subnet_range(pool["ip_range"] or pool["subnet"]) if (
+                asked is None) else [asked]:
+            if number not in taken and number not in never:
+                found.append(address_of(number))
+                break
+        else:
+            raise Fail("no free address in "
+                       f"{pool['ip_range'] or pool['subnet']} of network "
+                       f"{network['name']}", "a larger subnet, or fewer containers")
+    for address in wanted:
+        if address_of(number_of(address)) not in found:
+            raise Fail(f"no configured subnet contains IP address {address}",
+                       f"{network['name']} is "
+                       f"{', '.join(pool['subnet'] for pool in network['pools'])}")
+    return found
 
 
-def check_ports(ports, there):
-    """Refuse a port of the host that a container or another program has."""
+# A port is taken if a container has it, which no socket may show, as it is the kernel
+# who sends its packets on; or if a program has it.  Neither may be said too late, when
+# the container runs already.
+
+
+def probe(kind, address, port):
+    """The port that a program would have who asked for that one; 0 is any.  An OSError
+    says why it would not."""
     import _socket
 
-    for kind, address, port, _ in ports:
-        taken = any((kind, port) == (k, p) and (a == address or "0.0.0.0" in (
-            a, address)) for e in there for k, a, p, _ in e["ports"])
-        probe = _socket.socket(AF_INET, _socket.SOCK_STREAM if kind == "tcp"
-                               else _socket.SOCK_DGRAM)
-        try:
-            probe.setsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEADDR, 1)
-            probe.bind((address, port))
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise Fail(f"-p {address}:{port}: {error.strerror}",
-                           "an address of this host") from None
-            taken = True
-        finally:
-            probe.close()
+    socket = _socket.socket(AF_INET6 if ":" in address else AF_INET, _socket.SOCK_STREAM
+                            if kind == "tcp" else _socket.SOCK_DGRAM)
+    try:
+        if kind == "tcp":  # connections that were closed a minute ago do not count
+            socket.setsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEADDR, 1)
+        if ":" in address:
+            socket.setsockopt(_socket.IPPROTO_IPV6, _socket.IPV6_V6ONLY, 1)
+        socket.bind((address, port))
+        return socket.getsockname()[1]
+    finally:
+        socket.close()
+
+
+def is_taken(kind, address, port, there):
+    """Whether a container or another program has a port of the host."""
+    every = "::" if ":" in address else "0.0.0.0"
+    if any((kind, port) == (k, p) and (a == address or every in (a, address) and
+                                       (":" in a) == (":" in address))
+           for endpoint in there for k, a, p, _ in endpoint["ports"]):
+        return True
+    try:
+        probe(kind, address, port)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise Fail(f"-p {address}:{port}: {error.strerror}",
+                       "an address of this host") from None
+        return True
+    return False
+
+
+def host_ports(wishes, there):
+    """[protocol, address, port of the host, port inside] of what is published: with no
+    address, for all of either family; with port 0, at one that is free."""
+    both = ["0.0.0.0", *(["::"] if os.path.exists("/proc/net/if_inet6") else [])]
+    found = []
+    for kind, given, port, inner in wishes:
+        addresses, taken = [given] if given else both, True
+        for _ in range(1 if port else 100):
+            outer = port or probe(kind, addresses[0], 0)
+            taken = [a for a in addresses if is_taken(
+                kind, a, outer, [*there, {"ports": found}])]
+            if not taken:
+                break
         if taken:
-            raise Fail(f"Bind for {address}:{port} failed: port is already allocated",
+            raise Fail(f"Bind for {taken[0]}:{outer} failed: port is already allocated",
                        "another port, or stop what has this one")
+        found += [[kind, address, outer, inner] for address in addresses]
+    return found
 
 
-def mac_of(address):
-    """The MAC that Docker makes of an address."""
-    return "02:42:" + ":".join(f"{byte:02x}" for byte in packed(address))
+def write_hosts(id, there):
+    """Write the /etc/hosts of a container.
 
-
-def write_hosts(endpoint, there):
-    """The /etc/hosts of a container: it is written over, as it is a mount in there."""
+    It is a mount in there, so it is written over, not replaced; and it is never empty,
+    or a lookup at that moment would find nothing."""
+    own = [endpoint for endpoint in there if endpoint["id"] == id]
     lines = ["127.0.0.1\tlocalhost", "::1\tlocalhost ip6-localhost ip6-loopback",
-             *(f"{address}\t{name}" for name, address in endpoint["hosts"])]
-    for other in sorted(there, key=lambda e: e["id"] != endpoint["id"]):
-        if other["network"] == endpoint["network"]:
-            lines.append(f"{other['ip']}\t{' '.join(other['names'])}")
-    write_file(f"{store('containers', endpoint['id'])}/hosts", "\n".join(lines) + "\n",
-               why="who else is on its network", create=0o644)
+             *(f"{address}\t{name}" for name, address in own[0]["hosts"])]
+    networks = {endpoint["network"] for endpoint in own}
+    for other in sorted(there, key=lambda endpoint: endpoint["id"] != id):
+        lines += [f"{address}\t{' '.join(other['names'])}"
+                  for address in other["addresses"] if other["network"] in networks]
+    text = os.fsencode("\n".join(lines) + "\n")
+    fd = os.open(f"{store('containers', id)}/hosts", O_RDWR | O_CLOEXEC)
+    try:
+        if os.read(fd, len(text) + 1) != text:
+            os.lseek(fd, 0, os.SEEK_SET)
+            write_file(fd, os.fsdecode(text), why="who else is on its networks")
+            os.ftruncate(fd, len(text))
+    finally:
+        os.close(fd)
 
 
-def tell_everybody(there):
-    """Make rules, names and bridges those of the endpoints that there are."""
-    networks = {n["name"]: n for n in all_networks()}
-    used, netlink = {e["network"] for e in there}, Netlink()
-    apply_rules(rules_text([networks[name] for name in sorted(used)], there))
-    for name in networks.keys() - used:
-        bridge = networks[name]["bridge"]
-        if index := index_of(netlink, bridge):
-            netlink.ask(f"link delete {bridge}", RTM_DELLINK, link(index), {},
-                        why="nobody is on it any more")
-    for endpoint in there:
-        write_hosts(endpoint, there)
+def tell_everybody(there, meanwhile=lambda: None):
+    """Make rules, bridges, names and forwarding those of the endpoints that there are,
+    and do something else while nft is at work."""
+    everything = all_networks()
+    used = {endpoint["network"] for endpoint in there}
+    networks = [network for network in everything if network["name"] in used]
+    bridges = [network["bridge"] for network in networks]
+    rules = Nft(rules_text(networks, there) + "list chains\n",
+                "who may go out, and which port leads to whom")
+    try:
+        meanwhile()
+        netlink = Netlink()
+        for network in everything:
+            if network["name"] not in used:
+                netlink.remove(network["bridge"], "nobody is on it any more")
+        for id in {endpoint["id"] for endpoint in there}:
+            write_hosts(id, there)
+    finally:
+        listing = rules.end()
+    open_walls(listing, bridges)
+    forward_for(networks, any(foreign_chains(listing)))
 
 
-def let_forward():
-    """Have the host pass packets on between its interfaces, which is said."""
-    path = "/proc/sys/net/ipv4/ip_forward"
-    if read_file(path).strip() == "0":
-        say("this host now forwards packets between its interfaces (ip_forward)")
-        write_file(path, "1", why="or nothing gets beyond the bridge")
+def gate_of(id, there):
+    """Of a container's endpoints, the one whose network leads out of this host."""
+    inner = {network["name"] for network in all_networks() if network["internal"]}
+    own = [endpoint for endpoint in there if endpoint["id"] == id]
+    return next((endpoint for endpoint in sorted(own, key=lambda e: e["number"])
+                 if endpoint["network"] not in inner), None)
+
+
+def join_network(id, pid, wants, wish):
+    """Put a container, whose process 1 is `pid`, on a network; the caller must hold the
+    lock of networks/, and after an error has it leave again."""
+    network, there = find_network(wish["network"], 125), endpoints()
+    own = [endpoint for endpoint in there if endpoint["id"] == id]
+    if any(endpoint["network"] == network["name"] for endpoint in own):
+        raise Fail(f"endpoint with name {wants['names'][0]} already exists in network "
+                   f"{network['name']}", "it is there already", 1)
+    addresses = take_addresses(network, there, wish["ips"])
+    number = min({*range(len(own) + 1)} - {endpoint["number"] for endpoint in own})
+    endpoint = {
+        "id": id, "network": network["name"], "number": number,
+        "interface": f"eth{number}", "cable": f"mc{number}-{id}"[:15],
+        "addresses": addresses, "mac": wish["mac"] or mac_of(addresses[0]),
+        "ports": host_ports(wish["ports"], there), "hosts": wants["hosts"],
+        "names": list(dict.fromkeys([*wants["names"], *wish["aliases"]]))}
+    leads_out = not network["internal"] and not gate_of(id, there)
+    save(store("endpoints", f"{id}-{network['name']}.json"), endpoint)
+    if not any(other["network"] == network["name"] for other in there):
+        check_old_wall(network["bridge"])
+    tell_everybody([*there, endpoint],
+                   lambda: plug_in(pid, network, endpoint, leads_out))
+
+
+def leave_networks(id, name="", pid=0):
+    """Take a container off its networks, or off one; the last one takes the bridge with
+    it.  If the way out was there, and it lives on as `pid`, another is."""
+    with held("networks", fcntl.LOCK_EX):
+        gone = [e for e in endpoints_of(id) if name in ("", e["network"])]
+        if not gone:
+            return
+        before = gate_of(id, endpoints_of(id))
+        for endpoint in gone:
+            os.unlink(store("endpoints", f"{id}-{endpoint['network']}.json"))
+
+        def unplug():
+            for endpoint in gone:
+                Netlink().remove(endpoint["cable"], "it leaves")
+        tell_everybody(endpoints(), unplug)
+        after = gate_of(id, endpoints_of(id))
+        if pid and after and after != before:
+            with network_of(pid):
+                netlink = Netlink()
+            for pool in find_network(after["network"])["pools"]:
+                netlink.route(pool["gateway"], after["interface"])
+
+
+def rename_there(id, spec, name):
+    """Give a container another name on its networks; what its spec is to say."""
+    wants = wants_of(spec)
+    wants["names"][0] = name
+    with held("networks", fcntl.LOCK_EX):
+        for endpoint in endpoints_of(id):
+            endpoint["names"][0] = name
+            save(store("endpoints", f"{id}-{endpoint['network']}.json"), endpoint)
+        if there := endpoints():
+            tell_everybody(there)
+    return wants
 
 
 def connect(c):
-    """Outside: put the container on the network that its spec names."""
-    wish = from_json(c.spec.get("annotations", {}).get(NETWORK, "null"))
-    if not wish:
+    """Outside: put the container on the networks that its spec names."""
+    wants = wants_of(c.spec)
+    if not wants["networks"]:
         return
     with held("networks", fcntl.LOCK_EX):
-        network, there = find_network(wish["network"]), endpoints()
-        check_ports(wish["ports"], there)
-        ip = take_address(network, there, wish["ip"])
-        endpoint = {**wish, "id": c.id, "network": network["name"], "ip": ip,
-                    "mac": wish["mac"] or mac_of(ip)}
-        save(store("endpoints", f"{c.id}.json"), endpoint)
-        if not network["internal"]:
-            let_forward()
-        plug_in(c, network, endpoint)
-        tell_everybody([*there, endpoint])
-
-
-def endpoint_of(id):
-    """Where a container is, while it runs."""
-    return from_json(read_file(store("endpoints", f"{id}.json")))
-
-
-def disconnect(id):
-    """Take a container off its network; the last one takes the bridge with it."""
-    path = store("endpoints", f"{id}.json")
-    if not os.path.exists(path):
-        return
-    with held("networks", fcntl.LOCK_EX):
-        if os.path.exists(path):
-            os.unlink(path)
-        tell_everybody(endpoints())
+        for wish in wants["networks"]:
+            join_network(c.id, c.pid, wants, wish)
+    path = "/proc/sys/net/ipv4/ip_unprivileged_port_start"
+    if os.path.exists(path):
+        with network_of(c.pid):
+            write_file(path, "0", why="in there port 80 is anybody's, as with Docker")
 
 
 # ── the spec: what the options mean ──
@@ -8714,67 +9251,81 @@ def port_range(text, option):
 
 def published(option):
     """[protocol, address, port of the host, port inside] of each port that -p
-    [[IP:]PORT:]PORT[/PROTOCOL] names; a port of the host that is not named is 0."""
+    [[IP:]PORT:]PORT[/PROTOCOL] names; what is not named is "", or 0."""
     text, _, kind = option.partition("/")
     outer, _, inner = text.rpartition(":")
     address, _, outer = outer.rpartition(":")
     what, kind = f"-p {option}", kind or "tcp"
     if kind not in ("tcp", "udp"):
         raise Fail(f"{what}: invalid protocol {kind!r}", "tcp or udp")
-    packed(address or "0.0.0.0")
+    address = address.removeprefix("[").removesuffix("]")
+    if address:
+        packed(address)
     inner = port_range(inner, what)
     outer = port_range(outer, what) if outer else [0] * len(inner)
     if len(outer) != len(inner):
         raise Fail(f"{what}: two ranges of different lengths", "-p 80-82:8080-8082")
-    pairs = zip(outer, inner, strict=True)
-    return [[kind, address or "0.0.0.0", *pair] for pair in pairs]
-
-
-def free_port(kind, address):
-    """A port of the host that nobody has."""
-    import _socket
-
-    probe = _socket.socket(AF_INET, _socket.SOCK_STREAM if kind == "tcp"
-                           else _socket.SOCK_DGRAM)
-    probe.bind((address, 0))
-    port = probe.getsockname()[1]
-    probe.close()
-    return port
+    return [[kind, address, *pair] for pair in zip(outer, inner, strict=True)]
 
 
 def ports_text(ports):
     """Published ports, as `ps` shows them."""
-    return ", ".join(f"{address}:{port}->{inner}/{kind}"
-                     for kind, address, port, inner in ports)
+    return ", ".join(f"{f'[{address}]' if ':' in address else address}:{port}->"
+                     f"{inner}/{kind}" for kind, address, port, inner in ports)
+
+
+def wish_for(network, options, ports=(), aliases=()):
+    """What the options of `run` or `network connect` want of a network."""
+    mac = options.mac_address or ""
+    if mac and ([len(part) for part in mac.split(":")] != [2] * 6 or
+                set(mac.lower()) - set("0123456789abcdef:")):
+        raise Fail(f"invalid MAC address: {mac!r}", "as 02:42:ac:12:00:02")
+    ips = [address for address in (options.ip, options.ip6) if address]
+    for address in ips:
+        packed(address)
+    return {"network": network, "ips": ips, "mac": mac, "ports": list(ports),
+            "aliases": list(aliases)}
+
+
+def choose_network(options):
+    """The network that `run` means if it names none: of what is asked for only one of
+    ours can do, `bridge`; else `none`, which is quicker by far."""
+    asked = [word for word, value in (
+        ("-p", options.publish), ("-P", options.publish_all), ("--ip", options.ip),
+        ("--ip6", options.ip6), ("--mac-address", options.mac_address),
+        ("--network-alias", options.network_alias)) if value]
+    if not options.network:
+        options.network = "bridge" if asked else "none"
+    elif asked and (options.network in ("none", "host") or ":" in options.network):
+        raise Fail(f"{asked[0]} without a network of its own",
+                   "--network bridge, or one that `network create` has made")
+
+
+def host_lines(texts, gateway):
+    """[name, address] of each --add-host."""
+    found = []
+    for text in texts:
+        host, _, address = text.partition(":")
+        address = gateway if address == "host-gateway" else address
+        packed(address)
+        found.append([host, address])
+    return found
 
 
 def network_spec(options, id, name, hostname):
-    """What a container wants of its network, for the spec's annotation; None if it is
-    to have none of ours."""
-    if options.network in ("none", "host"):
-        given = [word for word, value in (
-            ("-p", options.publish), ("-P", options.publish_all), ("--ip", options.ip),
-            ("--network-alias", options.network_alias)) if value]
-        if given:
-            raise Fail(f"{given[0]} without a network of its own",
-                       "--network bridge, or one that `network create` has made")
-        return None
-    with held("networks", fcntl.LOCK_EX):
-        network = find_network(options.network, 125)["name"]
-    hosts = []
-    for text in options.add_host:
-        host, _, address = text.partition(":")
-        packed(address)
-        hosts.append([host, address])
-    exposed = options.exposed if options.publish_all else ()
-    ports = [port for option in (*options.publish, *exposed)
-             for port in published(option)]
-    for port in ports:
-        port[2] = port[2] or free_port(*port[:2])
-    names = [name, id[:12], hostname, *options.network_alias]
-    return {"network": network, "ip": options.ip or "", "hosts": hosts, "ports": ports,
-            "mac": options.mac_address or "",
-            "names": list(dict.fromkeys(filter(None, names)))}
+    """What a container wants of its networks, for the spec's annotation."""
+    gateway, wishes = "127.0.0.1", []
+    if options.network not in ("none", "host") and ":" not in options.network:
+        with held("networks", fcntl.LOCK_EX):
+            network = find_network(options.network, 125)
+        gateway = network["pools"][0]["gateway"]
+        exposed = options.exposed if options.publish_all else ()
+        ports = [port for option in (*options.publish, *exposed)
+                 for port in published(option)]
+        wishes = [wish_for(network["name"], options, ports, options.network_alias)]
+    return {"names": list(dict.fromkeys(filter(None, (name, id[:12], hostname)))),
+            "hosts": host_lines(options.add_host, gateway), "networks": wishes,
+            "of": options.network.partition(":")[2]}
 
 
 # ── its commands ──
@@ -8782,9 +9333,13 @@ def network_spec(options, id, name, hostname):
 
 @command("network create", arg("-d", "--driver", choices=["bridge"], default="bridge",
                                help="bridge is what there is"),
-         arg("--subnet", metavar="SUBNET", default="", help="as 172.30.0.0/16"),
-         arg("--gateway", metavar="ADDRESS", default="", help="the host's in it"),
-         arg("--ip-range", metavar="SUBNET", default="", help="of which addresses are"),
+         arg("--subnet", metavar="SUBNET", action="append", default=[],
+             help="as 172.30.0.0/16, and one of IPv6"),
+         arg("--gateway", metavar="ADDRESS", action="append", default=[],
+             help="the host's in it"),
+         arg("--ip-range", metavar="SUBNET", action="append", default=[],
+             help="what addresses are taken from"),
+         arg("--ipv6", action="store_true", help="with IPv6, too"),
          arg("--internal", action="store_true", help="nothing in or out"),
          arg("--label", metavar="KEY[=VALUE]", action="append", default=[],
              help="a note"),
@@ -8793,84 +9348,113 @@ def network_spec(options, id, name, hostname):
          arg("name", metavar="NAME", help="what to call it"))
 def network_create_command(options):
     """Make a network for containers that shall reach each other."""
-    need_root()
     pairs = [[text.partition("=")[::2] for text in texts]
              for texts in (options.label, options.opt)]
     with held("networks", fcntl.LOCK_EX):
         print(new_network(options.name, options.subnet, options.gateway,
-                          options.ip_range, options.internal, *pairs)["id"])
+                          options.ip_range, options.ipv6, options.internal,
+                          *pairs)["id"])
 
 
 def network_document(network, there):
     """What `network inspect` shows, with Docker's keys."""
     at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(network["created"] // 10 ** 9))
-    bits = network["subnet"].partition("/")[2]
+    members = {}
+    for endpoint in there:
+        if endpoint["network"] == network["name"]:
+            four, six = [*with_prefix(network, endpoint["addresses"]), ""][:2]
+            members[endpoint["id"]] = {
+                "Name": endpoint["names"][0], "MacAddress": endpoint["mac"],
+                "IPv4Address": four, "IPv6Address": six}
     return {
         "Name": network["name"], "Id": network["id"], "Created": at, "Scope": "local",
-        "Driver": "bridge", "EnableIPv6": False, "Internal": network["internal"],
+        "Driver": "bridge", "EnableIPv6": len(network["pools"]) > 1,
+        "Internal": network["internal"],
         "IPAM": {"Driver": "default", "Options": {}, "Config": [
-            {"Subnet": network["subnet"], "Gateway": network["gateway"],
-             **({"IPRange": network["ip_range"]} if network["ip_range"] else {})}]},
-        "Containers": {e["id"]: {"Name": e["names"][0], "MacAddress": e["mac"],
-                                 "IPv4Address": f"{e['ip']}/{bits}", "IPv6Address": ""}
-                       for e in there if e["network"] == network["name"]},
-        "Options": network["options"], "Labels": network["labels"]}
+            {"Subnet": pool["subnet"], "Gateway": pool["gateway"],
+             **({"IPRange": pool["ip_range"]} if pool["ip_range"] else {})}
+            for pool in network["pools"]]},
+        "Containers": members, "Options": network["options"],
+        "Labels": network["labels"]}
 
 
-@command("network ls", QUIET, NO_TRUNC, FORMAT)
+BUILT_IN = "bridge", "host", "none"
+NETWORK_FILTERS = {  # of `network ls`: whether one passes KEY=text
+    "driver": lambda row, text: row["Driver"] == text,
+    "id": lambda row, text: row["ID"].startswith(text),
+    "name": lambda row, text: text in row["Name"],
+    "label": lambda row, text: has_label(row["Labels"], text),
+    "scope": lambda row, text: row["Scope"] == text,
+    "type": lambda row, text: (text == "builtin") == (row["Name"] in BUILT_IN),
+    "dangling": lambda row, text: (text in ("1", "true")) == row["Dangling"],
+}
+
+
+@command("network ls", QUIET, NO_TRUNC, FILTER, FORMAT)
 def network_ls_command(options):
     """List the networks."""
-    need_root()
+    wanted = filters_of(options.filter, NETWORK_FILTERS)
     with held("networks", fcntl.LOCK_EX):
         find_network("bridge")
-        rows = [(n["name"], n["id"], "bridge") for n in all_networks()]
-    rows += [("host", "-", "host"), ("none", "-", "null")]
+        used = {endpoint["network"] for endpoint in endpoints()}
+        rows = [(n["name"], n["id"], "bridge", n["labels"]) for n in all_networks()]
+    rows += [("host", "-", "host", {}), ("none", "-", "null", {})]
+    rows = [{"ID": id if options.no_trunc else id[:12], "Name": name, "Driver": driver,
+             "Scope": "local", "Labels": labels,
+             "Dangling": name not in used and name not in BUILT_IN}
+            for name, id, driver, labels in rows]
     print_list({"NETWORK ID": "ID", "NAME": "Name", "DRIVER": "Driver",
-                "SCOPE": "Scope"}, [
-        {"ID": id if options.no_trunc else id[:12], "Name": name, "Driver": driver,
-         "Scope": "local"} for name, id, driver in rows],
-        options.format, "ID" if options.quiet else "")
+                "SCOPE": "Scope"},
+               [row for row in rows if passes(row, NETWORK_FILTERS, wanted)],
+               options.format, "ID" if options.quiet else "")
 
 
-@command("network inspect", arg("names", nargs="+", metavar="NETWORK…",
-                                help="names, or the beginning of ids"))
+NETWORKS = arg("names", nargs="+", metavar="NETWORK…",
+               help="names, or the beginning of ids")
+
+
+@command("network inspect", arg("-f", "--format", metavar="FORM", help="'{{.A.B}}'"),
+         NETWORKS)
 def network_inspect_command(options):
     """Show all about networks, and who is on them, as JSON."""
-    import json
-
-    need_root()
     with held("networks", fcntl.LOCK_EX):
         there = endpoints()
-        print(json.dumps([network_document(find_network(name), there)
-                          for name in options.names], indent=4))
+        show_facts(options.names, lambda name: network_document(
+            find_network(name), there), options.format)
 
 
-@command("network rm", arg("names", nargs="+", metavar="NETWORK…",
-                           help="names, or the beginning of ids"))
+@command("network rm", NETWORKS)
 def network_rm_command(options):
     """Remove networks that nobody is on."""
-    need_root()
+    def remove(text):
+        name = find_network(text)["name"]
+        if name == "bridge":
+            raise Fail("bridge is a pre-defined network and cannot be removed",
+                       "it takes nothing while nobody is on it", 1)
+        if any(endpoint["network"] == name for endpoint in endpoints()):
+            raise Fail(f"network {name} has active endpoints",
+                       "stop its containers: `network inspect`", 1)
+        os.unlink(store("networks", f"{name}.json"))
+        print(text)
     with held("networks", fcntl.LOCK_EX):
-        for text in options.names:
-            name = find_network(text)["name"]
-            if name == "bridge":
-                raise Fail("bridge is a pre-defined network and cannot be removed",
-                           "it takes nothing while nobody is on it", 1)
-            if any(e["network"] == name for e in endpoints()):
-                raise Fail(f"network {name} has active endpoints",
-                           "stop its containers: `network inspect`", 1)
-            os.unlink(store("networks", f"{name}.json"))
-            print(text)
+        for_each(options.names, remove)
 
 
-@command("network prune")
+@command("network prune", FORCE,
+         arg("--filter", metavar="KEY=VALUE", action="append", default=[],
+             help="only such: until, label, label!"))
 def network_prune_command(options):
     """Remove all networks that nobody is on."""
-    need_root()
+    keep = {"label": lambda network, text: has_label(network["labels"], text),
+            "label!": lambda network, text: not has_label(network["labels"], text),
+            "until": lambda network, text: network["created"] < moment("until", text)}
+    wanted = filters_of(options.filter, keep)
+    if not confirm(options, "all custom networks not used by at least one container"):
+        return
     with held("networks", fcntl.LOCK_EX):
-        used = {e["network"] for e in endpoints()} | {"bridge"}
+        used = {endpoint["network"] for endpoint in endpoints()} | {"bridge"}
         for network in all_networks():
-            if network["name"] not in used:
+            if network["name"] not in used and passes(network, keep, wanted):
                 os.unlink(store("networks", f"{network['name']}.json"))
                 print(network["name"])
 
@@ -8935,8 +9519,8 @@ def hold_signals():
 
 def open_signals(numbers):
     """A descriptor to read those signals from."""
-    mask = ctypes.c_uint64(sum(1 << (number - 1) for number in numbers))
-    return syscall("signalfd4", -1, ctypes.byref(mask), 8, O_CLOEXEC | O_NONBLOCK,
+    mask = c_uint64(sum(1 << (number - 1) for number in numbers))
+    return syscall("signalfd4", -1, byref(mask), 8, O_CLOEXEC | O_NONBLOCK,
                    why="signals become messages")
 
 
@@ -9061,38 +9645,6 @@ def timestamp(moment):
     """A Unix time in nanoseconds as RFC 3339 has it, in UTC."""
     seconds, rest = divmod(moment, 10 ** 9)
     return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{rest:09}Z"
-
-
-SPANS = {"ns": 1, "us": 1000, "µs": 1000, "ms": 10 ** 6, "s": 10 ** 9,
-         "m": 60 * 10 ** 9, "h": 3600 * 10 ** 9}
-
-
-def nanoseconds(option, text):
-    """A span of time as Go writes it, 1m30s, in nanoseconds."""
-    import re
-
-    parts = re.findall(r"([\d.]+)(ns|us|µs|ms|s|m|h)", text)
-    try:
-        if text == "0" or parts and "".join(map("".join, parts)) == text:
-            return sum(round(float(count) * SPANS[unit]) for count, unit in parts)
-    except ValueError:
-        pass
-    raise Fail(f"invalid duration {text!r} for {option}", "as in 1m30s, 500ms")
-
-
-def moment(option, text):
-    """The Unix time, in nanoseconds, that a date, a number of seconds or a span of time
-    before now means."""
-    import re
-
-    if found := re.fullmatch(r"(\d+)(?:\.(\d{1,9}))?", text):
-        return int(found[1]) * 10 ** 9 + int((found[2] or "").ljust(9, "0"))
-    form = r"(\d{4}-\d\d-\d\d)(T\d\d:\d\d)?(:\d\d)?(?:\.(\d{1,9}))?(Z|[+-]\d\d:\d\d)?"
-    if found := re.fullmatch(form, text):
-        day, clock, seconds, rest, zone = found.groups()
-        date = f"{day}{clock or 'T00:00'}{seconds or ':00'}{zone or 'Z'}"
-        return seconds_of(date) * 10 ** 9 + int((rest or "").ljust(9, "0"))
-    return time.time_ns() - nanoseconds(option, text)
 
 
 def log_files(path):
@@ -9273,31 +9825,34 @@ def let_go():
 class Shim:
     """Who stays with a container until it has ended, and what it knows.
 
-    `begin` makes the process run, `failed` undoes what was there before if it does not;
-    `ended`, when it has, returns what clients are told; `again` then returns the Shim
-    of a next life, or None.
+    A subclass says how the process is made to run (begin), what is to be undone if that
+    fails (failed), and what clients are told when it has ended (ended).
     """
 
     OUTPUTS = {"stdout": b"o", "stderr": b"e", "console": b"o"}
     CROWD = 100  # clients at the same time; more have to wait at the door
 
-    def __init__(self, c, begin, ended, failed=lambda error: None, keep_input=False):
-        self.c, self.begin, self.ended, self.failed = c, begin, ended, failed
-        self.first, self.peers = None, []
+    def __init__(self, c, keep_input=False):
+        self.c, self.first, self.peers = c, None, []
         self.keep_input = keep_input  # open, though the first client has left
         self.log, self.door, self.signals = None, -1, -1
         self.typed, self.no_more = b"", False  # on its way in
         self.trouble = ""  # of our own
         self.outlives = False  # it has to go on without its first client
-        self.again = lambda: None
         self.parties = []  # who else is served in its turns
+
+    def failed(self, error):
+        """There was nothing before."""
+
+    def again(self):
+        """The Shim of a next life, if there is to be one."""
 
     def live(self, first):
         """All of a container's life."""
         self.first = first
         self.peers.append(first)
         try:
-            self.begin(self)
+            self.begin()
             first.send(b"r")
         except BaseException as error:
             self.failed(error)
@@ -9317,7 +9872,7 @@ class Shim:
             kill_and_wait(self.c)
         if self.signals >= 0:
             os.close(self.signals)
-        news = to_json(self.ended(self)).encode()
+        news = to_json(self.ended()).encode()
         for peer in self.peers:
             peer.send(b"x", news)
 
@@ -9455,7 +10010,7 @@ class Shim:
 
 def leave_to(shim):
     """Fork: the child is the shim from here on.  The client's end of the connection."""
-    ends, c = (ctypes.c_int * 2)(), shim.c
+    ends, c = (c_int * 2)(), shim.c
     try:
         syscall("socketpair", AF_UNIX, MESSAGES, 0, ends, why="client and shim")
         child = os.fork()
@@ -9491,108 +10046,169 @@ def leave_to(shim):
 #
 # What is sent to 127.0.0.1 cannot be sent on: an address that means "myself" leaves the
 # machine by no cable.  So for those who call a published port there the shim is one who
-# calls the container and passes on what both say.
+# calls the container and passes on what both say.  It is so, too, where the kernel has
+# no way from one family of addresses to the other.
 
 
-class End:
-    """One end of a connection that is passed on: its socket, and what it is to get."""
+class Pump:
+    """One direction of a connection that is passed on."""
 
-    def __init__(self, socket):
-        self.socket, self.other = socket, None
-        self.waiting = b""  # for it, from the other
-        self.over = False  # it says nothing more
-        self.told = False  # that the other says nothing more
-
-
-class Relay:
-    """Who listens on the loopback addresses for a container's published ports."""
-
-    def __init__(self, address, ports):
-        import _socket
-
-        self.api, self.address = _socket, address
-        self.doors, self.ends = {}, {}  # descriptor: (socket, port inside); its End
-        for kind, outer, port, inner in ports:
-            here = {"0.0.0.0": ["127.0.0.1", "::1"], "127.0.0.1": ["127.0.0.1"]}
-            for host in here.get(outer, ()) if kind == "tcp" else ():
-                self.listen(host, port, inner)
-
-    def socket(self, family):
-        """A stream that waits for nothing."""
-        return self.api.socket(family, self.api.SOCK_STREAM | self.api.SOCK_NONBLOCK
-                               | self.api.SOCK_CLOEXEC)
-
-    def listen(self, host, port, inner):
-        """Open a door; a Fail if somebody else has the port."""
-        try:
-            door = self.socket(self.api.AF_INET6 if ":" in host else self.api.AF_INET)
-            door.setsockopt(self.api.SOL_SOCKET, self.api.SO_REUSEADDR, 1)
-            door.bind((host, port))
-            door.listen(128)
-            self.doors[door.fileno()] = door, inner
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise Fail(f"Bind for {host}:{port} failed: port is already allocated",
-                           "another port, or stop what has this one") from None
-            if host != "::1":  # which not every machine has
-                raise
+    def __init__(self, source, target):
+        self.source, self.target, self.data = source, target, b""
+        self.over = self.broken = False  # nothing more is said; or can be
 
     def wanted(self):
         """Who is listened to: nobody whose last words are still on their way."""
-        wanted = dict.fromkeys(self.doors, select.POLLIN)
-        for fd, end_ in self.ends.items():
-            events = select.POLLOUT if end_.waiting else 0
-            if not end_.over and not end_.other.waiting:
-                events |= select.POLLIN
-            if events:
-                wanted[fd] = events
+        if self.over:
+            return {}
+        return {self.target.fileno(): select.POLLOUT} if self.data else {
+            self.source.fileno(): select.POLLIN}
+
+    def act(self, ready):
+        """Send or receive what can be; that no more is said is passed on, too."""
+        try:
+            if self.data and self.target.fileno() in ready:
+                self.data = self.data[self.target.send(self.data):]
+            elif not (self.data or self.over) and self.source.fileno() in ready:
+                self.data = self.source.recv(MOST)
+                if not self.data:
+                    self.over = True
+                    self.target.shutdown(1)  # SHUT_WR
+        except BlockingIOError:
+            pass
+        except OSError:  # refused, or broken off
+            self.broken = True
+
+
+class Relay:
+    """Who passes on what comes to a container's published ports by no other way."""
+
+    CROWD = 400  # connections, or callers of UDP, at the same time
+
+    def __init__(self, endpoints):
+        import _socket
+
+        self.api = _socket
+        self.doors, self.pairs = {}, []  # descriptor: (socket, where to); Pumps
+        self.callers = {}  # (descriptor of a door of UDP, caller): socket to the inside
+        self.answers = {}  # descriptor of such a socket: the same key
+        for endpoint in endpoints:
+            for kind, outer, port, inner in endpoint["ports"]:
+                six = [a for a in endpoint["addresses"] if ":" in a]
+                to = (six if ":" in outer and six else endpoint["addresses"])[0], inner
+                own = {"0.0.0.0": "127.0.0.1", "::": "::1" if six else "::"}.get(outer)
+                if own or is_oneself(outer) or ":" in outer and not six:
+                    self.listen(kind, own or outer, port, to)
+
+    def socket(self, kind, address):
+        """One that waits for nothing."""
+        return self.api.socket(
+            self.api.AF_INET6 if ":" in address else self.api.AF_INET,
+            (self.api.SOCK_STREAM if kind == "tcp" else self.api.SOCK_DGRAM)
+            | self.api.SOCK_NONBLOCK | self.api.SOCK_CLOEXEC)
+
+    def listen(self, kind, host, port, to):
+        """Open a door; a Fail if somebody else has the port."""
+        door = self.socket(kind, host)
+        try:
+            if kind == "tcp":
+                door.setsockopt(self.api.SOL_SOCKET, self.api.SO_REUSEADDR, 1)
+            if ":" in host:
+                door.setsockopt(self.api.IPPROTO_IPV6, self.api.IPV6_V6ONLY, 1)
+            door.bind((host, port))
+            if kind == "tcp":
+                door.listen(128)
+        except OSError as error:
+            if error.errno == errno.EADDRNOTAVAIL and host == "::1":
+                return  # this machine knows IPv6, and has no such address
+            raise Fail(f"Bind for {host}:{port} failed: " + (
+                "port is already allocated" if error.errno == errno.EADDRINUSE else
+                error.strerror), "another port, or stop what has this one") from None
+        self.doors[door.fileno()] = door, kind, to
+
+    def wanted(self):
+        """Who may knock, and what the Pumps and the answers to callers wait for."""
+        wanted = dict.fromkeys(self.answers, select.POLLIN)
+        if len(self.pairs) < self.CROWD:  # who comes after that waits at the door
+            wanted.update(dict.fromkeys(self.doors, select.POLLIN))
+        for pump in (pump for pair in self.pairs for pump in pair):
+            for fd, events in pump.wanted().items():
+                wanted[fd] = wanted.get(fd, 0) | events
         return wanted
 
     def act(self, ready):
-        """Let in who is at a door, and pass on what was said."""
+        """Let in who is at a door, and pass on what was said; whether there was any."""
+        for pair in list(self.pairs):
+            for pump in pair:
+                pump.act(ready)
+            if any(pump.broken for pump in pair) or all(pump.over for pump in pair):
+                self.pairs.remove(pair)
+                for pump in pair:
+                    pump.source.close()
+        for fd in ready.keys() & self.answers.keys():
+            if fd in self.answers:
+                self.pass_out(*self.answers[fd])
         for fd in ready.keys() & self.doors.keys():
-            self.let_in(*self.doors[fd])
-        for fd in ready.keys() & self.ends.keys():
-            if end_ := self.ends.get(fd):
-                self.serve(end_)
+            door, kind, to = self.doors[fd]
+            (self.let_in if kind == "tcp" else self.pass_in)(door, to)
+        return bool(ready)
 
-    def let_in(self, door, port):
+    def close(self):
+        """Pass on what is left, and let go of everything."""
+        for _ in range(64):
+            if not turn([self], 0):
+                break
+        for socket, *_ in self.doors.values():
+            socket.close()
+        for pair in self.pairs:
+            for pump in pair:
+                pump.source.close()
+        for socket in self.callers.values():
+            socket.close()
+
+    def pass_in(self, door, to):
+        """A datagram for the container: each caller has a socket there of its own, by
+        which the answer is known; the one who was quiet longest makes room."""
+        try:
+            data, caller = door.recvfrom(MOST)
+            key = door.fileno(), caller
+            inside = self.callers.pop(key, None)
+            if not inside:
+                inside = self.socket("udp", to[0])
+                inside.connect(to)
+                self.answers[inside.fileno()] = key
+            self.callers[key] = inside
+            if len(self.callers) > self.CROWD:
+                self.forget(next(iter(self.callers)))
+            inside.send(data)
+        except OSError:  # a datagram may be lost
+            pass
+
+    def pass_out(self, door, caller):
+        """A datagram from the container."""
+        try:
+            self.doors[door][0].sendto(self.callers[door, caller].recv(MOST), caller)
+        except BlockingIOError:
+            pass
+        except OSError:  # nobody listens there
+            self.forget((door, caller))
+
+    def forget(self, key):
+        """A caller of UDP has gone, as far as anybody can tell."""
+        inside = self.callers.pop(key)
+        del self.answers[inside.fileno()]
+        inside.close()
+
+    def let_in(self, door, to):
         """Call the container for somebody."""
         try:
             fd, _ = door._accept()
         except OSError:  # has left again
             return
-        pair = [End(self.api.socket(fileno=fd)), End(self.socket(self.api.AF_INET))]
-        pair[0].socket.setblocking(False)
-        pair[1].socket.connect_ex((self.address, port))  # serve() hears how it ends
-        for one, other in (pair, pair[::-1]):
-            one.other = other
-            self.ends[one.socket.fileno()] = one
-
-    def serve(self, end_):
-        """Send and receive what can be, at one end; both are closed when it is over."""
-        other = end_.other
-        try:
-            if end_.waiting:
-                end_.waiting = end_.waiting[end_.socket.send(end_.waiting):]
-            if not end_.over and not other.waiting:
-                other.waiting = end_.socket.recv(MOST)
-                end_.over = not other.waiting
-        except BlockingIOError:
-            pass
-        except OSError:  # refused, or broken off
-            end_.told = other.told = True
-        for one in (end_, other):
-            if one.other.over and not one.waiting and not one.told:
-                one.told = True
-                try:
-                    one.socket.shutdown(self.api.SHUT_WR)
-                except OSError:  # has left already
-                    other.told = end_.told = True
-        if end_.told and other.told:
-            for one in (end_, other):
-                del self.ends[one.socket.fileno()]
-                one.socket.close()
+        here, there = self.api.socket(fileno=fd), self.socket("tcp", to[0])
+        here.setblocking(False)
+        there.connect_ex(to)  # a Pump hears how it ends
+        self.pairs.append((Pump(here, there), Pump(there, here)))
 
 
 # ── the client ──
@@ -9662,10 +10278,11 @@ def see_start(peer):
 class Client:
     """Who shows a person what a shim sends, and passes on what is typed."""
 
-    def __init__(self, tty, interactive, keys=b"", owner=False):
+    def __init__(self, tty, interactive, keys=b"", owner=False, outputs=b"oe"):
         self.peer = None  # our end of the connection
         self.tty, self.keys = tty, keys
         self.owner = owner  # of the container: `run`, and nobody else
+        self.outputs = outputs  # letters of those that are shown
         self.typing = interactive  # until our input ends
         self.held = b""  # what may be the beginning of the detach keys
         self.shown = []  # (descriptor, bytes) on their way to the person
@@ -9727,8 +10344,9 @@ class Client:
             self.runs = started(letter, data)
             if self.tty and self.typing and os.isatty(0):
                 self.raw = raw_terminal(0)
-        elif letter in (b"o", b"e") and self.interrupts < 3:
-            self.shown.append((1 if letter == b"o" else 2, data))
+        elif letter in (b"o", b"e"):
+            if letter in self.outputs and self.interrupts < 3:
+                self.shown.append((1 if letter == b"o" else 2, data))
         elif letter == b"x":
             self.end = from_json(data)
         elif letter == b"":
@@ -9764,11 +10382,11 @@ class Client:
         self.held = keys[:count]  # perhaps the beginning; the next key tells
         if typed := typed[:len(typed) - count]:
             self.peer.send(b"i", typed)
-        if found:
-            self.end = {}
-        elif not data:
+        if not data:
             self.typing = False
             self.peer.send(b"i")
+        if found or not (data or self.outputs):  # nothing is left to stay for
+            self.end = {}
 
     def take_signal(self, about):
         """Pass a signal on; process 1 may ignore it, so a third Ctrl-C kills."""
@@ -9838,6 +10456,8 @@ def detach_keys(text):
 #                            undoes what start did; frees the lock
 #       wait, attach … ◀── x
 
+calls(renameat2=(316, 276, "olddirfd old newdirfd new RENAME_"))
+RENAME_EXCHANGE = 2
 CONTAINER_IDS = 0x70000000, 65536, 4093  # first id, ids each, ranges: below 2**31
 
 DETACH_KEYS = arg("--detach-keys", metavar="KEYS", default="ctrl-p,ctrl-q",
@@ -9860,6 +10480,8 @@ CREATE_OPTIONS = (
     arg("--init", action="store_true", help="a small process 1 that reaps orphans"),
     arg("--storage-driver", choices=["overlay", "vfs"], default="overlay",
         help="vfs: copy the layers, where there is no overlay"),
+    arg("--volumes-from", metavar="CONTAINER[:ro]", action="append", default=[],
+        help="the volumes of another, where that has them"),
     arg("--name", metavar="NAME", help="what to call it; else it is given a name"),
     arg("--cidfile", metavar="FILE", help="write its id there"),
     arg("-l", "--label", metavar="KEY[=VALUE]", action="append", default=[],
@@ -9877,7 +10499,8 @@ CREATE_OPTIONS = (
 )
 RUN_OPTIONS = (
     arg("-d", "--detach", action="store_true", help="print its id, and leave it"),
-    DETACH_KEYS,
+    arg("-a", "--attach", metavar="STREAM", action="append", default=[],
+        help="only stdin, stdout, stderr, whichever are named"), DETACH_KEYS,
     arg("--stats-at-exit", action="store_true", help="print what it used"),
     arg("--stop-after", metavar="STEP", help="a shell in the half-made container; see "
         "`steps` for what there is"),
@@ -9968,6 +10591,29 @@ def load(id):
     return Record(**from_json(read_file(f"{store('containers', id)}/record.json")))
 
 
+def exchange(path, document, lasting):
+    """What save() does, and the old file stays as PATH.new, to be written to the next
+    time: so there is room to say how a container has ended that has filled the disk."""
+    data, spare = to_json(document).encode(), f"{path}.new"
+    fd = os.open(spare, O_WRONLY | os.O_CREAT | O_CLOEXEC, 0o600)
+    try:
+        if os.write(fd, data) < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+        os.ftruncate(fd, len(data))
+        if lasting:
+            os.fsync(fd)
+    finally:
+        os.close(fd)
+    try:
+        syscall("renameat2", AT_FDCWD, spare, AT_FDCWD, path, RENAME_EXCHANGE)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # not every file system can
+            raise
+        os.rename(spare, path)
+    if lasting:
+        sync(os.path.dirname(path))
+
+
 def known():
     """All records, as they are written."""
     for id in os.listdir(store("containers", "")):
@@ -9996,7 +10642,8 @@ class changing:
     def __exit__(self, failed, *_):
         try:
             if not failed:
-                save(self.record.path("record.json"), vars(self.record), self.lasting)
+                exchange(self.record.path("record.json"), vars(self.record),
+                         self.lasting)
         finally:
             os.close(self.lock)
 
@@ -10031,33 +10678,31 @@ EVENT_FILTERS = {  # of `events`: whether one passes for one of the values
 }
 
 
+def event_line(event, form):
+    """An event as a person reads it, or as --format says."""
+    if form:
+        return to_json(event) if form == "json" else from_template(
+            form, {**event, "ID": event["id"]})
+    facts = sorted(event["Actor"]["Attributes"].items())
+    return (f"{timestamp(event['timeNano'])} {event['Type']} {event['Action']} "
+            f"{event['id']} ({', '.join(f'{key}={text}' for key, text in facts)})")
+
+
 @command("events", FILTER, arg("--format", metavar="FORM", help="json, '{{.Action}}'"),
          arg("--since", metavar="WHEN", help="show what has been, too"),
          arg("--until", metavar="WHEN", help="end when it is that late"))
 def events_command(options):
     """Show what happens to containers, while it does."""
-    need_root()
     since = moment("--since", options.since) if options.since else time.time_ns()
     until_ = moment("--until", options.until) if options.until else 1 << 62
     wanted = filters_of(options.filter, EVENT_FILTERS)
     watch = watch_directory(store("events", ""))  # before the first read, here too
     reader = LogReader(store("events", "log"))
-
-    def show(event):
-        facts = event["Actor"]["Attributes"].items()
-        if options.format:
-            print(to_json(event) if options.format == "json" else from_template(
-                options.format, {**event, "ID": event["id"]}), flush=True)
-        else:
-            print(timestamp(event["timeNano"]), event["Type"], event["Action"],
-                  event["id"], f"({', '.join(f'{k}={v}' for k, v in sorted(facts))})",
-                  flush=True)
     while True:
         for event in (event for entries in reader.read() for event in entries):
-            if since <= event["timeNano"] <= until_ and all(
-                    any(EVENT_FILTERS[key](event, text) for text in values)
-                    for key, values in wanted.items()):
-                show(event)
+            if since <= event["timeNano"] <= until_ and passes(
+                    event, EVENT_FILTERS, wanted):
+                print(event_line(event, options.format), flush=True)
         left = (until_ - time.time_ns()) / 10 ** 9
         if left <= 0:
             return
@@ -10086,14 +10731,19 @@ def volume_facts(name):
 
 def is_volume(name):
     """Whether there is a volume of that name."""
-    return os.path.exists(store("volumes", name, "volume.json")) if name and (
-        "/" not in name) else False
+    return bool(name) and "/" not in name and os.path.exists(
+        store("volumes", name, "volume.json"))
+
+
+def is_word(name):
+    """Whether the name of a container or a volume may be that."""
+    return name.isascii() and name[:1].isalnum() and all(
+        letter.isalnum() or letter in "_.-" for letter in name)
 
 
 def make_volume(name, labels=None, anonymous=False):
     """Make a volume, unless there is one of that name."""
-    if not name[:1].isalnum() or not name.isascii() or not all(
-            letter.isalnum() or letter in "_.-" for letter in name):
+    if not is_word(name):
         raise Fail(f"{name!r} includes invalid characters for a local volume name, "
                    "only [a-zA-Z0-9][a-zA-Z0-9_.-] are allowed",
                    "or a directory: -v /SRC:…")
@@ -10126,61 +10776,81 @@ def remove_volume(name):
     return freed
 
 
+def split_volume(text):
+    """The source, target and options of a -v; without a source, one is to be made."""
+    source, target, words = (text.split(":", 2) + ["", ""])[:3]
+    return (source, target, words) if target else ("", source, "")
+
+
 def split_mount(text):
-    """The source, target and options of a --mount of a volume; None of another."""
+    """The same of a --mount; source None if it is not about a volume."""
     keys = dict(part.partition("=")[::2] for part in text.split(","))
-    target = next((keys[key] for key in ("target", "dst", "destination")
-                   if key in keys), "")
-    if keys.get("type", "volume") != "volume":
-        return None, target, ""
-    ro = next((keys[key] for key in ("ro", "readonly") if key in keys), "false")
-    return keys.get("source", keys.get("src", "")), target, (
-        "ro" if ro in ("", "true", "1") else "")
+    source, target, ro = (next((keys[key] for key in names if key in keys), None)
+                          for names in (("source", "src"),
+                                        ("target", "dst", "destination"),
+                                        ("readonly", "ro")))
+    is_volume_ = keys.get("type", "volume") == "volume"
+    return (source or "" if is_volume_ else None, target or "",
+            "ro" if ro in ("", "true", "1") else "")
 
 
-def find_volumes(options):
-    """(options in which each volume is a directory of the host, {name: place, …}, those
-    of the names that are nobody's): of -v, of --mount, and of the image."""
-    # (as it was given, source, place, options); without a source, one is to be made
-    asked = [(text, *(text.split(":", 2) + ["", ""])[:3]) for text in options.volume]
-    asked = [(text, "" if not target else source, target or source, words)
-             for text, source, target, words in asked]
-    asked += [(text, *split_mount(text)) for text in options.mount]
-    # What a person puts somewhere is there in place of the image's volume.
-    taken = {os.path.normpath(target) for _, _, target, _ in asked}
-    taken |= {os.path.normpath(text.partition(":")[0]) for text in options.tmpfs}
-    asked += [("", "", path, "") for path in options.own_volumes
-              if os.path.normpath(path) not in taken]
-    wish, named, nameless = type(options)(), {}, []
-    vars(wish).update(vars(options), volume=[], mount=[])
-    for text, source, target, words in asked:
-        if source is None or source.startswith("/"):  # chapter 4 knows what that is
-            (wish.mount if text in options.mount else wish.volume).append(text)
-            continue
-        if not target.startswith("/"):
-            raise Fail(f"invalid volume {text!r}: its place must be absolute",
-                       "-v NAME:/DST or -v /DST")
-        name = source or os.urandom(32).hex()
-        nameless += [] if source else [name]
-        named[name] = os.path.normpath(target)
-        kept = ",".join(word for word in words.split(",") if word != "nocopy")
-        path = f"{store('volumes', name, VOLUME_NAME)}:{target}{kept and ':' + kept}"
-        wish.volume.append(path)
-    return wish, named, nameless
+PROPAGATION = "shared", "slave", "private"
 
 
-def mount_merged(c, directories):
-    """Mount what an overlay of directories shows, in the workshop and read-only."""
-    if len(directories) == 1:
-        attach(directories[0], "rootfs", MOUNT_ATTR_RDONLY, -1)
-    else:
-        for number, layer in enumerate(directories):
-            attach(layer, str(number), 0, -1)
-        syscall("mkdirat", AT_FDCWD, "rootfs", 0o755)
-        lower = ":".join(map(str, reversed(range(len(directories)))))
-        syscall("mount", "overlay", "rootfs", "overlay", MS_RDONLY, f"lowerdir={lower}",
-                why="as it is seen inside, for us to read")
-    c.root_fd = open_fd("rootfs", O_PATH | O_DIRECTORY)
+def mount_facts(record, mounts):
+    """What `inspect` tells of the mounts that were asked for."""
+    for mount in mounts:
+        words, target = mount["options"], mount["destination"]
+        name = next((name for name, at in record.volumes.items() if at == target), "")
+        if "ridmap" in words:  # what was asked for; not what every container has
+            yield {"Type": "volume" if name else "bind", "Source": mount["source"],
+                   **({"Name": name, "Driver": "local"} if name else {}),
+                   "Destination": target, "Mode": "", "RW": "rro" not in words,
+                   "Propagation": next((word for word in words
+                                        if word.endswith(PROPAGATION)), "rprivate")}
+
+
+def container_of(record, spec=None):
+    """The Container, as the chapters below need it, that a record is about."""
+    spec = spec or record.spec()
+    c = Container(record.id, spec, record.path(), record.layers(spec))
+    c.workshop = store("workshop", "")
+    return c
+
+
+class merged:
+    """A context in which the workshop has, read-only at `rootfs`, what an overlay of a
+    container's layers shows, or of all that it sees; gives its Container."""
+
+    def __init__(self, record, spec, with_changes=False):
+        self.c = container_of(record, spec)
+        self.directories = [*self.c.layers, *[record.path("upper")] * with_changes]
+
+    def __enter__(self):
+        open_workshop(self.c)
+        try:
+            self.mount(self.directories)
+        except BaseException:
+            leave_workshop(self.c)
+            raise
+        return self.c
+
+    def mount(self, directories):
+        """Mount them, bottom first."""
+        if len(directories) == 1:
+            attach(directories[0], "rootfs", MOUNT_ATTR_RDONLY, -1)
+        else:
+            for number, layer in enumerate(directories):
+                attach(layer, str(number), 0, -1)
+            syscall("mkdirat", AT_FDCWD, "rootfs", 0o755)
+            lower = ":".join(map(str, reversed(range(len(directories)))))
+            syscall("mount", "overlay", "rootfs", "overlay", MS_RDONLY,
+                    f"lowerdir={lower}", why="as it is seen inside, for us to read")
+        self.c.root_fd = open_fd("rootfs", O_PATH | O_DIRECTORY)
+
+    def __exit__(self, *_):
+        os.close(self.c.root_fd)
+        leave_workshop(self.c)
 
 
 def fill_volume(record, spec, name, target):
@@ -10192,18 +10862,13 @@ def fill_volume(record, spec, name, target):
         if os.listdir(place) or not any(os.path.lexists(f"{layer}/{path}")
                                         for layer in layers):
             return
-        c = Container(record.id, spec, record.path())
-        c.workshop = store("workshop", "")
-        open_workshop(c)
-        try:
-            mount_merged(c, layers)
-            fd = open_inside(c, target, O_PATH | O_DIRECTORY)
+        with merged(record, spec) as c:
+            try:
+                fd = open_inside(c, target, O_PATH | O_DIRECTORY)
+            except (FileNotFoundError, NotADirectoryError):  # a file, a link to nowhere
+                return
             copy_layers([f"/proc/self/fd/{fd}"], place, 0)
             os.close(fd)
-        except (FileNotFoundError, NotADirectoryError):  # a file, or a link to nowhere
-            pass
-        finally:
-            leave_workshop(c)
 
 
 @command("volume create", arg("--label", metavar="KEY=VALUE", action="append",
@@ -10211,7 +10876,6 @@ def fill_volume(record, spec, name, target):
          arg("name", nargs="?", metavar="NAME", help="or it gets a random one"))
 def volume_create_command(options):
     """Make a volume."""
-    need_root()
     name = options.name or os.urandom(32).hex()
     make_volume(name, dict(text.partition("=")[::2] for text in options.label),
                 not options.name)
@@ -10234,13 +10898,10 @@ def all_volumes():
 @command("volume ls", QUIET, FILTER, FORMAT)
 def volume_ls_command(options):
     """List volumes."""
-    need_root()
     wanted = filters_of(options.filter, VOLUME_FILTERS)
     print_list({"DRIVER": "Driver", "VOLUME NAME": "Name"}, [
-        facts for facts in all_volumes() if all(
-            any(VOLUME_FILTERS[key](facts, text) for text in values)
-            for key, values in wanted.items())], options.format,
-        "Name" if options.quiet else "")
+        facts for facts in all_volumes() if passes(facts, VOLUME_FILTERS, wanted)],
+        options.format, "Name" if options.quiet else "")
 
 
 VOLUMES = arg("volumes", nargs="+", metavar="VOLUME", help="names")
@@ -10250,7 +10911,6 @@ VOLUMES = arg("volumes", nargs="+", metavar="VOLUME", help="names")
          VOLUMES)
 def volume_inspect_command(options):
     """Show all that is known of volumes, as JSON."""
-    need_root()
     show_facts(options.volumes, volume_facts, options.format)
 
 
@@ -10258,8 +10918,6 @@ def volume_inspect_command(options):
                           help="no error if there is none"), VOLUMES)
 def volume_rm_command(options):
     """Remove volumes that no container has."""
-    need_root()
-
     def remove(name):
         if is_volume(name) or not options.force:
             remove_volume(name)
@@ -10281,13 +10939,11 @@ LAST_WORDS = """anchor barge canoe dinghy ensign ferry galley hull iceboat jetty
 
 def take_name(name, id):
     """Give a name to a container; a Fail if another has it."""
-    if len(name) < 2 or not name.isascii() or not name[0].isalnum() or not all(
-            letter.isalnum() or letter in "_.-" for letter in name):
+    if len(name) < 2 or not is_word(name):
         raise Fail(f"Invalid container name ({name}), only "
                    "[a-zA-Z0-9][a-zA-Z0-9_.-] are allowed", "at least two of them")
     path = store("names", name)
-    guard = lock(os.path.dirname(path), fcntl.LOCK_EX)
-    try:
+    with held("names", fcntl.LOCK_EX):
         # Two may want a name whose owner is gone, and only one of them may have it.
         if os.path.islink(path):
             owner = os.readlink(path)
@@ -10297,8 +10953,6 @@ def take_name(name, id):
                            "that container to be able to reuse that name.")
             os.unlink(path)  # of one whose removal was cut short
         os.symlink(id, path)
-    finally:
-        os.close(guard)
 
 
 def take_any_name(id):
@@ -10317,6 +10971,14 @@ def take_any_name(id):
     raise Fail("there is no free name", "--name takes any")
 
 
+def owner_of(path):
+    """Whose a link of ids/ or names/ is; "" if there is none."""
+    try:
+        return os.readlink(path)
+    except OSError:
+        return ""
+
+
 def discard(record, volumes=True):
     """Remove a container that has ended, with its ids, its name, and the volumes that
     nobody has named.
@@ -10329,10 +10991,17 @@ def discard(record, volumes=True):
             remove_volume(name)
     announce(record, "destroy")
     slot = (record.first_id - CONTAINER_IDS[0]) // CONTAINER_IDS[1]
+    heir = next((other.id for other in known() if record.first_id and
+                 other.first_id == record.first_id), "")  # it shares our network
     for kind, name in (("ids", str(slot)), ("names", record.name)):
         path = store(kind, name)
-        if name and os.path.islink(path) and os.readlink(path) == record.id:
-            os.unlink(path)
+        if owner_of(path) != record.id:
+            continue
+        if heir and kind == "ids":
+            os.symlink(heir, f"{path}.new")
+            os.rename(f"{path}.new", path)
+        else:
+            take_away_file(path)
 
 
 def booted():
@@ -10350,7 +11019,7 @@ def settle(record):
         return record
     try:
         Cgroup(f"/minicontainer-{record.id}").remove()
-        disconnect(record.id)
+        leave_networks(record.id)
         with changing(record.id, lasting=True) as record:
             if record.status in RUNNING:
                 record.exit_code, record.error = (
@@ -10396,6 +11065,48 @@ def find(text):
         raise NoContainer(text) from None
 
 
+def volumes_of(text):
+    """What --volumes-from CONTAINER[:ro] asks for, as -v would."""
+    name, _, words = text.partition(":")
+    record = find(name)
+    for facts in mount_facts(record, record.spec()["mounts"]):
+        how = words or ("rw" if facts["RW"] else "ro")
+        yield f"{facts.get('Name', facts['Source'])}:{facts['Destination']}:{how}"
+
+
+def find_volumes(options):
+    """(options in which each volume is a directory of the host, {name: place, …}, those
+    of the names that are nobody's): of -v, --mount, --volumes-from, and the image."""
+    # (as it was given, source, place, options)
+    asked = [(text, *split_volume(text)) for text in options.volume]
+    asked += [(text, *split_mount(text)) for text in options.mount]
+    # What a person puts somewhere is there in place of what others have there.
+    taken = {os.path.normpath(target) for _, _, target, _ in asked}
+    taken |= {os.path.normpath(text.partition(":")[0]) for text in options.tmpfs}
+    for text in (*(text for name in options.volumes_from for text in volumes_of(name)),
+                 *options.own_volumes):
+        source, target, words = split_volume(text)
+        if os.path.normpath(target) not in taken:
+            taken.add(os.path.normpath(target))
+            asked.append((text, source, target, words))
+    wish, named, nameless = type(options)(), {}, []
+    vars(wish).update(vars(options), volume=[], mount=[])
+    for text, source, target, words in asked:
+        if source is None or source.startswith("/"):  # chapter 4 knows what that is
+            (wish.mount if text in options.mount else wish.volume).append(text)
+            continue
+        if not target.startswith("/"):
+            raise Fail(f"invalid volume {text!r}: its place must be absolute",
+                       "-v NAME:/DST or -v /DST")
+        name = source or os.urandom(32).hex()
+        nameless += [] if source else [name]
+        named[name] = os.path.normpath(target)
+        kept = ",".join(word for word in words.split(",") if word != "nocopy")
+        path = f"{store('volumes', name, VOLUME_NAME)}:{target}{kept and ':' + kept}"
+        wish.volume.append(path)
+    return wish, named, nameless
+
+
 # ── making and removing ──
 #
 # Whoever makes or removes has the lock of the directory from its first moment to its
@@ -10434,8 +11145,10 @@ def etc_files(spec, options):
     """{name: text} of the files that Docker puts into every container's /etc."""
     name = spec.get("hostname") or os.uname().nodename
     resolv = host_resolv_conf()
+    known = "".join(f"{address}\t{host}\n" for host, address in host_lines(
+        options.add_host, "127.0.0.1"))
     if options.network == "host":
-        return {"hostname": name + "\n", "hosts": read_file("/etc/hosts"),
+        return {"hostname": name + "\n", "hosts": read_file("/etc/hosts") + known,
                 "resolv.conf": resolv}
     local = ("nameserver 127.", "nameserver ::1")  # not to be reached from inside
     lines = [line for line in resolv.splitlines()
@@ -10446,12 +11159,17 @@ def etc_files(spec, options):
             lines = [line for line in lines if line.split()[:1] != [word]]
             lines += ([f"{word} {value}" for value in values] if word == "nameserver"
                       else [f"{word} {' '.join(values)}"])
+    if options.network not in ("", "none") and not any(
+            line.startswith("nameserver") for line in lines):
+        # Docker's choice, too: names are asked for, and nobody is left to be asked.
+        say("no name server of the host's can be reached from inside: 8.8.8.8 is asked")
+        lines += ["nameserver 8.8.8.8", "nameserver 8.8.4.4"]
     return {
         "hostname": name + "\n",
         "hosts": "127.0.0.1\tlocalhost\n"
                  "::1\tlocalhost ip6-localhost ip6-loopback\n"
                  "fe00::\tip6-localnet\nff00::\tip6-mcastprefix\n"
-                 "ff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n",
+                 "ff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n" + known,
         "resolv.conf": "".join(line + "\n" for line in lines),
     }
 
@@ -10574,9 +11292,13 @@ def make_files(record, options, spec, base):
     else:
         syscall("fchmodat", AT_FDCWD, f"{directory}/upper",
                 stat.S_IMODE(os.stat(layers[-1]).st_mode), why="as / of the image")
+    of = options.network.partition(":")[2]  # whose network it shares, and its names
     for name, text in etc_files(spec, options).items():
-        write_file(f"{directory}/{name}", text, f"to be /etc/{name}", 0o644)
-        syscall("fchownat", AT_FDCWD, f"{directory}/{name}", base, base, 0)
+        directory = store("containers", of) if of and name != "hostname" else (
+            record.path())
+        if directory == record.path():
+            write_file(f"{directory}/{name}", text, f"to be /etc/{name}", 0o644)
+            syscall("fchownat", AT_FDCWD, f"{directory}/{name}", base, base, 0)
         if not any(m["destination"] == f"/etc/{name}" for m in spec["mounts"]):
             spec["mounts"].append({
                 "destination": f"/etc/{name}", "type": "bind",
@@ -10584,9 +11306,51 @@ def make_files(record, options, spec, base):
                 "options": ["bind", *(["ro"] if options.read_only else [])]})
 
 
+def share_network(options):
+    """Choose the network; with container:NAME, the record of that one.
+
+    What belongs to its network is root's in there, so its root's ids are shared too."""
+    choose_network(options)
+    mode, colon, name = options.network.partition(":")
+    if not colon:
+        return None
+    if mode != "container":
+        raise Fail(f"invalid network mode: {options.network}", "container:NAME")
+    try:
+        other = find(name)
+    except Fail as fail:
+        fail.code = 125
+        raise
+    if "host" in (other.asked["network"], wants_of(other.spec())["of"] and "host"):
+        raise Fail(f"{name} has no network of its own", "join the one that it joins")
+    for option in ("hostname", "add_host", "dns", "dns_search", "dns_option"):
+        if getattr(options, option):
+            raise Fail(f"conflicting options: --{option.replace('_', '-')} and the "
+                       "network of another container", "it has that one's")
+    options.network = f"container:{other.id}"
+    options.userns = options.userns or (None if other.first_id else "host")
+    return other
+
+
+def join_container(c, id):
+    """Have a container be born in the namespaces of another's network, and its ids."""
+    try:
+        other = settle(load(id))
+    except FileNotFoundError:
+        raise NoContainer(id[:12]) from None
+    if other.status not in RUNNING:
+        raise Fail(f"cannot join network of a non running container: {other.name}",
+                   f"start {other.name}")
+    for namespace in c.spec["linux"]["namespaces"]:
+        if namespace["type"] in ("network", "user"):
+            file = NAMESPACES[namespace["type"]][1]
+            namespace["path"] = f"/proc/{other.pid}/ns/{file}"
+
+
 def create(options, args):
     """A container that has everything but a life: its record, its spec, and the lock of
     its directory, which is the caller's now."""
+    other = share_network(options)
     id, (wish, volumes, nameless) = os.urandom(32).hex(), find_volumes(options)
     if options.cidfile and os.path.lexists(options.cidfile):
         raise Fail("container ID file found, make sure the other container isn't "
@@ -10607,12 +11371,12 @@ def create(options, args):
         record.name = options.name or take_any_name(id)
         base = 0
         if namespace_flags(spec) & CLONE_NEWUSER:
-            base = record.first_id = take_ids(id)
+            base = record.first_id = other.first_id if other else take_ids(id)
             maps = [{"containerID": 0, "hostID": base, "size": CONTAINER_IDS[1]}]
             spec["linux"].update(uidMappings=maps, gidMappings=maps)
         make_files(record, options, spec, base)
-        if wish := network_spec(options, id, record.name, spec.get("hostname", "")):
-            spec["annotations"] = {**spec["annotations"], NETWORK: to_json(wish)}
+        wants = network_spec(options, id, record.name, spec.get("hostname", ""))
+        spec["annotations"] = {**spec["annotations"], NETWORK: to_json(wants)}
         for name, target in volumes.items():
             make_volume(name, anonymous=name in nameless)
             fill_volume(record, spec, name, target)
@@ -10665,9 +11429,9 @@ def image_to_run(options, text):
 
 def choose(options):
     """The program and its arguments; options get what the image says of them."""
-    args, options.like = options.words or ["/bin/sh"] * bool(options.stop_after), None
-    options.image, options.own_labels = " ".join(options.rootfs) or "default", {}
-    options.health, options.own_volumes, options.exposed = {}, [], []
+    args, settings = options.words or ["/bin/sh"] * bool(options.stop_after), {}
+    options.image, options.like = " ".join(options.rootfs) or "default", None
+    options.notes = {}
     if options.rootfs:
         layers = [layer_of(path) for path in options.rootfs]
     elif args[0].startswith("/"):
@@ -10675,18 +11439,18 @@ def choose(options):
     else:
         options.image = args[0]
         image = image_to_run(options, args[0])
-        layers, options.like = image_layers(image), image_process(image)
+        layers, settings = image_layers(image), image.settings
+        options.like, options.notes = image_process(image), image_notes(image)
         args = image_command(image, options.entrypoint, args[1:])
         options.entry = ([options.entrypoint] if options.entrypoint else [
-            ] if options.entrypoint == "" else image.settings.get("Entrypoint") or [])
-        options.own_labels = image.settings.get("Labels") or {}
-        options.exposed = list(image.settings.get("ExposedPorts") or {})
-        options.health = image.settings.get("Healthcheck") or {}
-        options.own_volumes = list(image.settings.get("Volumes") or {})
-        options.stop_signal = options.stop_signal or image.settings.get("StopSignal")
-    options.stop_signal = options.stop_signal or "SIGTERM"
-    options.notes = {OF_LAYERS: to_json(layers), **(image_notes(image) if
-                                                     options.like else {})}
+            ] if options.entrypoint == "" else settings.get("Entrypoint") or [])
+    options.own_labels = settings.get("Labels") or {}
+    options.exposed = list(settings.get("ExposedPorts") or {})
+    options.own_volumes = list(settings.get("Volumes") or {})
+    options.health = settings.get("Healthcheck") or {}
+    options.stop_signal = (options.stop_signal or settings.get("StopSignal")
+                           or "SIGTERM")
+    options.notes = {OF_LAYERS: to_json(layers), **options.notes}
     return args
 
 
@@ -10754,17 +11518,25 @@ def choose_steps(options):
 # nobody behind it.
 
 
-def shim_inside(record, spec, target, interactive):
-    """The Shim of one more process in the container whose process 1 is `target`."""
-    hold_signals()
-    c = Container(record.id, spec, record.path())
-    c.is_new, c.target, c.cgroup = False, target, cgroup_of(spec)
+class Guest(Shim):
+    """The shim of one more process in the container whose process 1 is `target`."""
 
-    def begin_inside(shim):
-        enter(c)
-        if not interactive and "stdin" in c.outer:
-            os.close(c.outer.pop("stdin"))
-    return Shim(c, begin_inside, lambda shim: {"code": c.wait()})
+    def __init__(self, record, spec, target, interactive):
+        hold_signals()
+        c = container_of(record, spec)
+        c.is_new, c.target, c.cgroup = False, target, cgroup_of(spec)
+        super().__init__(c)
+        self.interactive = interactive
+
+    def begin(self):
+        """Run it."""
+        enter(self.c)
+        if not self.interactive:
+            self.close("stdin")
+
+    def ended(self):
+        """What the clients are told."""
+        return {"code": self.c.wait()}
 
 
 # A health check is a second program in the container, now and then, and the shim is
@@ -10822,7 +11594,7 @@ class HealthCheck:
         if load(self.record.id).status == "paused":
             self.set_timer(self.record.health["Interval"])
             return
-        self.peer = leave_to(shim_inside(self.record, spec, self.c.pidfd, False))
+        self.peer = leave_to(Guest(self.record, spec, self.c.pidfd, False))
         self.set_timer(self.record.health["Timeout"])
 
     def finish(self, code):
@@ -10846,8 +11618,7 @@ class HealthCheck:
 
 def open_door(record):
     """A socket in a container's directory for its shim to listen at."""
-    if os.path.lexists(record.path("attach")):
-        os.unlink(record.path("attach"))  # of its last shim
+    take_away_file(record.path("attach"))  # of its last shim
     directory = open_fd(record.path(), O_PATH | O_DIRECTORY)
     door = door_of("bind", directory)
     syscall("listen", door, 64, why="for `attach`")
@@ -10855,131 +11626,142 @@ def open_door(record):
     return door
 
 
-def begin(shim, record, steps):
-    """In the shim: make the container run, and say so in its record."""
-    c = shim.c
-    syscall("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0,
-            why="what is left of it without a parent is ours to reap")
-    before, outside, birth = steps or (BEFORE, OUTSIDE, BIRTH)
-    try:
-        start(c, before, (*outside, connect), birth)
-    except BaseException:
-        disconnect(c.id)
-        raise
-    try:
+class Life(Shim):
+    """Who starts a container and stays with it, and says in its record how it fares.
+
+    The lock of its directory, `held`, is the shim's.  If the container does not start,
+    it is kept, with the reason, or removed."""
+
+    def __init__(self, record, spec, held, steps=(), keep=True, typing=False, delay=0):
+        hold_signals()
+        c = container_of(record, spec)
+        c.lock, c.throw_away, c.wants_reaper = (
+            held, record.throw_away, record.wants_reaper)
+        super().__init__(c, record.interactive and not typing)
+        self.record, self.keep, self.held = record, keep, held
+        self.steps = steps or (BEFORE, OUTSIDE, BIRTH)
+        self.delay = delay  # before it was started anew
+        self.outlives = record.restart != "no"
+
+    def begin(self):
+        """Make the container run, and say so in its record."""
+        c, (before, outside, birth) = self.c, self.steps
+        syscall("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0,
+                why="what is left of it without a parent is ours to reap")
+        try:
+            if of := wants_of(c.spec)["of"]:
+                join_container(c, of)
+            start(c, before, (*outside, connect), birth)
+            try:
+                self.attend_to(self.record)
+            except BaseException:
+                end(c)
+                raise
+        except BaseException:
+            leave_networks(c.id)
+            raise
+
+    def attend_to(self, record):
+        """All that it has beside its process 1, now that this runs."""
         if record.log is not None:
-            shim.log = Log(record.path("log"), **record.log)
-        if shim.door < 0:
-            shim.door = open_door(record)
+            self.log = Log(record.path("log"), **record.log)
+        if self.door < 0:
+            self.door = open_door(record)
         if record.health:
-            shim.parties.append(HealthCheck(record, c))
-        wish = from_json(c.spec["annotations"].get(NETWORK, "null"))
-        if wish and wish["ports"]:
-            shim.parties.append(Relay(endpoint_of(c.id)["ip"], wish["ports"]))
-        if not record.interactive and "stdin" in c.outer:
-            os.close(c.outer.pop("stdin"))
-        with changing(c.id) as now:
-            now.status, now.pid, now.started = "running", c.pid, time.time_ns()
+            self.parties.append(HealthCheck(record, self.c))
+        if any(endpoint["ports"] for endpoint in endpoints_of(record.id)):
+            self.parties.append(Relay(endpoints_of(record.id)))
+        if not record.interactive:
+            self.close("stdin")
+        with changing(record.id) as now:
+            now.status, now.pid, now.started = "running", self.c.pid, time.time_ns()
             # How the last life ended is no news of this one.
             now.exit_code, now.oom_killed, now.error = 0, False, ""
             now.checked = {"Status": "starting", "FailingStreak": 0, "Log": []} if (
                 now.health) else {}
         announce(record, "start")
-    except BaseException:
-        end(c)
-        disconnect(c.id)
-        raise
 
+    def close_relay(self):
+        """Nobody is behind the published ports any more."""
+        for party in self.parties:
+            if isinstance(party, Relay):
+                party.close()
 
-def write_end(shim, record, code, used):
-    """Keep the rest of the log, and say in the record how it ended; then it is true."""
-    now, failed = record, ""
-    if shim.log:
-        shim.log.close()
-        failed = shim.log.failed
-    if not record.throw_away:
-        with changing(record.id, lasting=True) as now:
-            now.pid, now.finished, now.exit_code = 0, time.time_ns(), code
-            now.error = shim.trouble or failed
-            now.oom_killed = code == 137 and bool(used.get("oom_kills"))
-            now.status = "restarting" if now.wants_again() else "exited"
-    if used.get("oom_kills"):
-        announce(now, "oom")
-    announce(now, "die", exitCode=str(code))
+    def failed(self, error):
+        """It does not start: what there was before is kept, and why."""
+        if not self.keep:
+            discard(self.record)
+            return
+        fail = diagnose(error)
+        with changing(self.record.id) as now:
+            now.exit_code, now.error = fail.code, fail.message
+            now.status = "exited" if now.finished else "created"
 
+    def ended(self):
+        """When process 1 has ended: the record first, then all is undone; what the
+        clients are told."""
+        c, record, code, used = self.c, self.record, self.c.wait(), {}
+        for do in (lambda: used.update(c.cgroup.measure()),  # while there is something
+                   lambda: self.write_end(code, used),
+                   self.close_relay, lambda: end(c), lambda: leave_networks(c.id),
+                   lambda: record.throw_away and discard(record)):
+            try:
+                do()
+            except (OSError, Fail) as failed:  # the others are done all the same
+                self.trouble = diagnose(failed).message
+        return {"code": code, "used": used, "error": self.trouble}
 
-def ended(shim, record):
-    """In the shim, when process 1 has ended: the record first, then all is undone; what
-    the clients are told."""
-    c, code, used = shim.c, shim.c.wait(), {}
-    for do in (lambda: used.update(c.cgroup.measure()),  # while there is something
-               lambda: write_end(shim, record, code, used),
-               lambda: end(c), lambda: disconnect(c.id),
-               lambda: record.throw_away and discard(record)):
+    def write_end(self, code, used):
+        """Keep the rest of the log, and say in the record how it ended; then it is
+        true."""
+        now = self.record
+        if self.log:
+            self.log.close()
+            self.trouble = self.trouble or self.log.failed
+        if not now.throw_away:
+            with changing(now.id, lasting=True) as now:
+                now.pid, now.finished, now.exit_code = 0, time.time_ns(), code
+                now.error = self.trouble
+                now.oom_killed = code == 137 and bool(used.get("oom_kills"))
+                now.status = "restarting" if now.wants_again() else "exited"
+        if used.get("oom_kills"):
+            announce(now, "oom")
+        announce(now, "die", exitCode=str(code))
+
+    def rest(self):
+        """Wait as its policy says; whether it is to start again.
+
+        The pause is 0.1 s, then twice as long each time, 1 minute at most; what has run
+        for 10 s begins with 0.1 s again."""
         try:
-            do()
-        except (OSError, Fail) as failed:  # the others are done all the same
-            shim.trouble = diagnose(failed).message
-    return {"code": code, "used": used, "error": shim.trouble}
+            watch = watch_directory(self.record.path())  # first, or a `stop` is missed
+            now = load(self.record.id)
+        except FileNotFoundError:  # --rm
+            return False
+        if now.status != "restarting":
+            return False
+        lived_long = now.finished - now.started > 10 ** 10
+        self.delay = min(2 * self.delay, 60) if self.delay and not lived_long else 0.1
+        end_ = time.monotonic() + self.delay
+        while not now.stopped and (left := end_ - time.monotonic()) > 0:
+            if select.select([watch], [], [], left)[0]:
+                os.read(watch, MOST)
+                now = load(now.id)
+        os.close(watch)
+        with changing(now.id) as now:
+            now.restarts += not now.stopped
+            now.status = "exited" if now.stopped else now.status
+        return not now.stopped
 
-
-def rest(record, delay):
-    """In the shim, when a container has ended: wait as its policy says; how long, or
-    None if it is not to start again.
-
-    The pause is 0.1 s, then twice as long each time, 1 minute at most; what has run for
-    10 s begins with 0.1 s again."""
-    try:
-        watch = watch_directory(record.path())  # first, or a `stop` might be missed
-        now = load(record.id)
-    except FileNotFoundError:  # --rm
-        return None
-    if now.status != "restarting":
-        return None
-    delay = 0.1 if now.finished - now.started > 10 ** 10 else min(2 * delay, 60)
-    end_ = time.monotonic() + delay
-    while not now.stopped and (left := end_ - time.monotonic()) > 0:
-        if select.select([watch], [], [], left)[0]:
-            os.read(watch, MOST)
-            now = load(record.id)
-    os.close(watch)
-    with changing(record.id) as now:
-        now.restarts += not now.stopped
-        now.status = "exited" if now.stopped else now.status
-    return None if now.stopped else delay
-
-
-def shim_of(record, spec, held, steps=(), keep=True, typing=False, delay=0.05):
-    """The Shim that will start a container, and stay with it.
-
-    The lock of its directory, `held`, is the shim's now.  If the container does not
-    start, it is kept, with the reason, or removed."""
-    def failed(error):
-        if keep:
-            fail = diagnose(error)
-            with changing(record.id) as now:
-                now.exit_code, now.error = fail.code, fail.message
-                now.status = "exited" if now.finished else "created"
-        else:
-            discard(record)
-    hold_signals()
-    c = Container(record.id, spec, record.path(), record.layers(spec))
-    c.lock, c.workshop = held, store("workshop", "")
-    c.throw_away, c.wants_reaper = record.throw_away, record.wants_reaper
-    shim = Shim(c, lambda shim: begin(shim, record, steps),
-                lambda shim: ended(shim, record), failed,
-                keep_input=record.interactive and not typing)
-    shim.outlives = record.restart != "no"
-
-    def again():
-        if (pause := rest(record, delay)) is None:
-            os.close(held)  # from here on a person can start it again, or remove it
+    def again(self):
+        """The shim of its next life, if there is one."""
+        if not self.rest():
+            os.close(self.held)  # a person may start it again now, or remove it
             return None
-        after = shim_of(load(record.id), record.spec(), held, delay=pause)
-        after.door = shim.door
+        record = load(self.record.id)
+        after = Life(record, record.spec(), self.held, delay=self.delay)
+        after.door = self.door
         return after
-    shim.again = again
-    return shim
 
 
 def report_end(news, options):
@@ -11011,7 +11793,7 @@ def accompany(client, shim, options, name):
 
     Who has a terminal may leave, and then somebody has to stay, so the shim is a fork.
     Without one, this process will do for both, and is quicker: 8 ms."""
-    if client.tty or shim.outlives:
+    if client.tty or shim.outlives or not client.outputs:
         news = client.stay(leave_to(shim))
     else:
         news = client.attend(shim)
@@ -11021,31 +11803,40 @@ def accompany(client, shim, options, name):
 OF_CREATE = (*CREATE_OPTIONS, *PROCESS_OPTIONS, *NAMESPACE_OPTIONS, *ENDPOINT_OPTIONS,
              *CGROUP_OPTIONS,
              *MOUNT_OPTIONS, *PRIVILEGE_OPTIONS, arg(
-                 "words", nargs="A*", metavar="IMAGE|COMMAND", help="an image and its "
-                 "command; or a command, with its path, of the default root file "
-                 "system"))
+                 "words", nargs="A...", unless="stop_after", metavar="IMAGE|COMMAND",
+                 help="an image and its command; or a command, with its path, of the "
+                 "default root file system"))
 
 
 def run_it(options, made, steps, client):
     """Start what create() has made, and stay with it if there is a client; the exit
     code."""
     record, spec, held_ = made
-    shim = shim_of(record, spec, held_, steps, keep=False,
-                   typing=client and client.typing)
+    shim = Life(record, spec, held_, steps, keep=False, typing=client and client.typing)
     if client:
-        return accompany(client, shim, options, record.name)
-    see_start(leave_to(shim))
-    print(record.id)
-    return 0
+        code = accompany(client, shim, options, record.name)
+    else:
+        code = see_start(leave_to(shim))
+    if not (client and client.outputs):
+        print(record.id)
+    return code or 0
+
+
+def attached(options):
+    """The streams that `run` attaches to: those that --attach names, or all."""
+    names = {text.lower() for text in options.attach}
+    if names - {"stdin", "stdout", "stderr"}:
+        raise Fail(f"invalid argument {options.attach[-1]!r} for -a, --attach: valid "
+                   "streams are STDIN, STDOUT and STDERR", options.hint)
+    if names and options.detach:
+        raise Fail("Conflicting options: -a and -d", "leave one of them out")
+    return names or {"stdin", "stdout", "stderr"}
 
 
 @command("run", *RUN_OPTIONS, *OF_CREATE)
 def run_command(options):
     """Run a command in a new container."""
-    if not options.words and not options.stop_after:
-        raise Fail("IMAGE or COMMAND is missing", options.hint)
-    need_root()
-    keys = detach_keys(options.detach_keys)
+    keys, streams = detach_keys(options.detach_keys), attached(options)
     if not options.detach:
         check_terminal(options)
     with adding():  # nothing is swept away that this container is about to use
@@ -11057,8 +11848,9 @@ def run_command(options):
         if options.tty and open_console not in steps[-1]:
             options.tty = False
             args += ["-i", "+m"] * (not options.words)  # --stop-after: a prompt even so
-        client = None if options.detach else Client(options.tty, options.interactive,
-                                                    keys, owner=True)
+        client = None if options.detach else Client(
+            options.tty, options.interactive and "stdin" in streams, keys, True,
+            b"".join(Shim.OUTPUTS[name] for name in streams - {"stdin"}))
         made = create(options, args)
     try:
         return run_it(options, made, steps, client)
@@ -11077,9 +11869,6 @@ def run_command(options):
 def create_command(options):
     """Make a container, without starting it; prints its id."""
     options.stop_after, options.without = None, []
-    if not options.words:
-        raise Fail("IMAGE or COMMAND is missing", options.hint)
-    need_root()
     with adding():
         record, _, held = create(options, choose(options))
     os.close(held)
@@ -11114,6 +11903,18 @@ def do_to(name, act):
 def for_containers(names, act):
     """Do act(record) to each container and print its name, also if some fail."""
     for_each(names, lambda name: do_to(name, act))
+
+
+def on_each(words, *options):
+    """Declare a command that does something to each CONTAINER, also if it fails with
+    some, and prints what it has done it to."""
+    def declare(act):
+        def do(options):
+            for_containers(options.containers, lambda record: act(record, options))
+        do.__doc__ = act.__doc__
+        command(words, *options, CONTAINERS)(do)
+        return act
+    return declare
 
 
 def claim(record):
@@ -11164,35 +11965,39 @@ def hear_end(record):
 
 
 def pidfd_of(record):
-    """A descriptor of its process 1; ProcessLookupError if that has ended."""
-    fd = syscall("pidfd_open", record.pid, 0, why="its process 1")
-    try:
-        if f"minicontainer-{record.id}" in read_file(f"/proc/{record.pid}/cgroup"):
-            return fd
-    except FileNotFoundError:
-        pass
-    os.close(fd)
+    """A descriptor of its process 1; ProcessLookupError if there is none."""
+    if record.status in RUNNING:
+        fd = syscall("pidfd_open", record.pid, 0, why="its process 1")
+        try:
+            if f"minicontainer-{record.id}" in read_file(f"/proc/{record.pid}/cgroup"):
+                return fd
+        except FileNotFoundError:
+            pass
+        os.close(fd)
     raise ProcessLookupError(errno.ESRCH, "its process 1 has ended")
 
 
 def send_signal(record, number):
     """Send a signal to process 1; a pidfd of it, or None if there is none."""
-    if record.status not in RUNNING:
-        return None
     try:
         fd = pidfd_of(record)
         syscall("pidfd_send_signal", fd, number, None, 0, why="for process 1")
-        announce(record, "kill", signal=str(number))
-        return fd
     except ProcessLookupError:
         return None
+    announce(record, "kill", signal=str(number))
+    return fd
+
+
+def not_running(record, what=""):
+    """What to raise of a container that does not run."""
+    return Fail(f"{what}Container {record.id} is not running", "`start` starts it", 1)
 
 
 def set_frozen(record, frozen):
     """Pause a container, or let it go on."""
     with changing(record.id) as now:
         if now.status not in RUNNING:
-            raise Fail(f"Container {now.id} is not running", "`start` starts it", 1)
+            raise not_running(now)
         if (now.status == "paused") == frozen:
             raise Fail(f"Container {now.id} is {'already' if frozen else 'not'} paused",
                        "", 1)
@@ -11226,17 +12031,6 @@ def end_it(record, number, seconds):
     await_end(record)
 
 
-def stop_it(record, options):
-    """End a container as --time and --signal, or its own record, say."""
-    seconds = record.stop_timeout if options.time is None else whole(
-        "--time", options.time, -1)
-    lived = record.status in LIVE
-    end_it(record, signal_number(options.signal or record.stop_signal),
-           seconds if seconds >= 0 else 1 << 20)
-    if lived:
-        announce(record, "stop")
-
-
 def fresh(record):
     """The record of a container that a person starts."""
     with changing(record.id) as record:
@@ -11247,7 +12041,7 @@ def fresh(record):
 def start_it(record):
     """Start a container, unless it runs, and leave it to its shim."""
     if (held := claim(record)) is not None:
-        see_start(leave_to(shim_of(fresh(record), record.spec(), held)))
+        see_start(leave_to(Life(fresh(record), record.spec(), held)))
 
 
 def sealed(names):
@@ -11264,9 +12058,10 @@ def remove_it(record, force=False, volumes=True):
     """Remove a container; one that runs only by force."""
     if record.status in LIVE:
         if not force:
+            first = "Unpause and then stop" if record.status == "paused" else "Stop"
             raise Fail(f"You cannot remove a {record.status} container {record.id}. "
-                       "Stop the container before attempting removal or force remove",
-                       "rm -f", 1)
+                       f"{first} the container before attempting removal or force "
+                       "remove", "rm -f", 1)
         end_it(record, signal.SIGKILL, 10)
     try:
         held = claim(record)
@@ -11280,70 +12075,65 @@ def remove_it(record, force=False, volumes=True):
 
 STOP_OPTIONS = (
     arg("-t", "--time", metavar="SECONDS", help="to wait before killing; -1: ever"),
-    arg("-s", "--signal", metavar="SIGNAL", help="what to send first"), CONTAINERS)
+    arg("-s", "--signal", metavar="SIGNAL", help="what to send first"))
 
 
-@command("stop", *STOP_OPTIONS)
-def stop_command(options):
+@on_each("stop", *STOP_OPTIONS)
+def stop_it(record, options):
     """Ask containers to end, and kill those that do not."""
-    need_root()
-    return for_containers(options.containers, lambda record: stop_it(record, options))
+    seconds = record.stop_timeout if options.time is None else whole(
+        "--time", options.time, -1)
+    lived = record.status in LIVE
+    end_it(record, signal_number(options.signal or record.stop_signal),
+           seconds if seconds >= 0 else 1 << 20)
+    if lived:
+        announce(record, "stop")
 
 
-@command("restart", *STOP_OPTIONS)
+@command("restart", *STOP_OPTIONS, CONTAINERS)
 def restart_command(options):
     """Stop containers and start them again."""
-    need_root()
     sealed(options.containers)
 
     def restart(record):
         stop_it(record, options)
         start_it(record)
         announce(record, "restart")
-    return for_containers(options.containers, restart)
+    for_containers(options.containers, restart)
 
 
-@command("kill", arg("-s", "--signal", metavar="SIGNAL", default="KILL",
-                     help="another signal than KILL"), CONTAINERS)
-def kill_command(options):
+@on_each("kill", arg("-s", "--signal", metavar="SIGNAL", default="KILL",
+                     help="another signal than KILL"))
+def kill_it(record, options):
     """Send a signal to process 1 of containers."""
-    need_root()
-
-    def kill(record):
-        number = signal_number(options.signal)
-        if number in (signal.SIGKILL, signal_number(record.stop_signal)):
-            with changing(record.id) as record:
-                record.stopped = True
-        fd = send_signal(record, number)
-        if fd is None:
-            raise Fail(f"Cannot kill container: {record.name}: Container {record.id} "
-                       "is not running", "`start` starts it", 1)
-        if number == signal.SIGKILL:
-            thaw(record)
-            await_end(record)
-        os.close(fd)
-    return for_containers(options.containers, kill)
+    number = signal_number(options.signal)
+    if number in (signal.SIGKILL, signal_number(record.stop_signal)):
+        with changing(record.id) as record:
+            record.stopped = True
+    fd = send_signal(record, number)
+    if fd is None:
+        raise not_running(record, f"Cannot kill container: {record.name}: ")
+    if number == signal.SIGKILL:
+        thaw(record)
+        await_end(record)
+    os.close(fd)
 
 
-@command("pause", CONTAINERS)
-def pause_command(options):
+@on_each("pause")
+def pause_it(record, options):
     """Stop all processes of containers where they stand."""
-    need_root()
-    return for_containers(options.containers, lambda record: set_frozen(record, True))
+    set_frozen(record, True)
 
 
-@command("unpause", CONTAINERS)
-def unpause_command(options):
+@on_each("unpause")
+def unpause_it(record, options):
     """Let paused containers go on."""
-    need_root()
-    return for_containers(options.containers, lambda record: set_frozen(record, False))
+    set_frozen(record, False)
 
 
 @command("wait", CONTAINERS)
 def wait_command(options):
     """Wait until containers have ended; prints their exit codes."""
-    need_root()
-
     def wait(name):
         record = find(name)
         if record.status in LIVE and not (news := hear_end(record)):
@@ -11371,51 +12161,48 @@ def sizes(record, spec):
     return own, own + sum(map(bytes_in, record.layers(spec)))
 
 
-def ports_of(spec):
-    """[protocol, address, port of the host, port inside] of what it publishes."""
-    wish = from_json(spec["annotations"].get(NETWORK, "null"))
-    return wish["ports"] if wish else []
+def network_names(record, spec):
+    """The networks that a container is on, or what it has instead."""
+    return [wish["network"] for wish in wants_of(spec)["networks"]] or [
+        record.asked.get("network", "none")]
 
 
-def port_bindings(spec):
+def ports_of(record):
+    """[protocol, address, port of the host, port inside] of what leads to it."""
+    return [port for endpoint in (endpoints_of(record.id) if record.status in LIVE else
+                                  ()) for port in endpoint["ports"]]
+
+
+def port_bindings(ports):
     """The same as Docker's JSON has it."""
     found = {}
-    for kind, address, port, inner in ports_of(spec):
+    for kind, address, port, inner in ports:
         found.setdefault(f"{inner}/{kind}", []).append(
             {"HostIp": address, "HostPort": str(port)})
     return found
 
 
-def network_settings(record, spec):
+def network_settings(record):
     """The part of `inspect` that is about the network."""
-    settings, mode = {}, record.asked["network"]
-    with held("networks", fcntl.LOCK_EX):
-        for endpoint in endpoints():
-            if endpoint["id"] == record.id:
-                network = find_network(endpoint["network"])
-                settings = {"NetworkID": network["id"], "Gateway": network["gateway"],
-                            "IPAddress": endpoint["ip"], "MacAddress": endpoint["mac"],
-                            "IPPrefixLen": int(network["subnet"].partition("/")[2]),
-                            "Aliases": endpoint["names"][1:]}
-    return {"Ports": port_bindings(spec) if record.status in LIVE else {},
-            "IPAddress": settings.get("IPAddress", ""),
-            "Gateway": settings.get("Gateway", ""), "Networks": {mode: settings}}
-
-
-PROPAGATION = "shared", "slave", "private"
-
-
-def mount_facts(record, mounts):
-    """What `inspect` tells of the mounts that were asked for."""
-    for mount in mounts:
-        words, target = mount["options"], mount["destination"]
-        name = next((name for name, at in record.volumes.items() if at == target), "")
-        if "ridmap" in words:  # what was asked for; not what every container has
-            yield {"Type": "volume" if name else "bind", "Source": mount["source"],
-                   **({"Name": name, "Driver": "local"} if name else {}),
-                   "Destination": target, "Mode": "", "RW": "rro" not in words,
-                   "Propagation": next((word for word in words
-                                        if word.endswith(PROPAGATION)), "rprivate")}
+    settings = {}
+    for endpoint in endpoints_of(record.id) if record.status in LIVE else ():
+        network = from_json(read_file(store("networks", f"{endpoint['network']}.json")))
+        found = {"NetworkID": network["id"], "MacAddress": endpoint["mac"],
+                 "Aliases": endpoint["names"][1:]}
+        for six, pool, address in zip(("", "v6"), network["pools"],
+                                      endpoint["addresses"], strict=False):
+            bits = int(pool["subnet"].partition("/")[2])
+            found.update({"IPv6Gateway": pool["gateway"], "GlobalIPv6Address": address,
+                          "GlobalIPv6PrefixLen": bits} if six else
+                         {"Gateway": pool["gateway"], "IPAddress": address,
+                          "IPPrefixLen": bits})
+        settings[endpoint["network"]] = found
+    first = next(iter(settings.values()), {})
+    return {"Ports": port_bindings(ports_of(record)),
+            "IPAddress": first.get("IPAddress", ""),
+            "Gateway": first.get("Gateway", ""),
+            "GlobalIPv6Address": first.get("GlobalIPv6Address", ""),
+            "Networks": settings or {record.asked["network"]: {}}}
 
 
 def container_row(record, options):
@@ -11430,13 +12217,13 @@ def container_row(record, options):
         "CreatedAt": time.strftime("%Y-%m-%d %H:%M:%S +0000 UTC",
                                    time.gmtime(record.created // 10 ** 9)),
         "RunningFor": ago(record.created / 10 ** 9),
-        "Ports": ports_text(ports_of(spec)) if record.status in LIVE else "",
+        "Ports": ports_text(ports_of(record)),
         "State": record.status, "Status": record.state(), "Names": record.name,
         "Labels": ",".join(f"{key}={text}" for key, text in record.labels.items()),
         "Mounts": ",".join(short(facts.get("Name", facts["Source"]), 15)
                            for facts in mount_facts(record, spec["mounts"])),
         "LocalVolumes": str(len(record.volumes)),
-        "Networks": record.asked.get("network", "none")}
+        "Networks": ",".join(network_names(record, spec))}
     if options.size or "{{.Size" in (options.format or ""):
         own, all_of_it = sizes(record, spec)
         row["Size"] = f"{decimal(own)} (virtual {decimal(all_of_it)})"
@@ -11457,8 +12244,7 @@ def is_named(record, pattern):
     """Whether a regular expression finds something in its name."""
     import re
 
-    return bool(re.search(pattern, f"/{record.name}") or re.search(pattern,
-                                                                  record.name))
+    return any(re.search(pattern, name) for name in (record.name, f"/{record.name}"))
 
 
 FILTERS = {  # of `ps`: whether a record passes for one of the values
@@ -11470,20 +12256,11 @@ FILTERS = {  # of `ps`: whether a record passes for one of the values
     "before": lambda record, text: record.created < find(text).created,
     "since": lambda record, text: record.created > find(text).created,
     "health": lambda record, text: record.checked.get("Status", "none") == text,
-    "network": lambda record, text: record.asked.get("network") == text,
+    "network": lambda record, text: text in network_names(record, record.spec()),
     "volume": lambda record, text: text in record.volumes or any(
         text in (facts["Source"], facts["Destination"])
         for facts in mount_facts(record, record.spec()["mounts"])),
 }
-
-
-def chosen(texts):
-    """The records that pass --filter, the newest first; of a key any value will do, of
-    labels it takes all."""
-    wanted = filters_of(texts, FILTERS)
-    return [record for record in records() if all(
-        (all if key == "label" else any)(FILTERS[key](record, text) for text in values)
-        for key, values in wanted.items())]
 
 
 PS_OPTIONS = (
@@ -11498,50 +12275,56 @@ PS_OPTIONS = (
 @command("ps", *PS_OPTIONS)
 def ps_command(options):
     """List containers."""
-    need_root()
     last = 1 if options.latest else whole("--last", options.last or "-1", -1)
-    asked = any(text.startswith(("status=", "exited=")) for text in options.filter)
-    found = [record for record in chosen(options.filter)
-             if options.all or last >= 0 or asked or record.status in LIVE]
-    columns = {"CONTAINER ID": "ID", "IMAGE": "Image", "COMMAND": "Command",
-               "CREATED": "RunningFor", "STATUS": "Status", "PORTS": "Ports",
-               "NAMES": "Names", **({"SIZE": "Size"} if options.size else {})}
-    rows = []  # of those that are there: others may be removed meanwhile
+    wanted, rows = filters_of(options.filter, FILTERS), []
+    any_state = options.all or last >= 0 or wanted.keys() & {"status", "exited"}
+    found = [record for record in records() if passes(record, FILTERS, wanted)
+             and (any_state or record.status in LIVE)]
     for record in found[:last if last > 0 else None]:
         try:
             rows.append(container_row(record, options))
         except FileNotFoundError:  # has just been removed
             pass
+    columns = {"CONTAINER ID": "ID", "IMAGE": "Image", "COMMAND": "Command",
+               "CREATED": "RunningFor", "STATUS": "Status", "PORTS": "Ports",
+               "NAMES": "Names", **({"SIZE": "Size"} if options.size else {})}
     print_list(columns, rows, options.format, "ID" if options.quiet else "")
+
+
+HOST_CONFIG = {  # key of `inspect`: the option that it shows, and what stands for none
+    "Binds": ("volume", None), "VolumesFrom": ("volumes_from", None),
+    "ContainerIDFile": ("cidfile", ""), "NetworkMode": ("network", "none"),
+    "CapAdd": ("cap_add", None), "CapDrop": ("cap_drop", None),
+    "GroupAdd": ("group_add", None), "SecurityOpt": ("security_opt", None),
+    "CgroupnsMode": ("cgroupns", "private"), "IpcMode": ("ipc", "private"),
+    "PidMode": ("pid", ""), "UTSMode": ("uts", ""), "UsernsMode": ("userns", ""),
+    "Privileged": ("privileged", False)}
+HOST_LIMITS = {  # the same of the limits in the spec
+    "Memory": ("memory", "limit", 0), "MemorySwap": ("memory", "swap", 0),
+    "MemoryReservation": ("memory", "reservation", 0),
+    "CpuShares": ("cpu", "shares", 0), "CpusetCpus": ("cpu", "cpus", ""),
+    "CpusetMems": ("cpu", "mems", ""), "PidsLimit": ("pids", "limit", None),
+    "BlkioWeight": ("blockIO", "weight", 0)}
 
 
 def host_config(record, spec):
     """The part of `inspect` that is about what the host gives."""
     asked, linux = record.asked, spec["linux"]
     limits = linux["resources"]
-    memory, cpu = limits.get("memory", {}), limits.get("cpu", {})
     return {
-        "Binds": asked.get("volume"), "ContainerIDFile": asked.get("cidfile", ""),
+        **{key: asked.get(name, none) for key, (name, none) in HOST_CONFIG.items()},
+        **{key: limits.get(section, {}).get(name, none)
+           for key, (section, name, none) in HOST_LIMITS.items()},
+        "NanoCpus": limits.get("cpu", {}).get("quota", 0) * 10 ** 4,
         "LogConfig": {"Type": asked["log_driver"], "Config": dict(
             text.partition("=")[::2] for text in asked.get("log_opt", ()))},
-        "NetworkMode": asked["network"], "PortBindings": port_bindings(spec),
+        "PortBindings": port_bindings([port for wish in wants_of(spec)["networks"]
+                                       for port in wish["ports"]]),
+        "AutoRemove": record.throw_away,
         "RestartPolicy": {"Name": record.restart, "MaximumRetryCount": record.tries},
-        "AutoRemove": record.throw_away, "CapAdd": asked.get("cap_add"),
-        "CapDrop": asked.get("cap_drop"), "GroupAdd": asked.get("group_add"),
-        "CgroupnsMode": asked.get("cgroupns", "private"),
-        "IpcMode": asked.get("ipc", "private"), "PidMode": asked.get("pid", ""),
-        "UTSMode": asked.get("uts", ""), "UsernsMode": asked.get("userns", ""),
         "OomScoreAdj": spec["process"].get("oomScoreAdj", 0),
-        "Privileged": asked.get("privileged", False),
-        "ReadonlyRootfs": spec["root"]["readonly"],
-        "SecurityOpt": asked.get("security_opt"), "Init": record.wants_reaper,
+        "ReadonlyRootfs": spec["root"]["readonly"], "Init": record.wants_reaper,
         "Sysctls": linux.get("sysctl") or {}, "Runtime": "minicontainer",
-        "Memory": memory.get("limit", 0), "MemorySwap": memory.get("swap", 0),
-        "MemoryReservation": memory.get("reservation", 0),
-        "NanoCpus": cpu.get("quota", 0) * 10 ** 4, "CpuShares": cpu.get("shares", 0),
-        "CpusetCpus": cpu.get("cpus", ""), "CpusetMems": cpu.get("mems", ""),
-        "PidsLimit": limits.get("pids", {}).get("limit"),
-        "BlkioWeight": limits.get("blockIO", {}).get("weight", 0),
         "MaskedPaths": linux["maskedPaths"], "ReadonlyPaths": linux["readonlyPaths"]}
 
 
@@ -11585,7 +12368,7 @@ def container_facts(record, with_sizes=False):
             "Cmd": process["args"][len(entry):], "Image": record.image,
             "WorkingDir": process["cwd"], "Labels": record.labels,
             "StopSignal": record.stop_signal, "StopTimeout": record.stop_timeout},
-        "NetworkSettings": network_settings(record, spec)}
+        "NetworkSettings": network_settings(record)}
     if with_sizes:
         found["SizeRw"], found["SizeRootFs"] = sizes(record, spec)
     return found
@@ -11602,7 +12385,6 @@ INSPECT_OPTIONS = (
 @command("inspect", *INSPECT_OPTIONS)
 def inspect_command(options):
     """Show all that is known of containers and images, as JSON."""
-    need_root()
     kinds = {"container": lambda name: container_facts(find(name), options.size),
              "image": lambda name: inspected(find_image(name))}
 
@@ -11612,6 +12394,9 @@ def inspect_command(options):
                 return kinds[kind](name)
             except (NoContainer, NoImage):
                 pass
+            except Fail as fail:  # what cannot be the name of an image is none
+                if not fail.message.startswith("invalid reference"):
+                    raise
         raise Fail(f"No such {options.type or 'object'}: {name}",
                    "`ps -a` and `images` list them", 1)
     show_facts(options.names, look, options.format)
@@ -11622,13 +12407,78 @@ def inspect_command(options):
 # is a rate that is wanted: CPU % is of one processor, as in Docker.
 
 
+class rewiring:
+    """A context for a change of what a container wants of networks, which is kept if
+    all goes well: (its record, what it wants, the name of the network)."""
+
+    def __init__(self, options):
+        record = find(options.container)
+        if record.asked["network"].startswith(("host", "container:")):
+            raise Fail("container sharing network namespace with another container or "
+                       "host cannot be connected to any other network",
+                       "start it with --network none", 1)
+        self.change = changing(record.id)
+        with held("networks", fcntl.LOCK_EX):
+            self.name = find_network(options.network)["name"]
+
+    def __enter__(self):
+        self.record = self.change.__enter__()
+        self.spec = self.record.spec()
+        self.wants = wants_of(self.spec)
+        return self.record, self.wants, self.name
+
+    def __exit__(self, failed, *how):
+        if not failed:
+            self.spec["annotations"][NETWORK] = to_json(self.wants)
+            save(self.record.path("config.json"), self.spec)
+        self.change.__exit__(failed, *how)
+
+
+@command("network connect", *ADDRESS_OPTIONS,
+         arg("--alias", metavar="NAME", action="append", default=[],
+             help="one more name there"),
+         arg("network", metavar="NETWORK", help="its name, or the beginning of its id"),
+         CONTAINER)
+def network_connect_command(options):
+    """Put a container on one more network; if it runs, at once."""
+    with rewiring(options) as (record, wants, name):
+        if any(wish["network"] == name for wish in wants["networks"]):
+            raise Fail(f"endpoint with name {record.name} already exists in network "
+                       f"{name}", "`network disconnect` first", 1)
+        wish = wish_for(name, options, aliases=options.alias)
+        try:
+            if record.status in RUNNING:
+                with held("networks", fcntl.LOCK_EX):
+                    join_network(record.id, record.pid, wants, wish)
+        except BaseException:
+            leave_networks(record.id, name)
+            raise
+        wants["networks"].append(wish)
+
+
+@command("network disconnect", arg("-f", "--force", action="store_true",
+                                   help="which takes no force here"),
+         arg("network", metavar="NETWORK", help="its name, or the beginning of its id"),
+         CONTAINER)
+def network_disconnect_command(options):
+    """Take a container off a network; if it runs, at once."""
+    with rewiring(options) as (record, wants, name):
+        left = [wish for wish in wants["networks"] if wish["network"] != name]
+        if left == wants["networks"]:
+            raise Fail(f"container {record.name} is not connected to network {name}",
+                       "see `inspect`", 1)
+        if record.status in RUNNING:
+            leave_networks(record.id, name, record.pid)
+        wants["networks"] = left
+
+
 @command("port", CONTAINER, arg("port", nargs="?", metavar="PORT[/PROTOCOL]",
                                 help="only of this one of the container's"))
 def port_command(options):
     """Show which ports of the host lead to a container."""
     record = find(options.container)
-    found = [(f"{inner}/{kind}", f"{address}:{port}") for kind, address, port, inner in
-             (ports_of(record.spec()) if record.status in LIVE else ())]
+    found = [(f"{inner}/{kind}", f"{f'[{address}]' if ':' in address else address}:"
+              f"{port}") for kind, address, port, inner in ports_of(record)]
     wanted = options.port and (options.port if "/" in options.port
                                else f"{options.port}/tcp")
     if wanted and wanted not in dict(found):
@@ -11639,44 +12489,36 @@ def port_command(options):
             print(outer if wanted else f"{inner} -> {outer}")
 
 
+def process_row(pid, record):
+    """What `top` shows of a process; ProcessLookupError if it has ended."""
+    facts = dict(line.partition(":\t")[::2]
+                 for line in read_file(f"/proc/{pid}/status").splitlines())
+    ticks = read_file(f"/proc/{pid}/stat").rpartition(") ")[2].split()[11:13]
+    line = read_file(f"/proc/{pid}/cmdline").replace("\0", " ").strip()
+    seconds = sum(map(int, ticks)) // os.sysconf("SC_CLK_TCK")
+    user = int(facts["Uid"].split()[1])
+    return {"UID": str(user - record.first_id * (user >= record.first_id)),
+            "PID": str(pid), "INNER": facts["NSpid"].split()[-1],
+            "PPID": facts["PPid"], "CMD": line or f"[{facts['Name']}]", "TIME":
+            f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"}
+
+
 @command("top", CONTAINER, arg("words", nargs="A*", metavar="PS-OPTIONS",
                                help="show what the host's `ps` shows, with these"))
 def top_command(options):
     """Show the processes of a container, with their numbers outside and inside."""
-    need_root()
-    record = find(options.container)
+    record, rows = find(options.container), []
     if record.status not in RUNNING:
-        raise Fail(f"Container {record.id} is not running", "`start` starts it", 1)
+        raise not_running(record)
     pids = cgroup_of(record.spec()).pids()
     if options.words:
-        import subprocess
-
-        shown = subprocess.run(["ps", "-A", *options.words], capture_output=True,
-                               text=True)
-        title, *rows = shown.stdout.splitlines() or [""]
-        if shown.returncode or "PID" not in title.split():
-            raise Fail(f"ps {' '.join(options.words)}: {shown.stderr.strip() or title}",
-                       "options that show a PID", 1)
-        column = title.split().index("PID")
-        rows = [row for row in rows if int(row.split()[column]) in pids]
-        print("\n".join([title, *rows]))
+        print("\n".join(shown_by_ps(pids, ["-A", *options.words])))
         return
-    rows = []
     for pid in pids:
         try:
-            facts = dict(line.partition(":\t")[::2] for line in read_file(
-                f"/proc/{pid}/status").splitlines())
-            ticks = read_file(f"/proc/{pid}/stat").rpartition(") ")[2].split()[11:13]
-            line = read_file(f"/proc/{pid}/cmdline").replace("\0", " ").strip()
+            rows.append(process_row(pid, record))
         except (FileNotFoundError, ProcessLookupError):  # has just ended
-            continue
-        seconds = sum(map(int, ticks)) // os.sysconf("SC_CLK_TCK")
-        user = int(facts["Uid"].split()[1])
-        rows.append({"UID": str(user - record.first_id if user >= record.first_id else
-                                user), "PID": str(pid), "INNER": facts["NSpid"].split()[
-                                    -1], "PPID": facts["PPid"], "TIME":
-                     f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}",
-                     "CMD": line or f"[{facts['Name']}]"})
+            pass
     print_list({"UID": "UID", "PID": "PID", "INNER PID": "INNER", "PPID": "PPID",
                 "TIME": "TIME", "CMD": "CMD"}, rows, "")
 
@@ -11714,7 +12556,6 @@ def stats_row(record, before, now):
          arg("containers", nargs="*", metavar="CONTAINER", help="else all"))
 def stats_command(options):
     """Show what containers use, each second anew."""
-    need_root()
     columns = {"CONTAINER ID": "ID", "NAME": "Name", "CPU %": "CPUPerc",
                "MEM USAGE / LIMIT": "MemUsage", "MEM %": "MemPerc", "NET I/O": "NetIO",
                "BLOCK I/O": "BlockIO", "PIDS": "PIDs"}
@@ -11740,7 +12581,6 @@ def stats_command(options):
                                         help="what to do when it ends"), CONTAINERS)
 def update_command(options):
     """Change the limits of containers, also of those that run."""
-    need_root()
     options.rm = False
     resources = {key: section for key, section in resources_spec(options).items()
                  if section and key != "devices"}
@@ -11790,15 +12630,13 @@ def show_document(document, form):
         print(to_json(document) if form == "json" else from_template(form, document))
         return
     for key, value in document.items():
-        words = "".join(f" {c}" if c.isupper() and before.islower() else c
-                        for before, c in zip(f"_{key}", key, strict=False))
-        print(f"{words}: {', '.join(value) if isinstance(value, list) else value}")
+        print(f"{spaced(key)}: "
+              f"{', '.join(value) if isinstance(value, list) else value}")
 
 
 @command("info", arg("-f", "--format", metavar="FORM", help="json, or '{{.NCPU}}'"))
 def info_command(options):
     """Show what is known of this host and its containers."""
-    need_root()
     show_document(about_host(), options.format)
 
 
@@ -11811,31 +12649,24 @@ def version_command(options):
                    "Os": "linux", "Arch": kernel_.machine}, options.format)
 
 
-def show_entries(entries, options, since, until_):
+def show_entries(entries, stamped, since, until_):
     """Write entries of a log to where they had been written to.
 
     Times in one form and one zone compare as text."""
-    parts = []  # [stream, text …], one for all that goes to the same in a row
-    if not options.timestamps and since == "" and until_ == "~" and (
-            len({entry["stream"] for entry in entries}) == 1):  # mostly so: be quick
-        parts.append([entries[0]["stream"], *[entry["log"] for entry in entries]])
-        entries = ()
-    for entry in entries:
-        when, stream = entry["time"], entry["stream"]
-        if since <= when <= until_:
-            text = f"{when} {entry['log']}" if options.timestamps else entry["log"]
-            if parts and parts[-1][0] == stream:
-                parts[-1].append(text)
-            else:
-                parts.append([stream, text])
-    for stream, *texts in parts:
-        data = memoryview("".join(texts).encode("utf-8", "surrogatepass"))
-        while data:
-            data = data[os.write(1 if stream == "stdout" else 2, data):]
+    import itertools
+
+    if since or until_ != "~":
+        entries = [entry for entry in entries if since <= entry["time"] <= until_]
+    for stream, some in itertools.groupby(entries, lambda entry: entry["stream"]):
+        lines = [f"{entry['time']} {entry['log']}" if stamped else entry["log"]
+                 for entry in some]
+        data = "".join(lines).encode("utf-8", "surrogatepass")
+        write_all(1 if stream == "stdout" else 2, memoryview(data))
 
 
-def follow_log(record, reader, show):
-    """Show what comes, until the container ends: its shim says so when all is there.
+def follow_log(record, reader):
+    """What comes in a log, until the container ends: its shim says so when all is
+    there.
 
     The file is watched, and not the output: who reads a log slowly, or not at all, is
     waited for by nobody."""
@@ -11852,8 +12683,7 @@ def follow_log(record, reader, show):
         if peer.fd in ready:
             found = peer.receive()
             over = found and found[0] in (b"x", b"")
-        for entries in reader.read():
-            show(entries)
+        yield from reader.read()
 
 
 @command("logs", arg("-f", "--follow", action="store_true", help="wait for more"),
@@ -11863,7 +12693,6 @@ def follow_log(record, reader, show):
          arg("-t", "--timestamps", action="store_true", help="show when"), CONTAINER)
 def logs_command(options):
     """Show what a container has written."""
-    need_root()
     record = find(options.container)
     if record.log is None:
         raise Fail("configured logging driver does not support reading",
@@ -11873,13 +12702,10 @@ def logs_command(options):
     # As in Docker, what is no number is "all".
     last = int(options.tail) if options.tail.isdecimal() else None
     reader = LogReader(record.path("log"), last)
-
-    def show(entries):
-        show_entries(entries, options, since, until_)
-    for entries in reader.read():
-        show(entries)
-    if options.follow and record.status in LIVE:
-        follow_log(record, reader, show)
+    follows = options.follow and record.status in LIVE
+    for source in reader.read(), follow_log(record, reader) if follows else ():
+        for entries in source:
+            show_entries(entries, options.timestamps, since, until_)
 
 
 @command("rm", arg("-f", "--force", action="store_true", help="also one that runs"),
@@ -11887,8 +12713,6 @@ def logs_command(options):
              "no name of yours"), CONTAINERS)
 def rm_command(options):
     """Remove containers that have ended, with all that they wrote."""
-    need_root()
-
     def remove(name):
         try:
             do_to(name, lambda record: remove_it(record, options.force,
@@ -11903,7 +12727,6 @@ def rm_command(options):
 @command("rename", CONTAINER, arg("name", metavar="NAME", help="its new name"))
 def rename_command(options):
     """Give a container another name."""
-    need_root()
     record, name = find(options.container), options.name.removeprefix("/")
     if name == record.name:
         raise Fail("Renaming a container with the same name as its current name", "", 1)
@@ -11914,6 +12737,9 @@ def rename_command(options):
             raise Fail(f"Error when allocating new name: {fail.message}", fail.hint,
                        1) from None
         old, record.name = record.name, name
+        spec = record.spec()
+        spec["annotations"][NETWORK] = to_json(rename_there(record.id, spec, name))
+        save(record.path("config.json"), spec)
     os.unlink(store("names", old))
     announce(record, "rename", oldName=f"/{old}")
 
@@ -11938,7 +12764,6 @@ def attach_to(record, keys, typing):
          DETACH_KEYS, CONTAINERS)
 def start_command(options):
     """Start containers that were made or that have ended."""
-    need_root()
     sealed(options.containers)
     keys = detach_keys(options.detach_keys)
     if not (options.attach or options.interactive):
@@ -11951,14 +12776,13 @@ def start_command(options):
         return attach_to(record, keys, typing)
     record, spec = fresh(record), record.spec()
     return accompany(Client(spec["process"]["terminal"], typing, keys),
-                     shim_of(record, spec, held, typing=typing), options, record.name)
+                     Life(record, spec, held, typing=typing), options, record.name)
 
 
 @command("attach", arg("--no-stdin", action="store_true", help="only look on"),
          DETACH_KEYS, CONTAINER)
 def attach_command(options):
     """Show what a running container writes from now on, and pass on what is typed."""
-    need_root()
     keys, record = detach_keys(options.detach_keys), find(options.container)
     return attach_to(record, keys, record.interactive and not options.no_stdin)
 
@@ -11968,7 +12792,6 @@ def attach_command(options):
          arg("words", nargs="A...", metavar="COMMAND", help="program and arguments"))
 def exec_command(options):
     """Run a command in a running container."""
-    need_root()
     keys = detach_keys(options.detach_keys)
     if not options.detach:
         check_terminal(options)
@@ -11977,11 +12800,9 @@ def exec_command(options):
         raise Fail(f"Container {options.container} is paused, unpause the container "
                    "before exec", "", 1)
     try:
-        target = pidfd_of(record) if record.status in LIVE else None
+        target = pidfd_of(record)
     except ProcessLookupError:
-        target = None
-    if target is None:
-        raise Fail(f"Container {record.id} is not running", "`start` starts it", 1)
+        raise not_running(record) from None
     spec = record.spec()
     seal_interpreter(spec)
     process = {**spec["process"],
@@ -11989,23 +12810,12 @@ def exec_command(options):
     if options.privileged:
         process["capabilities"] = capability_sets(available_capabilities(
             bool(namespace_flags(spec) & CLONE_NEWUSER)))
-    shim = shim_inside(record, {**spec, "process": process}, target,
-                       options.interactive)
+    shim = Guest(record, {**spec, "process": process}, target, options.interactive)
     if options.detach:
         see_start(leave_to(shim))
         return 0
     return accompany(Client(options.tty, options.interactive, keys, owner=True), shim,
                      options, f"a process in {record.name}")
-
-
-def free_links(kind, still):
-    """Remove those links of ids/ or names/ that lead to no id that still(id)."""
-    for name in os.listdir(os.path.dirname(store(kind, "x"))):
-        try:
-            if not still(os.readlink(store(kind, name))):
-                os.unlink(store(kind, name))
-        except FileNotFoundError:  # its owner has just done the same
-            pass
 
 
 # ── the files of a container ──
@@ -12019,57 +12829,50 @@ def free_links(kind, still):
 
 def write_files(record, file):
     """Write all files of a container to a tarball, but for what is mounted in it."""
-    spec, top = record.spec(), record.path("rootfs")
-    c = Container(record.id, spec, record.path(), record.layers(spec))
-    c.workshop = store("workshop", "")
-    open_workshop(c)
-    try:
-        if c.layers:
-            top = "rootfs"
-            mount_merged(c, [*c.layers, record.path("upper")])
-        pack(top, file, record.first_id)
-    finally:
-        leave_workshop(c)
+    spec = record.spec()
+    if not record.layers(spec):
+        pack(record.path("rootfs"), file, record.first_id)
+        return
+    with merged(record, spec, with_changes=True):
+        pack("rootfs", file, record.first_id)
 
 
 @command("export", arg("-o", "--output", metavar="FILE", help="not to standard output"),
          CONTAINER)
 def export_command(options):
     """Write all files of a container to a tarball."""
-    need_root()
     record = find(options.container)
     with output(options.output) as file:
         write_files(record, file)
 
 
+def is_there(c, path):
+    """Whether a container has something at a path."""
+    try:
+        parent = open_inside(c, os.path.dirname(path), O_PATH)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    try:
+        os.stat(os.path.basename(path), dir_fd=parent, follow_symlinks=False)
+        return True
+    except FileNotFoundError:
+        return False
+    finally:
+        os.close(parent)
+
+
 def changes(record):
     """{path: A, C or D} of all that a container has added, changed or deleted."""
     spec, found, upper = record.spec(), {}, record.path("upper")
-    c = Container(record.id, spec, record.path(), record.layers(spec))
-    c.workshop = store("workshop", "")
-    if not c.layers:
+    if not record.layers(spec):
         raise Fail("what a copy (--storage-driver vfs) has changed is not known",
                    "`export` writes all of it", 1)
-    open_workshop(c)
-    try:
-        mount_merged(c, c.layers)
+    with merged(record, spec) as c:
         for top, directories, files in os.walk(upper):
             for path in (os.path.join(top, name) for name in directories + files):
-                inner, facts, there = path[len(upper):], os.lstat(path), False
-                try:
-                    parent = open_inside(c, os.path.dirname(inner), O_PATH)
-                    try:
-                        os.stat(os.path.basename(inner), dir_fd=parent,
-                                follow_symlinks=False)
-                        there = True
-                    finally:
-                        os.close(parent)
-                except (FileNotFoundError, NotADirectoryError):
-                    pass
+                inner, facts = path[len(upper):], os.lstat(path)
                 gone = stat.S_ISCHR(facts.st_mode) and facts.st_rdev == 0
-                found[inner] = "D" if gone else "C" if there else "A"
-    finally:
-        leave_workshop(c)
+                found[inner] = "D" if gone else "C" if is_there(c, inner) else "A"
     for mount in spec["mounts"]:  # a place to mount on, and the way there, do not count
         place = mount["destination"]
         # Making /a/b to mount on has copied /a up, too, if nothing else has.
@@ -12083,24 +12886,8 @@ def changes(record):
 @command("diff", CONTAINER)
 def diff_command(options):
     """Show what a container has added (A), changed (C) and deleted (D)."""
-    need_root()
     found = changes(find(options.container))
     print("".join(f"{found[path]} {path}\n" for path in sorted(found)), end="")
-
-
-class still:
-    """A context in which a container that runs is paused."""
-
-    def __init__(self, record, wanted=True):
-        self.record, self.paused = record, wanted and record.status == "running"
-
-    def __enter__(self):
-        if self.paused:
-            set_frozen(self.record, True)
-
-    def __exit__(self, *_):
-        if self.paused:
-            set_frozen(self.record, False)
 
 
 @command("commit",
@@ -12113,7 +12900,6 @@ class still:
          arg("name", nargs="?", metavar="NAME[:TAG]", help="of the new image"))
 def commit_command(options):
     """Make an image of what a container has changed, on top of its own."""
-    need_root()
     record = find(options.container)
     refs, spec = [full_name(options.name)] if options.name else [""], record.spec()
     base = spec["annotations"].get(OF_IMAGE)
@@ -12124,12 +12910,17 @@ def commit_command(options):
     with adding():
         path = f"{store('ingest', '')}.new-{os.getpid()}-commit"
         try:
-            with open(path, "wb") as file, still(record, options.pause != "false"):
-                # The default root file system is no image: then all becomes one layer.
-                if image:
-                    pack(record.path("upper"), file, record.first_id)
-                else:
-                    write_files(record, file)
+            if still := options.pause != "false" and record.status == "running":
+                set_frozen(record, True)
+            try:
+                with open(path, "wb") as file:
+                    if image:
+                        pack(record.path("upper"), file, record.first_id)
+                    else:  # the default root file system is none: all is one layer
+                        write_files(record, file)
+            finally:
+                if still:
+                    set_frozen(record, False)
             with open(path, "rb") as file:
                 made = keep_layer(file, record.name)
         finally:
@@ -12156,21 +12947,21 @@ class looking_into:
         self.record = record if self.lock is not None else load(record.id)
 
     def __enter__(self):
-        record, spec, cut = self.record, self.record.spec(), ""
-        self.c = c = Container(record.id, spec, record.path(), record.layers(spec))
-        c.workshop, base = store("workshop", ""), record.first_id
-        for mount in spec["mounts"]:  # what is mounted there, or will be
+        record, cut = self.record, ""
+        self.c, base = container_of(record), record.first_id
+        for mount in self.c.spec["mounts"]:  # what is mounted there, or will be
             if f"{self.path}/".startswith(f"{mount['destination']}/") and (
                     "ridmap" in mount["options"] and os.path.isdir(mount["source"])):
                 top, base, cut = mount["source"], 0, mount["destination"]
         if not cut and record.status in RUNNING:
             top = f"/proc/{record.pid}/root"
         elif not cut:
-            open_workshop(c)
+            open_workshop(self.c)
             top = "rootfs"
-            build_rootfs(c)
-        c.root_fd = open_fd(top, O_PATH | O_DIRECTORY)
-        return lambda path, flags: open_inside(c, path[len(cut):] or "/", flags), base
+            build_rootfs(self.c)
+        self.c.root_fd = open_fd(top, O_PATH | O_DIRECTORY)
+        return lambda path, flags: open_inside(self.c, path[len(cut):] or "/",
+                                               flags), base
 
     def __exit__(self, *_):
         os.close(self.c.root_fd)
@@ -12190,14 +12981,31 @@ class looking_into:
 # unpacks layers writes it: below a descriptor, and through no symlink.
 
 
-def read_tree(open_, path):
+def followed(open_, path):
+    """Where the symlinks lead that a path may end in."""
+    for _ in range(40):  # as many as the kernel follows
+        top, name = os.path.split(path.rstrip("/"))
+        parent = open_(top or "/", O_PATH | O_DIRECTORY)
+        try:
+            path = os.path.join(top, os.readlink(name, dir_fd=parent))
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # what is no symlink
+                raise
+            return path
+        finally:
+            os.close(parent)
+    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+
+
+def read_tree(open_, path, follow):
     """(name, only what is in it, entries) of what there is to copy at a path."""
     inside_only = path.endswith("/.") or path == "."
-    whole_ = os.path.normpath(path)
+    name = os.path.basename(os.path.normpath(path)) or "."
+    whole_ = os.path.normpath(followed(open_, path) if follow else path)
     parent = open_(os.path.dirname(whole_) or ".", O_PATH | O_DIRECTORY)
-    name = os.path.basename(whole_) or "."
-    os.stat(name, dir_fd=parent, follow_symlinks=False)
-    return name, inside_only or name == ".", tree_entries(parent, name, 0)
+    there = os.path.basename(whole_) or "."
+    os.stat(there, dir_fd=parent, follow_symlinks=False)
+    return name, inside_only or name == ".", tree_entries(parent, there, 0)
 
 
 def write_tree(open_, path, name, inside_only, entries):
@@ -12236,17 +13044,18 @@ def owned(entries, owner, change):
         yield entry
 
 
-def copy_outside(record, path, target, as_it_is):
+def copy_outside(record, path, target, options):
     """Copy from a container to a path of the host, or to a tarball."""
     import tarfile
 
     with looking_into(record, path) as (open_, base):
         try:
-            name, inside_only, entries = read_tree(open_, f"/{path.lstrip('/')}")
+            name, inside_only, entries = read_tree(open_, f"/{path.lstrip('/')}",
+                                                   options.follow_link)
         except (FileNotFoundError, NotADirectoryError):
             raise Fail(f"Could not find the file {path} in container {record.name}",
                        "see `diff` and `export`", 1) from None
-        kept = as_it_is or target == "-"
+        kept = options.archive or target == "-"
         entries = owned(entries, 0, lambda id: (id - base * (id >= base)) * kept)
         if target != "-":
             home = os.path.abspath(target) + "/" * target.endswith("/")
@@ -12260,14 +13069,15 @@ def copy_outside(record, path, target, as_it_is):
                 out.addfile(tar_header(entry), entry.stream)
 
 
-def copy_inside(record, source, path, as_it_is):
+def copy_inside(record, source, path, options):
     """Copy from a path of the host, or from a tarball, to a container."""
     path = f"/{path.lstrip('/')}"
     with looking_into(record, path) as (open_, base):
         if source != "-":
-            name, inside_only, entries = read_tree(os.open, os.path.abspath(source) +
-                                                   "/." * source.endswith(("/.", "/")))
-            entries = owned(entries, base, lambda id: id * as_it_is)
+            name, inside_only, entries = read_tree(
+                os.open, os.path.abspath(source) + "/." * source.endswith(("/.", "/")),
+                options.follow_link)
+            entries = owned(entries, base, lambda id: id * options.archive)
             write_tree(open_, path, name, inside_only, entries)
             return
         with open(0, "rb", closefd=False) as stdin:
@@ -12284,12 +13094,13 @@ def copy_inside(record, source, path, as_it_is):
 
 
 @command("cp", arg("-a", "--archive", action="store_true", help="keep owners"),
+         arg("-L", "--follow-link", action="store_true",
+             help="of a symlink, copy what it leads to"),
          arg("-q", "--quiet", action="store_true", help="there is no progress here"),
          arg("source", metavar="CONTAINER:PATH|PATH|-", help="what"),
          arg("target", metavar="CONTAINER:PATH|PATH|-", help="where to"))
 def cp_command(options):
     """Copy files between a container and the host; - is a tarball."""
-    need_root()
     ends = [("", text) if text.startswith(("/", ".", "-")) or ":" not in text else
             text.split(":", 1) for text in (options.source, options.target)]
     (name, source), (other, target) = ends
@@ -12298,9 +13109,9 @@ def cp_command(options):
                    "must specify at least one container source", "NAME:PATH", 1)
     try:
         if name:
-            copy_outside(find(name), source, target, options.archive)
+            copy_outside(find(name), source, target, options)
         else:
-            copy_inside(find(other), source, target, options.archive)
+            copy_inside(find(other), source, target, options)
     except (Fail, OSError) as error:
         fail = diagnose(error)
         fail.code = 1
@@ -12310,55 +13121,41 @@ def cp_command(options):
 # ── clearing up ──
 
 
-def confirm(options, what):
-    """Ask the person, unless --force; whether the answer is yes."""
-    if not options.force:
-        print(f"WARNING! This will remove {what}.\nAre you sure you want to continue? "
-              "[y/N] ", end="", flush=True)
-    return options.force or sys.stdin.readline().strip().lower() == "y"
-
-
-FORCE = arg("-f", "--force", action="store_true", help="do not ask")
+def remove_ended():
+    """Remove the containers that have ended; {id: bytes that each had written}."""
+    gone = {}
+    for record in records():
+        if record.status not in LIVE:
+            own = sizes(record, record.spec())[0]
+            try:
+                remove_it(record, volumes=False)
+                gone[record.id] = own
+            except Fail:  # it was started meanwhile
+                pass
+    return gone
 
 
 @command("container prune", FORCE)
 def container_prune_command(options):
     """Remove all containers that have ended."""
-    need_root()
-    if not confirm(options, "all stopped containers"):
-        return
-    gone, freed = [], 0
-    for record in records():
-        if record.status not in LIVE:
-            own = sizes(record, record.spec())[0]
-            try:
-                remove_it(record)
-            except Fail:  # it was started meanwhile
-                continue
-            gone.append(record.id)
-            freed += own
-    print("".join(["Deleted Containers:\n", *(f"{id}\n" for id in gone), "\n"]) * bool(
-        gone) + f"Total reclaimed space: {decimal(freed)}")
+    if confirm(options, "all stopped containers"):
+        tell_gone("Containers", remove_ended())
 
 
 @command("volume prune", arg("-a", "--all", action="store_true", help="named ones too"),
          FORCE)
 def volume_prune_command(options):
     """Remove volumes that no container has."""
-    need_root()
     kind = "all local volumes" if options.all else "anonymous local volumes"
-    if not confirm(options, f"{kind} not used by at least one container"):
-        return
-    gone = {facts["Name"]: remove_volume(facts["Name"]) for facts in all_volumes()
-            if (options.all or facts["Anonymous"]) and not users_of(facts["Name"])}
-    print("".join(["Deleted Volumes:\n", *(f"{name}\n" for name in gone), "\n"]) * bool(
-        gone) + f"Total reclaimed space: {decimal(sum(gone.values()))}")
+    if confirm(options, f"{kind} not used by at least one container"):
+        tell_gone("Volumes", {
+            facts["Name"]: remove_volume(facts["Name"]) for facts in all_volumes()
+            if (options.all or facts["Anonymous"]) and not users_of(facts["Name"])})
 
 
 @command("system df", FORMAT)
 def system_df_command(options):
     """Show what takes how much of the disk."""
-    need_root()
     all_, rows = records(), []
     notes = [record.spec()["annotations"] for record in all_]
     used = {note.get(OF_IMAGE) for note in notes}
@@ -12382,7 +13179,6 @@ def start_restart_policies_command(options):
     """Start what its policy wants to run, after the machine was switched on.
 
     Docker's rule: `always` means that, also if a person had stopped it before."""
-    need_root()
     names = [record.name for record in records()
              if record.status not in LIVE and record.started and (
                  record.restart == "always" or record.wants_again())]
@@ -12390,39 +13186,78 @@ def start_restart_policies_command(options):
     for_containers(reversed(names), start_it)
 
 
-def clear_up():
-    """Remove what nobody looks after; prints the ids of the containers."""
-    guard = lock(os.path.dirname(store("containers", "x")), fcntl.LOCK_EX)
-    alive, failed = set(), None
-    for id in os.listdir(os.path.dirname(store("containers", "x"))):
+# What a killed command has left is found by comparing all that there is with who is
+# there: the locks of the containers' directories say that.
+
+
+def leftovers():
+    """(what it is, what takes it away) of all that nobody looks after.
+
+    Caller must hold the lock of containers/, or it may just be being made."""
+    top, owners, alive = store("containers", ""), set(), set()
+    for id in os.listdir(top):
         try:
-            held = lock(store("containers", id), fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if held is None:
+            if is_held(top + id):
+                owners.add(id)
                 alive.add(id)
                 continue
-            Cgroup(f"/minicontainer-{id}").remove()
-            try:
-                discard(load(id), volumes=False)
-            except FileNotFoundError:  # it was never finished, or is half removed
-                remove_tree(store("containers", id))
-            os.close(held)
-            print(id)
-        except FileNotFoundError:  # a run --rm has just ended
+        except FileNotFoundError:  # has just been removed
             continue
-        except (OSError, Fail) as error:  # the others are cleared all the same
-            alive.add(id)
-            failed = error
-    free_links("ids", lambda id: id in alive)
-    free_links("names", lambda id: id in alive)
-    for parent in ("layers", "rootfs"):
-        top = os.path.dirname(store(parent, "x"))
-        for name in os.listdir(top):
-            maker = name.split("-")[1] if name.startswith(".new-") else ""
-            if maker and not os.path.exists(f"/proc/{maker}"):
-                remove_tree(f"{top}/{name}")
-    os.close(guard)
-    if failed:
-        raise failed
+        if (group := Cgroup(f"/minicontainer-{id}")).exists():
+            yield (f"control group {group.path}, with {len(group.pids())} processes",
+                   group.remove)
+        try:
+            record = load(id)
+            owners.add(id)
+            if record.status in LIVE:
+                yield (f"record of {record.name}: {record.status}, and nobody looks "
+                       "after it", lambda record=record: settle(record))
+        except FileNotFoundError:
+            yield (f"directory {top}{id}: without a record",
+                   lambda id=id: remove_tree(top + id))
+    for line in read_file("/proc/self/mountinfo").splitlines():
+        place = line.split()[4]
+        if place.startswith((top, store("workshop", ""))):
+            yield f"mount {place}", lambda at=place: syscall(
+                "umount2", at, MNT_DETACH, why="it is nobody's")
+    for id, _, network in (name.removesuffix(".json").partition("-")
+                           for name in os.listdir(store("endpoints", ""))):
+        if id not in alive:
+            yield (f"endpoint of {id} on network {network}",
+                   lambda id=id: leave_networks(id))
+    for path in (store(kind, name) for kind in ("ids", "names")
+                 for name in os.listdir(store(kind, ""))):
+        if owner_of(path) not in owners:
+            yield f"link {path}: of no container", lambda at=path: take_away_file(at)
+    for path in (store(kind, name) for kind in ("layers", "rootfs", "ingest")
+                 for name in os.listdir(store(kind, "")) if name.startswith(".new-")):
+        if not os.path.exists(f"/proc/{os.path.basename(path).split('-')[1]}"):
+            yield f"unfinished {path}", lambda at=path: (
+                remove_tree if os.path.isdir(at) else take_away_file)(at)
+
+
+def clear_away(say_it, only_look=False):
+    """Take away what nobody looks after; whether there was anything."""
+    def clear(found):
+        what, take = found
+        if say_it:
+            print(what, flush=True)
+        try:
+            if not only_look:
+                take()
+        except OSError as error:
+            raise diagnose(error) from None
+    with held("containers", fcntl.LOCK_EX):
+        found = list(leftovers())
+        for_each(found, clear)
+    return bool(found)
+
+
+@command("gc", arg("--check", action="store_true",
+                   help="only tell; the exit code is 1 if there is anything"))
+def gc_command(options):
+    """Take away what killed commands have left, and tell what that was."""
+    return int(clear_away(True, options.check) and options.check)
 
 
 @command("system prune", FORCE, arg("-a", "--all", action="store_true",
@@ -12430,10 +13265,12 @@ def clear_up():
          arg("--volumes", action="store_true", help="also volumes without a name"))
 def system_prune_command(options):
     """Remove all containers that have ended, and what killed commands left behind."""
-    need_root()
-    clear_up()
-    options.force = True  # what was asked for in words needs no question
-    options.filter = []
+    before = os.listdir(store("containers", ""))
+    clear_away(False)
+    remove_ended()
+    for id in {*before} - {*os.listdir(store("containers", ""))}:
+        print(id)
+    options.force, options.filter = True, []  # asked for in words: no question
     if options.all:
         image_prune_command(options)
     options.all = False
@@ -12975,19 +13812,21 @@ class Tree:
     A path leads nowhere else, whatever symlinks are on the way (P4): out of the context
     it is refused, and / of a stage is its own."""
 
-    def __init__(self, fd, rules=(), of_stage=False):
-        self.fd, self.rules, self.of_stage = fd, rules, of_stage
+    def __init__(self, fd, rules=(), of_stage=""):
+        self.fd, self.rules = fd, rules
+        self.of_stage = of_stage  # the directory that its overlay needs, or ""
 
     def close(self):
-        """Give it back; the last to do so unmounts it."""
+        """Give it back; that unmounts it."""
         os.close(self.fd)
+        remove_tree(self.of_stage)
 
     def open(self, path, flags=O_PATH):
         """A descriptor of what is there, symlinks followed."""
         how = open_how(flags=flags | O_CLOEXEC, resolve=RESOLVE_NO_MAGICLINKS | (
             RESOLVE_IN_ROOT if self.of_stage else RESOLVE_BENEATH))
         return syscall("openat2", self.fd, path.lstrip("/") or ".", how,
-                       ctypes.sizeof(how), why="what is to be copied")
+                       sizeof(how), why="what is to be copied")
 
     def find(self, step, at, text):
         """(path, whether it is a directory) of each that a source of COPY means."""
@@ -13135,6 +13974,13 @@ class Item:
 # was.  Modes are kept, also setuid; a directory that is there keeps its own.
 
 
+def unpacked(descriptor, diff_id):
+    """The directory of a layer; it is unpacked again if it is missing."""
+    if not os.path.isdir(layer_path(diff_id)):
+        unpack_layer(diff_id, blob_path(descriptor["digest"]))
+    return layer_path(diff_id)
+
+
 class State:
     """What a stage has come to: layers, config, history, and the key of the cache."""
 
@@ -13155,7 +14001,7 @@ class State:
         found = {}
         for descriptor, diff_id, _ in self.layers:
             found.pop(diff_id, None)
-            found[diff_id] = layer_at(diff_id, blob_path(descriptor["digest"]))
+            found[diff_id] = unpacked(descriptor, diff_id)
         return list(found.values())
 
     def env(self):
@@ -13163,19 +14009,17 @@ class State:
         return dict(line.partition("=")[::2] for line in self.settings.get("Env") or ())
 
 
-def mounted(state, directory=""):
+def mounted(state, directory):
     """A Container of which only / is there, and open: the layers of a state, below what
     is written to `upper` in a directory.  It is mounted nowhere but in a workshop that
     has been left: with the last descriptor it is gone."""
-    c = Container("build", {"root": {"path": "upper"}}, directory, state.directories())
+    c = Container("build", {"root": {"path": "upper"}, "linux": {}}, directory,
+                  state.directories())
     c.workshop, c.throw_away = store("workshop", ""), True
     open_workshop(c)
     try:
-        if directory:
-            build_rootfs(c)
-            c.root_fd = open_fd("rootfs", O_PATH | O_DIRECTORY)
-        else:
-            mount_merged(c, c.layers)
+        build_rootfs(c)
+        c.root_fd = open_fd("rootfs", O_PATH | O_DIRECTORY)
         return c
     finally:
         leave_workshop(c)
@@ -13196,20 +14040,23 @@ def keep_changes(upper, base, when):
         take_away_file(path)
 
 
-def make_upper(path, state):
-    """Make `upper` and `work` in a directory, the former with what / has."""
+def new_upper(state):
+    """A new directory with an `upper`, to which / is like that of a state, and `work`.
+    """
     layers = state.directories()
     like = os.stat(layers[-1]) if layers else None
+    path = new_directory("layers", lambda path: None)[0]
     for name in ("upper", "work"):
         os.mkdir(f"{path}/{name}", 0o755)
     if like:
         os.chown(f"{path}/upper", like.st_uid, like.st_gid)
         os.chmod(f"{path}/upper", stat.S_IMODE(like.st_mode))
+    return path
 
 
 def with_files(state, write, when):
     """The layer that write(c) makes, given the files so far as in mounted()."""
-    path = new_directory("layers", lambda path: make_upper(path, state))
+    path = new_upper(state)
     try:
         c = mounted(state, path)
         try:
@@ -13244,7 +14091,7 @@ def make_way(c, path, owner=(0, 0), links=0):
     return open_inside(c, path, O_PATH | O_DIRECTORY)
 
 
-def owner_of(c, text):
+def owner_inside(c, text):
     """(user id, group id) of --chown, by the image's own files; a user without a group
     has the one of passwd, a number without one has itself."""
     name, colon, group = text.partition(":")
@@ -13296,7 +14143,7 @@ class Copying:
 
     def write(self, c):
         """Copy it all into the files of a stage."""
-        owner = owner_of(c, self.owner) if self.owner else None
+        owner = owner_inside(c, self.owner) if self.owner else None
         for item in self.items:
             path, name = self.target, item.name
             if item.is_tree and not self.parents or item.open_archive:
@@ -13374,12 +14221,12 @@ def remembered(key):
         if not step["layer"]:
             return True, None
         descriptor, diff_id, size_ = step["layer"]
-        blob, top = blob_path(descriptor["digest"]), store("layers", hex_of(diff_id))
+        blob, top = blob_path(descriptor["digest"]), layer_path(diff_id)
         if os.path.getsize(blob) != descriptor["size"]:
             raise ValueError("its layer is not whole")
         if os.path.isdir(top) and bytes_in(top) != size_:
             remove_tree(top)
-        layer_at(diff_id, blob)
+        unpacked(descriptor, diff_id)
         return True, step["layer"]
     except FileNotFoundError:
         return False, None
@@ -13603,7 +14450,7 @@ def run_in(options, args, report, when):
     record, spec, held_ = create(options, args)
     try:
         listener = Listener(report)
-        shim = shim_of(record, spec, held_)
+        shim = Life(record, spec, held_)
         shim.c.throw_away = True  # its overlay need not be synced: we read it at once
         try:
             news = listener.attend(shim)
@@ -13663,7 +14510,7 @@ class Mounts:
                 for words, item in zip(self.wanted, self.items, strict=True) if item}
 
     def __enter__(self):
-        self.top = new_directory("layers", lambda path: None)
+        self.top = new_directory("layers", lambda path: None)[0]
         return self
 
     def __exit__(self, *_):
@@ -13704,7 +14551,7 @@ class Mounts:
         name = digest_of(words.get("id") or self.target(words))
         path = store("mounts", name)
         if not os.path.isdir(path):
-            made = new_directory("mounts", lambda path: None)
+            made = new_directory("mounts", lambda path: None)[0]
             os.chmod(made, int(words.get("mode", "755"), 8))
             os.chown(made, int(words.get("uid", 0)), int(words.get("gid", 0)))
             publish(made, name)
@@ -13796,7 +14643,8 @@ class Worker:
         if not state.layers:
             raise step.fail(f"{source} has no files", "nothing was copied into it",
                             step.at)
-        self.opened.append(Tree(mounted(state).root_fd, of_stage=True))
+        path = new_upper(state)
+        self.opened.append(Tree(mounted(state, path).root_fd, of_stage=path))
         return self.opened[-1]
 
     def set(self, key, value):
@@ -14416,7 +15264,7 @@ def export_files(state, text, when):
         os.makedirs(place, exist_ok=True)
         copy_layers(state.directories(), place, 0)
         return
-    path = new_directory("layers", lambda path: copy_layers(
+    path, _ = new_directory("layers", lambda path: copy_layers(
         state.directories(), path, 0))
     try:
         with output("" if place == "-" else place) as file:
@@ -14450,14 +15298,15 @@ class Context:
                 self.unpack(spooled, "standard input")
             else:
                 self.text, self.path = read_file(spooled), ""
-                self.temporary = self.path = new_directory("layers", lambda path: None)
+                self.path = self.temporary = new_directory(
+                    "layers", lambda path: None)[0]
         finally:
             os.unlink(spooled)
 
     def unpack(self, path, title):
         """Unpack a tarball."""
-        self.temporary = self.path = new_directory(
-            "layers", lambda top: unpack(path, top, title))
+        self.path = self.temporary = new_directory(
+            "layers", lambda top: unpack(path, top, title))[0]
 
     def dockerfile(self):
         """The Dockerfile, read.  In an archive it is one of its files; else one that is
@@ -14518,7 +15367,6 @@ class Context:
          arg("path", metavar="PATH|-", help="of the context: a directory or tarball"))
 def build_command(options):
     """Make an image as a Dockerfile says."""
-    need_root()
     refs = [full_name(text) for text in options.tag]
     style = "quiet" if options.quiet else options.progress
     if style == "auto":
@@ -14553,7 +15401,6 @@ def build_command(options):
          FORCE)
 def builder_prune_command(options):
     """Remove the cache of builds."""
-    need_root()
     if not confirm(options, "all build cache"):
         return
     freed = 0
@@ -14941,6 +15788,8 @@ def check_script(words, options):
                    "--explain tells about any command")
     for option, given in (("--tty", options.tty), ("--init", options.init),
                           ("--storage-driver vfs", options.storage_driver == "vfs"),
+                          ("a network of its own", options.publish or
+                           options.network not in ("", "none", "host")),
                           ("--without pivot", "pivot" in ",".join(options.without)),
                           ("--stop-after", options.stop_after)):
         if given:
@@ -15054,6 +15903,10 @@ def completion_command(options):
 # PYTHON… (-I), the locale (utf8), and collecting garbage, of which there is hardly any.
 # "Unchecked" bytecode is not compared with the file, so that a start never compiles,
 # whoever it is for: a change takes `install`.
+#
+# And a start pays for every line that it loads, used or not.  minirunc uses nothing of
+# the engine; a chapter uses only what stands above it; so its launcher loads the file
+# with chapters 8 to 15 cut out, which is half of Python's part of a start.
 
 LAUNCHER_FLAG = "-ISXutf8"
 LAUNCHER = """\
@@ -15086,7 +15939,7 @@ SEALED_START = (  # put, copy: into the first to fifth argument of the next call
     ("put", 2, OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | AT_RECURSIVE),
     ("call", "open_tree"), ("unless_failed",), ("keep",),
     ("copy", 0, "fd"), ("put", 1, "empty"), ("put", 2, AT_EMPTY_PATH | AT_RECURSIVE),
-    ("put", 3, "attr"), ("put", 4, ctypes.sizeof(mount_attr)),
+    ("put", 3, "attr"), ("put", 4, sizeof(mount_attr)),
     ("call", "mount_setattr"), ("unless_failed",),
     ("copy", 0, "fd"), ("put", 1, "name"), ("copy", 2, "argv"), ("copy", 3, "envp"),
     ("put", 4, 0), ("call", "execveat"),
@@ -15216,19 +16069,28 @@ WantedBy=multi-user.target
 """
 
 
+def without_chapters(text, first, last):
+    """The text of this file, chapters cut out."""
+    chapters = text.split("\n# ══ ")
+    numbers = [*map(str, range(first, last + 1))]
+    return "\n# ══ ".join(chapter for chapter in chapters
+                          if chapter.partition(".")[0] not in numbers)
+
+
 def installed(prefix):
-    """What `install` puts under a prefix: the file, its bytecode, a record of the
-    directories that were made for them, and the launchers."""
+    """What `install` puts under a prefix: the file, whole and cut; bytecode of both;
+    a record of the directories that were made for them; launchers; systemd's unit."""
     import importlib.util
 
     if not prefix or any(ord(character) < 32 for character in prefix):
         raise Fail(f"invalid --prefix: {prefix!r}", "a directory, as /usr/local", 1)
     top = os.path.abspath(prefix)
-    file = f"{top}/lib/minicontainer/minicontainer.py"
-    return [file, importlib.util.cache_from_source(file), f"{file[:-3]}.directories",
-            f"{top}/bin/minirunc", f"{top}/lib/minicontainer/minirunc",
-            f"{top}/bin/minicontainer",
-            f"{top}/lib/systemd/system/minicontainer.service"]
+    lib = f"{top}/lib/minicontainer"
+    files = [f"{lib}/minicontainer.py", f"{lib}/minirunc.py"]
+    return (files, [*map(importlib.util.cache_from_source, files)],
+            f"{lib}/minicontainer.directories",
+            [f"{top}/bin/minicontainer", f"{lib}/minirunc", f"{top}/bin/minirunc"],
+            f"{top}/lib/systemd/system/minicontainer.service")
 
 
 def check_ours(paths):
@@ -15257,35 +16119,36 @@ def install_command(options):
     """Put minicontainer and minirunc on the PATH, compiled."""
     import pathlib
     import py_compile
-    import shutil
 
     python = os.path.realpath("/proc/self/exe")  # what a link or a shim has led to
-    file, bytecode, record, *launchers, unit = paths = installed(options.prefix)
-    text = LAUNCHER.format(python=python, flag=LAUNCHER_FLAG, file=file)
-    contents = {path: os.fsencode(text) for path in launchers}
-    contents[launchers[0]] = sealed_start(python, launchers[1])
+    files, bytecodes, record, launchers, unit = installed(options.prefix)
+    with open(__file__, encoding="utf-8") as file:
+        whole = file.read()
+    contents = dict(zip(files, (whole, without_chapters(whole, 8, 15)), strict=True))
+    for path, file in zip(launchers, files, strict=False):
+        contents[path] = LAUNCHER.format(python=python, flag=LAUNCHER_FLAG, file=file)
+        if contents[path].index("\n") > 254 or any(map(str.isspace, python)):
+            raise Fail(f"the kernel takes no #! line with {python!r}",
+                       "use a Python with a shorter path, without spaces", 1)
+    contents[launchers[2]] = os.fsdecode(sealed_start(python, launchers[1]))
     if options.unit:
-        contents[unit] = UNIT.format(launcher=launchers[-1]).encode()
-    else:
-        paths.remove(unit)
-    if text.index("\n") > 254 or any(map(str.isspace, python)):
-        raise Fail(f"the kernel takes no #! line with {python!r}",
-                   "use a Python with a shorter path, without spaces", 1)
+        contents[unit] = UNIT.format(launcher=launchers[0])
     unchecked, made = py_compile.PycInvalidationMode.UNCHECKED_HASH, set()
+    paths = [*bytecodes, record, *contents]
     try:
-        check_ours([file, *launchers, unit])
+        check_ours([*files, *launchers, unit])
         made.update(str(top) for path in paths for top in pathlib.Path(path).parents
                     if not top.exists())
         for path in paths:
             os.makedirs(os.path.dirname(path), exist_ok=True)
-        shutil.copyfile(__file__, f"{file}.new")
-        py_compile.compile(f"{file}.new", f"{bytecode}.new", file, doraise=True,
-                           invalidation_mode=unchecked)
         earlier = read_file(record).splitlines() if os.path.exists(record) else []
         write_file(f"{record}.new", "\n".join([*earlier, *made]), create=0o644)
         for path, content in contents.items():
-            write_file(f"{path}.new", os.fsdecode(content),
-                       create=0o644 if path == unit else 0o755)
+            write_file(f"{path}.new", content,
+                       create=0o755 if path in launchers else 0o644)
+        for file, bytecode in zip(files, bytecodes, strict=True):
+            py_compile.compile(f"{file}.new", f"{bytecode}.new", file, doraise=True,
+                               invalidation_mode=unchecked)
         for path in paths:  # a start in this moment finds the old one or the new (P3)
             os.replace(f"{path}.new", path)
             print(f"installed {path}")
@@ -15302,16 +16165,17 @@ def install_command(options):
 @command("uninstall", PREFIX_OPTION)
 def uninstall_command(options):
     """Remove what `install` has put under a prefix, and nothing else."""
-    file, bytecode, record, *launchers, unit = installed(options.prefix)
+    files, bytecodes, record, launchers, unit = installed(options.prefix)
     if not os.path.exists(record):
         raise Fail(f"nothing is installed under {options.prefix}",
                    "--prefix as it was given to `install`", 1)
-    check_ours([file, *launchers, unit])
-    cache = os.path.dirname(bytecode)
+    check_ours([*files, *launchers, unit])
+    cache = os.path.dirname(bytecodes[0])
     names = os.listdir(cache) if os.path.isdir(cache) else []
     files = list(filter(os.path.lexists, (
-        *launchers, unit, *(f"{cache}/{name}" for name in names
-                      if name.startswith("minicontainer.")), file, record)))
+        *launchers, unit, *(f"{cache}/{name}" for name in names  # of any Python
+                      if name.startswith(("minicontainer.", "minirunc."))),
+        *files, record)))
     take_away(files, read_file(record).splitlines())
     print("\n".join(f"removed {path}" for path in files))
 
@@ -15383,7 +16247,8 @@ def take_operands(options, operands, given):
     """Give each operand its share of the words that are no options."""
     for name, how in operands:
         many = how.get("nargs") in ("A...", "A*", "+", "*")
-        if not given and how.get("nargs") not in ("?", "*", "A*"):
+        if not given and how.get("nargs") not in ("?", "*", "A*") and not getattr(
+                options, how.get("unless", ""), None):
             raise Fail(f"{how['metavar']} is missing", options.hint)
         if given:
             setattr(options, name, given if many else given[0])
@@ -15427,6 +16292,10 @@ def parse(words, argv):
     return function, options
 
 
+# Commands that touch nothing of the store; minirunc says itself what it may not.
+FOR_ANYBODY = "completion install login logout ns oci steps uninstall version".split()
+
+
 def dispatch(argv):
     """Do what the command line asks; its exit code."""
     if os.path.basename(sys.argv[0]) == "minirunc":
@@ -15459,6 +16328,8 @@ def dispatch(argv):
     if style not in ("", *STYLES):
         raise Fail(f"invalid argument {style!r} for --explain",
                    "one of: " + ", ".join(STYLES))
+    if words.split()[0] not in FOR_ANYBODY and not options.help:
+        need_root()
     if style == "sh":
         check_script(words, options)
     if style:

@@ -12,7 +12,7 @@ The floor is what the same calls would take in a bare loop: the time between the
 and the return of each call, in place, with its arguments converted beforehand.  (They
 cannot be replayed alone: a mount needs the namespace that the call before it made, and
 a second mkdir finds the first one's.)  What is above the floor is Python: ours, which
-decides what to ask, and ctypes, which asks it.
+decides what to ask, and the call of C that asks it.
 
 What the floor leaves out: calls that os.path and other modules make by themselves, and
 those that the interpreter makes for imports.  The floor of the interpreter is a bare
@@ -97,19 +97,19 @@ m.__file__ = file
 timed("definitions", lambda: exec(code, m.__dict__))()
 
 # Every request goes through kernel(), or is a function of the os module in C.
-import ctypes, os, posix
+import os, posix
 parent, clone3 = os.getpid(), m.clone3
 NO_REQUESTS = ("_exit fork getpid strerror fspath major minor makedev "
                "waitstatus_to_exitcode").split()
 
 def kernel(name, args):
-    ready = ctypes.c_long(m.CALLS[name][0]), *map(m.c_argument, args)
+    ready = m.c_long(m.CALLS[name][0]), *map(m.c_argument, args)
     begin = clock()
-    result = m.LIBC.syscall(*ready)
+    result = m.C_SYSCALL(*ready)
     if name != "clone3" or result:  # once, by the parent
         count(clock() - begin)
     if result < 0:
-        number = ctypes.get_errno()
+        number = m.get_errno()
         raise OSError(number, os.strerror(number))
     return result
 
