@@ -8089,8 +8089,8 @@ def test_a_debian_with_nginx_is_built_pushed_and_run_by_podman(images, registry,
     said = mini("build", "--network", "host", "-t", name, context, timeout=400)
     assert said.returncode == 0, said.stderr
     forked_mini("push", name)
-    podman = ["podman", "--root", tmp_path / "p", "--runroot", tmp_path / "r", "--storage-driver",
-              "vfs"]
+    top = tempfile.mkdtemp(prefix="p-")  # podman wants short paths
+    podman = ["podman", "--root", f"{top}/p", "--runroot", f"{top}/r", "--storage-driver", "vfs"]
     peer(*podman, "pull", "--tls-verify=false", "-q", name)
     process = subprocess.Popen([*map(str, podman), "run", "--rm", "--name", "web", "--network", "host",
                                 "--cgroups=disabled", name], stderr=subprocess.PIPE, text=True)
@@ -8106,6 +8106,7 @@ def test_a_debian_with_nginx_is_built_pushed_and_run_by_podman(images, registry,
         subprocess.run([*podman, "rm", "-f", "-t", "0", "web"], capture_output=True)
         process.wait(30)
         process.stderr.close()
+        shutil.rmtree(top)
         shutil.rmtree(f"{STORE}/steps")
         shutil.rmtree(f"{STORE}/mounts")
         os.makedirs(f"{STORE}/steps")
