@@ -13332,7 +13332,6 @@ class Instruction:
         self.file = file  # the Dockerfile it stands in
         self.whole = whole  # all its lines, as one
         self.spots = spots  # (where in that, line, column) at which each line begins
-        self.line = spots[0][1]
         self.name = whole.split()[0].upper()
         self.at = len(whole) - len(whole[len(self.name):].lstrip())  # of `text`
         self.flags = []  # (name, value)
@@ -13349,10 +13348,9 @@ class Instruction:
         start, line, column = [spot for spot in self.spots if spot[0] <= at][-1]
         return self.file.fail(message, hint, line, column + at - start)
 
-    def words(self, at=None):
+    def words(self):
         """(where, word) of the text, split at spaces that are in no quotes."""
-        found, begin, quote_ = [], None, ""
-        at = self.at if at is None else at
+        found, begin, quote_, at = [], None, "", self.at
         while at < len(self.whole):
             letter = self.whole[at]
             if letter.isspace() and not quote_:
@@ -13409,10 +13407,10 @@ def understand(step):
         step.flags.append((name, value or "true" * known[name]))
         step.at = at + len(word)
         step.at += len(step.whole[step.at:]) - len(step.whole[step.at:].lstrip())
-    if len(step.words()) < least:
+    step.value = form(step) if step.text else []
+    if not step.text or least > 1 and len(step.value) < least:
         raise step.fail(f"{step.name} requires at least {least} argument"
                         f"{'s' * (least > 1)}", "", step.at)
-    step.value = form(step)
 
 
 def as_command(step):
@@ -13424,12 +13422,8 @@ def as_command(step):
 def as_words(step):
     """Form: (where, word) each; JSON where there are spaces in one."""
     words = exec_form(step)
-    if words is None:
-        return step.words()
-    if len(words) < INSTRUCTIONS[step.name][1]:
-        raise step.fail(f"{step.name} requires at least {INSTRUCTIONS[step.name][1]} "
-                        "arguments", "", step.at)
-    return [(step.at, quoted(word, step.file.escape)) for word in words]
+    return step.words() if words is None else [
+        (step.at, quoted(word, step.file.escape)) for word in words]
 
 
 def as_one(step):
