@@ -13926,6 +13926,8 @@ class Tree:
             for name in [name for name in passed
                          if f"{above}/".startswith(f"{name}/")]:
                 yield self.made_ours(passed.pop(name))
+            if entry.hard and left_out(entry.hard):
+                entry.hard = ""  # what it is a link to is not there: it is the file
             yield self.made_ours(entry)
 
 
@@ -13965,7 +13967,7 @@ class Item:
 #
 # Directories that are missing are made, and belong to whom --chown says, else to root,
 # with mode 755.  What comes from the context is root's; from a stage it is whose it
-# was.  Modes are kept, also setuid; a directory that is there keeps its own.
+# was.  Modes are kept, also setuid; a target that is there keeps its own.
 
 
 def unpacked(descriptor, diff_id):
@@ -14410,7 +14412,16 @@ def options_of_run(given):
     return options
 
 
-def clear_stubs(upper, mounts, layers):
+def is_noise(facts, path, layers, base):
+    """Whether a directory of an upper one that is empty says nothing: it is not there
+    below, or is there with the same mode and owner."""
+    below = next((os.lstat(there) for layer in reversed(layers)
+                  if os.path.lexists(there := f"{layer}/{path}")), None)
+    return not below or (below.st_mode, shifted_id(below.st_uid, base), shifted_id(
+        below.st_gid, base)) == (facts.st_mode, facts.st_uid, facts.st_gid)
+
+
+def clear_stubs(upper, mounts, layers, base):
     """Remove from an upper directory what was only made to mount on, and the way there
     if nothing else is on it."""
     top = os.open(upper, os.O_RDONLY | O_DIRECTORY)
@@ -14420,18 +14431,20 @@ def clear_stubs(upper, mounts, layers):
             above, name = os.path.split(path)
             try:
                 parent = open_beneath(top, above or ".")
+            except OSError:  # it is not there, or no directory
+                break
+            try:
                 facts = os.stat(name, dir_fd=parent, follow_symlinks=False)
-                if stat.S_ISDIR(facts.st_mode):
-                    below = next((os.lstat(there) for layer in reversed(layers)
-                                  if os.path.lexists(there := f"{layer}/{path}")), None)
-                    if below and stat.S_IMODE(below.st_mode) != stat.S_IMODE(
-                            facts.st_mode):
-                        break
-                    os.rmdir(name, dir_fd=parent)
-                elif stat.S_ISREG(facts.st_mode) and not facts.st_size:
+                hides = stat.S_ISDIR(facts.st_mode) and "trusted.overlay.opaque" in (
+                    os.listxattr(f"/proc/self/fd/{parent}/{name}"))  # what is below
+                if stat.S_ISREG(facts.st_mode) and not facts.st_size:
                     os.unlink(name, dir_fd=parent)
+                elif not hides and is_noise(facts, path, layers, base):
+                    os.rmdir(name, dir_fd=parent)
             except OSError:  # not there, or not empty
                 pass
+            finally:
+                os.close(parent)
             path = above
     os.close(top)
 
@@ -14449,15 +14462,16 @@ def run_in(options, args, report, when):
         try:
             news = listener.attend(shim)
         finally:
-            os.close(listener.signals)
-            os.close(listener.timer)
+            for fd in (listener.signals, listener.timer, shim.door):
+                if fd >= 0:
+                    os.close(fd)
         if listener.stopped:
             raise SystemExit(128 + listener.stopped)
         code = report_end(news, options)
         if code:
             return code, None
         layers = from_json(spec["annotations"][OF_LAYERS])
-        clear_stubs(record.path("upper"), spec["mounts"], layers)
+        clear_stubs(record.path("upper"), spec["mounts"], layers, record.first_id)
         return 0, keep_changes(record.path("upper"), record.first_id, when)
     finally:
         discard(record)

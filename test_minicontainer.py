@@ -7819,6 +7819,18 @@ def test_a_dockerfile_has_a_dockerignore_and_the_last_rule_that_matches_decides(
 
 
 @root
+def test_a_hard_link_to_what_is_left_out_is_a_file(base, tmp_path):
+    (tmp_path / "a").write_text("x\n")
+    for name in ("b", "c"):
+        os.link(tmp_path / "a", tmp_path / name)
+    (tmp_path / "Dockerfile").write_text("FROM scratch\nCOPY . /\n")
+    (tmp_path / ".dockerignore").write_text("*\n!b\n!c")
+    forked_mini("build", "-q", "-o", tmp_path / "out", tmp_path)
+    assert sorted(os.listdir(tmp_path / "out")) == ["b", "c"]
+    assert (tmp_path / "out/c").read_text() == "x\n"
+
+
+@root
 def test_a_secret_is_seen_by_one_run_and_is_in_no_layer(base, tmp_path):
     (tmp_path / "s").write_text("hush-hush\n")
     text = ("RUN --mount=type=secret,id=key cat /run/secrets/key > /dev/null; ls -l "
@@ -8044,6 +8056,28 @@ def test_add_brings_a_file_from_a_server_and_checks_it(base):
         assert run(id, "ls", "-l", "/d/b.txt").split()[0] == "-rw-------"
         assert "wrong digest" in build(
             base, f"ADD --checksum=sha256:{'0' * 64} http://{host}/b /x", code=1)
+
+
+@root
+def test_no_step_keeps_anything_open(base):
+    file = base.parent / "Dockerfile"
+    file.write_text("FROM base AS one\nFROM base\n" + "".join(
+        f"RUN echo {n} > /r{n}\nCOPY --from=one /bin/[a-z]* /c{n}/\nWORKDIR /w{n}\nCOPY . /d{n}\n"
+        for n in range(12)))
+
+    def with_few_descriptors():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (48, 48))
+        return m.main(["build", "-q", "-f", str(file), str(base)])
+    code, out, err = forked(with_few_descriptors)
+    assert code == 0, err
+    assert run(out.strip(), "ls", "/c7/sh", "/d7/f.txt", "/r7").count("\n") == 3
+
+
+@root
+def test_a_directory_that_was_replaced_by_an_empty_one_stays_empty(base):
+    id = build(base, "RUN mkdir -p /run/x /dir/sub; touch /run/old\nRUN rm -r /run; mkdir /run\n"
+                     "RUN chown 7:8 /run")
+    assert run(id, "sh", "-c", "ls -A /run; ls -dn /run").split()[2:4] == ["7", "8"]
 
 
 @root
