@@ -14389,6 +14389,9 @@ def mount_words(step, text):
     for key in set(words) - {"type", "ro"} - set(MOUNT_WORDS[kind].split()):
         raise step.fail(f"unexpected key {key!r} for mount type {kind!r}",
                         f"it has {MOUNT_WORDS[kind].replace(' ', ', ')}", at)
+    for key in {"mode", "uid", "gid"} & {*words}:
+        if not words[key].isdecimal() or key == "mode" and {*words[key]} & {*"89"}:
+            raise step.fail(f"invalid {key} of a mount: {words[key]!r}", "a number", at)
     if "target" not in words and kind != "secret" or not (
             words.get("target") or words.get("id") or words.get("env")):
         raise step.fail(f"invalid mount: {text!r} has no target", "target=/DIR", at)
@@ -14659,10 +14662,10 @@ class Worker:
         """Change the config."""
         self.state.settings[key] = value
 
-    def note(self, text, layer=None):
-        """Write a step into the history; with a layer if it has one."""
+    def note(self, text, layer=None, key=""):
+        """Write a step into the history; with its layer and its key if it has some."""
         entry = {"created": self.build.created, "created_by": text,
-                 "comment": f"minicontainer {self.state.key}"}
+                 "comment": f"minicontainer {key}".rstrip()}
         if layer:
             self.state.layers.append(layer)
         else:
@@ -14691,7 +14694,7 @@ class Worker:
             layer = make()
             save(store("steps", f"{key}.json"), {"parts": parts, "layer": layer})
         self.state.key = key
-        self.note(text, layer)
+        self.note(text, layer, key)
         size_ = f", {decimal(layer[2])}" if layer else ""
         return "CACHED" if found else f"{time.monotonic() - began:.1f}s{size_}"
 
@@ -15027,8 +15030,9 @@ class Stage:
         """The earlier stages that it is made of."""
         texts = [self.base] + [value for step in self.steps
                                for name, value in step.flags if name == "from"]
-        texts += [mount_words(step, value).get("from", "") for step in self.steps
-                  for name, value in step.flags if name == "mount"]
+        texts += [word[5:] for step in self.steps for name, value in step.flags
+                  for word in value.split(",") * (name == "mount")
+                  if word.startswith("from=")]
         found = [stage_named(text, stages[:self.number], text != self.base)
                  for text in texts]
         return {stage.number for stage in found if stage}
@@ -15053,7 +15057,7 @@ def secret_of(text):
         return id, os.environb[os.fsencode(name)]
     try:
         with open(source or id, "rb") as file:
-            return id, file.read(1 << 20)
+            return id, file.read()
     except OSError as error:
         raise Fail(f"--secret {text}: {error.strerror}", "is the file there?", 1
                    ) from None
@@ -15136,7 +15140,7 @@ class Build:
             for entry in image.config.get("history") or ():
                 layer = None if entry.get("empty_layer") else next(layers, None)
                 mark, _, key = (entry.get("comment") or "").partition(" ")
-                if mark == "minicontainer":
+                if mark == "minicontainer" and key:
                     found[key] = list(layer) if layer else None
         return found
 

@@ -7700,14 +7700,15 @@ def test_a_step_is_done_again_only_if_something_of_it_differs(base):
 
 @root
 def test_an_image_from_elsewhere_is_a_cache(base):
-    text = "RUN echo 1 > /x\nRUN echo 2 > /y"
+    text = "RUN echo 1 > /x\nARG V=1\nENV A=1\nRUN echo 2 > /y\nRUN true"
     id = build(base, text, "-t", "known")
     forked_mini("builder", "prune", "-f")
     assert os.listdir(f"{STORE}/steps") == []
     assert told(base, text).count("CACHED") == 0
     forked_mini("builder", "prune", "-f")
-    result = told(base, f"{text}\nRUN echo 3 > /z", "--cache-from", "known")
-    assert result.count("CACHED") == 2 and m.find_image(id).tags() == ["known:latest"]
+    result = told(base, f"{text}\nRUN cat /x /y > /z", "--cache-from", "known", "-t", "new")
+    assert result.count("CACHED") == 3 and m.find_image(id).tags() == ["known:latest"]
+    assert run("new", "cat", "/z") == "1\n2\n"
 
 
 @root
@@ -7975,6 +7976,7 @@ def test_no_dockerfile_makes_a_traceback(seed):
     ("RUN --network=bridge true", "unsupported network mode 'bridge'"),
     ("RUN --mount=type=ssh true", "unsupported mount type 'ssh'"),
     ("RUN --mount=type=cache,targte=/x true", "unexpected key 'targte'"),
+    ("RUN --mount=type=cache,target=/x,mode=rwx true", "invalid mode of a mount: 'rwx'"),
     ("RUN nosuchcommand", "returned a non-zero code: 127"),
     ('RUN ["/nosuch"]', "/nosuch"), ("EXPOSE x", "invalid containerPort: x"),
     ("STOPSIGNAL SIGNO", "SIGNO"), ("HEALTHCHECK x", "Unknown type 'x' in HEALTHCHECK"),
