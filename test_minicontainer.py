@@ -8031,6 +8031,35 @@ def test_ctrl_c_in_a_run_leaves_nothing(base):
 
 
 @root
+def test_what_a_killed_build_has_left_is_pruned(base):
+    file = base.parent / "Dockerfile"
+    file.write_text("FROM base\nCOPY f.txt /f\nRUN echo begun; sleep 100")
+    with subprocess.Popen(command("build", "-f", file, base), stderr=subprocess.PIPE,
+                          text=True) as process:
+        while "begun" not in (line := process.stderr.readline()) or "RUN" in line:
+            assert line, "it ended"
+        process.kill()
+    until(lambda: not our_processes())
+    mini("system", "prune")
+    assert told(base, "COPY f.txt /f\nRUN true").count("CACHED") == 1
+
+
+@root
+def test_a_proxy_is_known_to_run_and_to_nobody_else(base):
+    secret = "http://user:word@proxy"
+    said = told(base, "RUN echo $http_proxy", "--build-arg", f"http_proxy={secret}", "-t", "x")
+    assert f"\n{secret}\n" in said and "not consumed" not in said
+    assert "word" not in json.dumps(m.find_image("x").config)
+
+
+@root
+def test_others_take_the_image_for_what_it_is(base, images):
+    build(base, "RUN echo 1 > /x\nCOPY f.txt /f\nENV A=1", "-t", "built:1")
+    said = json.loads(peer("skopeo", "inspect", f"oci:{images}:docker.io/library/built:1"))
+    assert "A=1" in said["Env"] and len(said["Layers"]) == 3
+
+
+@root
 def test_a_terminal_shows_a_step_and_its_time(base):
     (base.parent / "Dockerfile").write_text("FROM base\nRUN echo some output; sleep 0.3")
     terminal = Terminal("build", "-f", base.parent / "Dockerfile", base)
