@@ -4472,7 +4472,7 @@ def read_record(options):
     """The record of a container."""
     directory = record_directory(options)
     try:
-        return {**from_json(read_file(f"{directory}/state.json")), "where": directory}
+        return from_json(read_file(f"{directory}/state.json"))
     except (FileNotFoundError, NotADirectoryError):
         raise Fail(f"container {options.id!r} does not exist", "see `list`") from None
 
@@ -4676,14 +4676,20 @@ def make_cwd(c):
         pass  # what is in the way is told by enter_cwd
 
 
-def oci_steps(steps, last):
+def replace_steps(steps, instead):
+    """Steps, with others in place of some."""
+    return [new for step in steps for new in instead.get(step, (step,))]
+
+
+def oci_steps(steps, last, options=None):
     """BIRTH or JOIN as a caller of ours needs it; `last` is in place of what makes a
     program die with us."""
-    instead = {
+    return replace_steps(steps, {
         die_with_parent: (find_program, last),  # `create` tells if there is none
-        pivot: (run_create_hooks, pivot, make_cwd, share_root),
-        become_user: (own_stdio, become_user)}
-    return [new for step in steps for new in instead.get(step, (step,))]
+        pivot: (run_create_hooks, move_root if options and options.no_pivot else pivot,
+                make_cwd, share_root),
+        new_keyring: () if options and options.no_new_keyring else (new_keyring,),
+        become_user: (own_stdio, become_user)})
 
 
 # ── create, start, run, exec ──
@@ -4773,28 +4779,23 @@ def create_container(options, stays=False):
         os.mkdir(directory, 0o700)
     except FileExistsError:
         raise Fail(f"container with id exists: {options.id}", "see `list`") from None
-    held = lock_record(directory)
-    record = {"id": options.id, "pid": 0, "began": 0, "bundle": bundle, "spec": spec,
+    record = {"id": options.id, "bundle": bundle, "spec": spec, "where": directory,
               "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     c = Container(options.id, spec, bundle)
     c.record, c.workshop, c.preserved = directory, f"{directory}/workshop", preserved
-    c.lock = held
+    c.lock = lock_record(directory)
+
+    def note(c):  # so that `delete` finds all that there is, were we killed now
+        record.update(pid=max(c.pid, 0), began=process_facts(c.pid)[1])
+        save(f"{directory}/state.json", record)
+
     try:
         os.mkdir(c.workshop)
-        save(f"{directory}/state.json", record)
-        def note(c):  # so that `delete` finds it, were we killed now
-            record.update(pid=max(c.pid, 0), began=process_facts(c.pid)[1], made=True)
-            save(f"{directory}/state.json", record)
-
-        before = [open_fifos, *(step for step in BEFORE if step != open_stdio)]
-        before.insert(before.index(make_cgroup) + 1, note)
-        birth = oci_steps(BIRTH, await_start)
-        if options.no_new_keyring:
-            birth.remove(new_keyring)
-        if options.no_pivot:
-            birth[birth.index(pivot)] = move_root
-        start(c, before, (note, *OUTSIDE), birth)
-        note(c)  # once more: it may have been born again, see be_born_again
+        before = replace_steps(BEFORE, {
+            make_cgroup: (open_fifos, make_cgroup, note), open_stdio: ()})
+        start(c, before, (note, *OUTSIDE), oci_steps(BIRTH, await_start, options))
+        if c.pid != record["pid"]:  # see be_born_again
+            note(c)
         hand_over(c, options)
     except BaseException:
         end(c)
@@ -4803,7 +4804,7 @@ def create_container(options, stays=False):
     for fd in c.fifos:
         os.close(fd)
     c.fifos = []
-    return {**record, "where": directory}, c
+    return record, c
 
 
 def release(c, record):
@@ -4916,8 +4917,7 @@ def delete_container(options, force):
             raise Fail(f"cannot delete container {options.id} that is not stopped: "
                        f"{status}", "kill it before, or --force")
         signal_first(record, signal.SIGKILL)
-        if record.get("made"):  # or it was never more than a record
-            cgroup_of(record["spec"]).remove()
+        cgroup_of(record["spec"]).remove()
         wait_for(lambda: status_of(record) == "stopped")
         forget(where)
     finally:
