@@ -2008,45 +2008,44 @@ def devices_spec(options):
     return list(found.values())
 
 
+def usual_mounts():
+    """The spec's mounts that every container has of its own, outer first."""
+    quiet = ["nosuid", "noexec", "nodev"]
+    return [{"destination": path, "type": kind, "source": source, "options": words}
+            for path, kind, source, words in (
+        ("/proc", "proc", "proc", [*quiet]),
+        ("/dev", "tmpfs", "tmpfs", ["nosuid", "nodev", "strictatime", "mode=755",
+                                    "size=65536k"]),
+        ("/dev/pts", "devpts", "devpts", ["nosuid", "noexec", "newinstance",
+                                          "ptmxmode=0666", "mode=0620", "gid=5"]),
+        ("/sys", "sysfs", "sysfs", [*quiet, "ro"]),
+        ("/sys/fs/cgroup", "cgroup", "cgroup", [*quiet, "ro"]),
+        ("/dev/mqueue", "mqueue", "mqueue", [*quiet]),
+        ("/dev/shm", "tmpfs", "shm", [*quiet, "mode=1777", "size=65536k"]))]
+
+
 def mounts_spec(options):
     """The spec's mounts: those that every container has, then the volumes asked for.
 
     Three file systems show what a namespace holds, and a user namespace may mount
     one only if it owns that namespace; shared with the host, the host's is shown.
     """
-    quiet = ["nosuid", "noexec", "nodev"]
-    own_users = options.userns != "host"
-    read_only = [] if options.privileged else ["ro"]
-
-    def special(kind, path, shared, words, host=None):
-        if shared == "host" and own_users:
-            return {"destination": path, "type": "bind", "source": host or path,
-                    "options": ["bind", *words]}
-        return {"destination": path, "type": kind, "source": kind, "options": words}
-
-    mounts = [
-        special("proc", "/proc", options.pid, quiet),
-        {"destination": "/dev", "type": "tmpfs", "source": "tmpfs",
-         "options": ["nosuid", "nodev", "strictatime", "mode=755", "size=65536k"]},
-        {"destination": "/dev/pts", "type": "devpts", "source": "devpts",
-         "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620",
-                     "gid=5"]},
-        special("sysfs", "/sys", options.network, quiet + read_only),
-        {"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup",
-         "options": quiet + read_only},
-    ]
-    if options.ipc != "host" or os.path.isdir("/dev/mqueue"):
-        mounts.append(special("mqueue", "/dev/mqueue", options.ipc, quiet))
-    shm_size = size(options.shm_size or "0")
-    if options.ipc == "host":
-        if shm_size:
-            raise Fail("--shm-size with --ipc host", "that /dev/shm is the host's")
-        mounts.append({"destination": "/dev/shm", "type": "bind", "source": "/dev/shm",
-                       "options": ["rbind", *quiet]})
-    else:
-        mounts.append({"destination": "/dev/shm", "type": "tmpfs", "source": "shm",
-                       "options": [*quiet, "mode=1777",
-                                   f"size={shm_size or 64 << 20}"]})
+    shared = {"/proc": options.pid, "/sys": options.network, "/dev/mqueue": options.ipc}
+    mounts, shm_size = usual_mounts(), size(options.shm_size or "0")
+    if options.ipc == "host" and shm_size:
+        raise Fail("--shm-size with --ipc host", "that /dev/shm is the host's")
+    if options.ipc == "host" and not os.path.isdir("/dev/mqueue"):
+        mounts = [m for m in mounts if m["destination"] != "/dev/mqueue"]
+    for mount in mounts:
+        path, words = mount["destination"], mount["options"]
+        if options.privileged and "ro" in words:
+            words.remove("ro")
+        if path == "/dev/shm" and options.ipc == "host":
+            mount.update(type="bind", source=path, options=["rbind", *words[:3]])
+        elif path == "/dev/shm" and shm_size:
+            words[-1] = f"size={shm_size}"
+        elif shared.get(path) == "host" and options.userns != "host":
+            mount.update(type="bind", source=path, options=["bind", *words])
     asked = [volume_mount(text) for text in options.volume]
     asked += [long_mount(text) for text in options.mount]
     asked += [tmpfs_mount(f"--tmpfs {text}", *text.partition(":")[::2])
@@ -5259,7 +5258,6 @@ def events_command_oci(options):
 
 def example_spec():
     """A config.json to begin with."""
-    quiet = ["nosuid", "noexec", "nodev"]
     kept = ["CAP_AUDIT_WRITE", "CAP_KILL", "CAP_NET_BIND_SERVICE"]
     return {
         "ociVersion": "1.0.2",
@@ -5268,18 +5266,7 @@ def example_spec():
             "env": [f"PATH={DEFAULT_PATH}", "TERM=xterm"], "cwd": "/",
             "capabilities": capability_sets(kept), "noNewPrivileges": True},
         "root": {"path": "rootfs", "readonly": True},
-        "hostname": "minirunc",
-        "mounts": [{"destination": path, "type": kind, "source": source,
-                    "options": words} for path, kind, source, words in (
-            ("/proc", "proc", "proc", quiet),
-            ("/dev", "tmpfs", "tmpfs", ["nosuid", "strictatime", "mode=755",
-                                        "size=65536k"]),
-            ("/dev/pts", "devpts", "devpts", ["nosuid", "noexec", "newinstance",
-                                              "ptmxmode=0666", "mode=0620", "gid=5"]),
-            ("/dev/shm", "tmpfs", "shm", [*quiet, "mode=1777", "size=65536k"]),
-            ("/dev/mqueue", "mqueue", "mqueue", quiet),
-            ("/sys", "sysfs", "sysfs", [*quiet, "ro"]),
-            ("/sys/fs/cgroup", "cgroup", "cgroup", [*quiet, "relatime", "ro"]))],
+        "hostname": "minirunc", "mounts": usual_mounts(),
         "linux": {
             "resources": {"devices": [{"allow": False, "access": "rwm"}]},
             "namespaces": [{"type": kind} for kind in ("pid", "network", "ipc", "uts",
