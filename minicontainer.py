@@ -4246,7 +4246,8 @@ ARCHITECTURES = tuple(f"SCMP_ARCH_{name}" for name in """X86 X86_64 X32 ARM AARC
     PARISC PARISC64 RISCV64 LOONGARCH64 M68K SH SHEB NATIVE""".split())
 RESOURCES_FORM = {
     "memory": {"limit": SIGNED, "swap": SIGNED, "reservation": SIGNED,
-               "kernelTCP": SIGNED, "swappiness": range(101), "disableOOMKiller": bool},
+               "kernelTCP": SIGNED, "swappiness": range(101), "disableOOMKiller": bool,
+               "checkBeforeUpdate": bool},
     "cpu": {"shares": range(1 << 64), "quota": range(-(1 << 63), 1 << 63),
             "period": range(1 << 64), "burst": range(1 << 64), "idle": range(2),
             "realtimeRuntime": range(-1, 1 << 63), "realtimePeriod": range(1 << 64),
@@ -4283,7 +4284,6 @@ SPEC_FORM = {
 # to be ignored, says the specification.
 REFUSED = """process.execCPUAffinity vm linux.intelRdt linux.mountLabel
     linux.memoryPolicy linux.netDevices linux.resources.rdma
-    linux.resources.memory.checkBeforeUpdate
     linux.resources.blockIO.leafWeight""".split()
 # The devices that work in every container, whatever resources.devices says: making
 # any node, terminals, and those of DEVICES.
@@ -5176,10 +5176,15 @@ def change_limits(cgroup, resources):
 
     subtle: version 1 never takes a swap limit below that of memory, so which of the two
     is written first depends on whether they grow or shrink."""
-    if cgroup.trees and "swap" in resources.get("memory", {}):  # more than it was?
-        swap = {"memory": {"swap": resources["memory"]["swap"]}}
+    memory, used = resources.get("memory", {}), cgroup.measure()["memory"] or 0
+    if memory.get("limit") == -1:  # it would be more than what swap is limited to
+        memory.setdefault("swap", -1)
+    if memory.get("checkBeforeUpdate") and -1 < memory.get("limit", -1) < used:
+        raise Fail(f"memory.limit {memory['limit']} is less than the {used} that are in "
+                   "use", "checkBeforeUpdate asks to refuse what would kill somebody")
+    if cgroup.trees and "swap" in memory:  # more than it was?
         try:
-            cgroup.set_limits(swap)
+            cgroup.set_limits({"memory": {"swap": memory["swap"]}})
         except Fail:  # less: then memory goes first
             pass
     cgroup.set_limits(resources)

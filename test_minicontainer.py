@@ -3100,8 +3100,6 @@ def oci_created(script="sleep 1000", **changes):
     ({"linux__resources": {"rdma": {"x": {}}}}, "config.linux.resources.rdma"),
     ({"linux__resources": {"blockIO": {"leafWeight": 5}}},
      "config.linux.resources.blockIO.leafWeight"),
-    ({"linux__resources": {"memory": {"checkBeforeUpdate": True}}},
-     "config.linux.resources.memory.checkBeforeUpdate"),
     ({"process__execCPUAffinity": {"initial": "0"}}, "config.process.execCPUAffinity"),
     ({"linux__namespaces": [{"type": "mount", "path": "/proc/1/ns/mnt"}]},
      "config.linux.namespaces[0].path"),
@@ -3598,9 +3596,16 @@ def test_exec_ps_pause_resume_update_and_events_find_a_running_container():
         stats = json.loads(oci("events", "--stats", "c1").stdout)["data"]
         assert stats["memory"]["usage"]["limit"] == 64 << 20
         assert stats["pids"]["limit"] == 9
-        update = oci("update", "-r", "-", "c1", stdin=None,
-                     input='{"memory": {"limit": 33554432}}')
-        assert update.returncode == 0, update.stderr
+        group = m.cgroup_of({"linux": {"cgroupsPath": "/minicontainer-c1"}})
+        for words, code, limit in (
+                ({"memory": {"limit": 32 << 20}}, 0, 32 << 20),
+                ({"memory": {"limit": 4096, "checkBeforeUpdate": True}}, 1, 32 << 20),
+                ({"memory": {"limit": 32 << 20, "swap": 64 << 20}}, 0, 32 << 20),
+                ({"memory": {"limit": -1}}, 0, None)):
+            update = oci("update", "-r", "-", "c1", stdin=None, input=json.dumps(words))
+            assert update.returncode == code, update.stderr
+            assert ("in use" in update.stderr) == bool(code)
+            assert group.measure()["memory_limit"] == limit
 
 
 @root
