@@ -4105,7 +4105,7 @@ def enter(c, before=(open_stdio, open_cgroup), steps=JOIN):
 #       /run/minirunc/ID/state.json    pid, bundle, and the spec as it was then
 #                        exec.fifo     init waits for a word from it; gone when started
 #                        news.fifo     what init has to say from then on
-#                        workshop/     always empty, here; see chapter 4
+#                        workshop/     see chapter 4; gone when all is made
 #
 # Create and start are two processes, and the one that created is gone by the time of
 # the other.  So where init would execute, it changes its two pipes for two FIFOs;
@@ -4482,10 +4482,12 @@ def process_facts(pid):
 
 
 def status_of(record):
-    """created, running, paused or stopped."""
+    """creating, created, running, paused or stopped."""
     state, began = process_facts(record["pid"])
     if not record["pid"] or state in "ZX" or began != record["began"]:
         return "stopped"
+    if os.path.exists(f"{record['where']}/workshop"):  # its / is the host's
+        return "creating"
     if cgroup_of(record["spec"]).is_frozen():
         return "paused"
     try:  # whoever would start it may have died before it could remove the FIFO
@@ -4791,6 +4793,7 @@ def create_container(options, stays=False):
         start(c, before, (note, *OUTSIDE), oci_steps(BIRTH, await_start, options))
         if c.pid != record["pid"]:  # see be_born_again
             note(c)
+        os.rmdir(c.workshop)
         hand_over(c, options)
     except BaseException:
         end(c)
@@ -5007,7 +5010,8 @@ def exec_command_oci(options):
     process = exec_process(options, spec := record["spec"])
     preserved = begin(spec, process, options, not options.detach)
     target, status = first_process(record)
-    if status == "stopped" or (status == "paused" and not options.ignore_paused):
+    if status in ("stopped", "creating") or (
+            status == "paused" and not options.ignore_paused):
         raise Fail(f"cannot exec in a {status} container", "container not running")
     c = Container(options.id, {**spec, "process": process}, record["bundle"])
     c.is_new, c.preserved, c.target = False, preserved, target

@@ -3260,6 +3260,19 @@ def test_what_runs_is_running_though_its_start_was_killed_before_it_could_say_so
 
 
 @root
+def test_what_is_being_created_is_not_joined_as_its_root_is_still_the_hosts():
+    runtime = f"{STORE}/bin/minirunc --root {STORE}/oci"
+    script = f"exec >{STORE}/seen 2>&1; {runtime} state c1; {runtime} exec c1 /bin/ls /"
+    hook = {"path": "/bin/sh", "args": ["sh", "-c", f"{script}; {runtime} pause c1; true"]}
+    with oci_created(hooks={"createRuntime": [hook]}):
+        with open(f"{STORE}/seen") as file:
+            state, *refusals = file.read().splitlines()
+        assert json.loads(state)["status"] == "creating"
+        assert ["creating" in line for line in refusals] == [True, True], refusals
+        assert oci("exec", "c1", "/bin/true").returncode == 0
+
+
+@root
 def test_what_is_created_can_be_paused_and_is_not_started_before_it_is_resumed():
     with oci_created():
         assert oci("pause", "c1").returncode == 0
