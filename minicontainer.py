@@ -10369,8 +10369,7 @@ def detach_keys(text):
 #           layers/DIGEST/                 tarballs, unpacked
 #           ids/SLOT                       a range of 65536 ids: a link to its owner
 #           names/NAME                     the same for a name
-#           containers/ID/record.json      what is kept of it: see Record; what was
-#                         record.json.new      kept before, and is written to next
+#           containers/ID/record.json      what is kept of it: see Record, exchange
 #                         config.json      the spec that chapter 6 obeys
 #                         attach  log      where its shim listens; what it wrote
 #                         upper/  work/    what it changed
