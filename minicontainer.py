@@ -10559,13 +10559,18 @@ def exchange(path, document, lasting):
         sync(os.path.dirname(path))
 
 
+def of_those_there(things, look):
+    """look(thing) of each, but for what is being made, or is removed meanwhile."""
+    for thing in things:
+        try:
+            yield look(thing)
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+
+
 def known():
     """All records, as they are written."""
-    for id in os.listdir(store("containers", "")):
-        try:
-            yield load(id)
-        except (FileNotFoundError, NotADirectoryError):  # being made, or removed
-            pass
+    return of_those_there(os.listdir(store("containers", "")), load)
 
 
 class changing:
@@ -10982,9 +10987,9 @@ def settle(record):
 
 def records():
     """All records as they are true, the newest first."""
-    found = [settle(record) for record in known()]
-    return sorted((record for record in found if os.path.exists(record.path())),
-                  key=lambda record: -record.created)
+    found = [record for record in of_those_there(known(), settle)
+             if os.path.exists(record.path())]
+    return sorted(found, key=lambda record: -record.created)
 
 
 class NoContainer(Fail):
@@ -12220,20 +12225,20 @@ PS_OPTIONS = (
 @command("ps", *PS_OPTIONS)
 def ps_command(options):
     """List containers."""
+    import itertools
+
     last = 1 if options.latest else whole("--last", options.last or "-1", -1)
-    wanted, rows = filters_of(options.filter, FILTERS), []
+    wanted = filters_of(options.filter, FILTERS)
     any_state = options.all or last >= 0 or wanted.keys() & {"status", "exited"}
-    found = [record for record in records() if passes(record, FILTERS, wanted)
-             and (any_state or record.status in LIVE)]
-    for record in found[:last if last > 0 else None]:
-        try:
-            rows.append(container_row(record, options))
-        except FileNotFoundError:  # has just been removed
-            pass
+    found = (record for record in records() if any_state or record.status in LIVE)
+    rows = of_those_there(found, lambda record: passes(record, FILTERS, wanted)
+                          and container_row(record, options))
     columns = {"CONTAINER ID": "ID", "IMAGE": "Image", "COMMAND": "Command",
                "CREATED": "RunningFor", "STATUS": "Status", "PORTS": "Ports",
                "NAMES": "Names", **({"SIZE": "Size"} if options.size else {})}
-    print_list(columns, rows, options.format, "ID" if options.quiet else "")
+    print_list(columns, list(itertools.islice(
+        filter(None, rows), last if last > 0 else None)), options.format,
+        "ID" if options.quiet else "")
 
 
 HOST_CONFIG = {  # key of `inspect`: the option that it shows, and what stands for none
@@ -12504,16 +12509,16 @@ def stats_command(options):
     columns = {"CONTAINER ID": "ID", "NAME": "Name", "CPU %": "CPUPerc",
                "MEM USAGE / LIMIT": "MemUsage", "MEM %": "MemPerc", "NET I/O": "NetIO",
                "BLOCK I/O": "BlockIO", "PIDS": "PIDs"}
-    before, named = {}, options.containers or ()
+    before = None
     while True:
-        found = [find(name) for name in named] or [
+        found = list(map(find, options.containers or ())) or [
             record for record in records() if options.all or record.status in RUNNING]
-        now = {record.id: sample(record) for record in found}
-        if before:
-            clear = "\033[H\033[J" if os.isatty(1) else ""
-            print(clear, end="")
+        now = dict(of_those_there(found, lambda record: (record.id, sample(record))))
+        if before is not None:
+            print("\033[H\033[J" * os.isatty(1), end="")
             print_list(columns, [stats_row(record, before[record.id], now[record.id])
-                                 for record in found if record.id in before],
+                                 for record in found
+                                 if record.id in before.keys() & now.keys()],
                        options.format)
             sys.stdout.flush()
             if options.no_stream:
@@ -13068,16 +13073,15 @@ def cp_command(options):
 
 def remove_ended():
     """Remove the containers that have ended; {id: bytes that each had written}."""
-    gone = {}
-    for record in records():
-        if record.status not in LIVE:
-            own = sizes(record, record.spec())[0]
-            try:
-                remove_it(record, volumes=False)
-                gone[record.id] = own
-            except Fail:  # it was started meanwhile
-                pass
-    return gone
+    def remove(record):
+        own = sizes(record, record.spec())[0]
+        try:
+            remove_it(record, volumes=False)
+            return record.id, own
+        except Fail:  # it was started meanwhile
+            return None
+    return dict(filter(None, of_those_there(
+        (record for record in records() if record.status not in LIVE), remove)))
 
 
 @command("container prune", FORCE)
@@ -13101,11 +13105,10 @@ def volume_prune_command(options):
 @command("system df", FORMAT)
 def system_df_command(options):
     """Show what takes how much of the disk."""
-    all_, rows = records(), []
-    notes = [record.spec()["annotations"] for record in all_]
-    used = {note.get(OF_IMAGE) for note in notes}
+    rows, used = [], {notes.get(OF_IMAGE) for _, notes in containers()}
     images = [(image.id in used, sum(image.sizes)) for image in all_images()]
-    own = [(record.status in LIVE, sizes(record, record.spec())[0]) for record in all_]
+    own = list(of_those_there(records(), lambda record: (
+        record.status in LIVE, sizes(record, record.spec())[0])))
     volumes = [(bool(users_of(facts["Name"])), bytes_in(facts["Mountpoint"]))
                for facts in all_volumes()]
     for kind, found in (("Images", images), ("Containers", own),
