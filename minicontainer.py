@@ -5459,38 +5459,32 @@ def remove_tree(path):
     return freed
 
 
-def new_directory(parent, make):
-    """(a fresh directory of the store, what make(directory) says); gone if that fails.
+def new_directories(parent, make):
+    """What make(top) returns, after the directories that it has made in `top` have got
+    their names in a directory of the store; none if it fails.
 
-    An unfinished one is named .new-… and is never looked at by anybody but prune.
+    Names come last, by rename (P3), when the disk has what is in them: else a power cut
+    could leave a name without its content, which would be taken for good ever after.
+    One syncfs does that for all layers of an image: 0.5 s for 285 MB, where a sync for
+    each of 50 layers, or of 13,000 files, would wait as often for everybody's writes.
     """
-    path = store(parent, f".new-{os.getpid()}-{os.urandom(4).hex()}")
-    os.mkdir(path, 0o755)
+    top = store(parent, f".new-{os.getpid()}-{os.urandom(4).hex()}")
+    os.mkdir(top, 0o755)
     try:
-        return path, make(path)
-    except BaseException:
-        remove_tree(path)
-        raise
-
-
-def publish(path, name):
-    """Give a finished directory its name in the store, all at once (P3); the loser of
-    a race finds that the same has been made already.
-
-    First the disk must have it: after a power cut a name without its content would be
-    taken for good.  syncfs does that for all of its files together.
-    """
-    target, top = os.path.join(os.path.dirname(path), name), os.open(path, FOLDER)
-    try:
-        syscall("syncfs", top)
-        os.rename(path, target)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-        remove_tree(path)
+        result = make(top)
+        if names := os.listdir(top):
+            fd = os.open(top, FOLDER)
+            syscall("syncfs", fd)
+            os.close(fd)
+        for name in names:
+            try:
+                os.rename(f"{top}/{name}", store(parent, name))
+            except OSError as error:  # somebody else has made the same meanwhile
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+        return result
     finally:
-        os.close(top)
-    return target
+        remove_tree(top)
 
 
 # ── work for other processes ──
@@ -6109,6 +6103,7 @@ def unpack(path, top, title=None):
     """Unpack a tarball as a layer into the directory `top`: the digest of its plain
     form, and the bytes of its files.  Errors call it by its title."""
     title = title or path
+    os.makedirs(top, exist_ok=True)
     with Layer(top) as layer, Tarball(path, title) as tarball:
         try:
             layer.add_all(tarball, title)
@@ -6139,9 +6134,9 @@ def layer_of(path):
                    "a directory or a tarball; ./rootfs-fetch.sh gets a real one")
     with open(path, "rb") as file:
         digits = sha256(file)[7:]
-    target = store("layers", digits)
-    return target if os.path.isdir(target) else publish(
-        new_directory("layers", lambda top: unpack(path, top))[0], digits)
+    if not os.path.isdir(store("layers", digits)):
+        new_directories("layers", lambda top: unpack(path, f"{top}/{digits}"))
+    return store("layers", digits)
 
 
 # ── layers as a copy ──
@@ -6339,7 +6334,7 @@ def default_rootfs():
     if there is none yet."""
     default = store("rootfs", "default")
     if not os.path.isdir(default):
-        publish(new_directory("rootfs", make_host_rootfs)[0], "host")
+        new_directories("rootfs", lambda top: make_host_rootfs(f"{top}/host"))
         link = f"{default}.{os.getpid()}"
         os.symlink("host", link)
         os.replace(link, default)
@@ -6362,8 +6357,10 @@ NAME, ALSO_NAME = "org.opencontainers.image.ref.name", "io.containerd.image.name
 SIZES = "minicontainer.sizes"  # annotation of ours: bytes of each layer, unpacked
 OF_IMAGE, OF_LAYERS = "minicontainer.image", "minicontainer.layers"  # a container's
 
-DESCRIPTOR_FORM = {"mediaType": str, "digest": str, "size": range(1 << 50),
-                   "platform": {"os": str, "architecture": str, "variant": str}}
+DESCRIPTOR_FORM = {
+    "size!": range(1 << 50), "digest!": str, "mediaType": str,
+    "annotations": {NAME: str, ALSO_NAME: str},
+    "platform": {"os": str, "architecture": str, "variant": str}}
 MANIFEST_FORM = {"mediaType": str, "config": DESCRIPTOR_FORM,
                  "layers": [DESCRIPTOR_FORM], "manifests": [DESCRIPTOR_FORM]}
 PART = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
@@ -6376,9 +6373,10 @@ CONFIG_FORM = {
     "created": str, "author": str, "architecture": str, "os": str, "variant": str,
     "rootfs": {"diff_ids": [str]},
     "config": {"User": str, "WorkingDir": str, "StopSignal": str, "Env": [str],
-               "Entrypoint": [str], "Cmd": [str], "Labels": {}, "Volumes": {},
-               "ExposedPorts": {}},
-    "history": [{"created": str, "created_by": str, "comment": str}]}
+               "Entrypoint": [str], "Cmd": [str], "Labels": {str: str},
+               "Volumes": {str: {}}, "ExposedPorts": {str: {}}},
+    "history": [{"created": str, "created_by": str, "comment": str,
+                 "empty_layer": bool}]}
 
 
 def spelled_out(text):
@@ -6499,8 +6497,7 @@ class changed_index(held):
                 save(store("images", "oci-layout"), {"imageLayoutVersion": "1.0.0"})
                 save(store("images", "index.json"), {
                     "schemaVersion": 2, "mediaType": OCI_INDEX,
-                    "manifests": self.entries})
-                os.fsync(self.fd)
+                    "manifests": self.entries}, lasting=True)
         finally:
             super().__exit__()
 
@@ -6715,8 +6712,8 @@ def keep(raw):
 
 def fetch_small(source, descriptor, what):
     """The bytes of a manifest or config, verified."""
-    if not 0 < descriptor.get("size", 0) <= MANIFEST_LIMIT:
-        raise Fail(f"{what}: {descriptor.get('size')} bytes cannot be right",
+    if not 0 < descriptor["size"] <= MANIFEST_LIMIT:
+        raise Fail(f"{what}: {descriptor['size']} bytes cannot be right",
                    f"1 to {MANIFEST_LIMIT} can")
     with open(fetch(source, descriptor), "rb") as file:
         return file.read()
@@ -6762,25 +6759,20 @@ def check_layers(manifest, diff_ids):
         if not kind.startswith((OCI_LAYER, DOCKER_LAYER)):
             raise Fail(f"a layer of an unknown kind: {kind!r:.90}",
                        "is it the image of a container, or of something else?", 1)
-        hex_of(layer.get("digest", ""))
-        layer.setdefault("size", -1)
+        hex_of(layer["digest"])
     if len(layers) != len(diff_ids):
         raise Fail(f"{len(layers)} layers, but {len(diff_ids)} diff_ids",
                    "the image is damaged", 1)
     return layers
 
 
-def unpack_layer(diff_id, blob):
-    """Unpack a layer from its blob, verified; the bytes of its files."""
-    def make(top):
-        found, bytes_ = unpack(blob, top)
-        if found != diff_id:
-            raise Fail(f"{blob}: unpacked it is {found}, not the {diff_id} that the "
-                       "image's config promises", "the image is damaged or hostile")
-        return bytes_
-
-    top, bytes_ = new_directory("layers", make)
-    publish(top, hex_of(diff_id))
+def unpack_layer(diff_id, blob, top):
+    """Unpack a layer from its blob, verified, under its name in `top`; the bytes of its
+    files."""
+    found, bytes_ = unpack(blob, f"{top}/{hex_of(diff_id)}")
+    if found != diff_id:
+        raise Fail(f"{blob}: unpacked it is {found}, not the {diff_id} that the "
+                   "image's config promises", "the image is damaged or hostile")
     return bytes_
 
 
@@ -6796,22 +6788,22 @@ def bytes_in(layer):
     return total
 
 
-def take_layer(source, descriptor, diff_id, tell):
-    """Bring a layer into the store, as a blob and unpacked; the bytes of its files.
+def take_layer(source, descriptor, diff_id, top, tell):
+    """Bring a layer into the store as a blob, and unpacked into the directory `top`
+    unless it is there; the bytes of its files.
 
     The blob stays: packed again, the layer would have another digest.
     """
-    top, bytes_ = layer_path(diff_id), None
-    is_here = os.path.isdir(top)
-    if is_here and os.path.exists(blob_path(descriptor["digest"])):
+    here, bytes_ = os.path.isdir(layer_path(diff_id)), None
+    if here and os.path.exists(blob_path(descriptor["digest"])):
         tell("Already exists")
     else:
         tell("Pulling fs layer")
         blob = fetch(source, descriptor, tell)
         tell("Download complete")
-        bytes_ = None if is_here else unpack_layer(diff_id, blob)
+        bytes_ = None if here else unpack_layer(diff_id, blob, top)
         tell("Pull complete")
-    return bytes_in(top) if bytes_ is None else bytes_
+    return bytes_in(layer_path(diff_id)) if bytes_ is None else bytes_
 
 
 def take_image(source, raw, refs, show=lambda *_: None):
@@ -6819,14 +6811,13 @@ def take_image(source, raw, refs, show=lambda *_: None):
     manifest = parsed(raw, "manifest", MANIFEST_FORM)
     if not manifest.get("config"):
         raise Fail("the manifest has no config", "is it the manifest of an image?", 1)
-    config = parsed(fetch_small(source, manifest["config"], "config"), "config",
-                    CONFIG_FORM)
-    diff_ids = diff_ids_of(config)
+    diff_ids = diff_ids_of(parsed(fetch_small(source, manifest["config"], "config"),
+                                  "config", CONFIG_FORM))
     pairs = dict(zip(diff_ids, check_layers(manifest, diff_ids), strict=True))
-    sizes = dict(zip(pairs, in_parallel([
+    sizes = dict(zip(pairs, new_directories("layers", lambda top: in_parallel([
         (layer["digest"][7:19], lambda tell, layer=layer, diff_id=diff_id:
-            take_layer(source, layer, diff_id, tell))
-        for diff_id, layer in pairs.items()], show), strict=True))
+            take_layer(source, layer, diff_id, top, tell))
+        for diff_id, layer in pairs.items()], show)), strict=True))
     entry = {"mediaType": manifest.get("mediaType") or OCI_MANIFEST,
              "digest": keep(raw), "size": len(raw), "annotations": {
                  SIZES: " ".join(str(sizes[diff_id]) for diff_id in diff_ids)}}
@@ -7380,6 +7371,11 @@ def open_import(text):
 def keep_layer(stream, title):
     """Bring a tarball into the store as a blob and as a layer: its descriptor, diff_id
     and the bytes of its files.  OCI has no name for xz and bzip2: they become plain."""
+    def make(top):
+        found = unpack(path, f"{top}/new", title)
+        os.rename(f"{top}/new", f"{top}/{hex_of(found[0])}")
+        return found
+
     path, digest = spool(pieces(stream))
     try:
         with open(path, "rb") as file:
@@ -7388,14 +7384,12 @@ def keep_layer(stream, title):
             packed, old = "", path
             path, digest = spool(plain_pieces(old, title))
             os.unlink(old)
-        made, (diff_id, bytes_) = new_directory(
-            "layers", lambda top: unpack(path, top, title))
+        found = new_directories("layers", make)
         os.rename(path, blob_path(digest))
     finally:
         take_away_file(path)
-    publish(made, hex_of(diff_id))
     return {"mediaType": OCI_LAYER + (packed and f"+{packed}"), "digest": digest,
-            "size": os.path.getsize(blob_path(digest))}, diff_id, bytes_
+            "size": os.path.getsize(blob_path(digest))}, *found
 
 
 def new_image(config, below, made, refs, step):
@@ -7653,7 +7647,9 @@ def image_layers(image):
         found.pop(diff_id, None)
         found[diff_id] = layer_path(diff_id)
         if not os.path.isdir(found[diff_id]):
-            unpack_layer(diff_id, blob_path(layer["digest"]))
+            blob = blob_path(layer["digest"])
+            new_directories("layers", lambda top, diff_id=diff_id, blob=blob:
+                            unpack_layer(diff_id, blob, top))
     if not found:
         raise Fail(f"image {image.id[7:19]} has no files", "there is nothing to run")
     return list(found.values())

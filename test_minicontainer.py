@@ -4857,7 +4857,7 @@ def test_symlinked_layers_of_dockers_archives_are_followed(images, rootfs_tar, t
     (lambda t: make_tar(t, ("index.json", b'{"manifests": [{"digest": "sha256:../../x", "size": 9}]}'
                             )), "not a digest"),
     (lambda t: make_tar(t, ("index.json", b'{"manifests": [{"size": -1}]}')), "is not possible"),
-    (lambda t: make_tar(t, ("index.json", b'{"manifests": [{"size": 99999999}]}')), "cannot be right"),
+    (lambda t: make_tar(t, ("index.json", b'{"manifests": [{"size": 99999999, "digest": ""}]}')), "cannot be right"),
     (lambda t: docker_archive(t, [b"no tar"]), "damaged"),
 ])
 def test_a_damaged_or_hostile_archive_is_refused_in_one_line(images, tmp_path, damage, words):
@@ -4867,6 +4867,76 @@ def test_a_damaged_or_hostile_archive_is_refused_in_one_line(images, tmp_path, d
             if forked(main("load", "-i", path))[0] == code]
     assert len(said) == 1 and words in said[0], said
     assert index() == {}
+
+
+ODD = (None, -1, 0, 1 << 70, 1.5, True, "", "../../etc", "sha256:" + "0" * 64, "\0", "é" * 300,
+       [], {}, [None], [[]], {"": None}, {"a": {"b": [1]}}, "application/vnd.oci.image.index.v1+json")
+
+
+def mutated(source, document):
+    """A JSON document with one value replaced, taken away or added, or a few bytes changed."""
+    document = json.loads(json.dumps(document))
+    places, waiting = [], [document]
+    for node in waiting:
+        keys = list(node) if isinstance(node, dict) else range(len(node))
+        places += [(node, key) for key in keys]
+        waiting += [node[key] for key in keys if isinstance(node[key], (dict, list))]
+    node, key = source.choice(places)
+    how = source.randrange(4)
+    if how == 0:
+        del node[key]
+    elif how == 1 and isinstance(node, dict):
+        node[source.choice(["annotations", "urls", "history", "platform", "variant", key])] = source.choice(ODD)
+    else:
+        node[key] = source.choice(ODD)
+    text = bytearray(json.dumps(document).encode())
+    if how == 3 and text:
+        text[source.randrange(len(text))] = source.randrange(256)
+    return bytes(text)
+
+
+@root
+@pytest.mark.parametrize("seed", range(3))
+def test_no_document_of_a_real_image_makes_a_traceback_when_it_is_changed(image, tmp_path, seed):
+    """Digests are right again after the change, so that it is found by who reads it."""
+    source, path, loaded = random.Random(seed), tmp_path / "x.tar", 0
+    forked_mini("save", "-o", path, "thing:1")
+    with tarfile.open(path) as tar:
+        real = {i.name: tar.extractfile(i).read() for i in tar}
+    forked_mini("rmi", "thing:1")
+    (entry,) = json.loads(real["index.json"])["manifests"]
+    manifest = json.loads(real["blobs/sha256/" + entry["digest"][7:]])
+    config = json.loads(real["blobs/sha256/" + manifest["config"]["digest"][7:]])
+    layers = {f"blobs/sha256/{d['digest'][7:]}": real[f"blobs/sha256/{d['digest'][7:]}"]
+              for d in manifest["layers"]}
+    for number in range(20):
+        what = source.choice(["config", "manifest", "index", "older"])
+        raw = mutated(source, config) if what == "config" else json.dumps(config).encode()
+        head = {**manifest, "config": described(raw, m.OCI_CONFIG)}
+        head_raw = mutated(source, head) if what == "manifest" else json.dumps(head).encode()
+        index_ = {"schemaVersion": 2, "manifests": [{**entry, **described(head_raw, m.OCI_MANIFEST)}]}
+        index_raw = mutated(source, index_) if what == "index" else json.dumps(index_).encode()
+        older = [{"Config": f"blobs/sha256/{digest_of(raw)[7:]}", "RepoTags": ["old:1"],
+                  "Layers": list(layers)}]
+        top = ("manifest.json", mutated(source, older)) if what == "older" else ("index.json", index_raw)
+        make_tar(path, (f"blobs/sha256/{digest_of(raw)[7:]}", raw),
+                 (f"blobs/sha256/{digest_of(head_raw)[7:]}", head_raw), *layers.items(), top)
+
+        def everything():
+            m.main(["load", "-i", str(path)])
+            for found in m.all_images():
+                for words in (["images", "--digests"], ["history", found.id], ["image", "inspect", found.id],
+                              ["images", "-f", "label=x"]):
+                    m.main(words)
+                m.image_process(found), m.image_notes(found)
+            return 0
+        code, out, err = forked(everything)
+        assert "Traceback" not in err and "internal error" not in err, (number, top, raw, head_raw, err)
+        loaded += "Loaded image" in out
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"{STORE}/images/index.json")
+    assert 0 < loaded < 20
+    m.sweep(True)
 
 
 @root
