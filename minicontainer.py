@@ -9593,28 +9593,6 @@ class Peer:
             self.flush()
 
 
-class Near:
-    """One end of a connection within a process: what is sent has arrived."""
-
-    fd, quiet = -1, False
-
-    def __init__(self, arrive, is_behind):
-        self.send = lambda letter, data=b"": arrive(letter, data)
-        self.is_behind = is_behind
-
-    @property
-    def waiting(self):
-        """Whether the other side still has to do with what it was sent."""
-        return self.is_behind()
-
-    def wanted(self, listening=True):
-        """Nothing: the other side calls."""
-        return {}
-
-
-NOBODY = Near(lambda letter, data: None, lambda: False)
-
-
 # ── the log ──
 #
 # Docker's json-file: an object for each line that was written, with the stream and the
@@ -9837,17 +9815,19 @@ class Shim:
 
     def live(self, first):
         """All of a container's life."""
-        self.first = first
-        self.peers.append(first)
+        self.first = first  # the next life of a container has none
+        self.peers += [first] * bool(first)
         try:
             self.begin()
-            first.send(b"r")
         except BaseException as error:
             self.failed(error)
             fail = diagnose(error)
-            first.send(b"f", to_json([fail.message, fail.hint, fail.code,
-                                      type(error).__name__]).encode())
+            if first:
+                first.send(b"f", to_json([fail.message, fail.hint, fail.code,
+                                          type(error).__name__]).encode())
             return
+        if first:
+            first.send(b"r")
         try:
             self.signals = open_signals({signal.SIGCHLD})
             while self.c.status is None:
@@ -9996,34 +9976,43 @@ class Shim:
             pass
 
 
-def leave_to(shim):
-    """Fork: the child is the shim from here on.  The client's end of the connection."""
-    ends, c = (c_int * 2)(), shim.c
+def connection(shim):
+    """The two ends of a new one: the client's, and that of a shim."""
+    ends = (c_int * 2)()
     try:
         syscall("socketpair", AF_UNIX, MESSAGES, 0, ends, why="client and shim")
+    except OSError as error:
+        shim.failed(error)
+        raise
+    return map(Peer, ends)
+
+
+def leave_to(shim):
+    """Fork: the child is the shim from here on.  The client's end of the connection."""
+    (ours, theirs), c = connection(shim), shim.c
+    try:
         child = os.fork()
     except OSError as error:
         shim.failed(error)
         raise
-    ours, theirs = ends
     if child:
-        os.close(theirs)
+        os.close(theirs.fd)
         if c.lock >= 0:
             os.close(c.lock)  # it is the shim's now
         c.lock = -1
-        return Peer(ours)
+        return ours
     try:
-        os.close(ours)
+        os.close(ours.fd)
         os.setsid()  # Ctrl-C and a hang-up are for the client
         os.chdir("/")  # and nobody's file system is in use because of us
-        shim.live(Peer(theirs))
+        shim.live(theirs)
         let_go()  # if that was so short that we have not heard it leave
         while after := shim.again():
             after.peers = [peer for peer in shim.peers if peer.waiting]
-            for peer in set(shim.peers) - {*after.peers, NOBODY}:
+            for peer in set(shim.peers) - {*after.peers}:
                 os.close(peer.fd)
             shim = after
-            shim.live(NOBODY)
+            shim.live(None)
         while left := [peer for peer in shim.peers if peer.waiting]:
             turn(left)
     finally:
@@ -10279,15 +10268,15 @@ class Client:
         self.end = None  # what the shim said last; {} if the person has left
         self.signals = open_signals(WATCHED - {signal.SIGCHLD})
 
-    def stay(self, peer=None):
+    def stay(self, peer, others=()):
         """What the shim says at the end; {} if the person leaves before that, and None
         if the shim dies."""
-        self.peer = peer or self.peer
+        self.peer = peer
         try:
-            if self.tty and peer:
+            if self.tty:
                 peer.send(b"w", window_size())
             while self.shown or (self.end is None and self.peer):
-                turn([self])
+                turn([self, *(other for other in others if other.waiting)])
             return self.end
         finally:
             if self.raw:
@@ -10295,11 +10284,10 @@ class Client:
 
     def attend(self, shim):
         """Be client and shim in one process; what the shim says at the end."""
-        self.peer = Near(lambda *message: shim.hear(None, *message),
-                         lambda: bool(shim.typed))
+        self.peer, theirs = connection(shim)
         shim.parties.append(self)
-        shim.live(Near(self.hear, lambda: bool(self.shown)))
-        return self.stay()
+        shim.live(theirs)
+        return self.stay(self.peer, shim.peers)
 
     def wanted(self):
         """What it waits for: from the shim nothing that there is no room for."""
@@ -10412,7 +10400,7 @@ def detach_keys(text):
 #           layers/DIGEST/                 tarballs, unpacked
 #           ids/SLOT                       a range of 65536 ids: a link to its owner
 #           names/NAME                     the same for a name
-#           containers/ID/record.json      what is kept of it: see Record
+#           containers/ID/record.json      what is kept of it: see Record, exchange
 #                         config.json      the spec that chapter 6 obeys
 #                         attach  log      where its shim listens; what it wrote
 #                         upper/  work/    what it changed
@@ -11780,7 +11768,7 @@ def accompany(client, shim, options, name):
     """Show what a process writes until it ends or the person leaves; the exit code.
 
     Who has a terminal may leave, and then somebody has to stay, so the shim is a fork.
-    Without one, this process will do for both, and is quicker: 8 ms."""
+    Without one, this process will do for both, and starts 3 ms (6 %) quicker."""
     if client.tty or shim.outlives or not client.outputs:
         news = client.stay(leave_to(shim))
     else:
