@@ -5459,6 +5459,14 @@ def remove_tree(path):
     return freed
 
 
+def temporary_directory(parent):
+    """A new directory of the store, which its maker removes; or `system prune`, once
+    its maker is dead."""
+    top = store(parent, f".new-{os.getpid()}-{os.urandom(4).hex()}")
+    os.mkdir(top, 0o755)
+    return top
+
+
 def new_directories(parent, make):
     """What make(top) returns, after the directories that it has made in `top` have got
     their names in a directory of the store; none if it fails.
@@ -5468,8 +5476,7 @@ def new_directories(parent, make):
     One syncfs does that for all layers of an image: 0.5 s for 285 MB, where a sync for
     each of 50 layers, or of 13,000 files, would wait as often for everybody's writes.
     """
-    top = store(parent, f".new-{os.getpid()}-{os.urandom(4).hex()}")
-    os.mkdir(top, 0o755)
+    top = temporary_directory(parent)
     try:
         result = make(top)
         if names := os.listdir(top):
@@ -14021,7 +14028,7 @@ def new_upper(state):
     """
     layers = state.directories()
     like = os.stat(layers[-1]) if layers else None
-    path = new_directory("layers", lambda path: None)[0]
+    path = temporary_directory("layers")
     for name in ("upper", "work"):
         os.mkdir(f"{path}/{name}", 0o755)
     if like:
@@ -14486,7 +14493,7 @@ class Mounts:
                 for words, item in zip(self.wanted, self.items, strict=True) if item}
 
     def __enter__(self):
-        self.top = new_directory("layers", lambda path: None)[0]
+        self.top = temporary_directory("layers")
         return self
 
     def __exit__(self, *_):
@@ -14526,11 +14533,14 @@ class Mounts:
         """A directory that stays; `locked` and `private` wait for who has it."""
         name = digest_of(words.get("id") or self.target(words))
         path = store("mounts", name)
+
+        def make(top):
+            os.mkdir(f"{top}/{name}")
+            os.chmod(f"{top}/{name}", int(words.get("mode", "755"), 8))
+            os.chown(f"{top}/{name}", int(words.get("uid", 0)),
+                     int(words.get("gid", 0)))
         if not os.path.isdir(path):
-            made = new_directory("mounts", lambda path: None)[0]
-            os.chmod(made, int(words.get("mode", "755"), 8))
-            os.chown(made, int(words.get("uid", 0)), int(words.get("gid", 0)))
-            publish(made, name)
+            new_directories("mounts", make)
         self.locks.append(lock(path, fcntl.LOCK_SH if words.get(
             "sharing", "shared") == "shared" else fcntl.LOCK_EX))
         return path
@@ -15240,9 +15250,9 @@ def export_files(state, text, when):
         os.makedirs(place, exist_ok=True)
         copy_layers(state.directories(), place, 0)
         return
-    path, _ = new_directory("layers", lambda path: copy_layers(
-        state.directories(), path, 0))
+    path = temporary_directory("layers")
     try:
+        copy_layers(state.directories(), path, 0)
         with output("" if place == "-" else place) as file:
             pack(path, file, 0, when)
     finally:
@@ -15274,15 +15284,18 @@ class Context:
                 self.unpack(spooled, "standard input")
             else:
                 self.text, self.path = read_file(spooled), ""
-                self.path = self.temporary = new_directory(
-                    "layers", lambda path: None)[0]
+                self.path = self.temporary = temporary_directory("layers")
         finally:
             os.unlink(spooled)
 
     def unpack(self, path, title):
         """Unpack a tarball."""
-        self.path = self.temporary = new_directory(
-            "layers", lambda top: unpack(path, top, title))[0]
+        self.path = self.temporary = temporary_directory("layers")
+        try:
+            unpack(path, self.path, title)
+        except BaseException:
+            self.close()
+            raise
 
     def dockerfile(self):
         """The Dockerfile, read.  In an archive it is one of its files; else one that is
