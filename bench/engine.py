@@ -2,12 +2,17 @@
 """What a life costs: containers one after the other and many at once, logs, memory.
 
     sudo python3 bench/engine.py [-n 200]
+    sudo python3 bench/engine.py --beside       # podman and docker, if installed
 
 Prints, for ever more containers that run at the same time, how long `run -d`, `ps`,
 `exec` and `stop` take with so many there, and what a shim keeps in memory of its own;
-then how fast the log is written and read.
+then how fast the log is written and read.  With --beside it measures one container, in
+turns, of minicontainer, of podman with conmon, and of docker with containerd-shim (a
+dockerd is started for it): the commands, the memory of who stays with a container, and
+how fast output goes to the log, out of it, and to who is attached.
 """
 import argparse
+import contextlib
 import os
 import re
 import shutil
@@ -94,11 +99,118 @@ def logs(mini, megabytes):
               f"read at {megabytes / read:6.1f} MB/s")
 
 
+@contextlib.contextmanager
+def engines(mini, top):
+    """{name: the words that every command of it begins with}, those that are there."""
+    found = {"minicontainer": [mini]}
+    if shutil.which("podman"):
+        # As in startup.py: it raises two limits, which takes CAP_SYS_RESOURCE.
+        found["podman"] = ["podman", "--root", f"{top}/podman", "--runroot",
+                           f"{top}/podman.run", "--storage-driver", "overlay",
+                           "--cgroup-manager", "cgroupfs"]
+    daemon = None
+    if shutil.which("docker") and shutil.which("dockerd"):
+        with open(f"{top}/daemon.json", "w") as file:
+            file.write("{}")
+        with open(f"{top}/dockerd.log", "w") as log:
+            daemon = subprocess.Popen([
+                "dockerd", "--data-root", f"{top}/docker", "--exec-root",
+                f"{top}/docker.run", "--host", f"unix://{top}/sock", "--pidfile",
+                f"{top}/dockerd.pid", "--iptables=false", "--ip6tables=false",
+                "--bridge=none", "--config-file", f"{top}/daemon.json"],
+                stdout=log, stderr=log)
+        found["docker"] = ["docker", "--host", f"unix://{top}/sock"]
+        end = time.monotonic() + 30
+        while subprocess.run([*found["docker"], "version"],
+                             capture_output=True).returncode:
+            if daemon.poll() is not None or time.monotonic() > end:
+                with open(f"{top}/dockerd.log") as log:
+                    print("docker left out:", log.read().strip().splitlines()[-1][:200])
+                del found["docker"]
+                break
+    try:
+        yield found
+    finally:
+        if daemon:
+            daemon.terminate()
+            daemon.wait()
+
+
+FLAGS = {"podman": ["--log-driver", "k8s-file", "--ulimit", "nofile=1024:1024",
+                    "--ulimit", "nproc=1024:1024"]}
+LINE = "x" * 79
+
+
+def one_round(name, words, image, megabytes, row):
+    """Measure each thing once with one of the engines."""
+    count = megabytes << 20
+
+    def took(what, *line, divide=0, **how):
+        seconds, out = timed(*words, *line, **how)
+        row.setdefault(what, []).append(divide / seconds if divide else 1000 * seconds)
+        return out.strip()
+    common = ["--network", "none", *FLAGS.get(name, ())]
+    took("run --rm true, ms", "run", "--rm", *common, image, "/bin/true")
+    id = took("run -d, ms", "run", "-d", *common, image, "/bin/sleep", "1000")
+    took("exec true, ms", "exec", id, "/bin/true")
+    pid = timed(*words, "inspect", "-f", "{{.State.Pid}}", id)[1].strip()
+    with open(f"/proc/{pid}/stat") as file:
+        shim = int(file.read().rpartition(") ")[2].split()[1])
+    own, shared = memory(shim)
+    row.setdefault("its shim, MiB of its own", []).append(own / 1024)
+    row.setdefault("its shim, PSS in MiB", []).append(shared / 1024)
+    took("stop -t 0, ms", "stop", "-t", "0", id)
+    timed(*words, "rm", id)
+    began = time.monotonic()
+    id = timed(*words, "run", "-d", *common, image, "/bin/sh", "-c",
+               f"yes {LINE} | head -c {count}")[1].strip()
+    timed(*words, "wait", id)
+    row.setdefault("log written, MB/s", []).append(
+        megabytes / (time.monotonic() - began))
+    began = time.monotonic()
+    with tempfile.TemporaryFile() as file:
+        subprocess.run([*words, "logs", id], stdout=file, check=True)
+        row.setdefault("log read, MB/s", []).append(
+            megabytes / (time.monotonic() - began))
+        assert file.seek(0, os.SEEK_END) == count, name
+    timed(*words, "rm", id)
+    id = timed(*words, "run", "-d", "-i", *common, image, "/bin/sh", "-c",
+               f"read x; yes {LINE} | head -c {count}")[1].strip()
+    took("attach, MB/s", "attach", id, divide=megabytes, input=b"go\n")
+    timed(*words, "rm", "-f", id)
+
+
+def beside(mini, top, rounds, megabytes):
+    """One container of each engine, in turns; medians."""
+    id = timed(mini, "create", "/bin/true")[1].strip()
+    timed(mini, "export", "-o", f"{top}/rootfs.tar", id)
+    timed(mini, "rm", id)
+    with engines(mini, top) as found:
+        rows = {name: {} for name in found}
+        for words in found.values():
+            timed(*words, "import", f"{top}/rootfs.tar", "bench:1")
+        for number in range(rounds + 1):
+            for name, words in found.items():  # the first round warms up
+                row = rows[name] if number else {}
+                one_round(name, words, "bench:1", megabytes, row)
+            print(".", end="", file=sys.stderr, flush=True)
+        print(f"\nmedians of {rounds} rounds, {megabytes} MB of lines of 80 bytes\n"
+              f"{'':26}", *(f"{name:>14}" for name in found))
+        for what in rows["minicontainer"]:
+            print(f"{what:26}", *(f"{statistics.median(rows[name][what]):14.1f}"
+                                  for name in found))
+        for words in found.values():
+            subprocess.run([*words, "rmi", "-f", "bench:1"], capture_output=True)
+        subprocess.run(["umount", f"{top}/podman/overlay"], capture_output=True)
+
+
 def main():
     """Measure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-n", type=int, default=200, help="containers at the same time")
     parser.add_argument("--megabytes", type=int, default=100, help="of log")
+    parser.add_argument("--beside", action="store_true", help="podman and docker, too")
+    parser.add_argument("--rounds", type=int, default=9, help="of --beside")
     options = parser.parse_args()
     store = tempfile.mkdtemp(prefix="minicontainer-bench-")
     os.environ["MINICONTAINER_ROOT"] = store
@@ -106,8 +218,11 @@ def main():
         timed(sys.executable, PROGRAM, "install", "--prefix", store)
         mini = f"{store}/bin/minicontainer"
         timed(mini, "run", "--rm", "/bin/true")
-        curve(mini, options.n)
-        logs(mini, options.megabytes)
+        if options.beside:
+            beside(mini, store, options.rounds, options.megabytes)
+        else:
+            curve(mini, options.n)
+            logs(mini, options.megabytes)
         timed(mini, "system", "prune")
     finally:
         shutil.rmtree(store, ignore_errors=True)
