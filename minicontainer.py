@@ -10054,8 +10054,10 @@ class Pump:
             if self.data and self.target.fileno() in ready:
                 self.data = self.data[self.target.send(self.data):]
             elif not (self.data or self.over) and self.source.fileno() in ready:
-                self.data = self.source.recv(MOST)
-                if not self.data:
+                self.data = self.source.recv(4 * MOST)
+                if self.data:  # as a rule there is room for it, too
+                    self.data = self.data[self.target.send(self.data):]
+                else:
                     self.over = True
                     self.target.shutdown(1)  # SHUT_WR
         except BlockingIOError:
@@ -10191,6 +10193,8 @@ class Relay:
             return
         here, there = self.api.socket(fileno=fd), self.socket("tcp", to[0])
         here.setblocking(False)
+        for socket in (here, there):  # pass on at once what may be part of more
+            socket.setsockopt(self.api.IPPROTO_TCP, self.api.TCP_NODELAY, 1)
         there.connect_ex(to)  # a Pump hears how it ends
         self.pairs.append((Pump(here, there), Pump(there, here)))
 
