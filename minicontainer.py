@@ -3062,6 +3062,11 @@ def builtin_profile(machine):
          "excludes": {"caps": ["CAP_SYS_ADMIN"]}}]}
 
 
+def refuse(place, value, wanted):
+    """A Fail that names a place in a document, and what may be there."""
+    raise Fail(f"{place}: {value!r:.80} is not possible", f"wanted: {wanted}")
+
+
 def check_form(value, form, place):
     """Refuse what is not of a form like PROFILE_FORM, naming its place."""
     names = {str: "text", bool: "true or false", dict: "an object"}
@@ -3077,7 +3082,7 @@ def check_form(value, form, place):
         good = isinstance(value, type(form))
         wanted = "an object" if isinstance(form, dict) else "a list"
     if not good:
-        raise Fail(f"{place}: {value!r:.60} is not possible", f"wanted: {wanted}")
+        refuse(place, value, wanted)
     for number, item in enumerate(value if isinstance(form, list) else ()):
         check_form(item, form[0], f"{place}[{number}]")
     if isinstance(form, dict) and str in form:  # any names, whose values have a form
@@ -3088,6 +3093,17 @@ def check_form(value, form, place):
         key, wanted = key.rstrip("!"), form[key]
         if value.get(key) is not None or isinstance(wanted, tuple):
             check_form(value.get(key), wanted, f"{place}.{key}")
+
+
+def read_json(path, form, place, what="", hint="JSON as the OCI specifies it"):
+    """A document of a form like PROFILE_FORM; a Fail that names the path in it."""
+    try:
+        document = from_json(sys.stdin.read() if path == "-" else read_file(path))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or f"not JSON: {error}"
+        raise Fail(f"{what}{path}: {reason[:1].lower()}{reason[1:]}", hint) from None
+    check_form(document, form, place)
+    return document
 
 
 def kernel_version(text):
@@ -3268,13 +3284,9 @@ def seccomp_spec(options, capabilities):
     if word == "builtin":
         return {"seccomp": oci_profile(builtin_profile(machine), capabilities, machine,
                                        release)}
-    try:
-        profile = from_json(read_file(word))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or f"not JSON: {error}"
-        raise Fail(f"--security-opt seccomp={word}: {reason}", "a file like Docker's "
-                   "profiles or the OCI's; or `unconfined`, `builtin`") from None
-    check_form(profile, PROFILE_FORM, f"{word}: profile")
+    profile = read_json(word, PROFILE_FORM, f"{word}: profile",
+                        "--security-opt seccomp=", "a file like Docker's profiles or "
+                        "the OCI's; or `unconfined`, `builtin`")
     profile = oci_profile(profile, capabilities, machine, release)
     check_profile(profile, word)
     return {"seccomp": profile}
@@ -4295,23 +4307,6 @@ USUAL_DEVICES = [{"allow": True, "type": kind, "major": major, "minor": minor,
     ("c", 5, 0, "rwm"), ("c", 5, 2, "rwm"), ("c", 136, None, "rwm"))]
 
 
-def refuse(place, value, wanted):
-    """A Fail that names a place in config.json, and what may be there."""
-    raise Fail(f"{place}: {value!r:.80} is not possible", f"wanted: {wanted}")
-
-
-def read_json(path, form, place):
-    """A document of a form like SPEC_FORM; a Fail that names the path in it."""
-    try:
-        document = from_json(sys.stdin.read() if path == "-" else read_file(path))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or f"not JSON: {error}"
-        raise Fail(f"{path}: {reason[:1].lower()}{reason[1:]}",
-                   "JSON as the OCI specifies it") from None
-    check_form(document, form, place)
-    return document
-
-
 def check_refused(spec):
     """Refuse what asks for something that is not done."""
     for path in REFUSED:
@@ -4615,6 +4610,15 @@ def run_hooks(c, *kinds, status, pid):
             run_hook(hook, state, kind)
 
 
+def run_late_hooks(record, kind, status):
+    """Run hooks that come too late to undo anything: one that fails is told."""
+    for hook in (record["spec"].get("hooks") or {}).get(kind) or ():
+        try:
+            run_hook(hook, oci_state(record, status), kind)
+        except Fail as fail:
+            say(fail.message)
+
+
 @answers("hooks")
 def run_host_hooks(c):
     """Outside: the hooks of a container that has its namespaces, on the host."""
@@ -4695,18 +4699,18 @@ def oci_steps(steps, last, options=None):
 # ── create, start, run, exec ──
 
 
-def close_others(preserved):
-    """Keep of what the caller had open only 0, 1, 2 and what is to be passed on."""
-    close_all_but(3 + preserved, narration.fd)
-
-
-def check_console(process, options, stays):
-    """Refuse a terminal that nobody would have, and a socket for no terminal."""
+def begin(spec, process, options, stays):
+    """Refuse a terminal that nobody would have; be sealed; and keep of what the caller
+    had open only 0, 1, 2 and what is to be passed on: how many, from 3 on."""
     if not process.get("terminal") and options.console_socket:
         raise Fail("--console-socket without a terminal", "set process.terminal")
     if process.get("terminal") and not options.console_socket and not stays:
         raise Fail("a terminal of what goes on without us, and no --console-socket",
                    "name one, or unset process.terminal")
+    seal_interpreter(spec)
+    preserved = whole("--preserve-fds", options.preserve_fds, 0, 1 << 10)
+    close_all_but(3 + preserved, narration.fd)
+    return preserved
 
 
 def send_descriptor(path, fd, message, what):
@@ -4751,29 +4755,21 @@ def pass_listener(c, fd):
     os.close(fd)
 
 
-def write_pid_file(path, pid):
-    """Write a pid where the caller reads it, whole or not at all (P3)."""
-    if path:
-        write_file(f"{path}.new", str(pid), create=0o644)
-        os.rename(f"{path}.new", path)
-
-
 def hand_over(c, options):
     """Give the caller what was asked for: the terminal, then the pid."""
     if options.console_socket:
         send_console(c, options.console_socket)
         os.close(c.outer.pop("console"))
-    write_pid_file(options.pid_file, c.pid)
+    if path := options.pid_file:  # whole or not at all (P3)
+        write_file(f"{path}.new", str(c.pid), create=0o644)
+        os.rename(f"{path}.new", path)
 
 
 def create_container(options, stays=False):
     """Make a container whose init waits to be started; its record, and it."""
     directory, bundle = record_directory(options), os.path.realpath(options.bundle)
     spec = read_spec(bundle, options.id)
-    check_console(spec["process"], options, stays)
-    seal_interpreter(spec)
-    preserved = whole("--preserve-fds", options.preserve_fds, 0, 1 << 10)
-    close_others(preserved)
+    preserved = begin(spec, spec["process"], options, stays)
     os.makedirs(options.root, 0o700, exist_ok=True)
     try:
         os.mkdir(directory, 0o700)
@@ -4837,10 +4833,7 @@ def start_container(record, held):
     finally:
         c.close()
         os.close(held)  # a hook may want to do something to the container
-    try:
-        run_hooks(c, "poststart", status="running", pid=record["pid"])
-    except Fail as fail:  # too late to undo anything, says the specification
-        say(fail.message)
+    run_late_hooks(record, "poststart", "running")
 
 
 def stay_at_terminal(c):
@@ -4922,11 +4915,7 @@ def delete_container(options, force):
         forget(where)
     finally:
         os.close(held)
-    for hook in (record["spec"].get("hooks") or {}).get("poststop") or ():
-        try:
-            run_hook(hook, oci_state(record, "stopped"), "poststop")
-        except Fail as fail:  # it is over all the same
-            say(fail.message)
+    run_late_hooks(record, "poststop", "stopped")
 
 
 @oci("create", *START_OPTIONS, ID)
@@ -5017,10 +5006,7 @@ def exec_command_oci(options):
     """Run one more process in a container."""
     record = read_record(options)
     process = exec_process(options, spec := record["spec"])
-    check_console(process, options, not options.detach)
-    seal_interpreter(spec)
-    preserved = whole("--preserve-fds", options.preserve_fds, 0, 1 << 10)
-    close_others(preserved)
+    preserved = begin(spec, process, options, not options.detach)
     target, status = first_process(record)
     if status == "stopped" or (status == "paused" and not options.ignore_paused):
         raise Fail(f"cannot exec in a {status} container", "container not running")
@@ -5265,6 +5251,8 @@ def events_command_oci(options):
 def example_spec():
     """A config.json to begin with."""
     kept = ["CAP_AUDIT_WRITE", "CAP_KILL", "CAP_NET_BIND_SERVICE"]
+    mounts = usual_mounts()
+    mounts[1]["options"].remove("nodev")  # /dev: the control group says which work
     return {
         "ociVersion": "1.0.2",
         "process": {
@@ -5272,7 +5260,7 @@ def example_spec():
             "env": [f"PATH={DEFAULT_PATH}", "TERM=xterm"], "cwd": "/",
             "capabilities": capability_sets(kept), "noNewPrivileges": True},
         "root": {"path": "rootfs", "readonly": True},
-        "hostname": "minirunc", "mounts": usual_mounts(),
+        "hostname": "minirunc", "mounts": mounts,
         "linux": {
             "resources": {"devices": [{"allow": False, "access": "rwm"}]},
             "namespaces": [{"type": kind} for kind in ("pid", "network", "ipc", "uts",
