@@ -13310,7 +13310,6 @@ class Instruction:
         self.file = file  # the Dockerfile it stands in
         self.whole = whole  # all its lines, as one
         self.spots = spots  # (where in that, line, column) at which each line begins
-        self.line = spots[0][1]
         self.name = whole.split()[0].upper()
         self.at = len(whole) - len(whole[len(self.name):].lstrip())  # of `text`
         self.flags = []  # (name, value)
@@ -13327,10 +13326,9 @@ class Instruction:
         start, line, column = [spot for spot in self.spots if spot[0] <= at][-1]
         return self.file.fail(message, hint, line, column + at - start)
 
-    def words(self, at=None):
+    def words(self):
         """(where, word) of the text, split at spaces that are in no quotes."""
-        found, begin, quote_ = [], None, ""
-        at = self.at if at is None else at
+        found, begin, quote_, at = [], None, "", self.at
         while at < len(self.whole):
             letter = self.whole[at]
             if letter.isspace() and not quote_:
@@ -13387,10 +13385,10 @@ def understand(step):
         step.flags.append((name, value or "true" * known[name]))
         step.at = at + len(word)
         step.at += len(step.whole[step.at:]) - len(step.whole[step.at:].lstrip())
-    if len(step.words()) < least:
+    step.value = form(step) if step.text else []
+    if not step.text or least > 1 and len(step.value) < least:
         raise step.fail(f"{step.name} requires at least {least} argument"
                         f"{'s' * (least > 1)}", "", step.at)
-    step.value = form(step)
 
 
 def as_command(step):
@@ -13402,12 +13400,8 @@ def as_command(step):
 def as_words(step):
     """Form: (where, word) each; JSON where there are spaces in one."""
     words = exec_form(step)
-    if words is None:
-        return step.words()
-    if len(words) < INSTRUCTIONS[step.name][1]:
-        raise step.fail(f"{step.name} requires at least {INSTRUCTIONS[step.name][1]} "
-                        "arguments", "", step.at)
-    return [(step.at, quoted(word, step.file.escape)) for word in words]
+    return step.words() if words is None else [
+        (step.at, quoted(word, step.file.escape)) for word in words]
 
 
 def as_one(step):
@@ -14826,10 +14820,8 @@ def run_documents(w, step):
     return w.shell(text), ""
 
 
-@instruction("RUN", as_command, flags="mount network security")
-def run_(w, step):
-    """Run a command in a container, and keep what it has changed."""
-    build, options = w.build, options_of_run(w.build.options)
+def network_for(w, step):
+    """The network that a RUN asks for, or that the build was given."""
     if w.flag(step, "security", "sandbox") != "sandbox":
         raise step.fail(f"--security={w.flag(step, 'security')} is not allowed",
                         "no build step is privileged here", step.whole.find("--sec"))
@@ -14837,42 +14829,59 @@ def run_(w, step):
     if network not in ("default", "none", "host"):
         raise step.fail(f"unsupported network mode {network!r}",
                         "default, none or host", step.whole.find("--network"))
-    options.network = options.network if network == "default" else network
+    return w.build.options.network if network == "default" else network
+
+
+def layer_of_run(w, step, options, args, script, mounts):
+    """The layer that a RUN leaves; a Fail with its exit code if that is not 0."""
+    layers = w.state.directories()
+    options.notes = {OF_LAYERS: to_json(layers)}
+    if not layers:
+        raise step.fail("there is nothing to run in an empty image",
+                        "COPY a program into it, or FROM an image")
+    with mounts:
+        mounts.add_to(options)
+        if script:
+            write_file(f"{mounts.top}/script", script, create=0o755)
+            options.mount.append(f"type=bind,source={mounts.top}/script,target={args[0]},"
+                                 "readonly")
+        try:
+            code, layer = run_in(options, args, w.build.report, w.build.epoch)
+        except CannotMapIds as error:  # as `run` does it
+            say(f"{error.message}: using the host's user namespace (root inside is "
+                "root outside)")
+            options.userns = "host"
+            code, layer = run_in(options, args, w.build.report, w.build.epoch)
+    if code:
+        fail = step.fail(f"The command {' '.join(args)!r} returned a non-zero code: "
+                         f"{code}")
+        fail.code = code
+        raise fail
+    return layer
+
+
+@instruction("RUN", as_command, flags="mount network security")
+def run_step(w, step):
+    """Run a command in a container, and keep what it has changed.
+
+    It sees ARG as variables, too, so the key has their values: |1 NAME=VALUE."""
+    options, mounts = options_of_run(w.build.options), Mounts(w, step)
+    options.network = network_for(w, step)
     args, script = w.shell(step.value), ""
     if step.documents and isinstance(step.value, str):
         args, script = run_documents(w, step)
     env = w.state.env()
     used = {name: value for name, value in w.args.items() if name not in env}
-    names = "".join(f" {name}={value}" for name, value in used.items())
-    text = " ".join(["RUN", *([f"|{len(used)}{names}"] if used else []), *args])
-    mounts = Mounts(w, step)
-
-    def make():
-        options.like = {"cwd": w.state.settings.get("WorkingDir") or "/", "env": [
-            f"{name}={value}" for name, value in {
-                "PATH": DEFAULT_PATH, **build.proxies(), **used, **env}.items()],
-            "user": {"username": w.state.settings.get("User") or ""}}
-        layers = w.state.directories()
-        options.notes = {OF_LAYERS: to_json(layers)}
-        if not layers:
-            raise step.fail("there is nothing to run in an empty image",
-                            "COPY a program into it, or FROM an image")
-        with mounts:
-            mounts.add_to(options)
-            if script:
-                write_file(f"{mounts.top}/script", script, create=0o755)
-                options.mount.append(f"type=bind,source={mounts.top}/script,target="
-                                     f"{args[0]},readonly")
-            code, layer = run_in(options, args, build.report, build.epoch)
-        if code:
-            fail = step.fail(f"The command {' '.join(args)!r} returned a non-zero "
-                             f"code: {code}")
-            fail.code = code
-            raise fail
-        return layer
+    names = " ".join(f"{name}={value}" for name, value in used.items())
+    text = " ".join(["RUN", *[f"|{len(used)} {names}"] * bool(used), *args])
+    options.like = {"cwd": w.state.settings.get("WorkingDir") or "/", "env": [
+        f"{name}={value}" for name, value in {
+            "PATH": DEFAULT_PATH, **w.build.proxies(), **used, **env}.items()],
+        "user": {"username": w.state.settings.get("User") or ""}}
     return w.change(text, {
-        **mounts.digests(), "the network": network, "the here-document": script,
-        "the mounts": [value for name, value in step.flags if name == "mount"]}, make)
+        **mounts.digests(), "the network": options.network, "the here-document": script,
+        "the mounts": [value for name, value in step.flags if name == "mount"]},
+        lambda: layer_of_run(w, step, options, args, script, mounts))
 
 
 def remote_item(w, step, at, url):

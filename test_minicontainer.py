@@ -7767,6 +7767,7 @@ def test_a_config_that_buildah_writes_otherwise_is_as_dockers(base):
     text = ('# escape=`\nFROM base\nSHELL ["/bin/sh", "-ec"]\nCMD echo x\nENV P=c:\\dir\n'
             'VOLUME ["/c d"]')
     said = m.find_image(build(base, text)).settings
+    assert m.find_image(build(base, "ENTRYPOINT []\nCMD []")).settings["Cmd"] == []
     assert said["Cmd"] == ["/bin/sh", "-ec", "echo x"] and said["Env"][-1] == "P=c:\\dir"
     assert said["Volumes"] == {"/c d": {}} and said["Labels"]["kept"] == "1"
 
