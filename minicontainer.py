@@ -5459,6 +5459,20 @@ def remove_tree(path):
     return freed
 
 
+def new_directory(parent, make):
+    """(a fresh directory of the store, what make(directory) says); gone if that fails.
+
+    Nobody looks at one, named .new-…, but who made it, and prune.
+    """
+    path = store(parent, f".new-{os.getpid()}-{os.urandom(4).hex()}")
+    os.mkdir(path, 0o755)
+    try:
+        return path, make(path)
+    except BaseException:
+        remove_tree(path)
+        raise
+
+
 def new_directories(parent, make):
     """What make(top) returns, after the directories that it has made in `top` have got
     their names in a directory of the store; none if it fails.
@@ -5468,10 +5482,8 @@ def new_directories(parent, make):
     One syncfs does that for all layers of an image: 0.5 s for 285 MB, where a sync for
     each of 50 layers, or of 13,000 files, would wait as often for everybody's writes.
     """
-    top = store(parent, f".new-{os.getpid()}-{os.urandom(4).hex()}")
-    os.mkdir(top, 0o755)
+    top, result = new_directory(parent, make)
     try:
-        result = make(top)
         if names := os.listdir(top):
             fd = os.open(top, FOLDER)
             syscall("syncfs", fd)
@@ -6766,9 +6778,11 @@ def check_layers(manifest, diff_ids):
     return layers
 
 
-def unpack_layer(diff_id, blob, top):
-    """Unpack a layer from its blob, verified, under its name in `top`; the bytes of its
-    files."""
+def unpack_layer(diff_id, blob, top=""):
+    """Unpack a layer from its blob, verified, under its name in `top`, or in the store;
+    the bytes of its files."""
+    if not top:
+        return new_directories("layers", lambda top: unpack_layer(diff_id, blob, top))
     found, bytes_ = unpack(blob, f"{top}/{hex_of(diff_id)}")
     if found != diff_id:
         raise Fail(f"{blob}: unpacked it is {found}, not the {diff_id} that the "
@@ -7647,9 +7661,7 @@ def image_layers(image):
         found.pop(diff_id, None)
         found[diff_id] = layer_path(diff_id)
         if not os.path.isdir(found[diff_id]):
-            blob = blob_path(layer["digest"])
-            new_directories("layers", lambda top, diff_id=diff_id, blob=blob:
-                            unpack_layer(diff_id, blob, top))
+            unpack_layer(diff_id, blob_path(layer["digest"]))
     if not found:
         raise Fail(f"image {image.id[7:19]} has no files", "there is nothing to run")
     return list(found.values())
@@ -14527,10 +14539,13 @@ class Mounts:
         name = digest_of(words.get("id") or self.target(words))
         path = store("mounts", name)
         if not os.path.isdir(path):
-            made = new_directory("mounts", lambda path: None)[0]
-            os.chmod(made, int(words.get("mode", "755"), 8))
-            os.chown(made, int(words.get("uid", 0)), int(words.get("gid", 0)))
-            publish(made, name)
+            def make(top):
+                os.mkdir(f"{top}/{name}")
+                os.chmod(f"{top}/{name}", int(words.get("mode", "755"), 8))
+                os.chown(f"{top}/{name}", int(words.get("uid", 0)),
+                         int(words.get("gid", 0)))
+
+            new_directories("mounts", make)
         self.locks.append(lock(path, fcntl.LOCK_SH if words.get(
             "sharing", "shared") == "shared" else fcntl.LOCK_EX))
         return path
