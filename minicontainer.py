@@ -6761,9 +6761,11 @@ def check_layers(manifest, diff_ids):
     return layers
 
 
-def unpack_layer(diff_id, blob, top):
-    """Unpack a layer from its blob, verified, under its name in `top`; the bytes of its
-    files."""
+def unpack_layer(diff_id, blob, top=""):
+    """Unpack a layer from its blob, verified, under its name in `top`, or in the store;
+    the bytes of its files."""
+    if not top:
+        return new_directories("layers", lambda top: unpack_layer(diff_id, blob, top))
     found, bytes_ = unpack(blob, f"{top}/{hex_of(diff_id)}")
     if found != diff_id:
         raise Fail(f"{blob}: unpacked it is {found}, not the {diff_id} that the "
@@ -7642,9 +7644,7 @@ def image_layers(image):
         found.pop(diff_id, None)
         found[diff_id] = layer_path(diff_id)
         if not os.path.isdir(found[diff_id]):
-            blob = blob_path(layer["digest"])
-            new_directories("layers", lambda top, diff_id=diff_id, blob=blob:
-                            unpack_layer(diff_id, blob, top))
+            unpack_layer(diff_id, blob_path(layer["digest"]))
     if not found:
         raise Fail(f"image {image.id[7:19]} has no files", "there is nothing to run")
     return list(found.values())
