@@ -3062,6 +3062,11 @@ def builtin_profile(machine):
          "excludes": {"caps": ["CAP_SYS_ADMIN"]}}]}
 
 
+def refuse(place, value, wanted):
+    """A Fail that names a place in a document, and what may be there."""
+    raise Fail(f"{place}: {value!r:.80} is not possible", f"wanted: {wanted}")
+
+
 def check_form(value, form, place):
     """Refuse what is not of a form like PROFILE_FORM, naming its place."""
     names = {str: "text", bool: "true or false", dict: "an object"}
@@ -3077,7 +3082,7 @@ def check_form(value, form, place):
         good = isinstance(value, type(form))
         wanted = "an object" if isinstance(form, dict) else "a list"
     if not good:
-        raise Fail(f"{place}: {value!r:.60} is not possible", f"wanted: {wanted}")
+        refuse(place, value, wanted)
     for number, item in enumerate(value if isinstance(form, list) else ()):
         check_form(item, form[0], f"{place}[{number}]")
     if isinstance(form, dict) and str in form:  # any names, whose values have a form
@@ -3088,6 +3093,17 @@ def check_form(value, form, place):
         key, wanted = key.rstrip("!"), form[key]
         if value.get(key) is not None or isinstance(wanted, tuple):
             check_form(value.get(key), wanted, f"{place}.{key}")
+
+
+def read_json(path, form, place, what="", hint="JSON as the OCI specifies it"):
+    """A document of a form like PROFILE_FORM; a Fail that names the path in it."""
+    try:
+        document = from_json(sys.stdin.read() if path == "-" else read_file(path))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or f"not JSON: {error}"
+        raise Fail(f"{what}{path}: {reason[:1].lower()}{reason[1:]}", hint) from None
+    check_form(document, form, place)
+    return document
 
 
 def kernel_version(text):
@@ -3268,13 +3284,9 @@ def seccomp_spec(options, capabilities):
     if word == "builtin":
         return {"seccomp": oci_profile(builtin_profile(machine), capabilities, machine,
                                        release)}
-    try:
-        profile = from_json(read_file(word))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or f"not JSON: {error}"
-        raise Fail(f"--security-opt seccomp={word}: {reason}", "a file like Docker's "
-                   "profiles or the OCI's; or `unconfined`, `builtin`") from None
-    check_form(profile, PROFILE_FORM, f"{word}: profile")
+    profile = read_json(word, PROFILE_FORM, f"{word}: profile",
+                        "--security-opt seccomp=", "a file like Docker's profiles or "
+                        "the OCI's; or `unconfined`, `builtin`")
     profile = oci_profile(profile, capabilities, machine, release)
     check_profile(profile, word)
     return {"seccomp": profile}
@@ -4295,23 +4307,6 @@ USUAL_DEVICES = [{"allow": True, "type": kind, "major": major, "minor": minor,
     ("c", 5, 0, "rwm"), ("c", 5, 2, "rwm"), ("c", 136, None, "rwm"))]
 
 
-def refuse(place, value, wanted):
-    """A Fail that names a place in config.json, and what may be there."""
-    raise Fail(f"{place}: {value!r:.80} is not possible", f"wanted: {wanted}")
-
-
-def read_json(path, form, place):
-    """A document of a form like SPEC_FORM; a Fail that names the path in it."""
-    try:
-        document = from_json(sys.stdin.read() if path == "-" else read_file(path))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or f"not JSON: {error}"
-        raise Fail(f"{path}: {reason[:1].lower()}{reason[1:]}",
-                   "JSON as the OCI specifies it") from None
-    check_form(document, form, place)
-    return document
-
-
 def check_refused(spec):
     """Refuse what asks for something that is not done."""
     for path in REFUSED:
@@ -4615,6 +4610,15 @@ def run_hooks(c, *kinds, status, pid):
             run_hook(hook, state, kind)
 
 
+def run_late_hooks(record, kind, status):
+    """Run hooks that come too late to undo anything: one that fails is told."""
+    for hook in (record["spec"].get("hooks") or {}).get(kind) or ():
+        try:
+            run_hook(hook, oci_state(record, status), kind)
+        except Fail as fail:
+            say(fail.message)
+
+
 @answers("hooks")
 def run_host_hooks(c):
     """Outside: the hooks of a container that has its namespaces, on the host."""
@@ -4695,18 +4699,18 @@ def oci_steps(steps, last, options=None):
 # ── create, start, run, exec ──
 
 
-def close_others(preserved):
-    """Keep of what the caller had open only 0, 1, 2 and what is to be passed on."""
-    close_all_but(3 + preserved, narration.fd)
-
-
-def check_console(process, options, stays):
-    """Refuse a terminal that nobody would have, and a socket for no terminal."""
+def begin(spec, process, options, stays):
+    """Refuse a terminal that nobody would have; be sealed; and keep of what the caller
+    had open only 0, 1, 2 and what is to be passed on: how many, from 3 on."""
     if not process.get("terminal") and options.console_socket:
         raise Fail("--console-socket without a terminal", "set process.terminal")
     if process.get("terminal") and not options.console_socket and not stays:
         raise Fail("a terminal of what goes on without us, and no --console-socket",
                    "name one, or unset process.terminal")
+    seal_interpreter(spec)
+    preserved = whole("--preserve-fds", options.preserve_fds, 0, 1 << 10)
+    close_all_but(3 + preserved, narration.fd)
+    return preserved
 
 
 def send_descriptor(path, fd, message, what):
@@ -4751,29 +4755,21 @@ def pass_listener(c, fd):
     os.close(fd)
 
 
-def write_pid_file(path, pid):
-    """Write a pid where the caller reads it, whole or not at all (P3)."""
-    if path:
-        write_file(f"{path}.new", str(pid), create=0o644)
-        os.rename(f"{path}.new", path)
-
-
 def hand_over(c, options):
     """Give the caller what was asked for: the terminal, then the pid."""
     if options.console_socket:
         send_console(c, options.console_socket)
         os.close(c.outer.pop("console"))
-    write_pid_file(options.pid_file, c.pid)
+    if path := options.pid_file:  # whole or not at all (P3)
+        write_file(f"{path}.new", str(c.pid), create=0o644)
+        os.rename(f"{path}.new", path)
 
 
 def create_container(options, stays=False):
     """Make a container whose init waits to be started; its record, and it."""
     directory, bundle = record_directory(options), os.path.realpath(options.bundle)
     spec = read_spec(bundle, options.id)
-    check_console(spec["process"], options, stays)
-    seal_interpreter(spec)
-    preserved = whole("--preserve-fds", options.preserve_fds, 0, 1 << 10)
-    close_others(preserved)
+    preserved = begin(spec, spec["process"], options, stays)
     os.makedirs(options.root, 0o700, exist_ok=True)
     try:
         os.mkdir(directory, 0o700)
@@ -4837,10 +4833,7 @@ def start_container(record, held):
     finally:
         c.close()
         os.close(held)  # a hook may want to do something to the container
-    try:
-        run_hooks(c, "poststart", status="running", pid=record["pid"])
-    except Fail as fail:  # too late to undo anything, says the specification
-        say(fail.message)
+    run_late_hooks(record, "poststart", "running")
 
 
 def stay_at_terminal(c):
@@ -4922,11 +4915,7 @@ def delete_container(options, force):
         forget(where)
     finally:
         os.close(held)
-    for hook in (record["spec"].get("hooks") or {}).get("poststop") or ():
-        try:
-            run_hook(hook, oci_state(record, "stopped"), "poststop")
-        except Fail as fail:  # it is over all the same
-            say(fail.message)
+    run_late_hooks(record, "poststop", "stopped")
 
 
 @oci("create", *START_OPTIONS, ID)
@@ -5017,10 +5006,7 @@ def exec_command_oci(options):
     """Run one more process in a container."""
     record = read_record(options)
     process = exec_process(options, spec := record["spec"])
-    check_console(process, options, not options.detach)
-    seal_interpreter(spec)
-    preserved = whole("--preserve-fds", options.preserve_fds, 0, 1 << 10)
-    close_others(preserved)
+    preserved = begin(spec, process, options, not options.detach)
     target, status = first_process(record)
     if status == "stopped" or (status == "paused" and not options.ignore_paused):
         raise Fail(f"cannot exec in a {status} container", "container not running")
@@ -5265,6 +5251,8 @@ def events_command_oci(options):
 def example_spec():
     """A config.json to begin with."""
     kept = ["CAP_AUDIT_WRITE", "CAP_KILL", "CAP_NET_BIND_SERVICE"]
+    mounts = usual_mounts()
+    mounts[1]["options"].remove("nodev")  # /dev: the control group says which work
     return {
         "ociVersion": "1.0.2",
         "process": {
@@ -5272,7 +5260,7 @@ def example_spec():
             "env": [f"PATH={DEFAULT_PATH}", "TERM=xterm"], "cwd": "/",
             "capabilities": capability_sets(kept), "noNewPrivileges": True},
         "root": {"path": "rootfs", "readonly": True},
-        "hostname": "minirunc", "mounts": usual_mounts(),
+        "hostname": "minirunc", "mounts": mounts,
         "linux": {
             "resources": {"devices": [{"allow": False, "access": "rwm"}]},
             "namespaces": [{"type": kind} for kind in ("pid", "network", "ipc", "uts",
@@ -6773,9 +6761,11 @@ def check_layers(manifest, diff_ids):
     return layers
 
 
-def unpack_layer(diff_id, blob, top):
-    """Unpack a layer from its blob, verified, under its name in `top`; the bytes of its
-    files."""
+def unpack_layer(diff_id, blob, top=""):
+    """Unpack a layer from its blob, verified, under its name in `top`, or in the store;
+    the bytes of its files."""
+    if not top:
+        return new_directories("layers", lambda top: unpack_layer(diff_id, blob, top))
     found, bytes_ = unpack(blob, f"{top}/{hex_of(diff_id)}")
     if found != diff_id:
         raise Fail(f"{blob}: unpacked it is {found}, not the {diff_id} that the "
@@ -7654,9 +7644,7 @@ def image_layers(image):
         found.pop(diff_id, None)
         found[diff_id] = layer_path(diff_id)
         if not os.path.isdir(found[diff_id]):
-            blob = blob_path(layer["digest"])
-            new_directories("layers", lambda top, diff_id=diff_id, blob=blob:
-                            unpack_layer(diff_id, blob, top))
+            unpack_layer(diff_id, blob_path(layer["digest"]))
     if not found:
         raise Fail(f"image {image.id[7:19]} has no files", "there is nothing to run")
     return list(found.values())
@@ -10054,8 +10042,10 @@ class Pump:
             if self.data and self.target.fileno() in ready:
                 self.data = self.data[self.target.send(self.data):]
             elif not (self.data or self.over) and self.source.fileno() in ready:
-                self.data = self.source.recv(MOST)
-                if not self.data:
+                self.data = self.source.recv(4 * MOST)
+                if self.data:  # as a rule there is room for it, too
+                    self.data = self.data[self.target.send(self.data):]
+                else:
                     self.over = True
                     self.target.shutdown(1)  # SHUT_WR
         except BlockingIOError:
@@ -10191,6 +10181,8 @@ class Relay:
             return
         here, there = self.api.socket(fileno=fd), self.socket("tcp", to[0])
         here.setblocking(False)
+        for socket in (here, there):  # pass on at once what may be part of more
+            socket.setsockopt(self.api.IPPROTO_TCP, self.api.TCP_NODELAY, 1)
         there.connect_ex(to)  # a Pump hears how it ends
         self.pairs.append((Pump(here, there), Pump(there, here)))
 
@@ -13318,7 +13310,6 @@ class Instruction:
         self.file = file  # the Dockerfile it stands in
         self.whole = whole  # all its lines, as one
         self.spots = spots  # (where in that, line, column) at which each line begins
-        self.line = spots[0][1]
         self.name = whole.split()[0].upper()
         self.at = len(whole) - len(whole[len(self.name):].lstrip())  # of `text`
         self.flags = []  # (name, value)
@@ -13335,10 +13326,9 @@ class Instruction:
         start, line, column = [spot for spot in self.spots if spot[0] <= at][-1]
         return self.file.fail(message, hint, line, column + at - start)
 
-    def words(self, at=None):
+    def words(self):
         """(where, word) of the text, split at spaces that are in no quotes."""
-        found, begin, quote_ = [], None, ""
-        at = self.at if at is None else at
+        found, begin, quote_, at = [], None, "", self.at
         while at < len(self.whole):
             letter = self.whole[at]
             if letter.isspace() and not quote_:
@@ -13395,10 +13385,10 @@ def understand(step):
         step.flags.append((name, value or "true" * known[name]))
         step.at = at + len(word)
         step.at += len(step.whole[step.at:]) - len(step.whole[step.at:].lstrip())
-    if len(step.words()) < least:
+    step.value = form(step) if step.text else []
+    if not step.text or least > 1 and len(step.value) < least:
         raise step.fail(f"{step.name} requires at least {least} argument"
                         f"{'s' * (least > 1)}", "", step.at)
-    step.value = form(step)
 
 
 def as_command(step):
@@ -13410,12 +13400,8 @@ def as_command(step):
 def as_words(step):
     """Form: (where, word) each; JSON where there are spaces in one."""
     words = exec_form(step)
-    if words is None:
-        return step.words()
-    if len(words) < INSTRUCTIONS[step.name][1]:
-        raise step.fail(f"{step.name} requires at least {INSTRUCTIONS[step.name][1]} "
-                        "arguments", "", step.at)
-    return [(step.at, quoted(word, step.file.escape)) for word in words]
+    return step.words() if words is None else [
+        (step.at, quoted(word, step.file.escape)) for word in words]
 
 
 def as_one(step):
@@ -14834,10 +14820,8 @@ def run_documents(w, step):
     return w.shell(text), ""
 
 
-@instruction("RUN", as_command, flags="mount network security")
-def run_(w, step):
-    """Run a command in a container, and keep what it has changed."""
-    build, options = w.build, options_of_run(w.build.options)
+def network_for(w, step):
+    """The network that a RUN asks for, or that the build was given."""
     if w.flag(step, "security", "sandbox") != "sandbox":
         raise step.fail(f"--security={w.flag(step, 'security')} is not allowed",
                         "no build step is privileged here", step.whole.find("--sec"))
@@ -14845,42 +14829,60 @@ def run_(w, step):
     if network not in ("default", "none", "host"):
         raise step.fail(f"unsupported network mode {network!r}",
                         "default, none or host", step.whole.find("--network"))
-    options.network = options.network if network == "default" else network
+    return w.build.options.network if network == "default" else network
+
+
+def layer_of_run(w, step, options, args, script, mounts):
+    """The layer that a RUN leaves; a Fail with its exit code if that is not 0."""
+    layers = w.state.directories()
+    options.notes = {OF_LAYERS: to_json(layers)}
+    if not layers:
+        raise step.fail("there is nothing to run in an empty image",
+                        "COPY a program into it, or FROM an image")
+    with mounts:
+        mounts.add_to(options)
+        if script:
+            write_file(f"{mounts.top}/script", script, create=0o755)
+            options.mount.append(f"type=bind,source={mounts.top}/script,"
+                                 f"target={args[0]},"
+                                 "readonly")
+        try:
+            code, layer = run_in(options, args, w.build.report, w.build.epoch)
+        except CannotMapIds as error:  # as `run` does it
+            say(f"{error.message}: using the host's user namespace (root inside is "
+                "root outside)")
+            options.userns = "host"
+            code, layer = run_in(options, args, w.build.report, w.build.epoch)
+    if code:
+        fail = step.fail(f"The command {' '.join(args)!r} returned a non-zero code: "
+                         f"{code}")
+        fail.code = code
+        raise fail
+    return layer
+
+
+@instruction("RUN", as_command, flags="mount network security")
+def run_step(w, step):
+    """Run a command in a container, and keep what it has changed.
+
+    It sees ARG as variables, too, so the key has their values: |1 NAME=VALUE."""
+    options, mounts = options_of_run(w.build.options), Mounts(w, step)
+    options.network = network_for(w, step)
     args, script = w.shell(step.value), ""
     if step.documents and isinstance(step.value, str):
         args, script = run_documents(w, step)
     env = w.state.env()
     used = {name: value for name, value in w.args.items() if name not in env}
-    names = "".join(f" {name}={value}" for name, value in used.items())
-    text = " ".join(["RUN", *([f"|{len(used)}{names}"] if used else []), *args])
-    mounts = Mounts(w, step)
-
-    def make():
-        options.like = {"cwd": w.state.settings.get("WorkingDir") or "/", "env": [
-            f"{name}={value}" for name, value in {
-                "PATH": DEFAULT_PATH, **build.proxies(), **used, **env}.items()],
-            "user": {"username": w.state.settings.get("User") or ""}}
-        layers = w.state.directories()
-        options.notes = {OF_LAYERS: to_json(layers)}
-        if not layers:
-            raise step.fail("there is nothing to run in an empty image",
-                            "COPY a program into it, or FROM an image")
-        with mounts:
-            mounts.add_to(options)
-            if script:
-                write_file(f"{mounts.top}/script", script, create=0o755)
-                options.mount.append(f"type=bind,source={mounts.top}/script,target="
-                                     f"{args[0]},readonly")
-            code, layer = run_in(options, args, build.report, build.epoch)
-        if code:
-            fail = step.fail(f"The command {' '.join(args)!r} returned a non-zero "
-                             f"code: {code}")
-            fail.code = code
-            raise fail
-        return layer
+    names = " ".join(f"{name}={value}" for name, value in used.items())
+    text = " ".join(["RUN", *[f"|{len(used)} {names}"] * bool(used), *args])
+    options.like = {"cwd": w.state.settings.get("WorkingDir") or "/", "env": [
+        f"{name}={value}" for name, value in {
+            "PATH": DEFAULT_PATH, **w.build.proxies(), **used, **env}.items()],
+        "user": {"username": w.state.settings.get("User") or ""}}
     return w.change(text, {
-        **mounts.digests(), "the network": network, "the here-document": script,
-        "the mounts": [value for name, value in step.flags if name == "mount"]}, make)
+        **mounts.digests(), "the network": options.network, "the here-document": script,
+        "the mounts": [value for name, value in step.flags if name == "mount"]},
+        lambda: layer_of_run(w, step, options, args, script, mounts))
 
 
 def remote_item(w, step, at, url):
