@@ -5685,7 +5685,7 @@ def tar_number(field, base=8):
     try:
         return int(text or b"0", base)
     except ValueError:
-        raise ValueError(f"{text[:12]!r} is no number") from None
+        raise ValueError(f"{os.fsdecode(text[:12])!r} is no number") from None
 
 
 def pax_records(data):

@@ -4199,6 +4199,44 @@ def test_many_entries_take_no_more_memory_than_few(tmp_path, monkeypatch):
 
 
 @root
+def test_too_many_entries_are_counted_before_so_many_are_made(tmp_path, monkeypatch):
+    (tmp_path / "many.tar").write_bytes(b"".join(
+        header(f"{n}", kind=tarfile.DIRTYPE) for n in range(1001)) + bytes(1024))
+    made, add = [], m.Layer.add
+    monkeypatch.setattr(m.Layer, "add", lambda layer, entry: [made.append(1), add(layer, entry)])
+    monkeypatch.setenv("MINICONTAINER_LAYER_ENTRIES", "1000")
+    with pytest.raises(m.Fail, match="more than 1000 entries"):
+        m.layer_of(str(tmp_path / "many.tar"))
+    assert len(made) <= 50
+
+
+@root
+def test_a_directory_keeps_its_time_whenever_something_is_made_in_it(tmp_path):
+    kind = {"type": tarfile.DIRTYPE, "mtime": 1000}
+    path = make_tar(tmp_path / "x.tar", (".", kind), ("a", kind), ("b", kind), ("a/1", b"x"),
+                    ("b/implied/1", b"x"), ("a/2", b"x"), ("a/.wh.1", b""), ("c", b"x"),
+                    ("c", kind), ("a/h", {"type": tarfile.LNKTYPE, "linkname": "a/2"}),
+                    ("late/1", b"x"), ("late", kind))
+    top = m.layer_of(str(path))
+    try:
+        assert [os.stat(f"{top}/{name}").st_mtime for name in ("", "a", "b", "c", "late")] == [1000] * 5
+        assert os.stat(f"{top}/b/implied").st_mtime > 1000
+    finally:
+        m.remove_tree(top)
+
+
+@root
+def test_a_layer_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """Else a power cut could leave the name alone."""
+    path, done = make_tar(tmp_path / "x.tar", ("f", b"x")), []
+    syscall, rename = m.syscall, os.rename
+    monkeypatch.setattr(m, "syscall", lambda name, *a, **k: [done.append(name), syscall(name, *a, **k)][1])
+    monkeypatch.setattr(os, "rename", lambda *a, **k: [done.append("rename"), rename(*a, **k)][1])
+    m.remove_tree(m.layer_of(str(path)))
+    assert [what for what in done if what in ("syncfs", "rename")] == ["syncfs", "rename"]
+
+
+@root
 @pytest.mark.parametrize("words", [
     ["--format=gnu", "-S"], ["--format=oldgnu", "-S"], ["--format=ustar"], ["--format=v7"],
     *(["--format=pax", f"--sparse-version={v}", "-S"] for v in ("0.0", "0.1", "1.0"))])
