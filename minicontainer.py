@@ -13908,6 +13908,8 @@ class Tree:
             for name in [name for name in passed
                          if f"{above}/".startswith(f"{name}/")]:
                 yield self.made_ours(passed.pop(name))
+            if entry.hard and left_out(entry.hard):
+                entry.hard = ""  # what it is a link to is not there: it is the file
             yield self.made_ours(entry)
 
 
@@ -13947,7 +13949,7 @@ class Item:
 #
 # Directories that are missing are made, and belong to whom --chown says, else to root,
 # with mode 755.  What comes from the context is root's; from a stage it is whose it
-# was.  Modes are kept, also setuid; a directory that is there keeps its own.
+# was.  Modes are kept, also setuid; a target that is there keeps its own.
 
 
 def unpacked(descriptor, diff_id):
@@ -14369,6 +14371,9 @@ def mount_words(step, text):
     for key in set(words) - {"type", "ro"} - set(MOUNT_WORDS[kind].split()):
         raise step.fail(f"unexpected key {key!r} for mount type {kind!r}",
                         f"it has {MOUNT_WORDS[kind].replace(' ', ', ')}", at)
+    for key in {"mode", "uid", "gid"} & {*words}:
+        if not words[key].isdecimal() or key == "mode" and {*words[key]} & {*"89"}:
+            raise step.fail(f"invalid {key} of a mount: {words[key]!r}", "a number", at)
     if "target" not in words and kind != "secret" or not (
             words.get("target") or words.get("id") or words.get("env")):
         raise step.fail(f"invalid mount: {text!r} has no target", "target=/DIR", at)
@@ -14392,7 +14397,16 @@ def options_of_run(given):
     return options
 
 
-def clear_stubs(upper, mounts, layers):
+def is_noise(facts, path, layers, base):
+    """Whether a directory of an upper one that is empty says nothing: it is not there
+    below, or is there with the same mode and owner."""
+    below = next((os.lstat(there) for layer in reversed(layers)
+                  if os.path.lexists(there := f"{layer}/{path}")), None)
+    return not below or (below.st_mode, shifted_id(below.st_uid, base), shifted_id(
+        below.st_gid, base)) == (facts.st_mode, facts.st_uid, facts.st_gid)
+
+
+def clear_stubs(upper, mounts, layers, base):
     """Remove from an upper directory what was only made to mount on, and the way there
     if nothing else is on it."""
     top = os.open(upper, os.O_RDONLY | O_DIRECTORY)
@@ -14402,18 +14416,20 @@ def clear_stubs(upper, mounts, layers):
             above, name = os.path.split(path)
             try:
                 parent = open_beneath(top, above or ".")
+            except OSError:  # it is not there, or no directory
+                break
+            try:
                 facts = os.stat(name, dir_fd=parent, follow_symlinks=False)
-                if stat.S_ISDIR(facts.st_mode):
-                    below = next((os.lstat(there) for layer in reversed(layers)
-                                  if os.path.lexists(there := f"{layer}/{path}")), None)
-                    if below and stat.S_IMODE(below.st_mode) != stat.S_IMODE(
-                            facts.st_mode):
-                        break
-                    os.rmdir(name, dir_fd=parent)
-                elif stat.S_ISREG(facts.st_mode) and not facts.st_size:
+                hides = stat.S_ISDIR(facts.st_mode) and "trusted.overlay.opaque" in (
+                    os.listxattr(f"/proc/self/fd/{parent}/{name}"))  # what is below
+                if stat.S_ISREG(facts.st_mode) and not facts.st_size:
                     os.unlink(name, dir_fd=parent)
+                elif not hides and is_noise(facts, path, layers, base):
+                    os.rmdir(name, dir_fd=parent)
             except OSError:  # not there, or not empty
                 pass
+            finally:
+                os.close(parent)
             path = above
     os.close(top)
 
@@ -14431,15 +14447,16 @@ def run_in(options, args, report, when):
         try:
             news = listener.attend(shim)
         finally:
-            os.close(listener.signals)
-            os.close(listener.timer)
+            for fd in (listener.signals, listener.timer, shim.door):
+                if fd >= 0:
+                    os.close(fd)
         if listener.stopped:
             raise SystemExit(128 + listener.stopped)
         code = report_end(news, options)
         if code:
             return code, None
         layers = from_json(spec["annotations"][OF_LAYERS])
-        clear_stubs(record.path("upper"), spec["mounts"], layers)
+        clear_stubs(record.path("upper"), spec["mounts"], layers, record.first_id)
         return 0, keep_changes(record.path("upper"), record.first_id, when)
     finally:
         discard(record)
@@ -14630,10 +14647,10 @@ class Worker:
         """Change the config."""
         self.state.settings[key] = value
 
-    def note(self, text, layer=None):
-        """Write a step into the history; with a layer if it has one."""
+    def note(self, text, layer=None, key=""):
+        """Write a step into the history; with its layer and its key if it has some."""
         entry = {"created": self.build.created, "created_by": text,
-                 "comment": f"minicontainer {self.state.key}"}
+                 "comment": f"minicontainer {key}".rstrip()}
         if layer:
             self.state.layers.append(layer)
         else:
@@ -14662,7 +14679,7 @@ class Worker:
             layer = make()
             save(store("steps", f"{key}.json"), {"parts": parts, "layer": layer})
         self.state.key = key
-        self.note(text, layer)
+        self.note(text, layer, key)
         size_ = f", {decimal(layer[2])}" if layer else ""
         return "CACHED" if found else f"{time.monotonic() - began:.1f}s{size_}"
 
@@ -14999,8 +15016,9 @@ class Stage:
         """The earlier stages that it is made of."""
         texts = [self.base] + [value for step in self.steps
                                for name, value in step.flags if name == "from"]
-        texts += [mount_words(step, value).get("from", "") for step in self.steps
-                  for name, value in step.flags if name == "mount"]
+        texts += [word[5:] for step in self.steps for name, value in step.flags
+                  for word in value.split(",") * (name == "mount")
+                  if word.startswith("from=")]
         found = [stage_named(text, stages[:self.number], text != self.base)
                  for text in texts]
         return {stage.number for stage in found if stage}
@@ -15025,7 +15043,7 @@ def secret_of(text):
         return id, os.environb[os.fsencode(name)]
     try:
         with open(source or id, "rb") as file:
-            return id, file.read(1 << 20)
+            return id, file.read()
     except OSError as error:
         raise Fail(f"--secret {text}: {error.strerror}", "is the file there?", 1
                    ) from None
@@ -15108,7 +15126,7 @@ class Build:
             for entry in image.config.get("history") or ():
                 layer = None if entry.get("empty_layer") else next(layers, None)
                 mark, _, key = (entry.get("comment") or "").partition(" ")
-                if mark == "minicontainer":
+                if mark == "minicontainer" and key:
                     found[key] = list(layer) if layer else None
         return found
 

@@ -7857,14 +7857,15 @@ def test_a_step_is_done_again_only_if_something_of_it_differs(base):
 
 @root
 def test_an_image_from_elsewhere_is_a_cache(base):
-    text = "RUN echo 1 > /x\nRUN echo 2 > /y"
+    text = "RUN echo 1 > /x\nARG V=1\nENV A=1\nRUN echo 2 > /y\nRUN true"
     id = build(base, text, "-t", "known")
     forked_mini("builder", "prune", "-f")
     assert os.listdir(f"{STORE}/steps") == []
     assert told(base, text).count("CACHED") == 0
     forked_mini("builder", "prune", "-f")
-    result = told(base, f"{text}\nRUN echo 3 > /z", "--cache-from", "known")
-    assert result.count("CACHED") == 2 and m.find_image(id).tags() == ["known:latest"]
+    result = told(base, f"{text}\nRUN cat /x /y > /z", "--cache-from", "known", "-t", "new")
+    assert result.count("CACHED") == 3 and m.find_image(id).tags() == ["known:latest"]
+    assert run("new", "cat", "/z") == "1\n2\n"
 
 
 @root
@@ -7973,6 +7974,18 @@ def test_a_dockerfile_has_a_dockerignore_and_the_last_rule_that_matches_decides(
         assert {p for p in map(lambda p: os.path.relpath(p, out), tree(out))
                 if os.path.isfile(out / p)} == everything - gone, rules
         shutil.rmtree(out)
+
+
+@root
+def test_a_hard_link_to_what_is_left_out_is_a_file(base, tmp_path):
+    (tmp_path / "a").write_text("x\n")
+    for name in ("b", "c"):
+        os.link(tmp_path / "a", tmp_path / name)
+    (tmp_path / "Dockerfile").write_text("FROM scratch\nCOPY . /\n")
+    (tmp_path / ".dockerignore").write_text("*\n!b\n!c")
+    forked_mini("build", "-q", "-o", tmp_path / "out", tmp_path)
+    assert sorted(os.listdir(tmp_path / "out")) == ["b", "c"]
+    assert (tmp_path / "out/c").read_text() == "x\n"
 
 
 @root
@@ -8120,6 +8133,7 @@ def test_no_dockerfile_makes_a_traceback(seed):
     ("RUN --network=bridge true", "unsupported network mode 'bridge'"),
     ("RUN --mount=type=ssh true", "unsupported mount type 'ssh'"),
     ("RUN --mount=type=cache,targte=/x true", "unexpected key 'targte'"),
+    ("RUN --mount=type=cache,target=/x,mode=rwx true", "invalid mode of a mount: 'rwx'"),
     ("RUN nosuchcommand", "returned a non-zero code: 127"),
     ('RUN ["/nosuch"]', "/nosuch"), ("EXPOSE x", "invalid containerPort: x"),
     ("STOPSIGNAL SIGNO", "SIGNO"), ("HEALTHCHECK x", "Unknown type 'x' in HEALTHCHECK"),
@@ -8174,6 +8188,35 @@ def test_ctrl_c_in_a_run_leaves_nothing(base):
 
 
 @root
+def test_what_a_killed_build_has_left_is_pruned(base):
+    file = base.parent / "Dockerfile"
+    file.write_text("FROM base\nCOPY f.txt /f\nRUN echo begun; sleep 100")
+    with subprocess.Popen(command("build", "-f", file, base), stderr=subprocess.PIPE,
+                          text=True) as process:
+        while "begun" not in (line := process.stderr.readline()) or "RUN" in line:
+            assert line, "it ended"
+        process.kill()
+    until(lambda: not our_processes())
+    mini("system", "prune")
+    assert told(base, "COPY f.txt /f\nRUN true").count("CACHED") == 1
+
+
+@root
+def test_a_proxy_is_known_to_run_and_to_nobody_else(base):
+    secret = "http://user:word@proxy"
+    said = told(base, "RUN echo $http_proxy", "--build-arg", f"http_proxy={secret}", "-t", "x")
+    assert f"\n{secret}\n" in said and "not consumed" not in said
+    assert "word" not in json.dumps(m.find_image("x").config)
+
+
+@root
+def test_others_take_the_image_for_what_it_is(base, images):
+    build(base, "RUN echo 1 > /x\nCOPY f.txt /f\nENV A=1", "-t", "built:1")
+    said = json.loads(peer("skopeo", "inspect", f"oci:{images}:docker.io/library/built:1"))
+    assert "A=1" in said["Env"] and len(said["Layers"]) == 3
+
+
+@root
 def test_a_terminal_shows_a_step_and_its_time(base):
     (base.parent / "Dockerfile").write_text("FROM base\nRUN echo some output; sleep 0.3")
     terminal = Terminal("build", "-f", base.parent / "Dockerfile", base)
@@ -8201,6 +8244,28 @@ def test_add_brings_a_file_from_a_server_and_checks_it(base):
         assert run(id, "ls", "-l", "/d/b.txt").split()[0] == "-rw-------"
         assert "wrong digest" in build(
             base, f"ADD --checksum=sha256:{'0' * 64} http://{host}/b /x", code=1)
+
+
+@root
+def test_no_step_keeps_anything_open(base):
+    file = base.parent / "Dockerfile"
+    file.write_text("FROM base AS one\nFROM base\n" + "".join(
+        f"RUN echo {n} > /r{n}\nCOPY --from=one /bin/[a-z]* /c{n}/\nWORKDIR /w{n}\nCOPY . /d{n}\n"
+        for n in range(12)))
+
+    def with_few_descriptors():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (48, 48))
+        return m.main(["build", "-q", "-f", str(file), str(base)])
+    code, out, err = forked(with_few_descriptors)
+    assert code == 0, err
+    assert run(out.strip(), "ls", "/c7/sh", "/d7/f.txt", "/r7").count("\n") == 3
+
+
+@root
+def test_a_directory_that_was_replaced_by_an_empty_one_stays_empty(base):
+    id = build(base, "RUN mkdir -p /run/x /dir/sub; touch /run/old\nRUN rm -r /run; mkdir /run\n"
+                     "RUN chown 7:8 /run")
+    assert run(id, "sh", "-c", "ls -A /run; ls -dn /run").split()[2:4] == ["7", "8"]
 
 
 @root
