@@ -2009,45 +2009,44 @@ def devices_spec(options):
     return list(found.values())
 
 
+def usual_mounts():
+    """The spec's mounts that every container has of its own, outer first."""
+    quiet = ["nosuid", "noexec", "nodev"]
+    return [{"destination": path, "type": kind, "source": source, "options": words}
+            for path, kind, source, words in (
+        ("/proc", "proc", "proc", [*quiet]),
+        ("/dev", "tmpfs", "tmpfs", ["nosuid", "nodev", "strictatime", "mode=755",
+                                    "size=65536k"]),
+        ("/dev/pts", "devpts", "devpts", ["nosuid", "noexec", "newinstance",
+                                          "ptmxmode=0666", "mode=0620", "gid=5"]),
+        ("/sys", "sysfs", "sysfs", [*quiet, "ro"]),
+        ("/sys/fs/cgroup", "cgroup", "cgroup", [*quiet, "ro"]),
+        ("/dev/mqueue", "mqueue", "mqueue", [*quiet]),
+        ("/dev/shm", "tmpfs", "shm", [*quiet, "mode=1777", "size=65536k"]))]
+
+
 def mounts_spec(options):
     """The spec's mounts: those that every container has, then the volumes asked for.
 
     Three file systems show what a namespace holds, and a user namespace may mount
     one only if it owns that namespace; shared with the host, the host's is shown.
     """
-    quiet = ["nosuid", "noexec", "nodev"]
-    own_users = options.userns != "host"
-    read_only = [] if options.privileged else ["ro"]
-
-    def special(kind, path, shared, words, host=None):
-        if shared == "host" and own_users:
-            return {"destination": path, "type": "bind", "source": host or path,
-                    "options": ["bind", *words]}
-        return {"destination": path, "type": kind, "source": kind, "options": words}
-
-    mounts = [
-        special("proc", "/proc", options.pid, quiet),
-        {"destination": "/dev", "type": "tmpfs", "source": "tmpfs",
-         "options": ["nosuid", "nodev", "strictatime", "mode=755", "size=65536k"]},
-        {"destination": "/dev/pts", "type": "devpts", "source": "devpts",
-         "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620",
-                     "gid=5"]},
-        special("sysfs", "/sys", options.network, quiet + read_only),
-        {"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup",
-         "options": quiet + read_only},
-    ]
-    if options.ipc != "host" or os.path.isdir("/dev/mqueue"):
-        mounts.append(special("mqueue", "/dev/mqueue", options.ipc, quiet))
-    shm_size = size(options.shm_size or "0")
-    if options.ipc == "host":
-        if shm_size:
-            raise Fail("--shm-size with --ipc host", "that /dev/shm is the host's")
-        mounts.append({"destination": "/dev/shm", "type": "bind", "source": "/dev/shm",
-                       "options": ["rbind", *quiet]})
-    else:
-        mounts.append({"destination": "/dev/shm", "type": "tmpfs", "source": "shm",
-                       "options": [*quiet, "mode=1777",
-                                   f"size={shm_size or 64 << 20}"]})
+    shared = {"/proc": options.pid, "/sys": options.network, "/dev/mqueue": options.ipc}
+    mounts, shm_size = usual_mounts(), size(options.shm_size or "0")
+    if options.ipc == "host" and shm_size:
+        raise Fail("--shm-size with --ipc host", "that /dev/shm is the host's")
+    if options.ipc == "host" and not os.path.isdir("/dev/mqueue"):
+        mounts = [m for m in mounts if m["destination"] != "/dev/mqueue"]
+    for mount in mounts:
+        path, words = mount["destination"], mount["options"]
+        if options.privileged and "ro" in words:
+            words.remove("ro")
+        if path == "/dev/shm" and options.ipc == "host":
+            mount.update(type="bind", source=path, options=["rbind", *words[:3]])
+        elif path == "/dev/shm" and shm_size:
+            words[-1] = f"size={shm_size}"
+        elif shared.get(path) == "host" and options.userns != "host":
+            mount.update(type="bind", source=path, options=["bind", *words])
     asked = [volume_mount(text) for text in options.volume]
     asked += [long_mount(text) for text in options.mount]
     asked += [tmpfs_mount(f"--tmpfs {text}", *text.partition(":")[::2])
@@ -3063,6 +3062,11 @@ def builtin_profile(machine):
          "excludes": {"caps": ["CAP_SYS_ADMIN"]}}]}
 
 
+def refuse(place, value, wanted):
+    """A Fail that names a place in a document, and what may be there."""
+    raise Fail(f"{place}: {value!r:.80} is not possible", f"wanted: {wanted}")
+
+
 def check_form(value, form, place):
     """Refuse what is not of a form like PROFILE_FORM, naming its place."""
     names = {str: "text", bool: "true or false", dict: "an object"}
@@ -3078,7 +3082,7 @@ def check_form(value, form, place):
         good = isinstance(value, type(form))
         wanted = "an object" if isinstance(form, dict) else "a list"
     if not good:
-        raise Fail(f"{place}: {value!r:.60} is not possible", f"wanted: {wanted}")
+        refuse(place, value, wanted)
     for number, item in enumerate(value if isinstance(form, list) else ()):
         check_form(item, form[0], f"{place}[{number}]")
     if isinstance(form, dict) and str in form:  # any names, whose values have a form
@@ -3089,6 +3093,17 @@ def check_form(value, form, place):
         key, wanted = key.rstrip("!"), form[key]
         if value.get(key) is not None or isinstance(wanted, tuple):
             check_form(value.get(key), wanted, f"{place}.{key}")
+
+
+def read_json(path, form, place, what="", hint="JSON as the OCI specifies it"):
+    """A document of a form like PROFILE_FORM; a Fail that names the path in it."""
+    try:
+        document = from_json(sys.stdin.read() if path == "-" else read_file(path))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or f"not JSON: {error}"
+        raise Fail(f"{what}{path}: {reason[:1].lower()}{reason[1:]}", hint) from None
+    check_form(document, form, place)
+    return document
 
 
 def kernel_version(text):
@@ -3269,13 +3284,9 @@ def seccomp_spec(options, capabilities):
     if word == "builtin":
         return {"seccomp": oci_profile(builtin_profile(machine), capabilities, machine,
                                        release)}
-    try:
-        profile = from_json(read_file(word))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or f"not JSON: {error}"
-        raise Fail(f"--security-opt seccomp={word}: {reason}", "a file like Docker's "
-                   "profiles or the OCI's; or `unconfined`, `builtin`") from None
-    check_form(profile, PROFILE_FORM, f"{word}: profile")
+    profile = read_json(word, PROFILE_FORM, f"{word}: profile",
+                        "--security-opt seccomp=", "a file like Docker's profiles or "
+                        "the OCI's; or `unconfined`, `builtin`")
     profile = oci_profile(profile, capabilities, machine, release)
     check_profile(profile, word)
     return {"seccomp": profile}
@@ -4095,7 +4106,7 @@ def enter(c, before=(open_stdio, open_cgroup), steps=JOIN):
 #       /run/minirunc/ID/state.json    pid, bundle, and the spec as it was then
 #                        exec.fifo     init waits for a word from it; gone when started
 #                        news.fifo     what init has to say from then on
-#                        workshop/     always empty, here; see chapter 4
+#                        workshop/     see chapter 4; gone when all is made
 #
 # Create and start are two processes, and the one that created is gone by the time of
 # the other.  So where init would execute, it changes its two pipes for two FIFOs;
@@ -4248,7 +4259,8 @@ ARCHITECTURES = tuple(f"SCMP_ARCH_{name}" for name in """X86 X86_64 X32 ARM AARC
     PARISC PARISC64 RISCV64 LOONGARCH64 M68K SH SHEB NATIVE""".split())
 RESOURCES_FORM = {
     "memory": {"limit": SIGNED, "swap": SIGNED, "reservation": SIGNED,
-               "kernelTCP": SIGNED, "swappiness": range(101), "disableOOMKiller": bool},
+               "kernelTCP": SIGNED, "swappiness": range(101), "disableOOMKiller": bool,
+               "checkBeforeUpdate": bool},
     "cpu": {"shares": range(1 << 64), "quota": range(-(1 << 63), 1 << 63),
             "period": range(1 << 64), "burst": range(1 << 64), "idle": range(2),
             "realtimeRuntime": range(-1, 1 << 63), "realtimePeriod": range(1 << 64),
@@ -4285,7 +4297,6 @@ SPEC_FORM = {
 # to be ignored, says the specification.
 REFUSED = """process.execCPUAffinity vm linux.intelRdt linux.mountLabel
     linux.memoryPolicy linux.netDevices linux.resources.rdma
-    linux.resources.memory.checkBeforeUpdate
     linux.resources.blockIO.leafWeight""".split()
 # The devices that work in every container, whatever resources.devices says: making
 # any node, terminals, and those of DEVICES.
@@ -4294,23 +4305,6 @@ USUAL_DEVICES = [{"allow": True, "type": kind, "major": major, "minor": minor,
     ("c", None, None, "m"), ("b", None, None, "m"), ("c", 1, 3, "rwm"),
     ("c", 1, 5, "rwm"), ("c", 1, 7, "rwm"), ("c", 1, 8, "rwm"), ("c", 1, 9, "rwm"),
     ("c", 5, 0, "rwm"), ("c", 5, 2, "rwm"), ("c", 136, None, "rwm"))]
-
-
-def refuse(place, value, wanted):
-    """A Fail that names a place in config.json, and what may be there."""
-    raise Fail(f"{place}: {value!r:.80} is not possible", f"wanted: {wanted}")
-
-
-def read_json(path, form, place):
-    """A document of a form like SPEC_FORM; a Fail that names the path in it."""
-    try:
-        document = from_json(sys.stdin.read() if path == "-" else read_file(path))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or f"not JSON: {error}"
-        raise Fail(f"{path}: {reason[:1].lower()}{reason[1:]}",
-                   "JSON as the OCI specifies it") from None
-    check_form(document, form, place)
-    return document
 
 
 def check_refused(spec):
@@ -4473,7 +4467,7 @@ def read_record(options):
     """The record of a container."""
     directory = record_directory(options)
     try:
-        return {**from_json(read_file(f"{directory}/state.json")), "where": directory}
+        return from_json(read_file(f"{directory}/state.json"))
     except (FileNotFoundError, NotADirectoryError):
         raise Fail(f"container {options.id!r} does not exist", "see `list`") from None
 
@@ -4489,10 +4483,12 @@ def process_facts(pid):
 
 
 def status_of(record):
-    """created, running, paused or stopped."""
+    """creating, created, running, paused or stopped."""
     state, began = process_facts(record["pid"])
     if not record["pid"] or state in "ZX" or began != record["began"]:
         return "stopped"
+    if os.path.exists(f"{record['where']}/workshop"):  # its / is the host's
+        return "creating"
     if cgroup_of(record["spec"]).is_frozen():
         return "paused"
     try:  # whoever would start it may have died before it could remove the FIFO
@@ -4616,6 +4612,15 @@ def run_hooks(c, *kinds, status, pid):
             run_hook(hook, state, kind)
 
 
+def run_late_hooks(record, kind, status):
+    """Run hooks that come too late to undo anything: one that fails is told."""
+    for hook in (record["spec"].get("hooks") or {}).get(kind) or ():
+        try:
+            run_hook(hook, oci_state(record, status), kind)
+        except Fail as fail:
+            say(fail.message)
+
+
 @answers("hooks")
 def run_host_hooks(c):
     """Outside: the hooks of a container that has its namespaces, on the host."""
@@ -4677,31 +4682,37 @@ def make_cwd(c):
         pass  # what is in the way is told by enter_cwd
 
 
-def oci_steps(steps, last):
+def replace_steps(steps, instead):
+    """Steps, with others in place of some."""
+    return [new for step in steps for new in instead.get(step, (step,))]
+
+
+def oci_steps(steps, last, options=None):
     """BIRTH or JOIN as a caller of ours needs it; `last` is in place of what makes a
     program die with us."""
-    instead = {
+    return replace_steps(steps, {
         die_with_parent: (find_program, last),  # `create` tells if there is none
-        pivot: (run_create_hooks, pivot, make_cwd, share_root),
-        become_user: (own_stdio, become_user)}
-    return [new for step in steps for new in instead.get(step, (step,))]
+        pivot: (run_create_hooks, move_root if options and options.no_pivot else pivot,
+                make_cwd, share_root),
+        new_keyring: () if options and options.no_new_keyring else (new_keyring,),
+        become_user: (own_stdio, become_user)})
 
 
 # ── create, start, run, exec ──
 
 
-def close_others(preserved):
-    """Keep of what the caller had open only 0, 1, 2 and what is to be passed on."""
-    close_all_but(3 + preserved, narration.fd)
-
-
-def check_console(process, options, stays):
-    """Refuse a terminal that nobody would have, and a socket for no terminal."""
+def begin(spec, process, options, stays):
+    """Refuse a terminal that nobody would have; be sealed; and keep of what the caller
+    had open only 0, 1, 2 and what is to be passed on: how many, from 3 on."""
     if not process.get("terminal") and options.console_socket:
         raise Fail("--console-socket without a terminal", "set process.terminal")
     if process.get("terminal") and not options.console_socket and not stays:
         raise Fail("a terminal of what goes on without us, and no --console-socket",
                    "name one, or unset process.terminal")
+    seal_interpreter(spec)
+    preserved = whole("--preserve-fds", options.preserve_fds, 0, 1 << 10)
+    close_all_but(3 + preserved, narration.fd)
+    return preserved
 
 
 def send_descriptor(path, fd, message, what):
@@ -4746,56 +4757,44 @@ def pass_listener(c, fd):
     os.close(fd)
 
 
-def write_pid_file(path, pid):
-    """Write a pid where the caller reads it, whole or not at all (P3)."""
-    if path:
-        write_file(f"{path}.new", str(pid), create=0o644)
-        os.rename(f"{path}.new", path)
-
-
 def hand_over(c, options):
     """Give the caller what was asked for: the terminal, then the pid."""
     if options.console_socket:
         send_console(c, options.console_socket)
         os.close(c.outer.pop("console"))
-    write_pid_file(options.pid_file, c.pid)
+    if path := options.pid_file:  # whole or not at all (P3)
+        write_file(f"{path}.new", str(c.pid), create=0o644)
+        os.rename(f"{path}.new", path)
 
 
 def create_container(options, stays=False):
     """Make a container whose init waits to be started; its record, and it."""
     directory, bundle = record_directory(options), os.path.realpath(options.bundle)
     spec = read_spec(bundle, options.id)
-    check_console(spec["process"], options, stays)
-    seal_interpreter(spec)
-    preserved = whole("--preserve-fds", options.preserve_fds, 0, 1 << 10)
-    close_others(preserved)
+    preserved = begin(spec, spec["process"], options, stays)
     os.makedirs(options.root, 0o700, exist_ok=True)
     try:
         os.mkdir(directory, 0o700)
     except FileExistsError:
         raise Fail(f"container with id exists: {options.id}", "see `list`") from None
-    held = lock_record(directory)
-    record = {"id": options.id, "pid": 0, "began": 0, "bundle": bundle, "spec": spec,
+    record = {"id": options.id, "bundle": bundle, "spec": spec, "where": directory,
               "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     c = Container(options.id, spec, bundle)
     c.record, c.workshop, c.preserved = directory, f"{directory}/workshop", preserved
-    c.lock = held
+    c.lock = lock_record(directory)
+
+    def note(c):  # so that `delete` finds all that there is, were we killed now
+        record.update(pid=max(c.pid, 0), began=process_facts(c.pid)[1])
+        save(f"{directory}/state.json", record)
+
     try:
         os.mkdir(c.workshop)
-        save(f"{directory}/state.json", record)
-        def note(c):  # so that `delete` finds it, were we killed now
-            record.update(pid=max(c.pid, 0), began=process_facts(c.pid)[1], made=True)
-            save(f"{directory}/state.json", record)
-
-        before = [open_fifos, *(step for step in BEFORE if step != open_stdio)]
-        before.insert(before.index(make_cgroup) + 1, note)
-        birth = oci_steps(BIRTH, await_start)
-        if options.no_new_keyring:
-            birth.remove(new_keyring)
-        if options.no_pivot:
-            birth[birth.index(pivot)] = move_root
-        start(c, before, (note, *OUTSIDE), birth)
-        note(c)  # once more: it may have been born again, see be_born_again
+        before = replace_steps(BEFORE, {
+            make_cgroup: (open_fifos, make_cgroup, note), open_stdio: ()})
+        start(c, before, (note, *OUTSIDE), oci_steps(BIRTH, await_start, options))
+        if c.pid != record["pid"]:  # see be_born_again
+            note(c)
+        os.rmdir(c.workshop)
         hand_over(c, options)
     except BaseException:
         end(c)
@@ -4804,7 +4803,7 @@ def create_container(options, stays=False):
     for fd in c.fifos:
         os.close(fd)
     c.fifos = []
-    return {**record, "where": directory}, c
+    return record, c
 
 
 def release(c, record):
@@ -4837,10 +4836,7 @@ def start_container(record, held):
     finally:
         c.close()
         os.close(held)  # a hook may want to do something to the container
-    try:
-        run_hooks(c, "poststart", status="running", pid=record["pid"])
-    except Fail as fail:  # too late to undo anything, says the specification
-        say(fail.message)
+    run_late_hooks(record, "poststart", "running")
 
 
 def stay_at_terminal(c):
@@ -4917,17 +4913,12 @@ def delete_container(options, force):
             raise Fail(f"cannot delete container {options.id} that is not stopped: "
                        f"{status}", "kill it before, or --force")
         signal_first(record, signal.SIGKILL)
-        if record.get("made"):  # or it was never more than a record
-            cgroup_of(record["spec"]).remove()
+        cgroup_of(record["spec"]).remove()
         wait_for(lambda: status_of(record) == "stopped")
         forget(where)
     finally:
         os.close(held)
-    for hook in (record["spec"].get("hooks") or {}).get("poststop") or ():
-        try:
-            run_hook(hook, oci_state(record, "stopped"), "poststop")
-        except Fail as fail:  # it is over all the same
-            say(fail.message)
+    run_late_hooks(record, "poststop", "stopped")
 
 
 @oci("create", *START_OPTIONS, ID)
@@ -5018,12 +5009,10 @@ def exec_command_oci(options):
     """Run one more process in a container."""
     record = read_record(options)
     process = exec_process(options, spec := record["spec"])
-    check_console(process, options, not options.detach)
-    seal_interpreter(spec)
-    preserved = whole("--preserve-fds", options.preserve_fds, 0, 1 << 10)
-    close_others(preserved)
+    preserved = begin(spec, process, options, not options.detach)
     target, status = first_process(record)
-    if status == "stopped" or (status == "paused" and not options.ignore_paused):
+    if status in ("stopped", "creating") or (
+            status == "paused" and not options.ignore_paused):
         raise Fail(f"cannot exec in a {status} container", "container not running")
     c = Container(options.id, {**spec, "process": process}, record["bundle"])
     c.is_new, c.preserved, c.target = False, preserved, target
@@ -5178,10 +5167,15 @@ def change_limits(cgroup, resources):
 
     subtle: version 1 never takes a swap limit below that of memory, so which of the two
     is written first depends on whether they grow or shrink."""
-    if cgroup.trees and "swap" in resources.get("memory", {}):  # more than it was?
-        swap = {"memory": {"swap": resources["memory"]["swap"]}}
+    memory, used = resources.get("memory", {}), cgroup.measure()["memory"] or 0
+    if memory.get("limit") == -1:  # it would be more than what swap is limited to
+        memory.setdefault("swap", -1)
+    if memory.get("checkBeforeUpdate") and -1 < memory.get("limit", -1) < used:
+        raise Fail(f"memory.limit {memory['limit']} is less than the {used} in use",
+                   "checkBeforeUpdate asks to refuse what would kill somebody")
+    if cgroup.trees and "swap" in memory:  # more than it was?
         try:
-            cgroup.set_limits(swap)
+            cgroup.set_limits({"memory": {"swap": memory["swap"]}})
         except Fail:  # less: then memory goes first
             pass
     cgroup.set_limits(resources)
@@ -5260,8 +5254,9 @@ def events_command_oci(options):
 
 def example_spec():
     """A config.json to begin with."""
-    quiet = ["nosuid", "noexec", "nodev"]
     kept = ["CAP_AUDIT_WRITE", "CAP_KILL", "CAP_NET_BIND_SERVICE"]
+    mounts = usual_mounts()
+    mounts[1]["options"].remove("nodev")  # /dev: the control group says which work
     return {
         "ociVersion": "1.0.2",
         "process": {
@@ -5269,18 +5264,7 @@ def example_spec():
             "env": [f"PATH={DEFAULT_PATH}", "TERM=xterm"], "cwd": "/",
             "capabilities": capability_sets(kept), "noNewPrivileges": True},
         "root": {"path": "rootfs", "readonly": True},
-        "hostname": "minirunc",
-        "mounts": [{"destination": path, "type": kind, "source": source,
-                    "options": words} for path, kind, source, words in (
-            ("/proc", "proc", "proc", quiet),
-            ("/dev", "tmpfs", "tmpfs", ["nosuid", "strictatime", "mode=755",
-                                        "size=65536k"]),
-            ("/dev/pts", "devpts", "devpts", ["nosuid", "noexec", "newinstance",
-                                              "ptmxmode=0666", "mode=0620", "gid=5"]),
-            ("/dev/shm", "tmpfs", "shm", [*quiet, "mode=1777", "size=65536k"]),
-            ("/dev/mqueue", "mqueue", "mqueue", quiet),
-            ("/sys", "sysfs", "sysfs", [*quiet, "ro"]),
-            ("/sys/fs/cgroup", "cgroup", "cgroup", [*quiet, "relatime", "ro"]))],
+        "hostname": "minirunc", "mounts": mounts,
         "linux": {
             "resources": {"devices": [{"allow": False, "access": "rwm"}]},
             "namespaces": [{"type": kind} for kind in ("pid", "network", "ipc", "uts",
@@ -5467,38 +5451,39 @@ def remove_tree(path):
     return freed
 
 
-def new_directory(parent, make):
-    """(a fresh directory of the store, what make(directory) says); gone if that fails.
+def temporary_directory(parent):
+    """A new directory of the store, which its maker removes; or `system prune`, once
+    its maker is dead."""
+    top = store(parent, f".new-{os.getpid()}-{os.urandom(4).hex()}")
+    os.mkdir(top, 0o755)
+    return top
 
-    An unfinished one is named .new-… and is never looked at by anybody but prune.
+
+def new_directories(parent, make):
+    """What make(top) returns, after the directories that it has made in `top` have got
+    their names in a directory of the store; none if it fails.
+
+    Names come last, by rename (P3), when the disk has what is in them: else a power cut
+    could leave a name without its content, which would be taken for good ever after.
+    One syncfs does that for all layers of an image: 0.5 s for 285 MB, where a sync for
+    each of 50 layers, or of 13,000 files, would wait as often for everybody's writes.
     """
-    path = store(parent, f".new-{os.getpid()}-{os.urandom(4).hex()}")
-    os.mkdir(path, 0o755)
+    top = temporary_directory(parent)
     try:
-        return path, make(path)
-    except BaseException:
-        remove_tree(path)
-        raise
-
-
-def publish(path, name):
-    """Give a finished directory its name in the store, all at once (P3); the loser of
-    a race finds that the same has been made already.
-
-    First the disk must have it: after a power cut a name without its content would be
-    taken for good.  syncfs does that for all of its files together.
-    """
-    target, top = os.path.join(os.path.dirname(path), name), os.open(path, FOLDER)
-    try:
-        syscall("syncfs", top)
-        os.rename(path, target)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-        remove_tree(path)
+        result = make(top)
+        if names := os.listdir(top):
+            fd = os.open(top, FOLDER)
+            syscall("syncfs", fd)
+            os.close(fd)
+        for name in names:
+            try:
+                os.rename(f"{top}/{name}", store(parent, name))
+            except OSError as error:  # somebody else has made the same meanwhile
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+        return result
     finally:
-        os.close(top)
-    return target
+        remove_tree(top)
 
 
 # ── work for other processes ──
@@ -5700,7 +5685,7 @@ def tar_number(field, base=8):
     try:
         return int(text or b"0", base)
     except ValueError:
-        raise ValueError(f"{text[:12]!r} is no number") from None
+        raise ValueError(f"{os.fsdecode(text[:12])!r} is no number") from None
 
 
 def pax_records(data):
@@ -6117,6 +6102,7 @@ def unpack(path, top, title=None):
     """Unpack a tarball as a layer into the directory `top`: the digest of its plain
     form, and the bytes of its files.  Errors call it by its title."""
     title = title or path
+    os.makedirs(top, exist_ok=True)
     with Layer(top) as layer, Tarball(path, title) as tarball:
         try:
             layer.add_all(tarball, title)
@@ -6147,9 +6133,9 @@ def layer_of(path):
                    "a directory or a tarball; ./rootfs-fetch.sh gets a real one")
     with open(path, "rb") as file:
         digits = sha256(file)[7:]
-    target = store("layers", digits)
-    return target if os.path.isdir(target) else publish(
-        new_directory("layers", lambda top: unpack(path, top))[0], digits)
+    if not os.path.isdir(store("layers", digits)):
+        new_directories("layers", lambda top: unpack(path, f"{top}/{digits}"))
+    return store("layers", digits)
 
 
 # ── layers as a copy ──
@@ -6347,7 +6333,7 @@ def default_rootfs():
     if there is none yet."""
     default = store("rootfs", "default")
     if not os.path.isdir(default):
-        publish(new_directory("rootfs", make_host_rootfs)[0], "host")
+        new_directories("rootfs", lambda top: make_host_rootfs(f"{top}/host"))
         link = f"{default}.{os.getpid()}"
         os.symlink("host", link)
         os.replace(link, default)
@@ -6370,8 +6356,10 @@ NAME, ALSO_NAME = "org.opencontainers.image.ref.name", "io.containerd.image.name
 SIZES = "minicontainer.sizes"  # annotation of ours: bytes of each layer, unpacked
 OF_IMAGE, OF_LAYERS = "minicontainer.image", "minicontainer.layers"  # a container's
 
-DESCRIPTOR_FORM = {"mediaType": str, "digest": str, "size": range(1 << 50),
-                   "platform": {"os": str, "architecture": str, "variant": str}}
+DESCRIPTOR_FORM = {
+    "size!": range(1 << 50), "digest!": str, "mediaType": str,
+    "annotations": {NAME: str, ALSO_NAME: str},
+    "platform": {"os": str, "architecture": str, "variant": str}}
 MANIFEST_FORM = {"mediaType": str, "config": DESCRIPTOR_FORM,
                  "layers": [DESCRIPTOR_FORM], "manifests": [DESCRIPTOR_FORM]}
 PART = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
@@ -6384,9 +6372,10 @@ CONFIG_FORM = {
     "created": str, "author": str, "architecture": str, "os": str, "variant": str,
     "rootfs": {"diff_ids": [str]},
     "config": {"User": str, "WorkingDir": str, "StopSignal": str, "Env": [str],
-               "Entrypoint": [str], "Cmd": [str], "Labels": {}, "Volumes": {},
-               "ExposedPorts": {}},
-    "history": [{"created": str, "created_by": str, "comment": str}]}
+               "Entrypoint": [str], "Cmd": [str], "Labels": {str: str},
+               "Volumes": {str: {}}, "ExposedPorts": {str: {}}},
+    "history": [{"created": str, "created_by": str, "comment": str,
+                 "empty_layer": bool}]}
 
 
 def spelled_out(text):
@@ -6507,8 +6496,7 @@ class changed_index(held):
                 save(store("images", "oci-layout"), {"imageLayoutVersion": "1.0.0"})
                 save(store("images", "index.json"), {
                     "schemaVersion": 2, "mediaType": OCI_INDEX,
-                    "manifests": self.entries})
-                os.fsync(self.fd)
+                    "manifests": self.entries}, lasting=True)
         finally:
             super().__exit__()
 
@@ -6723,8 +6711,8 @@ def keep(raw):
 
 def fetch_small(source, descriptor, what):
     """The bytes of a manifest or config, verified."""
-    if not 0 < descriptor.get("size", 0) <= MANIFEST_LIMIT:
-        raise Fail(f"{what}: {descriptor.get('size')} bytes cannot be right",
+    if not 0 < descriptor["size"] <= MANIFEST_LIMIT:
+        raise Fail(f"{what}: {descriptor['size']} bytes cannot be right",
                    f"1 to {MANIFEST_LIMIT} can")
     with open(fetch(source, descriptor), "rb") as file:
         return file.read()
@@ -6770,25 +6758,22 @@ def check_layers(manifest, diff_ids):
         if not kind.startswith((OCI_LAYER, DOCKER_LAYER)):
             raise Fail(f"a layer of an unknown kind: {kind!r:.90}",
                        "is it the image of a container, or of something else?", 1)
-        hex_of(layer.get("digest", ""))
-        layer.setdefault("size", -1)
+        hex_of(layer["digest"])
     if len(layers) != len(diff_ids):
         raise Fail(f"{len(layers)} layers, but {len(diff_ids)} diff_ids",
                    "the image is damaged", 1)
     return layers
 
 
-def unpack_layer(diff_id, blob):
-    """Unpack a layer from its blob, verified; the bytes of its files."""
-    def make(top):
-        found, bytes_ = unpack(blob, top)
-        if found != diff_id:
-            raise Fail(f"{blob}: unpacked it is {found}, not the {diff_id} that the "
-                       "image's config promises", "the image is damaged or hostile")
-        return bytes_
-
-    top, bytes_ = new_directory("layers", make)
-    publish(top, hex_of(diff_id))
+def unpack_layer(diff_id, blob, top=""):
+    """Unpack a layer from its blob, verified, under its name in `top`, or in the store;
+    the bytes of its files."""
+    if not top:
+        return new_directories("layers", lambda top: unpack_layer(diff_id, blob, top))
+    found, bytes_ = unpack(blob, f"{top}/{hex_of(diff_id)}")
+    if found != diff_id:
+        raise Fail(f"{blob}: unpacked it is {found}, not the {diff_id} that the "
+                   "image's config promises", "the image is damaged or hostile")
     return bytes_
 
 
@@ -6804,22 +6789,22 @@ def bytes_in(layer):
     return total
 
 
-def take_layer(source, descriptor, diff_id, tell):
-    """Bring a layer into the store, as a blob and unpacked; the bytes of its files.
+def take_layer(source, descriptor, diff_id, top, tell):
+    """Bring a layer into the store as a blob, and unpacked into the directory `top`
+    unless it is there; the bytes of its files.
 
     The blob stays: packed again, the layer would have another digest.
     """
-    top, bytes_ = layer_path(diff_id), None
-    is_here = os.path.isdir(top)
-    if is_here and os.path.exists(blob_path(descriptor["digest"])):
+    here, bytes_ = os.path.isdir(layer_path(diff_id)), None
+    if here and os.path.exists(blob_path(descriptor["digest"])):
         tell("Already exists")
     else:
         tell("Pulling fs layer")
         blob = fetch(source, descriptor, tell)
         tell("Download complete")
-        bytes_ = None if is_here else unpack_layer(diff_id, blob)
+        bytes_ = None if here else unpack_layer(diff_id, blob, top)
         tell("Pull complete")
-    return bytes_in(top) if bytes_ is None else bytes_
+    return bytes_in(layer_path(diff_id)) if bytes_ is None else bytes_
 
 
 def take_image(source, raw, refs, show=lambda *_: None):
@@ -6827,14 +6812,13 @@ def take_image(source, raw, refs, show=lambda *_: None):
     manifest = parsed(raw, "manifest", MANIFEST_FORM)
     if not manifest.get("config"):
         raise Fail("the manifest has no config", "is it the manifest of an image?", 1)
-    config = parsed(fetch_small(source, manifest["config"], "config"), "config",
-                    CONFIG_FORM)
-    diff_ids = diff_ids_of(config)
+    diff_ids = diff_ids_of(parsed(fetch_small(source, manifest["config"], "config"),
+                                  "config", CONFIG_FORM))
     pairs = dict(zip(diff_ids, check_layers(manifest, diff_ids), strict=True))
-    sizes = dict(zip(pairs, in_parallel([
+    sizes = dict(zip(pairs, new_directories("layers", lambda top: in_parallel([
         (layer["digest"][7:19], lambda tell, layer=layer, diff_id=diff_id:
-            take_layer(source, layer, diff_id, tell))
-        for diff_id, layer in pairs.items()], show), strict=True))
+            take_layer(source, layer, diff_id, top, tell))
+        for diff_id, layer in pairs.items()], show)), strict=True))
     entry = {"mediaType": manifest.get("mediaType") or OCI_MANIFEST,
              "digest": keep(raw), "size": len(raw), "annotations": {
                  SIZES: " ".join(str(sizes[diff_id]) for diff_id in diff_ids)}}
@@ -7388,6 +7372,11 @@ def open_import(text):
 def keep_layer(stream, title):
     """Bring a tarball into the store as a blob and as a layer: its descriptor, diff_id
     and the bytes of its files.  OCI has no name for xz and bzip2: they become plain."""
+    def make(top):
+        found = unpack(path, f"{top}/new", title)
+        os.rename(f"{top}/new", f"{top}/{hex_of(found[0])}")
+        return found
+
     path, digest = spool(pieces(stream))
     try:
         with open(path, "rb") as file:
@@ -7396,14 +7385,12 @@ def keep_layer(stream, title):
             packed, old = "", path
             path, digest = spool(plain_pieces(old, title))
             os.unlink(old)
-        made, (diff_id, bytes_) = new_directory(
-            "layers", lambda top: unpack(path, top, title))
+        found = new_directories("layers", make)
         os.rename(path, blob_path(digest))
     finally:
         take_away_file(path)
-    publish(made, hex_of(diff_id))
     return {"mediaType": OCI_LAYER + (packed and f"+{packed}"), "digest": digest,
-            "size": os.path.getsize(blob_path(digest))}, diff_id, bytes_
+            "size": os.path.getsize(blob_path(digest))}, *found
 
 
 def new_image(config, below, made, refs, step):
@@ -9605,28 +9592,6 @@ class Peer:
             self.flush()
 
 
-class Near:
-    """One end of a connection within a process: what is sent has arrived."""
-
-    fd, quiet = -1, False
-
-    def __init__(self, arrive, is_behind):
-        self.send = lambda letter, data=b"": arrive(letter, data)
-        self.is_behind = is_behind
-
-    @property
-    def waiting(self):
-        """Whether the other side still has to do with what it was sent."""
-        return self.is_behind()
-
-    def wanted(self, listening=True):
-        """Nothing: the other side calls."""
-        return {}
-
-
-NOBODY = Near(lambda letter, data: None, lambda: False)
-
-
 # ── the log ──
 #
 # Docker's json-file: an object for each line that was written, with the stream and the
@@ -9849,17 +9814,19 @@ class Shim:
 
     def live(self, first):
         """All of a container's life."""
-        self.first = first
-        self.peers.append(first)
+        self.first = first  # the next life of a container has none
+        self.peers += [first] * bool(first)
         try:
             self.begin()
-            first.send(b"r")
         except BaseException as error:
             self.failed(error)
             fail = diagnose(error)
-            first.send(b"f", to_json([fail.message, fail.hint, fail.code,
-                                      type(error).__name__]).encode())
+            if first:
+                first.send(b"f", to_json([fail.message, fail.hint, fail.code,
+                                          type(error).__name__]).encode())
             return
+        if first:
+            first.send(b"r")
         try:
             self.signals = open_signals({signal.SIGCHLD})
             while self.c.status is None:
@@ -10008,34 +9975,43 @@ class Shim:
             pass
 
 
-def leave_to(shim):
-    """Fork: the child is the shim from here on.  The client's end of the connection."""
-    ends, c = (c_int * 2)(), shim.c
+def connection(shim):
+    """The two ends of a new one: the client's, and that of a shim."""
+    ends = (c_int * 2)()
     try:
         syscall("socketpair", AF_UNIX, MESSAGES, 0, ends, why="client and shim")
+    except OSError as error:
+        shim.failed(error)
+        raise
+    return map(Peer, ends)
+
+
+def leave_to(shim):
+    """Fork: the child is the shim from here on.  The client's end of the connection."""
+    (ours, theirs), c = connection(shim), shim.c
+    try:
         child = os.fork()
     except OSError as error:
         shim.failed(error)
         raise
-    ours, theirs = ends
     if child:
-        os.close(theirs)
+        os.close(theirs.fd)
         if c.lock >= 0:
             os.close(c.lock)  # it is the shim's now
         c.lock = -1
-        return Peer(ours)
+        return ours
     try:
-        os.close(ours)
+        os.close(ours.fd)
         os.setsid()  # Ctrl-C and a hang-up are for the client
         os.chdir("/")  # and nobody's file system is in use because of us
-        shim.live(Peer(theirs))
+        shim.live(theirs)
         let_go()  # if that was so short that we have not heard it leave
         while after := shim.again():
             after.peers = [peer for peer in shim.peers if peer.waiting]
-            for peer in set(shim.peers) - {*after.peers, NOBODY}:
+            for peer in set(shim.peers) - {*after.peers}:
                 os.close(peer.fd)
             shim = after
-            shim.live(NOBODY)
+            shim.live(None)
         while left := [peer for peer in shim.peers if peer.waiting]:
             turn(left)
     finally:
@@ -10070,8 +10046,10 @@ class Pump:
             if self.data and self.target.fileno() in ready:
                 self.data = self.data[self.target.send(self.data):]
             elif not (self.data or self.over) and self.source.fileno() in ready:
-                self.data = self.source.recv(MOST)
-                if not self.data:
+                self.data = self.source.recv(4 * MOST)
+                if self.data:  # as a rule there is room for it, too
+                    self.data = self.data[self.target.send(self.data):]
+                else:
                     self.over = True
                     self.target.shutdown(1)  # SHUT_WR
         except BlockingIOError:
@@ -10207,6 +10185,8 @@ class Relay:
             return
         here, there = self.api.socket(fileno=fd), self.socket("tcp", to[0])
         here.setblocking(False)
+        for socket in (here, there):  # pass on at once what may be part of more
+            socket.setsockopt(self.api.IPPROTO_TCP, self.api.TCP_NODELAY, 1)
         there.connect_ex(to)  # a Pump hears how it ends
         self.pairs.append((Pump(here, there), Pump(there, here)))
 
@@ -10291,15 +10271,15 @@ class Client:
         self.end = None  # what the shim said last; {} if the person has left
         self.signals = open_signals(WATCHED - {signal.SIGCHLD})
 
-    def stay(self, peer=None):
+    def stay(self, peer, others=()):
         """What the shim says at the end; {} if the person leaves before that, and None
         if the shim dies."""
-        self.peer = peer or self.peer
+        self.peer = peer
         try:
-            if self.tty and peer:
+            if self.tty:
                 peer.send(b"w", window_size())
             while self.shown or (self.end is None and self.peer):
-                turn([self])
+                turn([self, *(other for other in others if other.waiting)])
             return self.end
         finally:
             if self.raw:
@@ -10307,11 +10287,10 @@ class Client:
 
     def attend(self, shim):
         """Be client and shim in one process; what the shim says at the end."""
-        self.peer = Near(lambda *message: shim.hear(None, *message),
-                         lambda: bool(shim.typed))
+        self.peer, theirs = connection(shim)
         shim.parties.append(self)
-        shim.live(Near(self.hear, lambda: bool(self.shown)))
-        return self.stay()
+        shim.live(theirs)
+        return self.stay(self.peer, shim.peers)
 
     def wanted(self):
         """What it waits for: from the shim nothing that there is no room for."""
@@ -10424,7 +10403,7 @@ def detach_keys(text):
 #           layers/DIGEST/                 tarballs, unpacked
 #           ids/SLOT                       a range of 65536 ids: a link to its owner
 #           names/NAME                     the same for a name
-#           containers/ID/record.json      what is kept of it: see Record
+#           containers/ID/record.json      what is kept of it: see Record, exchange
 #                         config.json      the spec that chapter 6 obeys
 #                         attach  log      where its shim listens; what it wrote
 #                         upper/  work/    what it changed
@@ -10614,13 +10593,18 @@ def exchange(path, document, lasting):
         sync(os.path.dirname(path))
 
 
+def of_those_there(things, look):
+    """look(thing) of each, but for what is being made, or is removed meanwhile."""
+    for thing in things:
+        try:
+            yield look(thing)
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+
+
 def known():
     """All records, as they are written."""
-    for id in os.listdir(store("containers", "")):
-        try:
-            yield load(id)
-        except (FileNotFoundError, NotADirectoryError):  # being made, or removed
-            pass
+    return of_those_there(os.listdir(store("containers", "")), load)
 
 
 class changing:
@@ -11037,9 +11021,9 @@ def settle(record):
 
 def records():
     """All records as they are true, the newest first."""
-    found = [settle(record) for record in known()]
-    return sorted((record for record in found if os.path.exists(record.path())),
-                  key=lambda record: -record.created)
+    found = [record for record in of_those_there(known(), settle)
+             if os.path.exists(record.path())]
+    return sorted(found, key=lambda record: -record.created)
 
 
 class NoContainer(Fail):
@@ -11792,7 +11776,7 @@ def accompany(client, shim, options, name):
     """Show what a process writes until it ends or the person leaves; the exit code.
 
     Who has a terminal may leave, and then somebody has to stay, so the shim is a fork.
-    Without one, this process will do for both, and is quicker: 8 ms."""
+    Without one, this process will do for both, and starts 3 ms (6 %) quicker."""
     if client.tty or shim.outlives or not client.outputs:
         news = client.stay(leave_to(shim))
     else:
@@ -12275,20 +12259,20 @@ PS_OPTIONS = (
 @command("ps", *PS_OPTIONS)
 def ps_command(options):
     """List containers."""
+    import itertools
+
     last = 1 if options.latest else whole("--last", options.last or "-1", -1)
-    wanted, rows = filters_of(options.filter, FILTERS), []
+    wanted = filters_of(options.filter, FILTERS)
     any_state = options.all or last >= 0 or wanted.keys() & {"status", "exited"}
-    found = [record for record in records() if passes(record, FILTERS, wanted)
-             and (any_state or record.status in LIVE)]
-    for record in found[:last if last > 0 else None]:
-        try:
-            rows.append(container_row(record, options))
-        except FileNotFoundError:  # has just been removed
-            pass
+    found = (record for record in records() if any_state or record.status in LIVE)
+    rows = of_those_there(found, lambda record: passes(record, FILTERS, wanted)
+                          and container_row(record, options))
     columns = {"CONTAINER ID": "ID", "IMAGE": "Image", "COMMAND": "Command",
                "CREATED": "RunningFor", "STATUS": "Status", "PORTS": "Ports",
                "NAMES": "Names", **({"SIZE": "Size"} if options.size else {})}
-    print_list(columns, rows, options.format, "ID" if options.quiet else "")
+    print_list(columns, list(itertools.islice(
+        filter(None, rows), last if last > 0 else None)), options.format,
+        "ID" if options.quiet else "")
 
 
 HOST_CONFIG = {  # key of `inspect`: the option that it shows, and what stands for none
@@ -12559,16 +12543,16 @@ def stats_command(options):
     columns = {"CONTAINER ID": "ID", "NAME": "Name", "CPU %": "CPUPerc",
                "MEM USAGE / LIMIT": "MemUsage", "MEM %": "MemPerc", "NET I/O": "NetIO",
                "BLOCK I/O": "BlockIO", "PIDS": "PIDs"}
-    before, named = {}, options.containers or ()
+    before = None
     while True:
-        found = [find(name) for name in named] or [
+        found = list(map(find, options.containers or ())) or [
             record for record in records() if options.all or record.status in RUNNING]
-        now = {record.id: sample(record) for record in found}
-        if before:
-            clear = "\033[H\033[J" if os.isatty(1) else ""
-            print(clear, end="")
+        now = dict(of_those_there(found, lambda record: (record.id, sample(record))))
+        if before is not None:
+            print("\033[H\033[J" * os.isatty(1), end="")
             print_list(columns, [stats_row(record, before[record.id], now[record.id])
-                                 for record in found if record.id in before],
+                                 for record in found
+                                 if record.id in before.keys() & now.keys()],
                        options.format)
             sys.stdout.flush()
             if options.no_stream:
@@ -13123,16 +13107,15 @@ def cp_command(options):
 
 def remove_ended():
     """Remove the containers that have ended; {id: bytes that each had written}."""
-    gone = {}
-    for record in records():
-        if record.status not in LIVE:
-            own = sizes(record, record.spec())[0]
-            try:
-                remove_it(record, volumes=False)
-                gone[record.id] = own
-            except Fail:  # it was started meanwhile
-                pass
-    return gone
+    def remove(record):
+        own = sizes(record, record.spec())[0]
+        try:
+            remove_it(record, volumes=False)
+            return record.id, own
+        except Fail:  # it was started meanwhile
+            return None
+    return dict(filter(None, of_those_there(
+        (record for record in records() if record.status not in LIVE), remove)))
 
 
 @command("container prune", FORCE)
@@ -13156,11 +13139,10 @@ def volume_prune_command(options):
 @command("system df", FORMAT)
 def system_df_command(options):
     """Show what takes how much of the disk."""
-    all_, rows = records(), []
-    notes = [record.spec()["annotations"] for record in all_]
-    used = {note.get(OF_IMAGE) for note in notes}
+    rows, used = [], {notes.get(OF_IMAGE) for _, notes in containers()}
     images = [(image.id in used, sum(image.sizes)) for image in all_images()]
-    own = [(record.status in LIVE, sizes(record, record.spec())[0]) for record in all_]
+    own = list(of_those_there(records(), lambda record: (
+        record.status in LIVE, sizes(record, record.spec())[0])))
     volumes = [(bool(users_of(facts["Name"])), bytes_in(facts["Mountpoint"]))
                for facts in all_volumes()]
     for kind, found in (("Images", images), ("Containers", own),
@@ -14041,7 +14023,7 @@ def new_upper(state):
     """
     layers = state.directories()
     like = os.stat(layers[-1]) if layers else None
-    path = new_directory("layers", lambda path: None)[0]
+    path = temporary_directory("layers")
     for name in ("upper", "work"):
         os.mkdir(f"{path}/{name}", 0o755)
     if like:
@@ -14521,7 +14503,7 @@ class Mounts:
                 for words, item in zip(self.wanted, self.items, strict=True) if item}
 
     def __enter__(self):
-        self.top = new_directory("layers", lambda path: None)[0]
+        self.top = temporary_directory("layers")
         return self
 
     def __exit__(self, *_):
@@ -14561,11 +14543,14 @@ class Mounts:
         """A directory that stays; `locked` and `private` wait for who has it."""
         name = digest_of(words.get("id") or self.target(words))
         path = store("mounts", name)
+
+        def make(top):
+            os.mkdir(f"{top}/{name}")
+            os.chmod(f"{top}/{name}", int(words.get("mode", "755"), 8))
+            os.chown(f"{top}/{name}", int(words.get("uid", 0)),
+                     int(words.get("gid", 0)))
         if not os.path.isdir(path):
-            made = new_directory("mounts", lambda path: None)[0]
-            os.chmod(made, int(words.get("mode", "755"), 8))
-            os.chown(made, int(words.get("uid", 0)), int(words.get("gid", 0)))
-            publish(made, name)
+            new_directories("mounts", make)
         self.locks.append(lock(path, fcntl.LOCK_SH if words.get(
             "sharing", "shared") == "shared" else fcntl.LOCK_EX))
         return path
@@ -15291,9 +15276,9 @@ def export_files(state, text, when):
         os.makedirs(place, exist_ok=True)
         copy_layers(state.directories(), place, 0)
         return
-    path, _ = new_directory("layers", lambda path: copy_layers(
-        state.directories(), path, 0))
+    path = temporary_directory("layers")
     try:
+        copy_layers(state.directories(), path, 0)
         with output("" if place == "-" else place) as file:
             pack(path, file, 0, when)
     finally:
@@ -15325,15 +15310,18 @@ class Context:
                 self.unpack(spooled, "standard input")
             else:
                 self.text, self.path = read_file(spooled), ""
-                self.path = self.temporary = new_directory(
-                    "layers", lambda path: None)[0]
+                self.path = self.temporary = temporary_directory("layers")
         finally:
             os.unlink(spooled)
 
     def unpack(self, path, title):
         """Unpack a tarball."""
-        self.path = self.temporary = new_directory(
-            "layers", lambda top: unpack(path, top, title))[0]
+        self.path = self.temporary = temporary_directory("layers")
+        try:
+            unpack(path, self.path, title)
+        except BaseException:
+            self.close()
+            raise
 
     def dockerfile(self):
         """The Dockerfile, read.  In an archive it is one of its files; else one that is
@@ -16139,13 +16127,44 @@ def take_away(files, directories):
             os.rmdir(path)
 
 
+# What a start reads, and a shim keeps in memory, is smaller by a fourth without what
+# only a traceback shows, where a line begins, and what nobody asks for at run time: the
+# docstrings, but for those of commands, which are decorated, and are the help.
+
+COMPILER = """\
+import ast, importlib.util, marshal, sys
+source, target, name = sys.argv[1:]
+with open(source, "rb") as file:
+    text = file.read()
+tree, kinds = ast.parse(text), (ast.FunctionDef, ast.ClassDef)
+for node in ast.walk(tree):
+    if isinstance(node, kinds) and not node.decorator_list and ast.get_docstring(node):
+        node.body[0].value.value = None
+def lean(code):
+    return code.replace(co_linetable=b"", co_consts=tuple(
+        lean(const) if isinstance(const, type(code)) else const
+        for const in code.co_consts))
+with open(target, "wb") as file:  # flags 1: nobody compares the hash
+    file.write(importlib.util.MAGIC_NUMBER + bytes((1, 0, 0, 0))
+               + importlib.util.source_hash(text)
+               + marshal.dumps(lean(compile(tree, name, "exec", dont_inherit=True))))
+"""
+
+
+def compile_lean(python, source, target, name):
+    """Compile a file to bytecode that is loaded as that of the file `name`."""
+    import subprocess
+
+    subprocess.run([python, "-IS", "-c", COMPILER, source, target,
+                    name], check=True)
+
+
 @command("install", PREFIX_OPTION,
          arg("--unit", action="store_true", help="and a unit of systemd's, that starts "
              "at boot what --restart says"))
 def install_command(options):
     """Put minicontainer and minirunc on the PATH, compiled."""
     import pathlib
-    import py_compile
 
     python = os.path.realpath("/proc/self/exe")  # what a link or a shim has led to
     files, bytecodes, record, launchers, unit = installed(options.prefix)
@@ -16160,8 +16179,7 @@ def install_command(options):
     contents[launchers[2]] = os.fsdecode(sealed_start(python, launchers[1]))
     if options.unit:
         contents[unit] = UNIT.format(launcher=launchers[0])
-    unchecked, made = py_compile.PycInvalidationMode.UNCHECKED_HASH, set()
-    paths = [*bytecodes, record, *contents]
+    made, paths = set(), [*bytecodes, record, *contents]
     try:
         check_ours([*files, *launchers, unit])
         made.update(str(top) for path in paths for top in pathlib.Path(path).parents
@@ -16174,8 +16192,7 @@ def install_command(options):
             write_file(f"{path}.new", content,
                        create=0o755 if path in launchers else 0o644)
         for file, bytecode in zip(files, bytecodes, strict=True):
-            py_compile.compile(f"{file}.new", f"{bytecode}.new", file, doraise=True,
-                               invalidation_mode=unchecked)
+            compile_lean(python, f"{file}.new", f"{bytecode}.new", file)
         for path in paths:  # a start in this moment finds the old one or the new (P3)
             os.replace(f"{path}.new", path)
             print(f"installed {path}")

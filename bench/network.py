@@ -1,0 +1,229 @@
+#!/usr/bin/env python3
+"""What a network costs: a bridged start over one without, and bytes per second.
+
+    sudo python3 bench/network.py [-n 20] [--seconds 3]
+
+Starts `/bin/true` without a network and on a bridge, ours and podman's, in turns: on a
+bridge that is made for it, and on one that another container holds.  Then measures with
+iperf3 how fast containers send to each other, from outside to a published port, and
+from this host to one on 127.0.0.1: by our relay, and by docker-proxy before the same
+server.
+Needs root, nft, ip, a static busybox and iperf3; podman and docker-proxy as available.
+"""
+import argparse
+import contextlib
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import startup
+
+LATER, PORT = "1000000", "5301"
+
+
+def done(*argv, **how):
+    """Standard output of a command that must succeed."""
+    ran = subprocess.run(argv, capture_output=True, text=True, **how)
+    if ran.returncode:
+        sys.exit(f"{' '.join(argv)}: {ran.stderr}")
+    return ran.stdout
+
+
+def until(condition, what):
+    """Wait until condition() is true, and return what it returned."""
+    end = time.monotonic() + 20
+    while not (found := condition()):
+        if time.monotonic() > end:
+            sys.exit(f"network.py: waited too long for {what}")
+        time.sleep(0.02)
+    return found
+
+
+def add_iperf3(rootfs):
+    """iperf3 and what it is linked with, in a root file system."""
+    program = shutil.which("iperf3") or sys.exit("network.py: no iperf3")
+    libraries = re.findall(r"(/\S+)", done("ldd", program))
+    for path in {program, *libraries}:
+        target = rootfs / os.path.relpath(path, "/")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    shutil.copy(program, rootfs / "bin/iperf3")
+
+
+class Engine:
+    """One that runs containers: its name, and the command line of a `run`."""
+
+    def __init__(self, name, run, prefix=()):
+        self.name, self.start, self.prefix = name, run, list(prefix)
+
+    def run(self, network, *words, options=()):
+        """The command line that runs something in a container on a network."""
+        line = [*self.prefix, *self.start]
+        at = line.index("none")
+        return [*line[:at], network, *options, *line[at + 1:-1], *words]
+
+    @contextlib.contextmanager
+    def behind(self, network, script, options=()):
+        """A container that runs a shell's script until the block ends its input."""
+        process = subprocess.Popen(self.run(
+            network, "/bin/sh", "-c", f"{script}\nread x", options=["-i", *options]),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            text=True)
+        try:
+            yield process.stdout.readline().strip()
+        finally:
+            process.stdin.close()
+            process.stdout.read()
+            process.wait()
+
+
+def engines(scratch, rootfs):
+    """Ours and, if it runs here, podman."""
+    launcher = startup.make_launcher(scratch)
+    yield Engine("minicontainer", [*launcher, "run", "--rm", "--network", "none",
+                                   "--rootfs", str(rootfs), "/bin/true"])
+    if program := shutil.which("podman"):
+        podman = startup.Contender("podman", program, startup.podman(program, rootfs))
+        podman.choose(scratch / "podman", iter(range(9)))
+        if podman.way:
+            yield Engine("podman", podman.way.argv, podman.way.prefix)
+        else:
+            print(f"podman: {podman.trouble}")
+
+
+def milliseconds(argv):
+    """How long a command takes that must succeed."""
+    began = time.monotonic()
+    done(*argv)
+    return 1000 * (time.monotonic() - began)
+
+
+def measure_starts(known, rounds):
+    """The table of starts, in turns."""
+    print(f"{'':15}{'none':>8}{'bridge':>8}{'added':>8}{'held':>8}{'added':>8}   ms, "
+          f"medians of {rounds}; added: of the differences within a round")
+    took = {engine.name: [] for engine in known}
+    for number in range(rounds + 1):
+        for engine in known:
+            row = [milliseconds(engine.run(network, "/bin/true"))
+                   for network in ("none", "bridge")]
+            with engine.behind("bridge", "echo up"):
+                row.append(milliseconds(engine.run("bridge", "/bin/true")))
+            if number:
+                took[engine.name].append(row)
+    for name, rows in took.items():
+        none, bridge, held = (statistics.median(column) for column in zip(
+            *rows, strict=True))
+        added = [statistics.median(row[n] - row[0] for row in rows) for n in (1, 2)]
+        print(f"{name:15}{none:8.0f}{bridge:8.0f}{added[0]:8.0f}{held:8.0f}"
+              f"{added[1]:8.0f}")
+
+
+def speed(argv, seconds):
+    """Gigabits per second that an iperf3 client reports; None if it could not."""
+    ran = subprocess.run([*argv, "-t", str(seconds), "-J"], capture_output=True,
+                         text=True)
+    with contextlib.suppress(ValueError, KeyError):
+        report = json.loads(ran.stdout[ran.stdout.index("{"):])
+        return report["end"]["sum_received"]["bits_per_second"] / 1e9
+    print(f"  {' '.join(argv)}: {(ran.stdout + ran.stderr).strip()[-200:]}")
+    return None
+
+
+def answers(*client):
+    """Return when a server is there, as a client of it sees."""
+    until(lambda: subprocess.run([*client, "-n", "1K"], capture_output=True
+                                 ).returncode == 0, " ".join(client))
+
+
+@contextlib.contextmanager
+def outside():
+    """Another host at the end of a cable: the command that runs something there."""
+    process = subprocess.Popen(["unshare", "-n", "sleep", LATER])
+    try:
+        until(lambda: os.readlink(f"/proc/{process.pid}/ns/net")
+              != os.readlink("/proc/self/ns/net"), "a namespace")
+        inside = ["nsenter", "-t", str(process.pid), "-n"]
+        done("ip", "link", "add", "bench", "type", "veth", "peer", "eth0", "netns",
+             str(process.pid))
+        for prefix, name, number in (([], "bench", 1), (inside, "eth0", 2)):
+            done(*prefix, "ip", "address", "add", f"198.51.100.{number}/24", "dev",
+                 name)
+            done(*prefix, "ip", "link", "set", name, "up")
+        yield inside
+    finally:
+        process.kill()
+        process.wait()
+        subprocess.run(["ip", "link", "delete", "bench"], capture_output=True)
+
+
+def measure_speed(known, seconds):
+    """The table of throughput."""
+    print(f"\n{'Gbit/s':15}{'containers':>12}{'published':>12}{'127.0.0.1':>12}")
+    server = "iperf3 -s >/dev/null & ip -4 address show eth0 | grep inet"
+    with outside() as there:
+        for engine in known:
+            with engine.behind("bridge", server, ["-p", f"{PORT}:5201"]) as line:
+                address = line.split()[1].partition("/")[0]
+                answers(*there, "iperf3", "-c", "198.51.100.1", "-p", PORT)
+                found = [speed(engine.run("bridge", "iperf3", "-c", address), seconds),
+                         speed([*there, "iperf3", "-c", "198.51.100.1", "-p", PORT],
+                               seconds),
+                         speed(["iperf3", "-c", "127.0.0.1", "-p", PORT], seconds)]
+                print(f"{engine.name:15}" + "".join(
+                    f"{value:12.1f}" if value else f"{'–':>12}" for value in found))
+                if engine is known[0] and shutil.which("docker-proxy"):
+                    proxied(address, seconds)
+
+
+def proxied(address, seconds):
+    """The same server behind docker-proxy."""
+    # It tells its parent on descriptor 3 that it listens, and has to have one.
+    process = subprocess.Popen(
+        ["/bin/sh", "-c", 'exec docker-proxy "$@" 3>/dev/null', "sh", "-proto", "tcp",
+         "-host-ip", "127.0.0.1", "-host-port", "5302", "-container-ip", address,
+         "-container-port", "5201"], stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL)
+    try:
+        line = ["iperf3", "-c", "127.0.0.1", "-p", "5302"]
+        answers(*line)
+        print(f"{'docker-proxy':15}{'':24}{speed(line, seconds):12.1f}")
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def main():
+    """Measure in a scratch directory that is gone afterwards."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("-n", dest="rounds", type=int, default=20, metavar="ROUNDS")
+    parser.add_argument("--seconds", type=int, default=3, help="of each iperf3 (3)")
+    options = parser.parse_args()
+    if os.geteuid():
+        parser.error("needs root")
+    with tempfile.TemporaryDirectory(prefix="minicontainer-bench-") as text:
+        scratch = Path(text)
+        scratch.chmod(0o755)
+        os.environ["MINICONTAINER_ROOT"] = f"{scratch}/state"
+        rootfs = scratch / "rootfs"
+        startup.make_rootfs(rootfs)
+        for name in ("ip", "sleep", "echo"):
+            (rootfs / "bin" / name).symlink_to("busybox")
+        (rootfs / "tmp").chmod(0o1777)  # where iperf3 keeps what it is about to send
+        add_iperf3(rootfs)
+        print(", ".join(f"{key} {value}" for key, value in
+                        startup.describe_machine().items()), flush=True)
+        known = list(engines(scratch, rootfs))
+        measure_starts(known, options.rounds)
+        measure_speed(known, options.seconds)
+
+
+if __name__ == "__main__":
+    main()
