@@ -14447,9 +14447,9 @@ def run_in(options, args, report, when):
         try:
             news = listener.attend(shim)
         finally:
-            for fd in (listener.signals, listener.timer, shim.door):
-                if fd >= 0:
-                    os.close(fd)
+            ends = {peer.fd for peer in (listener.peer, *shim.peers) if peer}
+            for fd in {listener.signals, listener.timer, shim.door, *ends} - {-1}:
+                os.close(fd)
         if listener.stopped:
             raise SystemExit(128 + listener.stopped)
         code = report_end(news, options)
