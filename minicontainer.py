@@ -14843,7 +14843,8 @@ def layer_of_run(w, step, options, args, script, mounts):
         mounts.add_to(options)
         if script:
             write_file(f"{mounts.top}/script", script, create=0o755)
-            options.mount.append(f"type=bind,source={mounts.top}/script,target={args[0]},"
+            options.mount.append(f"type=bind,source={mounts.top}/script,"
+                                 f"target={args[0]},"
                                  "readonly")
         try:
             code, layer = run_in(options, args, w.build.report, w.build.epoch)
