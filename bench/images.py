@@ -319,11 +319,12 @@ def scratch_directory():
     try:
         yield top
     finally:
-        mounts = [line.split()[1] for line in Path("/proc/self/mounts").open()]
-        for mount in reversed(mounts):
-            if mount.startswith(f"{top}/"):
-                subprocess.run(["umount", "-q", mount], check=False)
-        shutil.rmtree(top)
+        while top.exists():  # whoever was interrupted may still be at work in it
+            mounts = [line.split()[1] for line in Path("/proc/self/mounts").open()]
+            for mount in reversed(mounts):
+                if mount.startswith(f"{top}/"):
+                    subprocess.run(["umount", "-q", "-l", mount], check=False)
+            shutil.rmtree(top, ignore_errors=True)
 
 
 def main() -> int:
