@@ -3027,6 +3027,7 @@ def exit_code_of(function):
 
 # ══ 7. THE OCI RUNTIME ══
 
+BEFORE_OCI = set(globals())
 BUNDLE = f"{STORE}/bundle"
 
 
@@ -3983,6 +3984,11 @@ def test_dockerd_drives_it(tmp_path):
         assert docker("logs", "c1") == "out\n"
         docker("rm", "c1")
         docker("run", "--rm", "--network", "none", "t:1", "/nosuch", code=127)
+
+
+for name in set(globals()) - BEFORE_OCI:
+    if name.startswith("test_"):
+        pytest.mark.oci(globals()[name])
 
 
 # ══ 8. IMAGES ══
