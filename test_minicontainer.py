@@ -5746,9 +5746,33 @@ def test_an_attribute_is_padded_to_four_bytes_and_may_hold_others():
     assert m.attribute(18, {1: "veth"}) == b"\x10\0\x12\0" + m.attribute(1, "veth")
 
 
-def test_the_kernels_own_words_are_found_in_its_answer():
-    words = m.attribute(2, 7) + m.attribute(1, "no such thing")
-    assert m.error_words(words) == "no such thing" and m.error_words(b"") == ""
+def test_attributes_are_read_as_they_were_written():
+    pairs = m.attribute(2, 7) + m.attribute(0x8001, {1: "no such thing"})
+    (two, seven), (one, inner) = m.attributes_of(pairs)
+    assert (two, seven, one) == (2, struct.pack("=I", 7), 1)  # not NLA_F_NESTED
+    assert list(m.attributes_of(inner)) == [(1, b"no such thing\0")]
+    assert m.attribute(2, -100, ">")[4:] == struct.pack(">i", -100)
+
+
+@root
+def test_the_rules_that_are_told_are_those_that_are_made(networks):
+    """nft(8) makes of the lines what we made of them by netlink."""
+    def shown():
+        text = subprocess.run(["nft", "list", "table", "inet", "minicontainer"],
+                              capture_output=True, text=True, check=True).stdout
+        return text.replace("meta l4proto tcp tcp", "tcp")
+    assert mini("network", "create", "--ipv6", "--subnet", "10.213.6.0/24", "--subnet",
+                "fd00:6::/64", "six").returncode == 0
+    with idle("web-1", "--network", "six", "-p", "18080-18081:80-81", "-p", "9:9/udp",
+              "-p", "10.213.6.1:53:53/udp"), idle("web-2", "--network", "two"):
+        ours = shown()
+        with m.held("networks", fcntl.LOCK_EX):
+            rules = m.our_table([m.find_network(name) for name in ("six", "two")],
+                                m.endpoints())
+        for line in rules.listing:
+            subprocess.run(["nft", line.removeprefix("nft ")], check=True)
+        assert shown() == ours and len(ours.splitlines()) > 40, ours
+    assert mini("network", "rm", "six").returncode == 0
 
 
 @pytest.mark.parametrize("option, ports", [
@@ -5775,7 +5799,7 @@ def test_a_subnet_that_is_none_is_refused(subnet):
 def forwards():
     """Whether nf_tables and bridges are here; the reason if not."""
     if not IS_ROOT or not shutil.which("nft"):
-        return "needs nft (Debian: nftables)"
+        return "needs nft to look with (Debian: nftables)"
     done = subprocess.run(["nft", "add table inet mc-probe; delete table inet mc-probe"],
                           capture_output=True, text=True)
     return "" if done.returncode == 0 else f"no nf_tables: {done.stderr[:60]}"
@@ -6178,34 +6202,53 @@ def test_the_chains_of_others_leave_our_bridges_alone_and_are_as_before_afterwar
                 text = subprocess.run(["nft", "list", "chain", "ip", "filter", "FORWARD"],
                                       capture_output=True, text=True).stdout
                 assert text.count("minicontainer") == 4
-        after = subprocess.run(["nft", "list", "ruleset"], capture_output=True,
-                               text=True).stdout
-        assert after == before
+        until(lambda: subprocess.run(["nft", "list", "ruleset"], capture_output=True,
+                                     text=True).stdout == before)
     finally:
         subprocess.run(["nft", "-f", "-"], input="delete table ip filter\n"
                        "delete table inet firewalld", text=True, check=True)
 
 
-def test_a_chain_that_drops_nothing_is_not_touched():
-    listing = "table ip t {\n\tchain c { # handle 1\n\t\ttype filter hook forward " \
-        "priority filter; policy accept;\n\t\tiifname \"x\" drop # handle 2\n\t\t" \
-        "counter packets 9 bytes 9 accept # handle 3\n\t}\n}\n"
-    assert m.holes("ip t c", listing, ["br-x"]) == []
-    assert list(m.foreign_chains(listing)) == ["ip t c"]
-    ours = listing.replace("iifname \"x\" drop",
-                           'iifname "y" accept comment "minicontainer"')
-    assert m.holes("ip t c", ours, ["br-x"]) == ["delete rule ip t c handle 2"]
-    full = listing.replace("bytes 9 accept", "bytes 9 drop")
-    assert m.holes("ip t c", full, ["b"]) == [
-        f'insert rule ip t c {side}ifname "b" accept comment "minicontainer"'
-        for side in "io"]
+def test_only_a_chain_that_drops_what_it_does_not_know_is_touched():
+    counter = m.operation("counter", bytes(8), bytes(8))
+    drop, accept = m.assemble("drop"), m.assemble("accept")
+    some = m.assemble('iifname "x" drop')
+    assert [m.drops_all(code) for code in (
+        drop, counter + drop, m.operation("reject", 2, 3), some, counter + accept
+        )] == [True, True, True, False, False]
+
+    def asked(drops, *rules):
+        return m.holes(("ip", "t", "c"), drops, [
+            (2, {3: struct.pack(">Q", handle), 4: code,
+                 7: b"\0\1" + note.encode() + b"\0"}) for handle, code, note in rules],
+            ["b"]).listing
+    into, out = (f'nft insert rule ip t c {word} "b" accept comment "minicontainer '
+                 f'{word} b"' for word in ("iifname", "oifname"))
+    assert asked(False) == asked(False, (1, some, ""), (2, accept, "")) == []
+    assert sorted(asked(True)) == sorted(asked(False, (3, counter + drop, "")))
+    assert sorted(asked(True)) == [into, out]
+    there = (4, accept, "minicontainer iifname b")
+    assert asked(True, there) == [out]
+    assert asked(False, there) == ["nft delete rule ip t c handle 4"]
+    assert asked(True, there, (5, accept, "minicontainer oifname b"), (
+        6, accept, "minicontainer oifname gone")) == ["nft delete rule ip t c handle 6"]
 
 
 @root
-def test_a_chain_that_cannot_be_changed_is_named_with_the_cure(networks, capfd):
+def test_a_chain_that_cannot_be_changed_is_named_with_the_cure(
+        networks, capfd, monkeypatch):
+    def refuse(rules, why):
+        raise m.Fail(f"{rules.listing[0]}: Operation not permitted")
     m.SAID.clear()
-    m.open_walls("table inet locked {\n\tchain f {\n\t\ttype filter hook forward ",
-                 ["br-x"])
+    rules = "table inet locked { chain f { type filter hook forward priority 0; }; }"
+    subprocess.run(["nft", rules], check=True)
+    try:
+        chains = m.foreign_chains()
+        assert chains == [("inet", "locked", "f", False)]
+        monkeypatch.setattr(m.Rules, "commit", refuse)
+        m.open_walls([("inet", "locked", "f", True)], ["br-x"])
+    finally:
+        subprocess.run(["nft", "delete table inet locked"], check=True)
     told = capfd.readouterr().err
     assert "inet locked f" in told and "br-x" in told and "firewall-cmd" in told
 
@@ -6224,7 +6267,7 @@ def test_forwarding_is_switched_on_only_when_needed_said_and_off_again(networks)
         second = mini("run", "--rm", "--network", "one", "/bin/true")
         assert "forwards" not in second.stderr and m.read_file(path) == "1\n"
         assert mini("rm", "-f", first.stdout.strip()).returncode == 0
-        assert m.read_file(path) == "0\n"
+        until(lambda: m.read_file(path) == "0\n")
     finally:
         m.write_file(path, before)
 
@@ -6304,6 +6347,14 @@ def test_networks_are_listed_and_removed_by_what_they_are(networks):
                   "com.docker.network.bridge.name=lo"], ["--subnet", "10.0.0.0/30",
                   "--subnet", "10.1.0.0/30"]):
         refused("network", "create", *wrong, "wrong", code=1)
+    for driver, told in (("host", 'only one instance of "host" network is allowed'), (
+            "null", 'only one instance of "null" network'), ("moon", "not found")):
+        assert told in refused("network", "create", "-d", driver, "wrong", code=1)
+    rows = mini("network", "ls").stdout.splitlines()
+    assert [row.split()[1:] for row in rows if row.split()[1] in m.BUILT_IN] == [
+        ["bridge", "bridge", "local"], ["host", "host", "local"],
+        ["none", "null", "local"]]
+    assert "pre-defined" in refused("network", "rm", "host", code=1)
     assert "four" not in mini("network", "prune", stdin="n\n").stdout.splitlines()
     assert mini("network", "prune", "-f", "--filter", "label=x").stdout == "four\n"
 

@@ -3,18 +3,22 @@
 
     sudo python3 bench/network.py [-n 20] [--seconds 3]
 
-Starts `/bin/true` without a network and on a bridge, ours and podman's, in turns: on a
-bridge that is made for it, and on one that another container holds.  Then measures with
-iperf3 how fast containers send to each other, from outside to a published port, and
-from this host to one on 127.0.0.1: by our relay, and by docker-proxy before the same
-server.
-Needs root, nft, ip, a static busybox and iperf3; podman and docker-proxy as available.
+Starts a shell that says that it runs, without a network and on a bridge, with ours,
+podman and docker (a dockerd is started for it) in turns, and takes the time until it
+says so, and until the command that started it has ended: on a bridge that is made for
+it, at once after that again, and on one that another container holds.  Then measures
+with iperf3 how fast containers send to each other, from outside to a published port,
+and from this host to one on 127.0.0.1: by our relay, and by docker-proxy before the
+same server.  All in a network namespace of its own: dockerd leaves rules behind.
+Needs root, ip, unshare, a static busybox and iperf3; podman, docker and docker-proxy as
+available.
 """
 import argparse
 import contextlib
 import json
 import os
 import re
+import select
 import shutil
 import statistics
 import subprocess
@@ -84,46 +88,106 @@ class Engine:
             process.wait()
 
 
+@contextlib.contextmanager
 def engines(scratch, rootfs):
-    """Ours and, if it runs here, podman."""
+    """Ours and, if they run here, podman and docker."""
     launcher = startup.make_launcher(scratch)
-    yield Engine("minicontainer", [*launcher, "run", "--rm", "--network", "none",
-                                   "--rootfs", str(rootfs), "/bin/true"])
+    found = [Engine("minicontainer", [*launcher, "run", "--rm", "--network", "none",
+                                      "--rootfs", str(rootfs), "/bin/true"])]
     if program := shutil.which("podman"):
         podman = startup.Contender("podman", program, startup.podman(program, rootfs))
         podman.choose(scratch / "podman", iter(range(9)))
         if podman.way:
-            yield Engine("podman", podman.way.argv, podman.way.prefix)
+            found.append(Engine("podman", podman.way.argv, podman.way.prefix))
         else:
             print(f"podman: {podman.trouble}")
+    with dockerd(scratch) as words:
+        if words:
+            tar = subprocess.Popen(["tar", "-C", rootfs, "-c", "."],
+                                   stdout=subprocess.PIPE)
+            done(*words, "import", "-", "bench:1", stdin=tar.stdout)
+            tar.wait()
+            found.append(Engine("docker", [*words, "run", "--rm", "--network", "none",
+                                           "bench:1", "/bin/true"]))
+        yield found
 
 
-def milliseconds(argv):
-    """How long a command takes that must succeed."""
+@contextlib.contextmanager
+def dockerd(scratch):
+    """The words that a command of a docker of our own begins with; none if there is
+    none here."""
+    top = scratch / "docker"
+    top.mkdir()
+    words = ["docker", "--host", f"unix://{top}/sock"]
+    if not (shutil.which("docker") and shutil.which("dockerd")):
+        yield None
+        return
+    (top / "daemon.json").write_text("{}")
+    with open(top / "log", "w") as log:
+        daemon = subprocess.Popen([
+            "dockerd", "--data-root", top / "data", "--exec-root", top / "run",
+            "--host", f"unix://{top}/sock", "--pidfile", top / "pid", "--config-file",
+            top / "daemon.json"], stdout=log, stderr=log)
+    try:
+        until(lambda: daemon.poll() is not None or not subprocess.run(
+            [*words, "version"], capture_output=True).returncode, "dockerd")
+        if daemon.poll() is not None:
+            print("docker:", startup.last_error((top / "log").read_text())[:200])
+        yield words if daemon.poll() is None else None
+    finally:
+        daemon.terminate()
+        daemon.wait()
+
+
+NETWORKS = "none", "bridge", "again", "held"
+
+
+def milliseconds(argv, fifo):
+    """How long a container's program took to run, which it says in a FIFO, and the
+    command that has started it, to end."""
     began = time.monotonic()
-    done(*argv)
-    return 1000 * (time.monotonic() - began)
+    process = subprocess.Popen(argv, stdin=subprocess.DEVNULL,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    select.select([fifo, process.stderr], [], [], 60)
+    runs = time.monotonic() - began
+    told = process.stderr.read()
+    if process.wait() or not os.read(fifo, 9):
+        sys.exit(f"{' '.join(argv)}: {told.decode()}")
+    return 1000 * runs, 1000 * (time.monotonic() - began)
 
 
-def measure_starts(known, rounds):
-    """The table of starts, in turns."""
-    print(f"{'':15}{'none':>8}{'bridge':>8}{'added':>8}{'held':>8}{'added':>8}   ms, "
-          f"medians of {rounds}; added: of the differences within a round")
+def measure_starts(known, rounds, fifo):
+    """The tables of starts, in turns: until the program runs, and until all is over."""
+    reader = os.open(fifo, os.O_RDWR | os.O_NONBLOCK)
     took = {engine.name: [] for engine in known}
     for number in range(rounds + 1):
         for engine in known:
-            row = [milliseconds(engine.run(network, "/bin/true"))
-                   for network in ("none", "bridge")]
+            def start(network, engine=engine):
+                return milliseconds(engine.run(
+                    network, "/bin/sh", "-c", "echo up >/fifo",
+                    options=["-v", f"{fifo}:/fifo"]), reader)
+            row = [start(network) for network in ("none", "bridge", "bridge")]
             with engine.behind("bridge", "echo up"):
-                row.append(milliseconds(engine.run("bridge", "/bin/true")))
+                row.append(start("bridge"))
             if number:
                 took[engine.name].append(row)
-    for name, rows in took.items():
-        none, bridge, held = (statistics.median(column) for column in zip(
-            *rows, strict=True))
-        added = [statistics.median(row[n] - row[0] for row in rows) for n in (1, 2)]
-        print(f"{name:15}{none:8.0f}{bridge:8.0f}{added[0]:8.0f}{held:8.0f}"
-              f"{added[1]:8.0f}")
+    for which, what in enumerate(("until it runs", "until the command has ended")):
+        print(f"\n{what + ', ms':30}" + "".join(f"{word:>9}" for word in NETWORKS)
+              + f"   added, ms, and × podman's: medians of {rounds} rounds")
+        added = {}
+        for name, rows in took.items():
+            columns = zip(*([pair[which] for pair in row] for row in rows), strict=True)
+            added[name] = [statistics.median(row[n][which] - row[0][which]
+                                             for row in rows) for n in (1, 2, 3)]
+            print(f"{name:30}" + "".join(f"{statistics.median(column):9.0f}"
+                                         for column in columns)
+                  + "   " + "".join(f"{value:7.1f}" for value in added[name]))
+        if "podman" in added:
+            for name in added.keys() - {"podman"}:
+                print(f"{name + ' × podman':30}{'':36}   " + "".join(
+                    f"{one / other:7.2f}" for one, other in zip(
+                        added[name], added["podman"], strict=True)))
+    os.close(reader)
 
 
 def speed(argv, seconds):
@@ -208,21 +272,29 @@ def main():
     options = parser.parse_args()
     if os.geteuid():
         parser.error("needs root")
+    if not os.environ.get("IN_ITS_OWN_NETWORK"):
+        os.environ["IN_ITS_OWN_NETWORK"] = "1"
+        os.execvp("unshare", ["unshare", "--net", "--mount", sys.executable, *sys.argv])
+    done("ip", "link", "set", "lo", "up")
     with tempfile.TemporaryDirectory(prefix="minicontainer-bench-") as text:
         scratch = Path(text)
         scratch.chmod(0o755)
         os.environ["MINICONTAINER_ROOT"] = f"{scratch}/state"
         rootfs = scratch / "rootfs"
         startup.make_rootfs(rootfs)
-        for name in ("ip", "sleep", "echo"):
+        (rootfs / "fifo").touch()
+        fifo = scratch / "fifo"
+        os.mkfifo(fifo)
+        fifo.chmod(0o666)
+        for name in ("ip", "sleep", "echo", "grep"):
             (rootfs / "bin" / name).symlink_to("busybox")
         (rootfs / "tmp").chmod(0o1777)  # where iperf3 keeps what it is about to send
         add_iperf3(rootfs)
         print(", ".join(f"{key} {value}" for key, value in
                         startup.describe_machine().items()), flush=True)
-        known = list(engines(scratch, rootfs))
-        measure_starts(known, options.rounds)
-        measure_speed(known, options.seconds)
+        with engines(scratch, rootfs) as known:
+            measure_starts(known, options.rounds, fifo)
+            measure_speed(known, options.seconds)
 
 
 if __name__ == "__main__":
