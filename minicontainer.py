@@ -8665,7 +8665,7 @@ def check_bridge(name, networks):
     if not 0 < len(name) < 16 or not name.isascii() or not all(
             letter.isalnum() or letter in "-_." for letter in name):
         raise Fail(f"invalid name of a bridge: {name!r}", "at most 15 letters", 1)
-    if os.path.exists(f"/sys/class/net/{name}") or any(
+    if Netlink().index(name) or any(
             network["bridge"] == name for network in networks):
         raise Fail(f"there is an interface {name} already", "another name", 1)
 
@@ -8839,6 +8839,8 @@ def assemble(rule):
 class Rules:
     """A change of the rules in one transaction: all of it is done, or nothing."""
 
+    last = {}  # process: its last socket; after a fork the other's number is not ours
+
     def __init__(self):
         self.listing, self.messages = [], []
 
@@ -8867,6 +8869,9 @@ class Rules:
         def ask():
             netlink = Netlink(12)  # NETLINK_NETFILTER
             netlink.socket.setsockopt(1, 32, 1 << 25)  # SO_SNDBUFFORCE: many ports
+            # To close it takes 8 ms after something was deleted, until the memory of
+            # that is free: so it is kept, until the next change, or our end.
+            self.last[os.getpid()] = netlink
             return len(list(netlink.replies(b"".join((begin, *self.messages, end_)))))
         try:
             request("nft", (self,), ask, why)
@@ -9117,21 +9122,42 @@ def endpoints_of(id):
     return sorted(found, key=lambda endpoint: endpoint["number"])
 
 
+def place_of(id, network):
+    """The path of an endpoint."""
+    return store("endpoints", f"{id}-{network}.json")
+
+
+def all_endpoints():
+    """Every endpoint, also of those who have ended; caller must hold the lock of
+    networks/."""
+    directory = os.path.dirname(store("endpoints", "x"))
+    return [from_json(read_file(f"{directory}/{name}"))
+            for name in sorted(os.listdir(directory))]
+
+
 def endpoints():
     """Who is on which network; caller must hold the lock of networks/.
 
     The directory of a container is locked by whoever looks after it.  One that can be
-    had, or is not there, has none who does: its place is free, and `gc` clears it.
-    """
+    had, or is not there, has none who does: its place is free."""
     def is_alive(id):
         try:
             return is_held(store("containers", id))
         except FileNotFoundError:
             return False
-    directory = os.path.dirname(store("endpoints", "x"))
-    found = [from_json(read_file(f"{directory}/{name}"))
-             for name in sorted(os.listdir(directory))]
-    return [endpoint for endpoint in found if is_alive(endpoint["id"])]
+    return [endpoint for endpoint in all_endpoints() if is_alive(endpoint["id"])]
+
+
+def free_places(own=""):
+    """Take away the endpoints of those who have ended, and of a last life of `own`; are
+    there any?  Their network namespaces may take a while to die, and answer for an
+    address until then.  Caller must hold the lock of networks/."""
+    alive = {endpoint["id"] for endpoint in endpoints()} - {own}
+    dead = [endpoint for endpoint in all_endpoints() if endpoint["id"] not in alive]
+    for endpoint in dead:
+        Netlink().remove(endpoint["cable"], "whose it was has ended")
+        os.unlink(place_of(endpoint["id"], endpoint["network"]))
+    return bool(dead)
 
 
 def take_addresses(network, there, wanted):
@@ -9283,13 +9309,13 @@ def join_network(id, pid, wants, wish):
     addresses = take_addresses(network, there, wish["ips"])
     number = min({*range(len(own) + 1)} - {endpoint["number"] for endpoint in own})
     endpoint = {
-        "id": id, "network": network["name"], "number": number,
+        "id": id, "pid": pid, "network": network["name"], "number": number,
         "interface": f"eth{number}", "cable": f"mc{number}-{id}"[:15],
         "addresses": addresses, "mac": wish["mac"] or mac_of(addresses[0]),
         "ports": [], "hosts": wants["hosts"],
         "names": list(dict.fromkeys([*wants["names"], *wish["aliases"]]))}
     leads_out = not network["internal"] and not gate_of(id, there)
-    path = store("endpoints", f"{id}-{network['name']}.json")
+    path = place_of(id, network["name"])
     save(path, endpoint)  # first: it says what is to be undone
     make_bridge(Netlink(), network)  # whose address may be one to publish a port at
     endpoint["ports"] = host_ports(wish["ports"], there)
@@ -9313,7 +9339,7 @@ def unplug(id, name="", pid=0):
     tell_everybody([endpoint for endpoint in endpoints() if endpoint not in gone])
     for endpoint in gone:
         Netlink().remove(endpoint["cable"], "it leaves")
-        os.unlink(store("endpoints", f"{id}-{endpoint['network']}.json"))
+        os.unlink(place_of(id, endpoint["network"]))
     before, after = gate_of(id, own), gate_of(id, endpoints_of(id))
     if pid and after and after != before:
         with network_of(pid):
@@ -9328,30 +9354,50 @@ def leave_networks(id, name="", pid=0):
         unplug(id, name, pid)
 
 
-# The kernel takes its time to remove a cable whose inner end is in a namespace that has
-# just ended: 20 to 70 ms.  Nobody who waits for a container's end needs to wait for
-# that, too: a process does it that has the lock of networks/ from before it is born, so
-# that whoever comes next finds things as if it had been done at once.
+# The kernel takes 30 to 70 ms to remove a bridge.  Nobody who waits for a container's
+# end has to wait for that, too: a process of its own does it, a moment later, so that
+# whoever comes right after finds the bridge, and it stays.
+
+MOMENT = 0.1  # seconds
 
 
-def leave_unseen(id):
-    """unplug() a container that has ended, behind everybody's back."""
-    if not endpoints_of(id):
+def leave_unseen(id, pid):
+    """Have a container whose process 1 was `pid` leave its networks behind everybody's
+    back."""
+    if not endpoints_of(id) or narration.style:  # who listens is to hear it
+        leave_networks(id)
         return
-    with held("networks", fcntl.LOCK_EX) as guard:
-        if narration.style:  # it is to be told
-            unplug(id)
-        elif os.fork() == 0:
-            try:
-                os.setsid()  # Ctrl-C is not for us, nor does anybody wait for what
-                os.dup2(guard, 3)  # we have open
-                null = os.open("/dev/null", O_RDWR)
-                for fd in (0, 1, 2):
-                    os.dup2(null, fd)
-                syscall("close_range", 4, 0x7FFFFFFF, 0)
-                unplug(id)
-            finally:
-                os._exit(0)
+    with held("endpoints", fcntl.LOCK_SH) as guard:  # `gc` waits until we are done
+        if os.fork():
+            return
+        try:
+            os.setsid()  # Ctrl-C is not for us; nor is what we have open, for which
+            null = os.open("/dev/null", O_RDWR)  # somebody may wait that we close it
+            for fd, number in ((null, 0), (null, 1), (null, 2), (guard, 3)):
+                os.dup2(fd, number)
+            syscall("close_range", 4, 0x7FFFFFFF, 0)
+            time.sleep(MOMENT)
+            with held("networks", fcntl.LOCK_EX):
+                if any(endpoint["pid"] == pid for endpoint in endpoints_of(id)):
+                    unplug(id)  # or it lives again
+        finally:
+            os._exit(0)
+
+
+def idle_bridges():
+    """The bridges that are there, and that nobody is on, dead or alive.
+
+    Caller must hold the lock of networks/."""
+    used, netlink = {endpoint["network"] for endpoint in all_endpoints()}, Netlink()
+    return [network["bridge"] for network in all_networks()
+            if network["name"] not in used and netlink.index(network["bridge"])]
+
+
+def sweep_networks():
+    """Take away what those who have ended have left on networks."""
+    with held("networks", fcntl.LOCK_EX):
+        free_places()
+        tell_everybody(endpoints())
 
 
 def rename_there(id, spec, name):
@@ -9361,7 +9407,7 @@ def rename_there(id, spec, name):
     with held("networks", fcntl.LOCK_EX):
         for endpoint in endpoints_of(id):
             endpoint["names"][0] = name
-            save(store("endpoints", f"{id}-{endpoint['network']}.json"), endpoint)
+            save(place_of(id, endpoint["network"]), endpoint)
         if there := endpoints():
             tell_everybody(there)
     return wants
@@ -9373,6 +9419,7 @@ def connect(c):
     if not wants["networks"]:
         return
     with held("networks", fcntl.LOCK_EX):
+        free_places(c.id)
         for wish in wants["networks"]:
             join_network(c.id, c.pid, wants, wish)
     path = "/proc/sys/net/ipv4/ip_unprivileged_port_start"
@@ -9569,18 +9616,26 @@ def network_inspect_command(options):
             find_network(name), there), options.format)
 
 
+def remove_network(network):
+    """Remove a network that nobody is on, and what its last guest may have left."""
+    if free_places():
+        tell_everybody(endpoints())
+    os.unlink(store("networks", f"{network['name']}.json"))
+
+
 @command("network rm", NETWORKS)
 def network_rm_command(options):
     """Remove networks that nobody is on."""
     def remove(text):
-        name = find_network(text)["name"]
+        network = find_network(text)
+        name = network["name"]
         if name == "bridge":
             raise Fail("bridge is a pre-defined network and cannot be removed",
                        "it takes nothing while nobody is on it", 1)
         if any(endpoint["network"] == name for endpoint in endpoints()):
             raise Fail(f"network {name} has active endpoints",
                        "stop its containers: `network inspect`", 1)
-        os.unlink(store("networks", f"{name}.json"))
+        remove_network(network)
         print(text)
     with held("networks", fcntl.LOCK_EX):
         for_each(options.names, remove)
@@ -9601,7 +9656,7 @@ def network_prune_command(options):
         used = {endpoint["network"] for endpoint in endpoints()} | {"bridge"}
         for network in all_networks():
             if network["name"] not in used and passes(network, keep, wanted):
-                os.unlink(store("networks", f"{network['name']}.json"))
+                remove_network(network)
                 print(network["name"])
 
 # ══ 11. THE SHIM ══════════════════════════════════════════════════════════════════
@@ -11861,7 +11916,7 @@ class Life(Shim):
         c, record, code, used = self.c, self.record, self.c.wait(), {}
         for do in (lambda: used.update(c.cgroup.measure()),  # while there is something
                    lambda: self.write_end(code, used),
-                   self.close_relay, lambda: end(c), lambda: leave_unseen(c.id),
+                   self.close_relay, lambda: end(c), lambda: leave_unseen(c.id, c.pid),
                    lambda: record.throw_away and discard(record)):
             try:
                 do()
@@ -12607,6 +12662,7 @@ def network_connect_command(options):
         try:
             if record.status in RUNNING:
                 with held("networks", fcntl.LOCK_EX):
+                    free_places()
                     join_network(record.id, record.pid, wants, wish)
         except BaseException:
             leave_networks(record.id, name)
@@ -13376,11 +13432,13 @@ def leftovers():
         if place.startswith((top, store("workshop", ""))):
             yield f"mount {place}", lambda at=place: syscall(
                 "umount2", at, MNT_DETACH, why="it is nobody's")
-    for id, _, network in (name.removesuffix(".json").partition("-")
-                           for name in os.listdir(store("endpoints", ""))):
-        if id not in alive:
-            yield (f"endpoint of {id} on network {network}",
-                   lambda id=id: leave_networks(id))
+    with held("endpoints", fcntl.LOCK_EX):  # who leaves just now has left
+        with held("networks", fcntl.LOCK_EX):
+            places, bridges = all_endpoints(), idle_bridges()
+    for what in (*(f"endpoint of {place['id']} on network {place['network']}"
+                   for place in places if place["id"] not in alive),
+                 *(f"bridge {bridge}: nobody is on it" for bridge in bridges)):
+        yield what, sweep_networks
     for path in (store(kind, name) for kind in ("ids", "names")
                  for name in os.listdir(store(kind, ""))):
         if owner_of(path) not in owners:

@@ -6011,7 +6011,8 @@ def test_containers_of_a_network_reach_each_other_by_name_and_no_other_network(n
         with greeting("late", "--network", "one"):  # and is known to those before it
             hosts = mini("exec", "web-1", "/bin/cat", "/etc/hosts").stdout
             assert re.search(r"^10.213.1.2\s+late ", hosts, re.M)
-        assert "late" not in mini("exec", "web-1", "/bin/cat", "/etc/hosts").stdout
+        until(lambda: "late" not in mini("exec", "web-1", "/bin/cat",
+                                         "/etc/hosts").stdout)
         other = sh("ip route; nc -w 1 10.213.1.9 80 </dev/null || echo no",
                    "--network", "two")
         assert "default" not in other and other.endswith("no\n")

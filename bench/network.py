@@ -137,6 +137,7 @@ def dockerd(scratch):
     finally:
         daemon.terminate()
         daemon.wait()
+        subprocess.run(["umount", "-R", top / "data"], capture_output=True)
 
 
 NETWORKS = "none", "bridge", "again", "held"
