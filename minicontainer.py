@@ -8836,10 +8836,20 @@ def assemble(rule):
     return b"".join(ASSEMBLERS[word](word, words) for word in words)
 
 
+TABLES = {}  # process: its socket to nf_tables
+
+
+def tables():
+    """The socket to nf_tables, which a process keeps until it ends: to close one takes
+    8 ms after something was deleted, until the memory of that is free."""
+    if os.getpid() not in TABLES:
+        TABLES[os.getpid()] = Netlink(12)  # NETLINK_NETFILTER
+        TABLES[os.getpid()].socket.setsockopt(1, 32, 1 << 25)  # SO_SNDBUFFORCE: there
+    return TABLES[os.getpid()]  # may be many ports
+
+
 class Rules:
     """A change of the rules in one transaction: all of it is done, or nothing."""
-
-    last = {}  # process: its last socket; after a fork the other's number is not ours
 
     def __init__(self):
         self.listing, self.messages = [], []
@@ -8867,15 +8877,12 @@ class Rules:
                        for kind in (16, 17))  # NFNL_MSG_BATCH_BEGIN, _END
 
         def ask():
-            netlink = Netlink(12)  # NETLINK_NETFILTER
-            netlink.socket.setsockopt(1, 32, 1 << 25)  # SO_SNDBUFFORCE: many ports
-            # To close it takes 8 ms after something was deleted, until the memory of
-            # that is free: so it is kept, until the next change, or our end.
-            self.last[os.getpid()] = netlink
-            return len(list(netlink.replies(b"".join((begin, *self.messages, end_)))))
+            batch = b"".join((begin, *self.messages, end_))
+            return len(list(tables().replies(batch)))
         try:
             request("nft", (self,), ask, why)
         except OSError as error:
+            TABLES.pop(os.getpid(), None)  # there may be more answers to come
             raise Fail(f"{self.listing[getattr(error, 'number', 0)]}: {error.strerror}",
                        "does this kernel have nf_tables? --network none or host does "
                        "without") from None
@@ -8967,7 +8974,7 @@ def listed(kind, family=0, attributes=()):
     ask = message(NFT | kind, NLM_F_DUMP, 0, struct.pack(">BBH", family, 0, 0),
                   dict(attributes), ">")
     return [(body[0], dict(attributes_of(body[4:])))
-            for body in Netlink(12).replies(ask)]
+            for body in tables().replies(ask)]
 
 
 def text_of(value):
