@@ -252,11 +252,11 @@ def measure_speed(known, seconds):
                 print(f"{engine.name:15}" + "".join(
                     f"{value:12.1f}" if value else f"{'–':>12}" for value in found))
                 if engine is known[0] and shutil.which("docker-proxy"):
-                    proxied(address, seconds)
+                    beside_docker_proxy(address, seconds)
 
 
-def proxied(address, seconds):
-    """The same server behind docker-proxy."""
+def beside_docker_proxy(address, seconds, rounds=7):
+    """Our relay and docker-proxy before the same server, in turns."""
     # It tells its parent on descriptor 3 that it listens, and has to have one.
     process = subprocess.Popen(
         ["/bin/sh", "-c", 'exec docker-proxy "$@" 3>/dev/null', "sh", "-proto", "tcp",
@@ -264,9 +264,14 @@ def proxied(address, seconds):
          "-container-port", "5201"], stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL)
     try:
-        line = ["iperf3", "-c", "127.0.0.1", "-p", "5302"]
-        answers(*line)
-        print(f"{'docker-proxy':15}{'':24}{speed(line, seconds):12.1f}")
+        lines = [["iperf3", "-c", "127.0.0.1", "-p", port] for port in (PORT, "5302")]
+        answers(*lines[1])
+        pairs = [[speed(line, seconds) for line in lines] for _ in range(rounds)]
+        ours, theirs = map(statistics.median, zip(*pairs, strict=True))
+        ratios = sorted(one / other for one, other in pairs)
+        print(f"{'docker-proxy':15}{'':24}{theirs:12.1f}   in turns with our {ours:.1f}, "
+              f"{rounds} times: ours is {statistics.median(ratios):.2f} × that, "
+              f"{ratios[0]:.2f} to {ratios[-1]:.2f}")
     finally:
         process.terminate()
         process.wait()
