@@ -269,8 +269,8 @@ def beside_docker_proxy(address, seconds, rounds=7):
         pairs = [[speed(line, seconds) for line in lines] for _ in range(rounds)]
         ours, theirs = map(statistics.median, zip(*pairs, strict=True))
         ratios = sorted(one / other for one, other in pairs)
-        print(f"{'docker-proxy':15}{'':24}{theirs:12.1f}   in turns with our {ours:.1f} "
-              f"({rounds}): ours is {statistics.median(ratios):.2f} × that, "
+        print(f"{'docker-proxy':15}{'':24}{theirs:12.1f}   in turns with our {ours:.1f}"
+              f" ({rounds}): ours is {statistics.median(ratios):.2f} × that, "
               f"{ratios[0]:.2f} to {ratios[-1]:.2f}")
     finally:
         process.terminate()
