@@ -9270,7 +9270,10 @@ def write_hosts(id, there):
         lines += [f"{address}\t{' '.join(other['names'])}"
                   for address in other["addresses"] if other["network"] in networks]
     text = os.fsencode("\n".join(lines) + "\n")
-    fd = os.open(f"{store('containers', id)}/hosts", O_RDWR | O_CLOEXEC)
+    try:
+        fd = os.open(f"{store('containers', id)}/hosts", O_RDWR | O_CLOEXEC)
+    except FileNotFoundError:  # it has just been removed
+        return
     try:
         if os.read(fd, len(text) + 1) != text:
             os.lseek(fd, 0, os.SEEK_SET)
@@ -9333,32 +9336,31 @@ def join_network(id, pid, wants, wish):
     plug_in(pid, network, endpoint, leads_out)
 
 
-def unplug(id, name="", pid=0):
-    """Take a container off its networks, or off one; the last one takes the bridge with
-    it.  If the way out was there, and it lives on as `pid`, another is.
-
-    Caller must hold the lock of networks/.  Its places are given up last: of what is
-    cut short, `gc` finds them."""
-    own = endpoints_of(id)
-    gone = [endpoint for endpoint in own if name in ("", endpoint["network"])]
-    if not gone:
-        return
-    tell_everybody([endpoint for endpoint in endpoints() if endpoint not in gone])
-    for endpoint in gone:
-        Netlink().remove(endpoint["cable"], "it leaves")
-        os.unlink(place_of(id, endpoint["network"]))
-    before, after = gate_of(id, own), gate_of(id, endpoints_of(id))
-    if pid and after and after != before:
-        with network_of(pid):
-            netlink = Netlink()
-        for pool in find_network(after["network"])["pools"]:
-            netlink.route(pool["gateway"], after["interface"])
-
-
-def leave_networks(id, name="", pid=0):
-    """unplug(), by whoever does not hold the lock of networks/."""
+def leave_network(id, name, pid):
+    """Take a container that runs as `pid` off a network; if the way out was there,
+    another is."""
     with held("networks", fcntl.LOCK_EX):
-        unplug(id, name, pid)
+        own = endpoints_of(id)
+        for endpoint in own:
+            if endpoint["network"] == name:
+                Netlink().remove(endpoint["cable"], "it leaves")
+                os.unlink(place_of(id, name))
+        tell_everybody(endpoints())
+        before, after = gate_of(id, own), gate_of(id, endpoints_of(id))
+        if after and after != before:
+            with network_of(pid):
+                netlink = Netlink()
+            for pool in find_network(after["network"])["pools"]:
+                netlink.route(pool["gateway"], after["interface"])
+
+
+def leave_networks(id, life=0):
+    """Take a container that has ended off its networks, and all others who have; if it
+    was process `life`, and does not live again."""
+    with held("networks", fcntl.LOCK_EX):
+        lives = [endpoint["pid"] for endpoint in endpoints_of(id)]
+        if life in (0, *lives) and free_places(id):
+            tell_everybody(endpoints())
 
 
 # The kernel takes 30 to 70 ms to remove a bridge.  Nobody who waits for a container's
@@ -9384,9 +9386,7 @@ def leave_unseen(id, pid):
                 os.dup2(fd, number)
             syscall("close_range", 4, 0x7FFFFFFF, 0)
             time.sleep(MOMENT)
-            with held("networks", fcntl.LOCK_EX):
-                if any(endpoint["pid"] == pid for endpoint in endpoints_of(id)):
-                    unplug(id)  # or it lives again
+            leave_networks(id, pid)
         finally:
             os._exit(0)
 
@@ -12672,7 +12672,7 @@ def network_connect_command(options):
                     free_places()
                     join_network(record.id, record.pid, wants, wish)
         except BaseException:
-            leave_networks(record.id, name)
+            leave_network(record.id, name, record.pid)
             raise
         wants["networks"].append(wish)
 
@@ -12689,7 +12689,7 @@ def network_disconnect_command(options):
             raise Fail(f"container {record.name} is not connected to network {name}",
                        "see `inspect`", 1)
         if record.status in RUNNING:
-            leave_networks(record.id, name, record.pid)
+            leave_network(record.id, name, record.pid)
         wants["networks"] = left
 
 
