@@ -9357,6 +9357,8 @@ def leave_network(id, name, pid):
 def leave_networks(id, life=0):
     """Take a container that has ended off its networks, and all others who have; if it
     was process `life`, and does not live again."""
+    if not endpoints_of(id):
+        return
     with held("networks", fcntl.LOCK_EX):
         lives = [endpoint["pid"] for endpoint in endpoints_of(id)]
         if life in (0, *lives) and free_places(id):
@@ -9373,15 +9375,18 @@ MOMENT = 0.1  # seconds
 def leave_unseen(id, pid):
     """Have a container whose process 1 was `pid` leave its networks behind everybody's
     back."""
-    if not endpoints_of(id) or narration.style:  # who listens is to hear it
+    if not endpoints_of(id):
+        return
+    if narration.style:  # who listens is to hear it
         leave_networks(id)
         return
     with held("endpoints", fcntl.LOCK_SH) as guard:  # `gc` waits until we are done
         if os.fork():
             return
         try:
-            os.setsid()  # Ctrl-C is not for us; nor is what we have open, for which
-            null = os.open("/dev/null", O_RDWR)  # somebody may wait that we close it
+            os.setsid()  # Ctrl-C is not for us
+            os.chdir("/")  # and what we have open may be waited for until it is closed
+            null = os.open("/dev/null", O_RDWR)
             for fd, number in ((null, 0), (null, 1), (null, 2), (guard, 3)):
                 os.dup2(fd, number)
             syscall("close_range", 4, 0x7FFFFFFF, 0)
@@ -9485,7 +9490,7 @@ def wish_for(network, options, ports=(), aliases=()):
 
 def choose_network(options):
     """The network that `run` means if it names none: of what is asked for only one of
-    ours can do, `bridge`; else `none`, which is quicker by far."""
+    ours can do, `bridge`; else `none`, which is safer and quicker."""
     asked = [word for word, value in (
         ("-p", options.publish), ("-P", options.publish_all), ("--ip", options.ip),
         ("--ip6", options.ip6), ("--mac-address", options.mac_address),

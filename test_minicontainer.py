@@ -5963,9 +5963,9 @@ def served(pid, address, port, answer, udp=False):
         door.close()
 
 
-def asked(address, port, pid="self", seconds=5, udp=None):
-    """What a server says to somebody in the network namespace of a process, or to the
-    datagram `udp`; "" if it cannot be reached."""
+def asked(address, port, pid="self", seconds=5, udp=None, say=b""):
+    """What a server says to somebody in the network namespace of a process who says
+    something, or sends the datagram `udp`; "" if it cannot be reached."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with m.network_of(pid):
         caller = socket.socket(family, socket.SOCK_DGRAM if udp else socket.SOCK_STREAM)
@@ -5973,8 +5973,8 @@ def asked(address, port, pid="self", seconds=5, udp=None):
         caller.settimeout(seconds)
         try:
             caller.connect((address, port))
-            if udp:
-                caller.sendall(udp)
+            if udp or say:
+                caller.sendall(udp or say)
             return caller.recv(2000).decode()
         except OSError:
             return ""
@@ -8353,6 +8353,18 @@ def test_an_image_of_129_instructions_is_built(base, tmp_path):
     assert len(image.layers) == 65 and run(image.id, "cat", "/127") == "f\n"
 
 
+@contextlib.contextmanager
+def published_image(image, *ports):
+    """A container of an image with published ports, until the block ends."""
+    made = mini("run", "-d", "--name", "published", *(
+        word for port in ports for word in ("-p", port)), image)
+    assert made.returncode == 0, made.stderr
+    try:
+        yield
+    finally:
+        assert mini("rm", "-f", "published").returncode == 0
+
+
 NGINX = r"""FROM debian
 COPY 99* /etc/apt/apt.conf.d/
 RUN --mount=type=cache,target=/var/cache/apt apt-get -qq update && \
@@ -8367,7 +8379,8 @@ CMD ["nginx"]
 @root
 @pytest.mark.callers
 @pytest.mark.timeout(600)
-def test_a_debian_with_nginx_is_built_pushed_and_run_by_podman(images, registry, tmp_path):
+def test_a_debian_with_nginx_is_built_pushed_and_run_by_podman(
+        images, registry, tmp_path, request):
     for program in ("mmdebstrap", "podman"):
         if not shutil.which(program):
             pytest.skip(f"needs {program}: apt-get install {program}")
@@ -8390,6 +8403,13 @@ def test_a_debian_with_nginx_is_built_pushed_and_run_by_podman(images, registry,
     said = mini("build", "--network", "host", "-t", name, context, timeout=400)
     assert said.returncode == 0, said.stderr
     forked_mini("push", name)
+    if not NO_NETWORK:  # by us, for another host, of the network of chapter 10
+        world = request.getfixturevalue("world")
+        with published_image(name, f"18080:{port}"):
+            for address in HOST:
+                told = until(lambda to=address: asked(
+                    to, 18080, world.far, say=b"GET / HTTP/1.0\r\n\r\n"))
+                assert "Server: nginx" in told and told.endswith("a copied page\n")
     top = tempfile.mkdtemp(prefix="p-")  # podman wants short paths
     podman = ["podman", "--root", f"{top}/p", "--runroot", f"{top}/r", "--storage-driver", "vfs"]
     peer(*podman, "pull", "--tls-verify=false", "-q", name)

@@ -29,7 +29,7 @@ from pathlib import Path
 
 import startup
 
-LATER, PORT = "1000000", "5301"
+LATER = "1000000"
 
 
 def done(*argv, **how):
@@ -199,14 +199,13 @@ def measure_starts(known, rounds, fifo):
 
 
 def speed(argv, seconds):
-    """Gigabits per second that an iperf3 client reports; None if it could not."""
+    """Gigabits per second that an iperf3 client reports."""
     ran = subprocess.run([*argv, "-t", str(seconds), "-J"], capture_output=True,
                          text=True)
     with contextlib.suppress(ValueError, KeyError):
         report = json.loads(ran.stdout[ran.stdout.index("{"):])
         return report["end"]["sum_received"]["bits_per_second"] / 1e9
-    print(f"  {' '.join(argv)}: {(ran.stdout + ran.stderr).strip()[-200:]}")
-    return None
+    sys.exit(f"{' '.join(argv)}: {(ran.stdout + ran.stderr).strip()[-200:]}")
 
 
 def answers(*client):
@@ -236,42 +235,61 @@ def outside():
         subprocess.run(["ip", "link", "delete", "bench"], capture_output=True)
 
 
-def measure_speed(known, seconds):
-    """The table of throughput."""
-    print(f"\n{'Gbit/s':15}{'containers':>12}{'published':>12}{'127.0.0.1':>12}")
+COLUMNS = "containers", "published", "127.0.0.1"
+
+
+def measure_speed(known, seconds, rounds):
+    """The table of throughput, everybody in turns before servers that all are there."""
     server = "iperf3 -s >/dev/null & ip -4 address show eth0 | grep inet"
-    with outside() as there:
-        for engine in known:
-            with engine.behind("bridge", server, ["-p", f"{PORT}:5201"]) as line:
-                address = line.split()[1].partition("/")[0]
-                answers(*there, "iperf3", "-c", "198.51.100.1", "-p", PORT)
-                found = [speed(engine.run("bridge", "iperf3", "-c", address), seconds),
-                         speed([*there, "iperf3", "-c", "198.51.100.1", "-p", PORT],
-                               seconds),
-                         speed(["iperf3", "-c", "127.0.0.1", "-p", PORT], seconds)]
-                print(f"{engine.name:15}" + "".join(
-                    f"{value:12.1f}" if value else f"{'–':>12}" for value in found))
-                if engine is known[0] and shutil.which("docker-proxy"):
-                    beside_docker_proxy(address, seconds)
+    clients = {}  # name: the command line of a client for each column
+    with outside() as there, contextlib.ExitStack() as servers:
+        for number, engine in enumerate(known, 5301):
+            port = str(number)
+            line = servers.enter_context(engine.behind("bridge", server, [
+                "-p", f"{port}:5201"]))
+            address = line.split()[1].partition("/")[0]
+            clients[engine.name] = [
+                engine.run("bridge", "iperf3", "-c", address),
+                [*there, "iperf3", "-c", "198.51.100.1", "-p", port],
+                ["iperf3", "-c", "127.0.0.1", "-p", port]]
+            answers(*clients[engine.name][1])
+            if engine is known[0] and shutil.which("docker-proxy"):
+                servers.enter_context(docker_proxy(address))
+                clients["docker-proxy"] = [None, None, [
+                    "iperf3", "-c", "127.0.0.1", "-p", "5300"]]
+                answers(*clients["docker-proxy"][2])
+        found = {name: [[], [], []] for name in clients}
+        for _ in range(rounds):
+            for column in range(3):
+                for name, lines in clients.items():
+                    if lines[column]:
+                        found[name][column].append(speed(lines[column], seconds))
+    print(f"\n{'Gbit/s':30}" + "".join(f"{word:>12}" for word in COLUMNS)
+          + f"   medians of {rounds} rounds")
+    for name, columns in found.items():
+        print(f"{name:30}" + "".join(f"{statistics.median(column):12.1f}" if column
+                                     else " " * 12 for column in columns))
+    for name, columns in found.items():
+        if name != known[0].name:
+            ratios = [sorted(map(float.__truediv__, found[known[0].name][n], column))
+                      for n, column in enumerate(columns)]
+            print(f"{'ours × ' + name:30}" + "".join(
+                f"{statistics.median(row):12.2f}" if row else " " * 12
+                for row in ratios) + "   by pairs; from "
+                + ", ".join(f"{row[0]:.2f} to {row[-1]:.2f}" for row in ratios if row))
 
 
-def beside_docker_proxy(address, seconds, rounds=7):
-    """Our relay and docker-proxy before the same server, in turns."""
+@contextlib.contextmanager
+def docker_proxy(address):
+    """docker-proxy on 127.0.0.1:5300, before a server at an address."""
     # It tells its parent on descriptor 3 that it listens, and has to have one.
     process = subprocess.Popen(
         ["/bin/sh", "-c", 'exec docker-proxy "$@" 3>/dev/null', "sh", "-proto", "tcp",
-         "-host-ip", "127.0.0.1", "-host-port", "5302", "-container-ip", address,
+         "-host-ip", "127.0.0.1", "-host-port", "5300", "-container-ip", address,
          "-container-port", "5201"], stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL)
     try:
-        lines = [["iperf3", "-c", "127.0.0.1", "-p", port] for port in (PORT, "5302")]
-        answers(*lines[1])
-        pairs = [[speed(line, seconds) for line in lines] for _ in range(rounds)]
-        ours, theirs = map(statistics.median, zip(*pairs, strict=True))
-        ratios = sorted(one / other for one, other in pairs)
-        print(f"{'docker-proxy':15}{'':24}{theirs:12.1f}   in turns with our {ours:.1f}"
-              f" ({rounds}): ours is {statistics.median(ratios):.2f} × that, "
-              f"{ratios[0]:.2f} to {ratios[-1]:.2f}")
+        yield
     finally:
         process.terminate()
         process.wait()
@@ -280,7 +298,8 @@ def beside_docker_proxy(address, seconds, rounds=7):
 def main():
     """Measure in a scratch directory that is gone afterwards."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("-n", dest="rounds", type=int, default=20, metavar="ROUNDS")
+    parser.add_argument("-n", dest="rounds", type=int, default=20, metavar="ROUNDS",
+                        help="of starts, and a third of it of iperf3 (20)")
     parser.add_argument("--seconds", type=int, default=3, help="of each iperf3 (3)")
     parser.add_argument("--only", default="minicontainer,podman,docker",
                         metavar="NAMES", help="of the engines")
@@ -309,7 +328,7 @@ def main():
                         startup.describe_machine().items()), flush=True)
         with engines(scratch, rootfs, options.only.split(",")) as known:
             measure_starts(known, options.rounds, fifo)
-            measure_speed(known, options.seconds)
+            measure_speed(known, options.seconds, max(1, options.rounds // 3))
 
 
 if __name__ == "__main__":
