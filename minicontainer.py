@@ -8731,7 +8731,7 @@ OURS, NFPROTO_INET, NFT = "minicontainer", 1, 10 << 8  # NFNL_SUBSYS_NFTABLES
 NFT_MSG_NEWTABLE, NFT_MSG_DELTABLE, NFT_MSG_NEWCHAIN, NFT_MSG_GETCHAIN = 0, 2, 3, 4
 NFT_MSG_NEWRULE, NFT_MSG_GETRULE, NFT_MSG_DELRULE = 6, 7, 8
 FAMILIES = {"inet": NFPROTO_INET, "ip": AF_INET, "ip6": AF_INET6}
-NFT_HOOKS = "prerouting", "input", "forward", "output", "postrouting"
+NFT_HOOKS = "prerouting", "input", "forward", "output", "postrouting", "ingress"
 CHAINS = {  # type, hook, priority: before or after the chains of others
     "published": (), "arriving": ("nat", "prerouting", -100),
     "own": ("nat", "output", -100), "leaving": ("nat", "postrouting", 100),
@@ -8964,8 +8964,9 @@ def our_table(networks, there):
 # one of them says so.  Docker and ufw drop what they do not know, and firewalld's chain
 # ends with a reject.  So while a network of ours is up, rules of ours stand at the head
 # of such a chain: it is to leave alone what goes to or comes from our bridges, which is
-# judged by our own.  They have a comment by which they are known and taken out again,
-# and are of a form that iptables knows how to show.
+# judged by our own; and, where such a chain is asked about what comes to this host, the
+# ports that our relay (chapter 11) listens at for others.  They have a comment by which
+# they are known and taken out again, and are of a form that iptables knows how to show.
 
 
 def listed(kind, family=0, attributes=()):
@@ -8983,16 +8984,15 @@ def text_of(value):
 
 
 def foreign_chains():
-    """(family, table, chain, whether its policy is to drop) of the chains of others
-    that are asked about what passes."""
-    found, families = [], {number: word for word, number in FAMILIES.items()}
+    """{hook: [(family, table, chain, whether its policy is to drop)]} of the chains of
+    others that are asked about what passes, or comes in."""
+    found, families = {"forward": [], "input": []}, {v: k for k, v in FAMILIES.items()}
     for number, facts in listed(NFT_MSG_GETCHAIN):
-        hook = dict(attributes_of(facts.get(4, b""))).get(1)
+        hook = int.from_bytes(dict(attributes_of(facts.get(4, b""))).get(1, b""), "big")
         if number in families and text_of(facts[1]) != OURS and (
-                text_of(facts.get(7, b"")) == "filter"
-                and hook == struct.pack(">I", NFT_HOOKS.index("forward"))):
-            found.append((families[number], text_of(facts[1]), text_of(facts[3]),
-                          facts.get(5) == bytes(4)))
+                text_of(facts.get(7, b"")) == "filter" and NFT_HOOKS[hook] in found):
+            found[NFT_HOOKS[hook]].append((families[number], text_of(facts[1]),
+                                           text_of(facts[3]), facts.get(5) == bytes(4)))
     return found
 
 
@@ -9008,45 +9008,52 @@ def drops_all(code):
         names == ["immediate"] and assemble("drop") in code)
 
 
-def holes(chain, drops, rules, bridges):
+def holes(chain, drops, rules, wanted):
     """The change to a chain (family, table, name) that has such rules and a policy, so
-    that it leaves those bridges alone, if it drops what it does not know, and does
+    that it accepts what is `wanted`, if it drops what it does not know, and does
     nothing more of ours."""
     family, table, name = chain
     ours, last, change = {}, b"", Rules()
     for _, facts in rules:
         note = text_of(facts.get(7, b"")[2:])
-        if note.startswith(f"{OURS} "):
+        if note.startswith(f"{OURS}: "):
             ours[note] = facts[3]
         else:
             last = facts.get(4, b"")
-    wanted = {f"{OURS} {word} {bridge}": f'{word} "{bridge}" accept'
-              for bridge in bridges for word in ("iifname", "oifname")}
-    if not (drops or last and drops_all(last)):
-        wanted = {}
-    for note in ours.keys() - wanted.keys():
+    notes = {f"{OURS}: {words}".replace('"', ""): words for words in wanted
+             if drops or last and drops_all(last)}
+    for note in ours.keys() - notes.keys():
         change.add(f"delete rule {family} {table} {name} handle "
                    f"{int.from_bytes(ours[note], 'big')}", NFT_MSG_DELRULE, family,
                    {1: table, 2: name, 3: ours[note]}, 0)
-    for note in wanted.keys() - ours.keys():
-        change.add_rule(*chain, wanted[note], "insert", note)
+    for note in notes.keys() - ours.keys():
+        change.add_rule(*chain, f"{notes[note]} accept", "insert", note)
     return change
 
 
-def open_walls(chains, bridges):
-    """Have the chains of others leave our bridges alone, or say which does not."""
+def open_walls(chains, wanted):
+    """Have the chains of others accept what is wanted, or say which does not."""
     for *chain, drops in chains:
         family, table, name = chain
         rules = listed(NFT_MSG_GETRULE, FAMILIES[family], {1: table, 2: name})
-        change = holes(chain, drops, rules, bridges)
+        change = holes(chain, drops, rules, wanted)
         try:
             if change.messages:
                 change.commit("our own chain judges that")
         except Fail as fail:
-            say(f"the chain {' '.join(chain)} of nf_tables may drop what goes to and "
-                f"comes from {', '.join(bridges)}, and cannot be changed: "
-                f"{fail.message}\n  hint: with firewalld, `firewall-cmd --zone=trusted "
-                "--add-interface=BRIDGE`")
+            say(f"the chain {' '.join(chain)} of nf_tables may drop "
+                f"{', '.join(wanted)}, and cannot be changed: {fail.message}\n  hint: "
+                "with firewalld, `firewall-cmd --zone=trusted --add-interface=BRIDGE`")
+
+
+def relayed(there):
+    """What comes to a port of this host's that a container without IPv6 has published:
+    to our relay."""
+    for endpoint in there:
+        for kind, address, port, _ in endpoint["ports"]:
+            if ":" in address and not is_oneself(address) and not any(
+                    ":" in own for own in endpoint["addresses"]):
+                yield f"{kind} dport {port}"
 
 
 def check_old_wall(bridge):
@@ -9291,13 +9298,17 @@ def tell_everybody(there):
     networks = [network for network in everything if network["name"] in used]
     our_table(networks, there).commit("who may go out, and which port leads to whom")
     others = foreign_chains()
-    open_walls(others, [network["bridge"] for network in networks])
+    open_walls(others["forward"], [f'{word} "{network["bridge"]}"' for word in (
+        "iifname", "oifname") for network in networks])
+    for family, prefix in (("ip6", ""), ("inet", "meta nfproto ipv6 ")):
+        open_walls([chain for chain in others["input"] if chain[0] == family],
+                   [prefix + words for words in relayed(there)])
     for network in everything:
         if network["name"] not in used:
             netlink.remove(network["bridge"], "nobody is on it any more")
     for id in {endpoint["id"] for endpoint in there}:
         write_hosts(id, there)
-    forward_for(networks, others)
+    forward_for(networks, others["forward"])
 
 
 def gate_of(id, there):

@@ -6209,6 +6209,14 @@ def test_the_chains_of_others_leave_our_bridges_alone_and_are_as_before_afterwar
                 ct state established accept
                 reject with icmpx admin-prohibited
             }
+        }
+        table ip6 filter {
+            chain INPUT {
+                type filter hook input priority 0; policy drop
+                ct state established accept
+                ip6 nexthdr icmpv6 accept
+                iifname "lo" accept
+            }
         }"""
     subprocess.run(["nft", "-f", "-"], input=walls, text=True, check=True)
     before = subprocess.run(["nft", "list", "ruleset"], capture_output=True,
@@ -6217,6 +6225,7 @@ def test_the_chains_of_others_leave_our_bridges_alone_and_are_as_before_afterwar
         with idle("web-1", "--network", "one", "-p", "18080:80") as pid, served(
                 pid, "10.213.1.2", 80, lambda peer: "hello"):
             assert asked(HOST[0], 18080, world.far) == "hello"
+            assert asked(HOST[1], 18080, world.far) == "hello"  # by the relay
             assert asked(FAR[0], 80, pid) == HOST[0]
             with idle("web-2", "--network", "two"):
                 text = subprocess.run(["nft", "list", "chain", "ip", "filter", "FORWARD"],
@@ -6226,7 +6235,8 @@ def test_the_chains_of_others_leave_our_bridges_alone_and_are_as_before_afterwar
                                      text=True).stdout == before)
     finally:
         subprocess.run(["nft", "-f", "-"], input="delete table ip filter\n"
-                       "delete table inet firewalld", text=True, check=True)
+                       "delete table inet firewalld\ndelete table ip6 filter", text=True,
+                       check=True)
 
 
 def test_only_a_chain_that_drops_what_it_does_not_know_is_touched():
@@ -6241,17 +6251,17 @@ def test_only_a_chain_that_drops_what_it_does_not_know_is_touched():
         return m.holes(("ip", "t", "c"), drops, [
             (2, {3: struct.pack(">Q", handle), 4: code,
                  7: b"\0\1" + note.encode() + b"\0"}) for handle, code, note in rules],
-            ["b"]).listing
-    into, out = (f'nft insert rule ip t c {word} "b" accept comment "minicontainer '
+            ['iifname "b"', 'oifname "b"']).listing
+    into, out = (f'nft insert rule ip t c {word} "b" accept comment "minicontainer: '
                  f'{word} b"' for word in ("iifname", "oifname"))
     assert asked(False) == asked(False, (1, some, ""), (2, accept, "")) == []
     assert sorted(asked(True)) == sorted(asked(False, (3, counter + drop, "")))
     assert sorted(asked(True)) == [into, out]
-    there = (4, accept, "minicontainer iifname b")
+    there = (4, accept, "minicontainer: iifname b")
     assert asked(True, there) == [out]
     assert asked(False, there) == ["nft delete rule ip t c handle 4"]
-    assert asked(True, there, (5, accept, "minicontainer oifname b"), (
-        6, accept, "minicontainer oifname gone")) == ["nft delete rule ip t c handle 6"]
+    assert asked(True, there, (5, accept, "minicontainer: oifname b"), (
+        6, accept, "minicontainer: oifname gone")) == ["nft delete rule ip t c handle 6"]
 
 
 @root
@@ -6264,9 +6274,9 @@ def test_a_chain_that_cannot_be_changed_is_named_with_the_cure(
     subprocess.run(["nft", rules], check=True)
     try:
         chains = m.foreign_chains()
-        assert chains == [("inet", "locked", "f", False)]
+        assert chains["forward"] == [("inet", "locked", "f", False)]
         monkeypatch.setattr(m.Rules, "commit", refuse)
-        m.open_walls([("inet", "locked", "f", True)], ["br-x"])
+        m.open_walls([("inet", "locked", "f", True)], ['iifname "br-x"'])
     finally:
         subprocess.run(["nft", "delete table inet locked"], check=True)
     told = capfd.readouterr().err
