@@ -5975,6 +5975,8 @@ def asked(address, port, pid="self", seconds=5, udp=None, say=b""):
             caller.connect((address, port))
             if udp or say:
                 caller.sendall(udp or say)
+            if say:  # then all of the answer
+                return b"".join(iter(lambda: caller.recv(2000), b"")).decode()
             return caller.recv(2000).decode()
         except OSError:
             return ""
