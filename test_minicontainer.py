@@ -8307,7 +8307,7 @@ def test_a_debian_with_nginx_is_built_pushed_and_run_by_podman(images, registry,
     made = subprocess.run(["mmdebstrap", "--quiet", "--variant=apt", suite[1] if suite else
                            "stable", tmp_path / "debian.tar"], capture_output=True, text=True)
     if made.returncode:
-        pytest.skip(f"no Debian can be had here: {made.stderr.splitlines()[-1:]}")
+        pytest.skip(f"no Debian can be had here: {made.stderr.splitlines()[-4:]}")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     context = tmp_path / "context"
@@ -8326,7 +8326,8 @@ def test_a_debian_with_nginx_is_built_pushed_and_run_by_podman(images, registry,
     podman = ["podman", "--root", f"{top}/p", "--runroot", f"{top}/r", "--storage-driver", "vfs"]
     peer(*podman, "pull", "--tls-verify=false", "-q", name)
     process = subprocess.Popen([*map(str, podman), "run", "--rm", "--name", "web", "--network", "host",
-                                "--cgroups=disabled", name], stderr=subprocess.PIPE, text=True)
+                                "--cgroups=disabled", *LIMITS[2:], name], stderr=subprocess.PIPE,
+                               text=True)
     try:
         def page():
             with contextlib.suppress(OSError), socket.create_connection(
