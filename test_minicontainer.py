@@ -5747,9 +5747,33 @@ def test_an_attribute_is_padded_to_four_bytes_and_may_hold_others():
     assert m.attribute(18, {1: "veth"}) == b"\x10\0\x12\0" + m.attribute(1, "veth")
 
 
-def test_the_kernels_own_words_are_found_in_its_answer():
-    words = m.attribute(2, 7) + m.attribute(1, "no such thing")
-    assert m.error_words(words) == "no such thing" and m.error_words(b"") == ""
+def test_attributes_are_read_as_they_were_written():
+    pairs = m.attribute(2, 7) + m.attribute(0x8001, {1: "no such thing"})
+    (two, seven), (one, inner) = m.attributes_of(pairs)
+    assert (two, seven, one) == (2, struct.pack("=I", 7), 1)  # not NLA_F_NESTED
+    assert list(m.attributes_of(inner)) == [(1, b"no such thing\0")]
+    assert m.attribute(2, -100, ">")[4:] == struct.pack(">i", -100)
+
+
+@root
+def test_the_rules_that_are_told_are_those_that_are_made(networks):
+    """nft(8) makes of the lines what we made of them by netlink."""
+    def shown():
+        text = subprocess.run(["nft", "list", "table", "inet", "minicontainer"],
+                              capture_output=True, text=True, check=True).stdout
+        return text.replace("meta l4proto tcp tcp", "tcp")
+    assert mini("network", "create", "--ipv6", "--subnet", "10.213.6.0/24", "--subnet",
+                "fd00:6::/64", "six").returncode == 0
+    with idle("web-1", "--network", "six", "-p", "18080-18081:80-81", "-p", "9:9/udp",
+              "-p", "10.213.6.1:53:53/udp"), idle("web-2", "--network", "two"):
+        ours = shown()
+        with m.held("networks", fcntl.LOCK_EX):
+            rules = m.our_table([m.find_network(name) for name in ("six", "two")],
+                                m.endpoints())
+        for line in rules.listing:
+            subprocess.run(["nft", line.removeprefix("nft ")], check=True)
+        assert shown() == ours and len(ours.splitlines()) > 40, ours
+    assert mini("network", "rm", "six").returncode == 0
 
 
 @pytest.mark.parametrize("option, ports", [
@@ -5776,7 +5800,7 @@ def test_a_subnet_that_is_none_is_refused(subnet):
 def forwards():
     """Whether nf_tables and bridges are here; the reason if not."""
     if not IS_ROOT or not shutil.which("nft"):
-        return "needs nft (Debian: nftables)"
+        return "needs nft to look with (Debian: nftables)"
     done = subprocess.run(["nft", "add table inet mc-probe; delete table inet mc-probe"],
                           capture_output=True, text=True)
     return "" if done.returncode == 0 else f"no nf_tables: {done.stderr[:60]}"
@@ -5940,9 +5964,9 @@ def served(pid, address, port, answer, udp=False):
         door.close()
 
 
-def asked(address, port, pid="self", seconds=5, udp=None):
-    """What a server says to somebody in the network namespace of a process, or to the
-    datagram `udp`; "" if it cannot be reached."""
+def asked(address, port, pid="self", seconds=5, udp=None, say=b""):
+    """What a server says to somebody in the network namespace of a process who says
+    something, or sends the datagram `udp`; "" if it cannot be reached."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with m.network_of(pid):
         caller = socket.socket(family, socket.SOCK_DGRAM if udp else socket.SOCK_STREAM)
@@ -5950,8 +5974,8 @@ def asked(address, port, pid="self", seconds=5, udp=None):
         caller.settimeout(seconds)
         try:
             caller.connect((address, port))
-            if udp:
-                caller.sendall(udp)
+            if udp or say:
+                caller.sendall(udp or say)
             return caller.recv(2000).decode()
         except OSError:
             return ""
@@ -5980,15 +6004,17 @@ def idle(name, *options):
 def test_containers_of_a_network_reach_each_other_by_name_and_no_other_network(networks):
     with greeting("web-1", "--network", "one", "--network-alias", "www", "--ip",
                  "10.213.1.9"):
-        out = sh("cat /etc/hosts; nc 10.213.1.9 80 </dev/null; ip route",
+        out = sh("cat /etc/hosts; nc www 80 </dev/null; ip route; arp -a",
                  "--network", "one", "--add-host", "x:1.2.3.4")
         assert re.search(r"^10.213.1.9\s+web-1 [0-9a-f]{12} www$", out, re.M)
         assert "hello from web-1" in out and "1.2.3.4\tx" in out
+        assert "web-1 (10.213.1.9) at 02:42:0a:d5:01:09" in out  # an address's name
         assert "default via 10.213.1.1 dev eth0" in out
         with greeting("late", "--network", "one"):  # and is known to those before it
             hosts = mini("exec", "web-1", "/bin/cat", "/etc/hosts").stdout
             assert re.search(r"^10.213.1.2\s+late ", hosts, re.M)
-        assert "late" not in mini("exec", "web-1", "/bin/cat", "/etc/hosts").stdout
+        until(lambda: "late" not in mini("exec", "web-1", "/bin/cat",
+                                         "/etc/hosts").stdout)
         other = sh("ip route; nc -w 1 10.213.1.9 80 </dev/null || echo no",
                    "--network", "two")
         assert "default" not in other and other.endswith("no\n")
@@ -6073,10 +6099,8 @@ def test_what_goes_out_has_the_address_of_the_host_and_internal_goes_nowhere(
     assert mini("network", "create", "--ipv6", "--subnet", "10.213.6.0/24", "--subnet",
                 "fd00:6::/64", "six").returncode == 0
     out = sh(f"nc {FAR[0]} 80 </dev/null; echo; nc {FAR[1]} 80 </dev/null; echo; "
-             "nslookup www.example; ping -c 1 10.213.6.1 >/dev/null && echo pong",
-             "--network", "six", "--dns", FAR[0])
-    assert out.splitlines()[:2] == list(HOST)
-    assert "192.0.2.7" in out and out.endswith("pong\n")
+             "ping -c 1 10.213.6.1 >/dev/null && echo pong", "--network", "six")
+    assert out.splitlines() == [*HOST, "pong"]
     reached = sh(f"nc -w 1 {FAR[0]} 80 </dev/null || echo no", "--network", "two")
     assert reached == "no\n"
     with idle("one-a", "--network", "six", "--ip6", "fd00:6::9", "-p", "18080:80") as pid, \
@@ -6090,6 +6114,26 @@ def test_what_goes_out_has_the_address_of_the_host_and_internal_goes_nowhere(
         facts = json.loads(mini("network", "inspect", "six").stdout)[0]
         assert facts["EnableIPv6"] and "fd00:6::9/64" in str(facts["Containers"])
     assert mini("network", "rm", "six").returncode == 0
+
+
+@root
+def test_a_name_server_of_the_hosts_is_asked_also_from_behind_its_own_stub(
+        networks, world, tmp_path):
+    """By a program that asks it itself, on a host that runs systemd-resolved."""
+    (tmp_path / "stub").write_text("nameserver 127.0.0.53\noptions edns0\n")
+    (tmp_path / "behind").write_text(f"nameserver {FAR[0]}\nsearch example\n")
+    script = f"""mount --bind {tmp_path}/stub "$(realpath /etc/resolv.conf)"
+        mount -t tmpfs none /run; mkdir -p /run/systemd/resolve
+        cp {tmp_path}/behind /run/systemd/resolve/resolv.conf
+        exec "$@" """
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", script, "sh", *command(
+            "run", "--rm", "--network", "one", "/bin/sh", "-c",
+            "cat /etc/resolv.conf; nslookup www.example; wget http://www.example 2>&1")],
+        capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith(f"nameserver {FAR[0]}\nsearch example\n"), done
+    assert re.search(r"www.example\s+Address\S*: (1: )?192.0.2.7", done.stdout), done
+    assert "(192.0.2.7:80)" in done.stdout  # so does the C library
 
 
 @root
@@ -6166,6 +6210,14 @@ def test_the_chains_of_others_leave_our_bridges_alone_and_are_as_before_afterwar
                 ct state established accept
                 reject with icmpx admin-prohibited
             }
+        }
+        table ip6 filter {
+            chain INPUT {
+                type filter hook input priority 0; policy drop
+                ct state established accept
+                ip6 nexthdr icmpv6 accept
+                iifname "lo" accept
+            }
         }"""
     subprocess.run(["nft", "-f", "-"], input=walls, text=True, check=True)
     before = subprocess.run(["nft", "list", "ruleset"], capture_output=True,
@@ -6174,41 +6226,62 @@ def test_the_chains_of_others_leave_our_bridges_alone_and_are_as_before_afterwar
         with idle("web-1", "--network", "one", "-p", "18080:80") as pid, served(
                 pid, "10.213.1.2", 80, lambda peer: "hello"):
             assert asked(HOST[0], 18080, world.far) == "hello"
+            assert asked(HOST[1], 18080, world.far) == "hello"  # by the relay
             assert asked(FAR[0], 80, pid) == HOST[0]
             with idle("web-2", "--network", "two"):
                 text = subprocess.run(["nft", "list", "chain", "ip", "filter", "FORWARD"],
                                       capture_output=True, text=True).stdout
                 assert text.count("minicontainer") == 4
-        after = subprocess.run(["nft", "list", "ruleset"], capture_output=True,
-                               text=True).stdout
-        assert after == before
+        until(lambda: subprocess.run(["nft", "list", "ruleset"], capture_output=True,
+                                     text=True).stdout == before)
     finally:
         subprocess.run(["nft", "-f", "-"], input="delete table ip filter\n"
-                       "delete table inet firewalld", text=True, check=True)
+                       "delete table inet firewalld\ndelete table ip6 filter", text=True,
+                       check=True)
     with idle("web-3", "--network", "one"):
         pass  # and when it goes nobody else forwards, so what we switched on goes too
 
 
-def test_a_chain_that_drops_nothing_is_not_touched():
-    listing = "table ip t {\n\tchain c { # handle 1\n\t\ttype filter hook forward " \
-        "priority filter; policy accept;\n\t\tiifname \"x\" drop # handle 2\n\t\t" \
-        "counter packets 9 bytes 9 accept # handle 3\n\t}\n}\n"
-    assert m.holes("ip t c", listing, ["br-x"]) == []
-    assert list(m.foreign_chains(listing)) == ["ip t c"]
-    ours = listing.replace("iifname \"x\" drop",
-                           'iifname "y" accept comment "minicontainer"')
-    assert m.holes("ip t c", ours, ["br-x"]) == ["delete rule ip t c handle 2"]
-    full = listing.replace("bytes 9 accept", "bytes 9 drop")
-    assert m.holes("ip t c", full, ["b"]) == [
-        f'insert rule ip t c {side}ifname "b" accept comment "minicontainer"'
-        for side in "io"]
+def test_only_a_chain_that_drops_what_it_does_not_know_is_touched():
+    counter = m.operation("counter", bytes(8), bytes(8))
+    drop, accept = m.assemble("drop"), m.assemble("accept")
+    some = m.assemble('iifname "x" drop')
+    assert [m.drops_all(code) for code in (
+        drop, counter + drop, m.operation("reject", 2, 3), some, counter + accept
+        )] == [True, True, True, False, False]
+
+    def asked(drops, *rules):
+        return m.holes(("ip", "t", "c"), drops, [
+            (2, {3: struct.pack(">Q", handle), 4: code,
+                 7: b"\0\1" + note.encode() + b"\0"}) for handle, code, note in rules],
+            ['iifname "b"', 'oifname "b"']).listing
+    into, out = (f'nft insert rule ip t c {word} "b" accept comment "minicontainer: '
+                 f'{word} b"' for word in ("iifname", "oifname"))
+    assert asked(False) == asked(False, (1, some, ""), (2, accept, "")) == []
+    assert sorted(asked(True)) == sorted(asked(False, (3, counter + drop, "")))
+    assert sorted(asked(True)) == [into, out]
+    there = (4, accept, "minicontainer: iifname b")
+    assert asked(True, there) == [out]
+    assert asked(False, there) == ["nft delete rule ip t c handle 4"]
+    assert asked(True, there, (5, accept, "minicontainer: oifname b"), (
+        6, accept, "minicontainer: oifname gone")) == ["nft delete rule ip t c handle 6"]
 
 
 @root
-def test_a_chain_that_cannot_be_changed_is_named_with_the_cure(networks, capfd):
+def test_a_chain_that_cannot_be_changed_is_named_with_the_cure(
+        networks, capfd, monkeypatch):
+    def refuse(rules, why):
+        raise m.Fail(f"{rules.listing[0]}: Operation not permitted")
     m.SAID.clear()
-    m.open_walls("table inet locked {\n\tchain f {\n\t\ttype filter hook forward ",
-                 ["br-x"])
+    rules = "table inet locked { chain f { type filter hook forward priority 0; }; }"
+    subprocess.run(["nft", rules], check=True)
+    try:
+        chains = m.foreign_chains()
+        assert chains["forward"] == [("inet", "locked", "f", False)]
+        monkeypatch.setattr(m.Rules, "commit", refuse)
+        m.open_walls([("inet", "locked", "f", True)], ['iifname "br-x"'])
+    finally:
+        subprocess.run(["nft", "delete table inet locked"], check=True)
     told = capfd.readouterr().err
     assert "inet locked f" in told and "br-x" in told and "firewall-cmd" in told
 
@@ -6227,7 +6300,7 @@ def test_forwarding_is_switched_on_only_when_needed_said_and_off_again(networks)
         second = mini("run", "--rm", "--network", "one", "/bin/true")
         assert "forwards" not in second.stderr and m.read_file(path) == "1\n"
         assert mini("rm", "-f", first.stdout.strip()).returncode == 0
-        assert m.read_file(path) == "0\n"
+        until(lambda: m.read_file(path) == "0\n")
     finally:
         m.write_file(path, before)
 
@@ -6307,6 +6380,14 @@ def test_networks_are_listed_and_removed_by_what_they_are(networks):
                   "com.docker.network.bridge.name=lo"], ["--subnet", "10.0.0.0/30",
                   "--subnet", "10.1.0.0/30"]):
         refused("network", "create", *wrong, "wrong", code=1)
+    for driver, told in (("host", 'only one instance of "host" network is allowed'), (
+            "null", 'only one instance of "null" network'), ("moon", "not found")):
+        assert told in refused("network", "create", "-d", driver, "wrong", code=1)
+    rows = mini("network", "ls").stdout.splitlines()
+    assert [row.split()[1:] for row in rows if row.split()[1] in m.BUILT_IN] == [
+        ["bridge", "bridge", "local"], ["host", "host", "local"],
+        ["none", "null", "local"]]
+    assert "pre-defined" in refused("network", "rm", "host", code=1)
     assert "four" not in mini("network", "prune", stdin="n\n").stdout.splitlines()
     assert mini("network", "prune", "-f", "--filter", "label=x").stdout == "four\n"
 
@@ -8285,6 +8366,18 @@ def test_an_image_of_129_instructions_is_built(base, tmp_path):
     assert len(image.layers) == 65 and run(image.id, "cat", "/127") == "f\n"
 
 
+@contextlib.contextmanager
+def published_image(image, *ports):
+    """A container of an image with published ports, until the block ends."""
+    made = mini("run", "-d", "--name", "published", *(
+        word for port in ports for word in ("-p", port)), image)
+    assert made.returncode == 0, made.stderr
+    try:
+        yield
+    finally:
+        assert mini("rm", "-f", "published").returncode == 0
+
+
 NGINX = r"""FROM debian
 COPY 99* /etc/apt/apt.conf.d/
 RUN --mount=type=cache,target=/var/cache/apt apt-get -qq update && \
@@ -8299,7 +8392,8 @@ CMD ["nginx"]
 @root
 @pytest.mark.callers
 @pytest.mark.timeout(600)
-def test_a_debian_with_nginx_is_built_pushed_and_run_by_podman(images, registry, tmp_path):
+def test_a_debian_with_nginx_is_built_pushed_and_run_by_podman(
+        images, registry, tmp_path, request):
     for program in ("mmdebstrap", "podman"):
         if not shutil.which(program):
             pytest.skip(f"needs {program}: apt-get install {program}")
@@ -8322,6 +8416,13 @@ def test_a_debian_with_nginx_is_built_pushed_and_run_by_podman(images, registry,
     said = mini("build", "--network", "host", "-t", name, context, timeout=400)
     assert said.returncode == 0, said.stderr
     forked_mini("push", name)
+    if not NO_NETWORK:  # by us, for another host, of the network of chapter 10
+        world = request.getfixturevalue("world")
+        with published_image(name, f"18080:{port}"):
+            for address in HOST:
+                told = until(lambda to=address: asked(
+                    to, 18080, world.far, say=b"GET / HTTP/1.0\r\n\r\n"))
+                assert "Server: nginx" in told and told.endswith("a copied page\n")
     top = tempfile.mkdtemp(prefix="p-")  # podman wants short paths
     podman = ["podman", "--root", f"{top}/p", "--runroot", f"{top}/r", "--storage-driver", "vfs"]
     peer(*podman, "pull", "--tls-verify=false", "-q", name)
