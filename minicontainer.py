@@ -4129,7 +4129,7 @@ OCI_GLOBALS = (
     arg("--systemd-cgroup", action="store_true", help="refused: groups are made "
         "directly"),
     arg("--rootless", choices=["auto", "true", "false"], default="auto",
-        help="true is refused: this takes root"),
+        help="what it allows runc, to go on without control groups, is never done"),
 )
 START_OPTIONS = (
     arg("-b", "--bundle", metavar="DIR", default=".", help="with config.json and root"),
@@ -4180,8 +4180,7 @@ def oci(word, *declared):
                 if options.systemd_cgroup:
                     raise Fail("--systemd-cgroup is not offered",
                                "have the caller use cgroupfs")
-                if word not in ("spec", "features") and (
-                        os.geteuid() or options.rootless == "true"):
+                if word not in ("spec", "features") and os.geteuid():
                     raise Fail("permission denied: rootless containers are not offered",
                                "only root can make containers here")
                 if options.debug and not narration.style:
@@ -16174,17 +16173,20 @@ def completion_command(options):
 # "Unchecked" bytecode is not compared with the file, so that a start never compiles,
 # whoever it is for: a change takes `install`.
 #
-# And a start pays for every line that it loads, used or not.  minirunc uses nothing of
-# the engine; a chapter uses only what stands above it; so its launcher loads the file
-# with chapters 8 to 15 cut out, which is half of Python's part of a start.
+# And a start pays for every line that it loads, used or not.  A chapter uses only what
+# stands above it, so what a command has no use of can be cut out: minirunc's launcher
+# loads the file without chapters 8 to 15, which is half of Python's part of a start;
+# the other leaves out 13 for commands that are waited for, or that leave a shim behind,
+# which keeps in memory what was loaded.
 
 LAUNCHER_FLAG = "-ISXutf8"
 LAUNCHER = """\
 #!{python} {flag}
 # minicontainer install: runs the bytecode of the file named here
-import gc; gc.set_threshold(100_000); __file__ = {file!r}
+import gc, sys; gc.set_threshold(100_000); __file__ = {file}
 exec(type(__loader__)("__main__", __file__).get_code("__main__"))
 """
+OFTEN = ["create"], ["exec"], ["restart"], ["run"], ["start"]  # they build nothing
 PREFIX_OPTION = arg("--prefix", metavar="DIR", default="/usr/local",
                     help="files go to DIR/bin and DIR/lib (default: /usr/local)")
 
@@ -16348,7 +16350,7 @@ def without_chapters(text, first, last):
 
 
 def installed(prefix):
-    """What `install` puts under a prefix: the file, whole and cut; bytecode of both;
+    """What `install` puts under a prefix: the file, whole and cut; bytecode of each;
     a record of the directories that were made for them; launchers; systemd's unit."""
     import importlib.util
 
@@ -16356,7 +16358,8 @@ def installed(prefix):
         raise Fail(f"invalid --prefix: {prefix!r}", "a directory, as /usr/local", 1)
     top = os.path.abspath(prefix)
     lib = f"{top}/lib/minicontainer"
-    files = [f"{lib}/minicontainer.py", f"{lib}/minirunc.py"]
+    files = [f"{lib}/{name}.py" for name in ("minicontainer", "minicontainer.run",
+                                             "minirunc")]
     return (files, [*map(importlib.util.cache_from_source, files)],
             f"{lib}/minicontainer.directories",
             [f"{top}/bin/minicontainer", f"{lib}/minirunc", f"{top}/bin/minirunc"],
@@ -16425,8 +16428,11 @@ def install_command(options):
     files, bytecodes, record, launchers, unit = installed(options.prefix)
     with open(__file__, encoding="utf-8") as file:
         whole = file.read()
-    contents = dict(zip(files, (whole, without_chapters(whole, 8, 15)), strict=True))
-    for path, file in zip(launchers, files, strict=False):
+    contents = dict(zip(files, (whole, without_chapters(whole, 13, 13),
+                                without_chapters(whole, 8, 15)), strict=True))
+    for path, file in zip(launchers, (
+            f"{files[1]!r} if sys.argv[1:2] in {OFTEN} else {files[0]!r}",
+            repr(files[2])), strict=False):
         contents[path] = LAUNCHER.format(python=python, flag=LAUNCHER_FLAG, file=file)
         if contents[path].index("\n") > 254 or any(map(str.isspace, python)):
             raise Fail(f"the kernel takes no #! line with {python!r}",

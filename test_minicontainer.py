@@ -3574,6 +3574,18 @@ def test_spec_is_for_everybody_and_has_a_form_for_who_is_not_root(tmp_path):
 
 
 @root
+def test_rootless_changes_nothing_for_root_and_helps_nobody_else():
+    bundle("exit 3")
+    assert oci("--rootless", "true", "run", "-b", BUNDLE, "c1").returncode == 3
+
+    def as_nobody():
+        os.setresuid(65534, 65534, 65534)
+        return m.main(["oci", "--rootless", "true", "state", "c1"])
+    code, _, said = forked(as_nobody)
+    assert code == 1 and "permission denied: rootless containers are not offered" in said
+
+
+@root
 def test_a_disk_cannot_be_read_through_a_node_of_ones_own():
     out = oci_run("mknod /dev/d b 7 0 && cat /dev/d; mknod /dev/n c 1 3 && cat /dev/n "
                   "&& echo null works", process__noNewPrivileges=False,
@@ -8611,7 +8623,7 @@ def installed(prefix):
     (prefix / "bin").mkdir(parents=True, exist_ok=True)
     done = mini("install", "--prefix", prefix)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.count("installed ") == 8
+    assert done.stdout.count("installed ") == 10
     return f"{prefix}/bin/minicontainer"
 
 
@@ -8625,16 +8637,38 @@ def test_what_install_puts_under_a_prefix_uninstall_takes_away(tmp_path):
     gone = subprocess.run([tmp_path / "a prefix/bin/minicontainer", "uninstall",
                            "--prefix", tmp_path / "a prefix"],
                           capture_output=True, text=True)
-    assert (gone.returncode, gone.stderr, gone.stdout.count("removed ")) == (0, "", 8)
+    assert (gone.returncode, gone.stderr, gone.stdout.count("removed ")) == (0, "", 10)
     assert tree(tmp_path) == [f"{tmp_path}/a prefix", f"{tmp_path}/a prefix/bin"]
     assert "nothing is installed" in refused("uninstall", "--prefix",
                                              tmp_path / "a prefix", code=1)
 
 
+def chapters_of(text):
+    """The numbers of the chapters in a text."""
+    return [int(line.split()[2][:-1]) for line in text.splitlines()
+            if line.startswith("# ══")]
+
+
+def test_what_is_started_often_loads_no_chapter_that_it_has_no_use_of(tmp_path):
+    if not shutil.which("strace"):
+        pytest.skip("strace is not installed")
+    launcher = installed(tmp_path)
+    whole = tmp_path / "lib/minicontainer/minicontainer.py"
+    cut = whole.with_name("minicontainer.run.py")
+    assert chapters_of(whole.read_text()) == chapters_of(SOURCE)
+    assert chapters_of(cut.read_text()) == [n for n in chapters_of(SOURCE) if n != 13]
+    for word, loaded in (("run", cut), ("exec", cut), ("build", whole), ("ps", whole)):
+        seen = subprocess.run(["strace", "-qq", "-e", "openat", launcher, word, "--help"],
+                              capture_output=True, text=True)
+        names = re.findall(r"/(minicontainer[.a-z]*)\.cpython", seen.stderr)
+        assert f"Usage: minicontainer {word} " in seen.stdout
+        assert names == [loaded.stem], seen.stderr
+
+
 def test_a_launcher_never_compiles_whoever_starts_it(tmp_path):
     launcher = installed(tmp_path)
     file = tmp_path / "lib/minicontainer/minicontainer.py"
-    (bytecode, _) = kept = sorted((file.parent / "__pycache__").iterdir())
+    (bytecode, *_) = kept = sorted((file.parent / "__pycache__").iterdir())
     before = bytecode.stat().st_mtime_ns, bytecode.stat().st_ino
     file.write_text("raise SystemExit('this was compiled')")
     (tmp_path / "lib").chmod(0o555)
@@ -8690,8 +8724,7 @@ def test_minirunc_is_the_oci_runtime(tmp_path):
                           capture_output=True, text=True)
     assert said.stdout.startswith("minirunc version") and "spec: 1.2" in said.stdout
     part = (tmp_path / "lib/minicontainer/minirunc.py").read_text()
-    assert [line.split()[2] for line in part.splitlines() if line.startswith("# ══")] == [
-        f"{number}." for number in (*range(1, 8), 16)]
+    assert chapters_of(part) == [*range(1, 8), 16]
     for words in [*(words.split()[1:] for words in m.COMMANDS if words[:4] == "oci "), []]:
         shown = subprocess.run([tmp_path / "bin/minirunc", *words, "--help"],
                                capture_output=True, text=True)
