@@ -4129,7 +4129,7 @@ OCI_GLOBALS = (
     arg("--systemd-cgroup", action="store_true", help="refused: groups are made "
         "directly"),
     arg("--rootless", choices=["auto", "true", "false"], default="auto",
-        help="true is refused: this takes root"),
+        help="what it allows runc, to go on without control groups, is never done"),
 )
 START_OPTIONS = (
     arg("-b", "--bundle", metavar="DIR", default=".", help="with config.json and root"),
@@ -4180,8 +4180,7 @@ def oci(word, *declared):
                 if options.systemd_cgroup:
                     raise Fail("--systemd-cgroup is not offered",
                                "have the caller use cgroupfs")
-                if word not in ("spec", "features") and (
-                        os.geteuid() or options.rootless == "true"):
+                if word not in ("spec", "features") and os.geteuid():
                     raise Fail("permission denied: rootless containers are not offered",
                                "only root can make containers here")
                 if options.debug and not narration.style:
@@ -5957,6 +5956,11 @@ def parts_of(path):
     return parts
 
 
+def is_whiteout(status):
+    """Whether a file, by its stat, says to overlay that something is not there."""
+    return stat.S_ISCHR(status.st_mode) and status.st_rdev == 0
+
+
 class Layer:
     """A directory that entries are unpacked into; a later one replaces an earlier one.
 
@@ -6005,13 +6009,17 @@ class Layer:
             try:
                 below = open_beneath(fd, part)
             except OSError as error:
+                gone = False
                 if error.errno in (errno.ENOTDIR, errno.ELOOP):
+                    gone = is_whiteout(os.lstat(part, dir_fd=fd))
                     os.unlink(part, dir_fd=fd)
                 elif error.errno != errno.ENOENT:
                     raise
                 os.mkdir(part, 0o755, dir_fd=fd)
                 os.utime(fd, ns=(when, when))
                 below = open_beneath(fd, part)
+                if gone:
+                    self.hide_below(fd, part)
             os.close(fd)
             fd = below
         return fd
@@ -6027,6 +6035,15 @@ class Layer:
                 raise ValueError("the top of a layer is a directory") from None
             remove_tree(f"/proc/self/fd/{parent}/{name}")
 
+    def hide_below(self, parent, name):
+        """Have a directory hide what layers below have there; a file does anyway."""
+        try:
+            fd = open_beneath(parent, name)
+        except OSError:
+            return
+        os.setxattr(fd, "trusted.overlay.opaque", b"y")
+        os.close(fd)
+
     def add(self, entry):
         """Make the file that an entry tells of."""
         parent, name = self.parent(entry.name)
@@ -6035,8 +6052,10 @@ class Layer:
         elif name.startswith(".wh."):
             if name[4:] in ("", ".", ".."):
                 raise ValueError(f"a whiteout of {name[4:]!r}")
-            self.clear(parent, name[4:])
-            os.mknod(name[4:], stat.S_IFCHR, 0, dir_fd=parent)
+            try:
+                os.mknod(name[4:], stat.S_IFCHR, 0, dir_fd=parent)
+            except FileExistsError:  # made by this layer: it says nothing of that, but
+                self.hide_below(parent, name[4:])
         elif entry.hard or stat.S_IFMT(entry.mode):
             try:
                 self.create(entry, parent, name)
@@ -6045,6 +6064,8 @@ class Layer:
                 if not stat.S_ISDIR(entry.mode) or not stat.S_ISDIR(there.st_mode):
                     self.clear(parent, name)
                     self.create(entry, parent, name)
+                    if is_whiteout(there):
+                        self.hide_below(parent, name)
             if not entry.hard:
                 self.set_metadata(entry, parent, name)
 
@@ -6352,6 +6373,7 @@ OCI_LAYER = "application/vnd.oci.image.layer.v1.tar"
 DOCKER_INDEX = "application/vnd.docker.distribution.manifest.list.v2+json"
 DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
 DOCKER_LAYER = "application/vnd.docker.image.rootfs.diff.tar"
+MANIFESTS = OCI_INDEX, DOCKER_INDEX, OCI_MANIFEST, DOCKER_MANIFEST
 NAME, ALSO_NAME = "org.opencontainers.image.ref.name", "io.containerd.image.name"
 SIZES = "minicontainer.sizes"  # annotation of ours: bytes of each layer, unpacked
 OF_IMAGE, OF_LAYERS = "minicontainer.image", "minicontainer.layers"  # a container's
@@ -6414,6 +6436,11 @@ def split_name(ref):
     """(host, path, tag or digest) of a name in full."""
     host, _, rest = ref.partition("/")
     return host, *rest.rsplit("@" if "@" in rest else ":", 1)
+
+
+def has_version(text):
+    """Whether a name that a person gives has a tag or a digest."""
+    return "@" in text or ":" in text.rpartition("/")[2]
 
 
 def hex_of(digest):
@@ -6588,7 +6615,7 @@ def all_images():
     for entry in read_index():
         image = Image(entry)
         image = found.setdefault(image.id, image)
-        image.names += [name_of(entry)] * bool(name_of(entry))
+        image.names = sorted([*image.names, *filter(None, [name_of(entry)])])
     return sorted(found.values(), key=lambda image: -image.created)
 
 
@@ -6650,7 +6677,7 @@ def copy_rest(source, descriptor, file, tell):
                            f"{descriptor['size']} bytes that were announced",
                            "the source is damaged or hostile")
             file.write(part)
-            tell("Downloading", at, descriptor["size"])
+            tell(source.doing, at, descriptor["size"])
     if at < descriptor["size"]:
         raise Broken(f"only {at} of {descriptor['size']} bytes have come")
 
@@ -6733,8 +6760,13 @@ def pick(source, raw, platform, depth=0):
     A list in a list is taken, as some builders write it; deeper ones are not.
     """
     document = parsed(raw, "manifest", MANIFEST_FORM)
+    kind = document.get("mediaType") or ""
     if document.get("schemaVersion") == 1:
         raise Fail("a manifest of schema 1, which is no longer in use", "push it anew")
+    if kind not in ("", *MANIFESTS) or document.get("manifests") and (
+            document.get("layers") or document.get("config")):  # some would read one,
+        raise Fail(f"neither a manifest nor a list of them: {kind!r:.90}",  # some other
+                   "is it the image of a container, or of something else?", 1)
     if not document.get("manifests"):
         return raw
     for entry in document["manifests"]:
@@ -6871,7 +6903,7 @@ class Archive:
     """
 
     def __init__(self, path, title):
-        self.path, self.title = path, title
+        self.path, self.title, self.doing = path, title, "Loading layer"
         self.names = {}  # digest: the member that has it, if not named after it
         self.members, links = {}, {}  # name: (where, bytes) and name: name
         try:
@@ -7071,11 +7103,14 @@ def from_template(template, value):
             words = shlex.split(match[1])
             how, path, *keys = words if len(words) > 1 else ["index", *words]
             found = value
-            for key in [*filter(None, path.split(".")), *keys]:
-                found = found[int(key) if isinstance(found, list) else key]
+            for key in filter(None, path.split(".")):
+                found = found[key]
+            for key in keys:  # what a map does not have is "" to Go
+                found = (found[int(key)] if isinstance(found, list) else
+                         found.get(key, ""))
             return {"index": go_value, "json": to_json,
                     "len": lambda found: str(len(found))}[how](found)
-        except (ValueError, KeyError, IndexError, TypeError):
+        except (ValueError, LookupError, TypeError, AttributeError):
             raise Fail(f"template: {match[0]} is not possible", "{{.A.B}}, {{len .A}}, "
                        "{{json .A}}, {{index .A 0}} are, of what '{{json .}}' shows", 1
                        ) from None
@@ -7108,7 +7143,7 @@ def print_list(columns, rows, form, quiet=""):
         else:  # mostly so, and without what templates import
             cells = [list(columns), *([go_value(row[field]) for field in
                                        columns.values()] for row in rows)]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        widths = [max(7, *map(len, column)) for column in zip(*cells, strict=True)]
         lines = ["   ".join(f"{cell:{width}}" for cell, width in zip(
             row, widths, strict=True)).rstrip() for row in cells]
     else:
@@ -7144,14 +7179,34 @@ def confirm(options, what):
     return options.force or sys.stdin.readline().strip().lower() == "y"
 
 
-def tell_gone(what, gone):
-    """Say what was removed, {name: bytes}, and how much room that makes."""
+def tell_gone(what, gone, more=0):
+    """Say what was removed, {name: bytes}, and how much room that and more makes."""
     if gone:
         print("\n".join([f"Deleted {what}:", *gone, ""]))
-    print(f"Total reclaimed space: {decimal(sum(gone.values()))}")
+    print(f"Total reclaimed space: {decimal(sum(gone.values()) + more)}")
 
 
-FORCE = arg("-f", "--force", action="store_true", help="do not ask")
+class Progress:
+    """How several layers get on: on a terminal a line for each, with bytes and rate;
+    elsewhere a line for each thing that happens."""
+
+    def __init__(self, file):
+        self.file, self.rows, self.began = file, {}, {}
+        self.live = file.isatty()
+
+    def __call__(self, id, status, at=0, of=0):
+        if self.live:
+            now, (begun, first) = time.monotonic(), self.began.setdefault(
+                (id, status), (time.monotonic(), at))
+            bar = f"[{'=' * (50 * at // of) + '>':51.51}] " if of else ""
+            rate = (at - first) / max(now - begun, 0.1)
+            count = f"{decimal(at)}/{decimal(of)}  {decimal(rate)}/s" if of else ""
+            up = f"\033[{len(self.rows)}A" if self.rows else ""
+            self.rows[id] = f"{id}: {status} {bar}{count}"
+            lines = "".join(f"\033[2K{row}\n" for row in self.rows.values())
+            print(up + lines, end="", file=self.file, flush=True)
+        elif not of:
+            print(f"{id}: {status}", file=self.file, flush=True)
 
 
 FORMAT = arg("--format", metavar="FORM", help="json, 'table {{.A}}' or '{{.A}} {{.B}}'")
@@ -7194,12 +7249,6 @@ IMAGE_FILTERS = {  # whether one passes KEY=text
 }
 
 
-def matches(image, wanted):
-    """Whether an image passes --filter."""
-    return all(IMAGE_FILTERS[key](image, text) for key, texts in wanted.items()
-               if key in IMAGE_FILTERS for text in texts)
-
-
 def image_rows(image, no_trunc):
     """What `images` shows of an image: a row for each of its names."""
     of_repository = {name.partition("@")[0]: name.partition("@")[2]
@@ -7229,8 +7278,8 @@ def images_command(options):
     import fnmatch
 
     wanted = filters_of(options.filter, (*IMAGE_FILTERS, "reference"))
-    like = wanted.get("reference", []) + [options.repository] * bool(options.repository)
-    rows = [row for image in all_images() if matches(image, wanted)
+    like = wanted.pop("reference", []) + [options.repository] * bool(options.repository)
+    rows = [row for image in all_images() if passes(image, IMAGE_FILTERS, wanted)
             for row in image_rows(image, options.no_trunc)
             if not like or any(fnmatch.fnmatchcase(text, pattern) for pattern in like
                                for text in (row["Repository"],
@@ -7248,7 +7297,8 @@ def history_command(options):
     image = find_image(options.image)
     rows, sizes = [], iter(image.sizes)
     for step in image.config.get("history") or [{} for _ in image.sizes]:
-        by, when = step.get("created_by") or "", step.get("created") or ""
+        by, when = (step.get("created_by") or "").replace("\t", " "), (
+            step.get("created") or "")
         rows.insert(0, {
             "ID": "<missing>", "CreatedSince": ago(seconds_of(when)),
             "CreatedAt": when, "Comment": step.get("comment") or "",
@@ -7259,6 +7309,10 @@ def history_command(options):
     print_list({"IMAGE": "ID", "CREATED": "CreatedSince", "CREATED BY": "CreatedBy",
                 "SIZE": "Size", "COMMENT": "Comment"}, rows, options.format,
                "ID" if options.quiet else "")
+
+
+UNSAID = {"User": "", "Env": [], "Cmd": [], "Volumes": {}, "WorkingDir": "",
+          "Entrypoint": [], "OnBuild": [], "Labels": {}}  # keys there in any case
 
 
 def inspected(image):
@@ -7272,7 +7326,9 @@ def inspected(image):
         "Id": image.id, "RepoTags": image.tags(), "RepoDigests": image.digests(),
         "Parent": "", "Comment": history[-1].get("comment") or "",
         "Created": said("created"), "DockerVersion": "", "Author": said("author"),
-        "Config": image.settings, "Architecture": said("architecture"),
+        "Config": {**UNSAID, **{key: value for key, value in image.settings.items()
+                                if value is not None}},
+        "Architecture": said("architecture"),
         "Variant": said("variant"), "Os": said("os"), "Size": size_,
         "VirtualSize": size_, "GraphDriver": {"Name": "overlay", "Data": {
             "LowerDir": ":".join(map(layer_path, reversed(image.diff_ids)))}},
@@ -7527,7 +7583,8 @@ def check_removable(image, text, by_name, force):
 
 def remove_image(text, force=False):
     """Take one name from an image, or all if it is named by its id; with the last one
-    it goes itself unless a container uses it.  Prints what Docker prints.
+    it goes itself unless a container uses it.  What Docker prints, line by line; what
+    only it had is for sweep().
 
     The digest that a repository gave it is a name too, which goes with its last tag.
     """
@@ -7543,15 +7600,13 @@ def remove_image(text, force=False):
             split_name(name)[:2] for name in gone} - tagged]
         for ref in gone:
             point(entries, ref)
-            print(f"Untagged: {short_name(ref)}")
+        said = [f"Untagged: {short_name(ref)}" for ref in gone]
         if set(image.names) - set(gone) or users:
-            return
+            return said
         entries[:] = [entry for entry in entries if Image(entry).id != image.id]
     kept = {diff_id for other in all_images() for diff_id in other.diff_ids}
-    for digest in [image.id, *reversed(image.diff_ids)]:
-        if digest not in kept:
-            print(f"Deleted: {digest}")
-    sweep()
+    return said + [f"Deleted: {digest}" for digest in
+                   [image.id, *reversed(image.diff_ids)] if digest not in kept]
 
 
 RMI_OPTIONS = (
@@ -7564,7 +7619,11 @@ RMI_OPTIONS = (
 @command("rmi", *RMI_OPTIONS)
 def rmi_command(options):
     """Remove images."""
-    for_each(options.images, lambda text: remove_image(text, options.force))
+    try:
+        for_each(options.images, lambda text: print(
+            *remove_image(text, options.force), sep="\n"))
+    finally:
+        sweep()
 
 
 @command("image prune", FORCE,
@@ -7574,15 +7633,15 @@ def rmi_command(options):
 def image_prune_command(options):
     """Remove images that have no name, and what no image needs."""
     wanted = filters_of(options.filter, ("until", "label", "label!"))
-    if not confirm(options, "all images without at least one container associated to "
-                   "them" if options.all else "all dangling images"):
-        return
-    used = {notes.get(OF_IMAGE) for _, notes in containers()}
-    for image in all_images():
-        if (options.all or not image.names) and image.id not in used and matches(
-                image, wanted):
-            remove_image(image.id, True)
-    print(f"Total reclaimed space: {decimal(sweep(True))}")
+    sure = confirm(options, "all images without at least one container associated to "
+                   "them" if options.all else "all dangling images")
+    used, gone = {notes.get(OF_IMAGE) for _, notes in containers()}, {}
+    for image in all_images() if sure else ():
+        if (options.all or not image.names) and image.id not in used and passes(
+                image, IMAGE_FILTERS, wanted):
+            gone.update((line[0].lower() + line[1:], 0)
+                        for line in remove_image(image.id, True))
+    tell_gone("Images", gone, sweep(True) if sure else 0)
 
 
 @command("save", arg("-o", "--output", metavar="FILE", help="not to standard output"),
@@ -7592,10 +7651,14 @@ def save_command(options):
     with adding():
         chosen = {}
         for text in options.images:
-            image = find_image(text)
-            names = chosen.setdefault(image.entry["digest"], (image, {}))[1]
-            if not image.id[7:].startswith(text.removeprefix("sha256:")):
-                names[full_name(text)] = True
+            tags = [] if has_version(text) else [  # a name without one means them all
+                name for name in map(name_of, read_index()) if "@" not in name
+                and split_name(name)[:2] == split_name(spelled_out(text))[:2]]
+            for name in sorted(tags) or [text]:
+                image = find_image(name)
+                names = chosen.setdefault(image.entry["digest"], (image, {}))[1]
+                if not image.id[7:].startswith(name.removeprefix("sha256:")):
+                    names[full_name(name)] = True
         with output(options.output) as file:
             write_archive(list(chosen.values()), file)
 
@@ -7619,9 +7682,11 @@ def load_command(options):
             if packed:
                 path = spool(plain_pieces(path, title))[0]
                 temporary.append(path)
-            archive = Archive(path, title)
+            archive, show = Archive(path, title), lambda *_: None
+            if sys.stdout.isatty() and not options.quiet:
+                show = Progress(sys.stdout)
             for raw, refs in archive.images(platform_of(options.platform)):
-                image = take_image(archive, raw, refs)
+                image = take_image(archive, raw, refs, show)
                 for ref in refs:
                     print(f"Loaded image: {short_name(ref)}")
                 if not refs:
@@ -7714,7 +7779,6 @@ def image_notes(image):
 
 DOCKER_ETC = "/etc/docker"
 HUB, HUB_KEY = "registry-1.docker.io", "https://index.docker.io/v1/"
-MANIFESTS = OCI_INDEX, DOCKER_INDEX, OCI_MANIFEST, DOCKER_MANIFEST
 ATTEMPTS, PAUSE, PATIENCE = 5, 0.5, 60  # how often, seconds before the second, to wait
 CHUNK = 64 << 20  # bytes: a larger blob is uploaded in pieces
 
@@ -7891,7 +7955,7 @@ class Registry:
     def __init__(self, host, path):
         self.host, self.path = host, path
         self.address = HUB if host == "docker.io" else host
-        self.scheme, self.authorization = "", ""
+        self.scheme, self.authorization, self.doing = "", "", "Downloading"
         self.user, self.opener = credentials(host), http_opener(host)
 
     def patiently(self, do, *args):
@@ -8107,29 +8171,6 @@ class Registry:
 # ── what a person sees of it ──
 
 
-class Progress:
-    """How several layers get on: on a terminal a line for each, with bytes and rate;
-    elsewhere a line for each thing that happens."""
-
-    def __init__(self, file):
-        self.file, self.rows, self.began = file, {}, {}
-        self.live = file.isatty()
-
-    def __call__(self, id, status, at=0, of=0):
-        if self.live:
-            now, (begun, first) = time.monotonic(), self.began.setdefault(
-                (id, status), (time.monotonic(), at))
-            bar = f"[{'=' * (50 * at // of) + '>':51.51}] " if of else ""
-            rate = (at - first) / max(now - begun, 0.1)
-            count = f"{decimal(at)}/{decimal(of)}  {decimal(rate)}/s" if of else ""
-            up = f"\033[{len(self.rows)}A" if self.rows else ""
-            self.rows[id] = f"{id}: {status} {bar}{count}"
-            lines = "".join(f"\033[2K{row}\n" for row in self.rows.values())
-            print(up + lines, end="", file=self.file, flush=True)
-        elif not of:
-            print(f"{id}: {status}", file=self.file, flush=True)
-
-
 def pull_image(ref, platform, out=None):
     """Bring an image from its registry into the store, telling about it on `out`."""
     host, path, version = split_name(ref)
@@ -8152,26 +8193,34 @@ def pull_image(ref, platform, out=None):
     print(f"Digest: {digest}\nStatus: {status} for {name}", file=out)
 
 
-def asked_name(text):
+ONLY_NAME = arg("-q", "--quiet", action="store_true", help="print only the name")
+
+
+def telling(options):
+    """The file that is told how it goes, for -q one that keeps nothing."""
+    return open(os.devnull if options.quiet else 1, "w", closefd=options.quiet)
+
+
+def asked_name(options):
     """The name in full that a person asks a registry for, said if it was completed."""
-    ref = full_name(text)
-    if "@" not in ref and not text.endswith(ref[ref.rindex(":"):]):
-        print("Using default tag: latest")
+    ref = full_name(options.name)
+    if not options.quiet and not has_version(options.name):
+        print("Using default tag: latest", flush=True)
     return ref
 
 
-@command("pull", arg("-q", "--quiet", action="store_true", help="only the name"),
-         PLATFORM, arg("name", metavar="NAME[:TAG|@DIGEST]", help="of the image"))
+@command("pull", ONLY_NAME, PLATFORM,
+         arg("name", metavar="NAME[:TAG|@DIGEST]", help="of the image"))
 def pull_command(options):
     """Fetch an image from a registry."""
-    ref = full_name(options.name) if options.quiet else asked_name(options.name)
-    with open(os.devnull if options.quiet else 1, "w", closefd=options.quiet) as out:
+    ref = asked_name(options)
+    with telling(options) as out:
         pull_image(ref, platform_of(options.platform), out)
     print(ref)
 
 
-def push_image(image, ref):
-    """Send an image to the registry of one of its names."""
+def push_image(image, ref, out):
+    """Send an image to the registry of one of its names, telling about it on `out`."""
     host, path, tag = split_name(ref)
     registry, others = Registry(host, path), {}
     for entry in read_index():  # where the registry has it from us, if not there
@@ -8182,27 +8231,29 @@ def push_image(image, ref):
     layers = {layer["digest"]: layer for layer in image.layers}
     in_parallel([(digest[7:19], lambda tell, layer=layer: registry.put(
         layer, others.get(layer["digest"], ""), tell))
-        for digest, layer in layers.items()], Progress(sys.stdout))
+        for digest, layer in layers.items()], Progress(out))
     registry.put(image.manifest["config"], others.get(image.id, ""))
     digest = image.entry["digest"]
     registry.patiently(registry.put_manifest, image, tag)
     with changed_index() as entries:
         point(entries, f"{host}/{path}@{digest}", image.entry)
-    print(f"{tag}: digest: {digest} size: {image.entry['size']}")
+    print(f"{tag}: digest: {digest} size: {image.entry['size']}", file=out)
 
 
-@command("push", arg("name", metavar="NAME[:TAG]", help="of the image"))
+@command("push", ONLY_NAME, arg("name", metavar="NAME[:TAG]", help="of the image"))
 def push_command(options):
     """Send an image to a registry."""
-    ref = asked_name(options.name)
+    ref = asked_name(options)
     host, path, _ = split_name(ref)
-    print(f"The push refers to repository [{host}/{path}]", flush=True)
-    with adding():
+    with telling(options) as out, adding():
+        print(f"The push refers to repository [{host}/{path}]", file=out, flush=True)
         if ref not in map(name_of, read_index()):
             raise Fail("An image does not exist locally with the tag: "
                        f"{short_name(f'{host}/{path}')}", "see `minicontainer images`",
                        1)
-        push_image(find_image(ref), ref)
+        push_image(find_image(ref), ref, out)
+    if options.quiet:
+        print(short_name(ref))
 
 
 def login_host(server):
@@ -8221,8 +8272,9 @@ def login_command(options):
 
     if not options.password_stdin and not os.isatty(0) or (
             options.password_stdin and not options.username):
-        raise Fail("a password from something that is no terminal needs -u NAME and "
-                   "--password-stdin", "echo $TOKEN | minicontainer login -u NAME "
+        raise Fail("Must provide --username with --password-stdin"
+                   if options.password_stdin else "Cannot perform an interactive login "
+                   "from a non TTY device", "echo $TOKEN | minicontainer login -u NAME "
                    "--password-stdin SERVER; an option would show in `ps`", 1)
     registry = Registry(login_host(options.server), "")
     name = options.username or input("Username: ")
@@ -8235,6 +8287,11 @@ def login_command(options):
                    f"failed with status: {refused.status or 401} {refused.message}",
                    "is the password right?", 1) from None
     keep_credentials(registry.host, registry.user)
+    path, _, _, helper = docker_config(registry.host)
+    if not helper:
+        print(f"WARNING! Your password will be stored unencrypted in {path}.\n"
+              "Configure a credential helper to remove this warning.\n",
+              file=sys.stderr)
     print("Login Succeeded")
 
 
@@ -8242,8 +8299,9 @@ def login_command(options):
 def logout_command(options):
     """Forget the name and password for a registry."""
     host = login_host(options.server)
-    print(f"Removing login credentials for {host}" if keep_credentials(host, None)
-          else f"Not logged in to {host}")
+    key, known = docker_config(host)[2], keep_credentials(host, None)
+    print(f"Removing login credentials for {key}" if known else
+          f"Not logged in to {key}")
 
 # ══ 10. NETWORK ═══════════════════════════════════════════════════════════════════
 #
@@ -16174,17 +16232,20 @@ def completion_command(options):
 # "Unchecked" bytecode is not compared with the file, so that a start never compiles,
 # whoever it is for: a change takes `install`.
 #
-# And a start pays for every line that it loads, used or not.  minirunc uses nothing of
-# the engine; a chapter uses only what stands above it; so its launcher loads the file
-# with chapters 8 to 15 cut out, which is half of Python's part of a start.
+# And a start pays for every line that it loads, used or not.  A chapter uses only what
+# stands above it, so what a command has no use of can be cut out: minirunc's launcher
+# loads the file without chapters 8 to 15, which is half of Python's part of a start;
+# the other leaves out 13 for commands that are waited for, or that leave a shim behind,
+# which keeps in memory what was loaded.
 
 LAUNCHER_FLAG = "-ISXutf8"
 LAUNCHER = """\
 #!{python} {flag}
 # minicontainer install: runs the bytecode of the file named here
-import gc; gc.set_threshold(100_000); __file__ = {file!r}
+import gc, sys; gc.set_threshold(100_000); __file__ = {file}
 exec(type(__loader__)("__main__", __file__).get_code("__main__"))
 """
+OFTEN = ["create"], ["exec"], ["restart"], ["run"], ["start"]  # they build nothing
 PREFIX_OPTION = arg("--prefix", metavar="DIR", default="/usr/local",
                     help="files go to DIR/bin and DIR/lib (default: /usr/local)")
 
@@ -16348,7 +16409,7 @@ def without_chapters(text, first, last):
 
 
 def installed(prefix):
-    """What `install` puts under a prefix: the file, whole and cut; bytecode of both;
+    """What `install` puts under a prefix: the file, whole and cut; bytecode of each;
     a record of the directories that were made for them; launchers; systemd's unit."""
     import importlib.util
 
@@ -16356,7 +16417,8 @@ def installed(prefix):
         raise Fail(f"invalid --prefix: {prefix!r}", "a directory, as /usr/local", 1)
     top = os.path.abspath(prefix)
     lib = f"{top}/lib/minicontainer"
-    files = [f"{lib}/minicontainer.py", f"{lib}/minirunc.py"]
+    files = [f"{lib}/{name}.py" for name in ("minicontainer", "minicontainer.run",
+                                             "minirunc")]
     return (files, [*map(importlib.util.cache_from_source, files)],
             f"{lib}/minicontainer.directories",
             [f"{top}/bin/minicontainer", f"{lib}/minirunc", f"{top}/bin/minirunc"],
@@ -16425,8 +16487,11 @@ def install_command(options):
     files, bytecodes, record, launchers, unit = installed(options.prefix)
     with open(__file__, encoding="utf-8") as file:
         whole = file.read()
-    contents = dict(zip(files, (whole, without_chapters(whole, 8, 15)), strict=True))
-    for path, file in zip(launchers, files, strict=False):
+    contents = dict(zip(files, (whole, without_chapters(whole, 13, 13),
+                                without_chapters(whole, 8, 15)), strict=True))
+    for path, file in zip(launchers, (
+            f"{files[1]!r} if sys.argv[1:2] in {OFTEN} else {files[0]!r}",
+            repr(files[2])), strict=False):
         contents[path] = LAUNCHER.format(python=python, flag=LAUNCHER_FLAG, file=file)
         if contents[path].index("\n") > 254 or any(map(str.isspace, python)):
             raise Fail(f"the kernel takes no #! line with {python!r}",
@@ -16548,7 +16613,7 @@ def take_operands(options, operands, given):
         many = how.get("nargs") in ("A...", "A*", "+", "*")
         if not given and how.get("nargs") not in ("?", "*", "A*") and not getattr(
                 options, how.get("unless", ""), None):
-            raise Fail(f"{how['metavar']} is missing", options.hint)
+            raise Fail(f"{how['metavar']} is missing", options.hint, 1)
         if given:
             setattr(options, name, given if many else given[0])
             given = [] if many else given[1:]
@@ -16595,6 +16660,10 @@ def parse(words, argv):
 FOR_ANYBODY = "completion install login logout ns oci steps uninstall version".split()
 
 
+OF_IMAGES = {*"image images history import load login logout pull push rmi save tag"
+             .split()}
+
+
 def dispatch(argv):
     """Do what the command line asks; its exit code."""
     if os.path.basename(sys.argv[0]) == "minirunc":
@@ -16633,7 +16702,12 @@ def dispatch(argv):
         check_script(words, options)
     if style:
         start_narration(style)
-    return function(options) or 0
+    try:
+        return function(options) or 0
+    except Fail as fail:
+        if fail.code == 125 and words.split()[0] in OF_IMAGES:
+            fail.code = 1  # as in Docker, where 125 is said by what starts containers
+        raise
 
 
 def stop(number, _):

@@ -2862,7 +2862,7 @@ def test_an_unknown_command_or_flag_is_refused_in_one_line():
     assert "'nosuch' is not a minicontainer command" in refused("nosuch", code=1)
     for args in (["run", "--nosuch", "/bin/true"], ["run", "-qx", "/x"],
                  ["run", "--memory"], ["ns", "1", "2"], ["run", "--rm"]):
-        message = refused(*args)
+        message = refused(*args, code=1 if args[-1] == "--rm" else 125)  # as Docker's
         assert message.count("\n") == 2 and "--help" in message
     for args in (["--userns", "moon"], ["--rm=perhaps"]):
         assert "one of" in refused("run", *args, "/x") or "true or false" in (
@@ -3247,7 +3247,7 @@ def test_of_two_that_start_a_container_one_is_refused_and_the_container_lives():
                 errors = sorted(process.communicate(timeout=30)[1] for process in both)
                 assert sorted(process.returncode for process in both) == [0, 1], errors
                 assert errors[0] == "" and re.search(words, errors[1]), errors
-                alive = os.path.exists(f"/proc/{state['pid']}")
+                alive = m.process_facts(state["pid"])[0] not in "ZX"
                 assert alive == (json.loads(oci("list", "-f", "json").stdout) != [])
                 assert alive or not os.path.exists(f"{STORE}/oci/c1")
 
@@ -3574,6 +3574,18 @@ def test_spec_is_for_everybody_and_has_a_form_for_who_is_not_root(tmp_path):
 
 
 @root
+def test_rootless_changes_nothing_for_root_and_helps_nobody_else():
+    bundle("exit 3")
+    assert oci("--rootless", "true", "run", "-b", BUNDLE, "c1").returncode == 3
+
+    def as_nobody():
+        os.setresuid(65534, 65534, 65534)
+        return m.main(["oci", "--rootless", "true", "state", "c1"])
+    code, _, said = forked(as_nobody)
+    assert code == 1 and "permission denied: rootless containers are not offered" in said
+
+
+@root
 def test_a_disk_cannot_be_read_through_a_node_of_ones_own():
     out = oci_run("mknod /dev/d b 7 0 && cat /dev/d; mknod /dev/n c 1 3 && cat /dev/n "
                   "&& echo null works", process__noNewPrivileges=False,
@@ -3844,10 +3856,11 @@ def test_minirunc_is_sealed_before_it_starts_and_starts_python_but_once(tmp_path
                           f"{STORE}/bin/minirunc", "--root", f"{STORE}/oci", "run", "-b",
                           BUNDLE, "c1"], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    calls = [line.split(None, 1)[1] for line in log.read_text().splitlines()]
-    assert [call.split('"')[1] for call in calls] == [
-        f"{STORE}/bin/minirunc", os.path.basename(PYTHON), "/bin/sh"]
-    assert calls[1].startswith("execveat(") and all("= 0" in call for call in calls)
+    text = log.read_text()  # a call is two lines where another process was shown between
+    assert re.findall(r'(execve\w*)\(.*?"(.*?)"', text) == [
+        ("execve", f"{STORE}/bin/minirunc"), ("execveat", os.path.basename(PYTHON)),
+        ("execve", "/bin/sh")]
+    assert re.findall("= (.*)", text) == ["0"] * 3
 
 
 @pytest.mark.parametrize("machine, words", [
@@ -4024,7 +4037,8 @@ def test_layers_keep_owners_modes_links_attributes_devices_and_times(tmp_path):
         ("d/none", {"type": tarfile.DIRTYPE, "mode": 0}),
         ("d/none/in", b"hidden"),
         ("d/cap", binary(b"c", pax_headers={
-            "SCHILY.xattr.user.colour": "red"})),
+            "SCHILY.xattr.user.colour": "red",
+            "SCHILY.xattr.security.capability": "\1\0\0\2\0\x20" + "\0" * 14})),
         ("d/null", {"type": tarfile.CHRTYPE, "devmajor": 1, "devminor": 3}),
         ("d/fifo", {"type": tarfile.FIFOTYPE, "mode": 0o600}),
         ("d/holes", b"\0" * (3 << 20) + b"end"),
@@ -4038,6 +4052,8 @@ def test_layers_keep_owners_modes_links_attributes_devices_and_times(tmp_path):
     assert (s.st_mode & 0o7777, s.st_uid, s.st_nlink) == (0o4755, 7, 2)
     assert os.readlink(f"{d}/soft") == "/etc/passwd" and os.lstat(f"{d}/soft").st_uid == 9
     assert os.getxattr(f"{d}/cap", "user.colour") == b"red"
+    assert struct.unpack("<5I", os.getxattr(f"{d}/cap", "security.capability")) == (
+        0x02000001, 1 << 13, 0, 0, 0)  # CAP_NET_RAW
     s = os.lstat(f"{d}/null")
     assert stat.S_ISCHR(s.st_mode) and s.st_rdev == os.makedev(1, 3)
     assert stat.S_ISFIFO(os.lstat(f"{d}/fifo").st_mode)
@@ -4057,6 +4073,22 @@ def test_a_layer_can_take_away_what_is_below_it(tmp_path):
     text = sh("cd /; ls -d gone kept dir/* kind 2>/dev/null | sort; cat kind", "--rootfs",
               m.default_rootfs(), "--rootfs", below, "--rootfs", above)
     assert text == "dir/new\nkept\nkind\nnow a file"
+
+
+@root
+def test_a_whiteout_takes_away_what_is_below_and_nothing_of_its_own_layer(tmp_path):
+    """In whichever order a layer names both: `.wh.d` and a new `d`."""
+    below, above = tmp_path / "below.tar", tmp_path / "above.tar"
+    make_tar(below, *((f"{name}/old", b"x") for name in "abcde"), ("f", b"old"))
+    directory = {"type": tarfile.DIRTYPE, "mode": 0o755}
+    make_tar(above, (".wh.a", b""), ("a", directory), ("a/new", b"x"),
+             ("b", directory), ("b/new", b"x"), (".wh.b", b""),
+             (".wh.c", b""), ("c/new", b"x"),
+             ("d", {"type": tarfile.SYMTYPE, "linkname": "c"}), (".wh.d", b""),
+             (".wh.e", b""), (".wh.e", b""), ("f", b"new"), (".wh.f", b""))
+    text = sh("cd /; ls -d [a-f] [abc]/* | tr '\\n' ' '; cat f; readlink d", "--rootfs",
+              m.default_rootfs(), "--rootfs", below, "--rootfs", above)
+    assert text == "a a/new b b/new c c/new d f newc\n"
 
 
 @root
@@ -4639,7 +4671,7 @@ def test_a_template_prints_what_go_would():
     value = {"A": {"B": ["x", 1, True]}, "Labels": {"k": "v"}, "None": None}
     for template, text in (("{{.A.B}}", "[x 1 true]"), ("{{json .A}}", '{"B": ["x", 1, true]}'),
                            ("{{index .A.B 0}}\\t{{len .A.B}}", "x\t3"), ("{{.Labels}}", "map[k:v]"),
-                           ('{{index .Labels "k"}}', "v"), ("{{ .None }}!", "<no value>!")):
+                           ('{{index .Labels "k"}}{{index .Labels "nosuch"}}', "v"), ("{{ .None }}!", "<no value>!")):
         assert m.from_template(template, value) == text
     for template in ("{{.C}}", "{{range .A}}", "{{index .A.B 9}}", "{{index .A.B}"[:-1] + "x}}"):
         with pytest.raises(m.Fail, match="template"):
@@ -4685,7 +4717,8 @@ def test_an_image_is_listed_named_and_found_as_in_docker(image):
     assert said["RepoTags"] == ["thing:1", "localhost:5000/other:latest"]
     assert said["Config"]["Cmd"] == ["the default"] and said["Os"] == "linux"
     assert said["Config"]["Labels"] == {"a.b": "c d"} and said["Comment"] == "made by a test"
-    assert forked_mini("image", "inspect", "-f", "{{.Config.User}}", "thing:1") == "web\n"
+    assert forked_mini("image", "inspect", "-f", "{{.Config.User}} {{.Config.OnBuild}}",
+                       "thing:1") == "web []\n"
     history = forked_mini("history", "thing:1").splitlines()
     assert history[1].split()[0] == image[7:19] and history[1].endswith("made by a test")
     assert "No such image: nosuch:latest" in forked_mini("image", "inspect", "nosuch", code=1)
@@ -4731,7 +4764,7 @@ def test_a_name_that_moves_on_leaves_an_image_without_one(image, rootfs_tar):
     assert forked_mini("images", "-q", "-f", "dangling=true") == image[7:19] + "\n"
     assert "<none>" in forked_mini("images")
     said = forked_mini("image", "prune", "-f")
-    assert f"Deleted: {image}" in said and "Total reclaimed space:" in said
+    assert f"Deleted Images:\ndeleted: {image}\n" in said and "Total reclaimed" in said
     assert forked_mini("images", "--format", "{{.Repository}}") == "thing\n"
 
 
@@ -4754,9 +4787,11 @@ def test_images_are_filtered_and_pruned_as_in_docker(image, rootfs_tar, images):
     assert "invalid date" in forked_mini("images", "-f", "until=soon", code=1)
     assert "No such image" in forked_mini("images", "-f", "since=nosuch", code=1)
     assert "invalid filter" in forked_mini("image", "prune", "-f", "--filter", "x=y", code=1)
-    assert "Untagged" not in forked_mini("image", "prune", "-af", "--filter", "label!=keep",
+    assert "untagged" not in forked_mini("image", "prune", "-af", "--filter", "label!=keep",
                                          "--filter", "until=1h")
-    assert "Untagged: old:1" in forked_mini("image", "prune", "-af", "--filter", "until=1h")
+    said = forked_mini("image", "prune", "-af", "--filter", "until=1h")
+    assert said.startswith("Deleted Images:\nuntagged: old:1\ndeleted: sha256:")
+    assert "\n\nTotal reclaimed space: " in said and " 0B" not in said
     assert ids() == ["thing"]
 
 
@@ -4798,7 +4833,7 @@ def test_an_image_that_would_fill_the_disk_is_refused_and_nothing_stays(images, 
     peer("bzip2", "-kf", rootfs_tar)
     before = tree(f"{STORE}/ingest"), index()
     for name in (rootfs_tar, f"{rootfs_tar}.bz2"):
-        assert "more than 20KiB" in forked_mini("import", name, "bomb:1", code=125)
+        assert "more than 20KiB" in forked_mini("import", name, "bomb:1", code=1)
     assert (tree(f"{STORE}/ingest"), index()) == before
 
 
@@ -4809,11 +4844,11 @@ def test_where_nothing_can_read_zstd_a_line_says_so(images, rootfs_tar, monkeypa
     peer("zstd", "-k", rootfs_tar)
     monkeypatch.setenv("PATH", "/nowhere")
     assert "zstd, which this Python cannot read" in forked_mini(
-        "import", f"{rootfs_tar}.zst", "z:1", code=125)
+        "import", f"{rootfs_tar}.zst", "z:1", code=1)
     monkeypatch.undo()
     with open(f"{rootfs_tar}.zst", "r+b") as file:
         file.truncate(5000)
-    assert "damaged" in forked_mini("import", f"{rootfs_tar}.zst", "z:1", code=125)
+    assert "damaged" in forked_mini("import", f"{rootfs_tar}.zst", "z:1", code=1)
 
 
 @root
@@ -4833,6 +4868,11 @@ def test_what_is_saved_is_loaded_with_every_digest_and_by_others(image, images, 
     forked_mini("rmi", "thing:1")
     assert "Loaded image: thing:1" in forked_mini("load", "-i", f"{path}.gz")
     assert run("thing:1") == "I am the default\n" and "Deleted" in out
+    forked_mini("tag", "thing:1", "thing:0")
+    forked_mini("save", "-o", path, "thing")  # without a tag: all of them
+    assert forked_mini("load", "-i", path) == (
+        "Loaded image: thing:0\nLoaded image: thing:1\n")
+    forked_mini("rmi", "thing:0")
     by_id = subprocess.run(command("save", image), stdout=open(path, "wb"), check=True)
     assert by_id.returncode == 0
     forked_mini("rmi", "thing:1")
@@ -4922,9 +4962,7 @@ def test_symlinked_layers_of_dockers_archives_are_followed(images, rootfs_tar, t
 def test_a_damaged_or_hostile_archive_is_refused_in_one_line(images, tmp_path, damage, words):
     path = tmp_path / "evil.tar"
     damage(path)
-    said = [forked_mini("load", "-i", path, code=code) for code in (1, 125)
-            if forked(main("load", "-i", path))[0] == code]
-    assert len(said) == 1 and words in said[0], said
+    assert words in forked_mini("load", "-i", path, code=1)
     assert index() == {}
 
 
@@ -5006,7 +5044,7 @@ def test_a_lie_about_what_is_inside_a_layer_is_found_out(images, rootfs_tar, tmp
     with tarfile.open(path) as tar:
         documents = {n: tar.extractfile(n).read() for n in ("x.json", "manifest.json")}
     make_tar(path, ("0/layer.tar", packed), *documents.items())
-    assert "that the image's config promises" in forked_mini("load", "-i", path, code=125)
+    assert "that the image's config promises" in forked_mini("load", "-i", path, code=1)
     assert index() == {} and m.sweep(True) > 0
 
 
@@ -5167,7 +5205,7 @@ def locked_registry(tmp_path_factory):
          "-nodes", "-keyout", top / "key", "-out", top / "crt", "-days", "3650", "-subj",
          "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1")
     with real_registry(top, f"http: {{addr: '127.0.0.1:PORT', tls: {{certificate: {top}/crt, key: "
-                            f"{top}/key}}}}\nauth: {{htpasswd: {{realm: x, path: {top}/htpasswd}}}}\n"
+                            f"{top}/key, clientcas: [{top}/crt]}}}}\nauth: {{htpasswd: {{realm: x, path: {top}/htpasswd}}}}\n"
                        ) as host:
         yield host, top / "crt"
 
@@ -5196,6 +5234,7 @@ def test_what_is_pushed_is_pulled_with_the_same_digest(image, registry):
     assert out[0] == f"The push refers to repository [{registry}/a/thing]"
     assert f"{layer}: Pushed" in out and out[-1].startswith(f"1: digest: {digest} size: ")
     assert f"{layer}: Layer already exists" in forked_mini("push", name)
+    assert forked_mini("push", "-q", name) == f"{name}\n"
     forked_mini("tag", "thing:1", f"{registry}/b:2")
     assert f"{layer}: Mounted from a/thing" in forked_mini("push", f"{registry}/b:2")
     assert forked_mini("image", "inspect", "-f", "{{len .RepoDigests}}", name) == "2\n"
@@ -5263,7 +5302,8 @@ def test_login_is_kept_for_us_alone_and_used(image, locked_registry, docker_conf
     monkeypatch.setattr(m, "DOCKER_ETC", str(tmp_path / "etc"))
     assert "certificate" in forked_mini("push", name, code=1)
     os.makedirs(tmp_path / f"etc/certs.d/{host}")
-    shutil.copy(certificate, tmp_path / f"etc/certs.d/{host}/ca.crt")
+    for theirs, ours in (("crt", "ca.crt"), ("crt", "us.cert"), ("key", "us.key")):
+        shutil.copy(certificate.with_name(theirs), tmp_path / f"etc/certs.d/{host}/{ours}")
     assert f"minicontainer login {host}" in forked_mini("push", name, code=1)
 
     def login(password, code=0):
@@ -5471,6 +5511,10 @@ def lies():
         "the manifest is deep": (raw(b'{"a":' * 50_000), None, "not JSON"),
         "the manifest is a list": (raw(b"[]"), None, "wanted: an object"),
         "the manifest has nothing": (raw(b"{}"), None, "no config"),
+        "a manifest is a list as well": (
+            lambda man, blobs: ({**man, "manifests": [itself]}, blobs), None, "neither a"),
+        "the manifest is of another kind": (
+            lambda man, blobs: ({**man, "mediaType": "text/plain"}, blobs), None, "text/plain"),
         "the manifest is of schema 1": (raw(b'{"schemaVersion": 1}'), None, "schema 1"),
         "the manifest is huge": (raw(b" " * (5 << 20)), None, "more than"),
         "the config is huge": (lambda man, blobs: ({**man, "config": {**man["config"], "size": 1 << 30}},
@@ -5508,7 +5552,7 @@ def test_a_registry_that_lies_is_caught_and_leaves_nothing(images, what):
     with fake_registry(serving(manifest, blobs, change or (lambda *_: None))) as (host, _):
         results = forked(main("pull", f"{host}/x:1"))
     code, out, err = results
-    assert code in (1, 125) and "Traceback" not in err and "internal error" not in err, err
+    assert code == 1 and "Traceback" not in err and "internal error" not in err, err
     assert any(w in err for w in ([words] if isinstance(words, str) else words)), err
     assert index() == {} and "Status" not in out
 
@@ -5586,7 +5630,7 @@ def test_of_a_list_the_platform_is_chosen(images):
         assert m.find_image(f"{host}/x:1").settings["User"] == "s390x"
         assert "no matching manifest for linux/mips" in forked_mini(
             "pull", "--platform", "mips", f"{host}/x:1", code=1)
-        assert "invalid platform" in forked_mini("pull", "--platform", "a/b/c/d", f"{host}/x", code=125)
+        assert "invalid platform" in forked_mini("pull", "--platform", "a/b/c/d", f"{host}/x", code=1)
 
 
 @root
@@ -6239,6 +6283,8 @@ def test_the_chains_of_others_leave_our_bridges_alone_and_are_as_before_afterwar
         subprocess.run(["nft", "-f", "-"], input="delete table ip filter\n"
                        "delete table inet firewalld\ndelete table ip6 filter", text=True,
                        check=True)
+    with idle("web-3", "--network", "one"):
+        pass  # and when it goes nobody else forwards, so what we switched on goes too
 
 
 def test_only_a_chain_that_drops_what_it_does_not_know_is_touched():
@@ -8400,7 +8446,7 @@ def test_a_debian_with_nginx_is_built_pushed_and_run_by_podman(
     made = subprocess.run(["mmdebstrap", "--quiet", "--variant=apt", suite[1] if suite else
                            "stable", tmp_path / "debian.tar"], capture_output=True, text=True)
     if made.returncode:
-        pytest.skip(f"no Debian can be had here: {made.stderr.splitlines()[-1:]}")
+        pytest.skip(f"no Debian can be had here: {made.stderr.splitlines()[-4:]}")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     context = tmp_path / "context"
@@ -8426,7 +8472,8 @@ def test_a_debian_with_nginx_is_built_pushed_and_run_by_podman(
     podman = ["podman", "--root", f"{top}/p", "--runroot", f"{top}/r", "--storage-driver", "vfs"]
     peer(*podman, "pull", "--tls-verify=false", "-q", name)
     process = subprocess.Popen([*map(str, podman), "run", "--rm", "--name", "web", "--network", "host",
-                                "--cgroups=disabled", name], stderr=subprocess.PIPE, text=True)
+                                "--cgroups=disabled", *LIMITS[2:], name], stderr=subprocess.PIPE,
+                               text=True)
     try:
         def page():
             with contextlib.suppress(OSError), socket.create_connection(
@@ -8609,7 +8656,7 @@ def installed(prefix):
     (prefix / "bin").mkdir(parents=True, exist_ok=True)
     done = mini("install", "--prefix", prefix)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.count("installed ") == 8
+    assert done.stdout.count("installed ") == 10
     return f"{prefix}/bin/minicontainer"
 
 
@@ -8623,16 +8670,38 @@ def test_what_install_puts_under_a_prefix_uninstall_takes_away(tmp_path):
     gone = subprocess.run([tmp_path / "a prefix/bin/minicontainer", "uninstall",
                            "--prefix", tmp_path / "a prefix"],
                           capture_output=True, text=True)
-    assert (gone.returncode, gone.stderr, gone.stdout.count("removed ")) == (0, "", 8)
+    assert (gone.returncode, gone.stderr, gone.stdout.count("removed ")) == (0, "", 10)
     assert tree(tmp_path) == [f"{tmp_path}/a prefix", f"{tmp_path}/a prefix/bin"]
     assert "nothing is installed" in refused("uninstall", "--prefix",
                                              tmp_path / "a prefix", code=1)
 
 
+def chapters_of(text):
+    """The numbers of the chapters in a text."""
+    return [int(line.split()[2][:-1]) for line in text.splitlines()
+            if line.startswith("# ══")]
+
+
+def test_what_is_started_often_loads_no_chapter_that_it_has_no_use_of(tmp_path):
+    if not shutil.which("strace"):
+        pytest.skip("strace is not installed")
+    launcher = installed(tmp_path)
+    whole = tmp_path / "lib/minicontainer/minicontainer.py"
+    cut = whole.with_name("minicontainer.run.py")
+    assert chapters_of(whole.read_text()) == chapters_of(SOURCE)
+    assert chapters_of(cut.read_text()) == [n for n in chapters_of(SOURCE) if n != 13]
+    for word, loaded in (("run", cut), ("exec", cut), ("build", whole), ("ps", whole)):
+        seen = subprocess.run(["strace", "-qq", "-e", "openat", launcher, word, "--help"],
+                              capture_output=True, text=True)
+        names = re.findall(r"/(minicontainer[.a-z]*)\.cpython", seen.stderr)
+        assert f"Usage: minicontainer {word} " in seen.stdout
+        assert names == [loaded.stem], seen.stderr
+
+
 def test_a_launcher_never_compiles_whoever_starts_it(tmp_path):
     launcher = installed(tmp_path)
     file = tmp_path / "lib/minicontainer/minicontainer.py"
-    (bytecode, _) = kept = sorted((file.parent / "__pycache__").iterdir())
+    (bytecode, *_) = kept = sorted((file.parent / "__pycache__").iterdir())
     before = bytecode.stat().st_mtime_ns, bytecode.stat().st_ino
     file.write_text("raise SystemExit('this was compiled')")
     (tmp_path / "lib").chmod(0o555)
@@ -8688,8 +8757,7 @@ def test_minirunc_is_the_oci_runtime(tmp_path):
                           capture_output=True, text=True)
     assert said.stdout.startswith("minirunc version") and "spec: 1.2" in said.stdout
     part = (tmp_path / "lib/minicontainer/minirunc.py").read_text()
-    assert [line.split()[2] for line in part.splitlines() if line.startswith("# ══")] == [
-        f"{number}." for number in (*range(1, 8), 16)]
+    assert chapters_of(part) == [*range(1, 8), 16]
     for words in [*(words.split()[1:] for words in m.COMMANDS if words[:4] == "oci "), []]:
         shown = subprocess.run([tmp_path / "bin/minirunc", *words, "--help"],
                                capture_output=True, text=True)
