@@ -6162,6 +6162,33 @@ def test_what_goes_out_has_the_address_of_the_host_and_internal_goes_nowhere(
 
 
 @root
+def test_datagrams_find_their_port_and_an_interface_is_as_it_was_asked_for(networks, world):
+    """A range of ports of UDP, on a network with both families, an MTU and a range."""
+    assert mini("network", "create", "-o", "com.docker.network.driver.mtu=1400", "--subnet",
+                "10.213.7.0/24", "--ip-range", "10.213.7.128/25", "--subnet", "fd00:7::/64",
+                "seven").returncode == 0
+
+    def named(peer, data):
+        return data + peer[0].encode()
+    with idle("web-1", "--network", "seven", "-p", "18080-18081:53-54/udp", "--dns-option",
+              "ndots:3", "--dns-search", "x.example", "--mac-address", "02:00:00:00:00:07"
+              ) as pid, served(pid, "10.213.7.128", 54, named, udp=True), served(
+                  pid, "fd00:7::2", 54, named, udp=True):
+        for address, far, gateway in ((HOST[0], FAR[0], "10.213.7.1"),
+                                      (HOST[1], FAR[1], "fd00:7::1")):
+            assert asked(address, 18081, world.far, udp=b"a") == f"a{far}"
+            assert asked(address, 18081, udp=b"b") == f"b{address}"
+            here = "::1" if ":" in address else "127.0.0.1"
+            assert asked(here, 18081, udp=b"c") == f"c{gateway}"
+            assert asked(address, 18082, world.far, 0.2, udp=b"d") == ""
+        inside = mini("exec", "web-1", "/bin/sh", "-c", "ip link show eth0; "
+                      "cat /etc/resolv.conf").stdout
+        assert "mtu 1400" in inside and "02:00:00:00:00:07" in inside
+        assert "search x.example\noptions ndots:3\n" in inside
+    assert mini("network", "rm", "seven").returncode == 0
+
+
+@root
 def test_a_name_server_of_the_hosts_is_asked_also_from_behind_its_own_stub(
         networks, world, tmp_path):
     """By a program that asks it itself, on a host that runs systemd-resolved."""
