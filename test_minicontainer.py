@@ -6291,6 +6291,9 @@ def test_the_chains_of_others_leave_our_bridges_alone_and_are_as_before_afterwar
                 iifname "lo" accept
             }
         }"""
+    path = "/proc/sys/net/ipv4/ip_forward"
+    forwards = m.read_file(path)
+    m.write_file(path, "1")  # with such chains it is others who may need that
     subprocess.run(["nft", "-f", "-"], input=walls, text=True, check=True)
     before = subprocess.run(["nft", "list", "ruleset"], capture_output=True,
                             text=True).stdout
@@ -6307,6 +6310,7 @@ def test_the_chains_of_others_leave_our_bridges_alone_and_are_as_before_afterwar
         until(lambda: subprocess.run(["nft", "list", "ruleset"], capture_output=True,
                                      text=True).stdout == before)
     finally:
+        m.write_file(path, forwards)
         subprocess.run(["nft", "-f", "-"], input="delete table ip filter\n"
                        "delete table inet firewalld\ndelete table ip6 filter", text=True,
                        check=True)
