@@ -5274,7 +5274,17 @@ def test_skopeo_and_we_exchange_images_by_a_registry(image, images, registry, tm
              f"oci:{images}:docker.io/library/thing:1", f"docker://{registry}/{form}:1")
         forked_mini("pull", f"{registry}/{form}:1")
         assert run(f"{registry}/{form}:1") == "I am the default\n"
-    assert m.find_image(f"{registry}/theirs:1").entry["mediaType"] == m.DOCKER_MANIFEST
+    theirs = m.find_image(f"{registry}/theirs:1").entry
+    assert theirs["mediaType"] == m.DOCKER_MANIFEST
+    assert theirs["digest"] == json.loads(peer(
+        "skopeo", "inspect", "--tls-verify=false", f"docker://{registry}/theirs:1"))["Digest"]
+    for name in ("theirs", "oci"):  # and in the store they find both in OCI's form
+        here = f"{images}:{registry}/{name}:1"
+        assert json.loads(peer("skopeo", "inspect", "--config", f"oci:{here}"))["config"]["User"] == "web"
+        peer("umoci", "unpack", "--image", here, tmp_path / name)
+        assert (tmp_path / name / "rootfs/srv/page").read_text() == "hello\n"
+    forked_mini("image", "prune", "-f")
+    peer("skopeo", "inspect", f"oci:{images}:{registry}/theirs:1")
     forked_mini("tag", f"{registry}/theirs:1", f"{registry}/back:1")
     forked_mini("push", f"{registry}/back:1")
     peer("skopeo", "copy", "--src-tls-verify=false", f"docker://{registry}/back:1",
