@@ -5983,7 +5983,7 @@ class World:
         known = question[end - 3] == 1  # type A
         return (question[:2] + b"\x81\x80\0\1" + (b"\0\1" if known else b"\0\0")
                 + bytes(4) + question[12:end] + known * (
-                    b"\xc0\x0c\0\1\0\1\0\0\0\x3c\0\4" + bytes((192, 0, 2, 7))))
+                    b"\xc0\x0c\0\1\0\1\0\0\0\x3c\0\4" + bytes((198, 19, 1, 7))))
 
 
 @contextlib.contextmanager
