@@ -1831,6 +1831,8 @@ PROPAGATIONS = {
     "shared": MS_SHARED, "rshared": MS_REC | MS_SHARED,
     "unbindable": MS_UNBINDABLE, "runbindable": MS_REC | MS_UNBINDABLE,
 }
+MOUNT_WORDS = {*OPTION_WORDS, *CLEARING_WORDS, *DEEP_WORDS, *NEUTRAL_WORDS,
+               *PROPAGATIONS}
 MASKED_PATHS = [  # Docker's list: they tell about, or reach, the host
     "/proc/acpi", "/proc/asound", "/proc/interrupts", "/proc/kcore", "/proc/keys",
     "/proc/latency_stats", "/proc/sched_debug", "/proc/scsi", "/proc/timer_list",
@@ -2419,8 +2421,7 @@ def mount_one(c, mount):
             flags |= OPTION_WORDS[word]
         elif word in CLEARING_WORDS:
             flags &= ~CLEARING_WORDS[word]
-        elif not any(word in known for known in (NEUTRAL_WORDS, PROPAGATIONS,
-                                                 DEEP_WORDS)):
+        elif word not in MOUNT_WORDS:
             data.append(word)
     if mount["type"] == "bind":
         attach_source(c, mount)
@@ -4342,8 +4343,6 @@ def complete_process(process, place):
 
 def complete_mounts(mounts, bundle):
     """Mounts in the form that our steps know: "bind" for every bind mount."""
-    known = [OPTION_WORDS, CLEARING_WORDS, PROPAGATIONS, NEUTRAL_WORDS, ATTRIBUTES,
-             DEEP_WORDS]
     for number, mount in enumerate(mounts):
         place = f"config.mounts[{number}]"
         mount["options"] = words = mount.get("options") or []
@@ -4358,7 +4357,7 @@ def complete_mounts(mounts, bundle):
                 raise Fail(f"{place}.source: {mount.get('source')!r}: no such file or "
                            "directory", "a path of the host")
             for at, word in enumerate(words):
-                if not any(word in table for table in known):
+                if word not in MOUNT_WORDS:
                     refuse(f"{place}.options[{at}]", word, "an option of a bind mount")
         if bool(mount.get("uidMappings")) != bool(mount.get("gidMappings")):
             refuse(f"{place}.gidMappings", mount.get("gidMappings"),
@@ -5304,10 +5303,9 @@ def spec_command_oci(options):
 @oci("features")
 def features_command_oci(options):
     """Print what this runtime can do, as JSON."""
-    words = [OPTION_WORDS, CLEARING_WORDS, PROPAGATIONS, DEEP_WORDS]
     print(to_json({
         "ociVersionMin": "1.0.0", "ociVersionMax": OCI_VERSION, "hooks": HOOKS,
-        "mountOptions": sorted({word for table in words for word in table}),
+        "mountOptions": sorted(MOUNT_WORDS),
         "linux": {
             "namespaces": list(NAMESPACES), "capabilities": CAPABILITIES,
             "cgroup": {"v1": True, "v2": True, "systemd": False, "systemdUser": False},
@@ -16468,12 +16466,15 @@ with open(target, "wb") as file:  # flags 1: nobody compares the hash
 """
 
 
-def compile_lean(python, source, target, name):
-    """Compile a file to bytecode that is loaded as that of the file `name`."""
+def compile_lean(python, files, bytecodes):
+    """Compile what is to become these files, side by side."""
     import subprocess
 
-    subprocess.run([python, "-IS", "-c", COMPILER, source, target,
-                    name], check=True)
+    at_work = [subprocess.Popen([python, "-IS", "-c", COMPILER, f"{file}.new",
+                                 f"{bytecode}.new", file])
+               for file, bytecode in zip(files, bytecodes, strict=True)]
+    if any([compiler.wait() for compiler in at_work]):
+        raise Fail(f"{python} could not compile this file", "see what it printed", 1)
 
 
 @command("install", PREFIX_OPTION,
@@ -16511,8 +16512,7 @@ def install_command(options):
         for path, content in contents.items():
             write_file(f"{path}.new", content,
                        create=0o755 if path in launchers else 0o644)
-        for file, bytecode in zip(files, bytecodes, strict=True):
-            compile_lean(python, f"{file}.new", f"{bytecode}.new", file)
+        compile_lean(python, files, bytecodes)
         for path in paths:  # a start in this moment finds the old one or the new (P3)
             os.replace(f"{path}.new", path)
             print(f"installed {path}")
