@@ -68,12 +68,12 @@ import _signal as signal  # what Python's own wraps in enums, at 5 ms a start
 if __name__ == "__main__" and callable(signal.getsignal(signal.SIGINT)):
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while we are still being read
 
+import _struct as struct  # all that struct.py does is pass it on
 import errno
 import fcntl
 import os
 import select
 import stat
-import struct
 import sys
 import time
 from _ctypes import FUNCFLAG_CDECL, FUNCFLAG_PYTHONAPI, FUNCFLAG_USE_ERRNO
