@@ -5328,7 +5328,8 @@ def features_command_oci(options):
 #       layers/8d3a…               each layer unpacked, by its diff_id: plain digest
 #       ingest/…                   blobs that are still on their way
 #
-# That is an OCI image layout; skopeo, umoci and podman read it as it stands.  Files
+# That is an OCI image layout; skopeo, umoci and podman read it as it stands, also what
+# came with a manifest of Docker's form, of which there is one of OCI's as well.  Files
 # come in by rename once they are verified, and index.json last: a pull that is killed
 # has left nothing to be seen, and goes on where it ended.  Who adds holds a shared
 # lock of blobs/, so that nobody sweeps away what no name leads to yet.
@@ -6374,6 +6375,7 @@ DOCKER_LAYER = "application/vnd.docker.image.rootfs.diff.tar"
 MANIFESTS = OCI_INDEX, DOCKER_INDEX, OCI_MANIFEST, DOCKER_MANIFEST
 NAME, ALSO_NAME = "org.opencontainers.image.ref.name", "io.containerd.image.name"
 SIZES = "minicontainer.sizes"  # annotation of ours: bytes of each layer, unpacked
+AS_IT_CAME = "minicontainer.manifest"  # the same: of Docker's form, its digest, bytes
 OF_IMAGE, OF_LAYERS = "minicontainer.image", "minicontainer.layers"  # a container's
 
 DESCRIPTOR_FORM = {
@@ -6496,12 +6498,80 @@ def adding():
     return held("images/blobs", fcntl.LOCK_SH)
 
 
-def read_index():
-    """The entries of index.json: a descriptor of a manifest, and mostly a name."""
+def spool(parts):
+    """Bring a stream into the store as a file, for now: (its path, its digest)."""
+    import hashlib
+
+    path = store("ingest", f".new-{os.getpid()}-{os.urandom(4).hex()}")
+    digest, most = hashlib.sha256(), layer_bytes()
+    try:
+        with open(path, "wb") as file:
+            for part in parts:
+                if file.tell() + len(part) > most:
+                    raise Fail(f"more than {human(most)} are coming",
+                               "MINICONTAINER_LAYER_BYTES sets another bound than what "
+                               "is free on the disk")
+                file.write(part)
+                digest.update(part)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        take_away_file(path)
+        raise
+    return path, f"sha256:{digest.hexdigest()}"
+
+
+def keep(raw):
+    """Put some bytes into the store as a blob; their digest."""
+    path, digest = spool([raw])
+    os.rename(path, blob_path(digest))
+    return digest
+
+
+def oci_manifest(config, layers):
+    """The bytes of the manifest of an image that has none yet."""
+    return to_json({"schemaVersion": 2, "mediaType": OCI_MANIFEST,
+                    "config": config, "layers": layers}).encode()
+
+
+def bare(entry):
+    """An entry without what only the store wants to know."""
+    return {key: entry[key] for key in ("mediaType", "digest", "size")}
+
+
+def index_entries():
+    """The entries of index.json, as they stand there."""
     try:
         return from_json(read_file(store("images", "index.json")))["manifests"]
     except FileNotFoundError:
         return []
+
+
+def read_index():
+    """What they stand for: a descriptor of a manifest, and mostly a name."""
+    return [{**entry, **from_json(entry["annotations"][AS_IT_CAME])}
+            if AS_IT_CAME in entry.get("annotations", ()) else entry
+            for entry in index_entries()]
+
+
+def as_oci(entry):
+    """How index.json has such an entry: to skopeo and umoci a manifest of Docker's form
+    is none, so they find the same in OCI's words, and we the original beside it."""
+    import io
+
+    if entry["mediaType"] != DOCKER_MANIFEST:
+        return entry
+    manifest = from_json(read_file(blob_path(entry["digest"])))
+    layers = [{**layer, "mediaType": layer["mediaType"].replace(
+        f"{DOCKER_LAYER}.", f"{OCI_LAYER}+").replace(DOCKER_LAYER, OCI_LAYER)}
+        for layer in manifest.get("layers") or ()]
+    raw = oci_manifest({**manifest["config"], "mediaType": OCI_CONFIG}, layers)
+    digest = sha256(io.BytesIO(raw))
+    if not os.path.exists(blob_path(digest)):
+        keep(raw)
+    return {**entry, "mediaType": OCI_MANIFEST, "digest": digest, "size": len(raw),
+            "annotations": {**entry.get("annotations", {}),
+                            AS_IT_CAME: to_json(bare(entry))}}
 
 
 class changed_index(held):
@@ -6521,7 +6591,7 @@ class changed_index(held):
                 save(store("images", "oci-layout"), {"imageLayoutVersion": "1.0.0"})
                 save(store("images", "index.json"), {
                     "schemaVersion": 2, "mediaType": OCI_INDEX,
-                    "manifests": self.entries}, lasting=True)
+                    "manifests": list(map(as_oci, self.entries))}, lasting=True)
         finally:
             super().__exit__()
 
@@ -6529,11 +6599,6 @@ class changed_index(held):
 def name_of(entry):
     """The name in full that an entry of the index gives its image, or ""."""
     return entry.get("annotations", {}).get(NAME, "")
-
-
-def bare(entry):
-    """An entry without what only the store wants to know."""
-    return {key: entry[key] for key in ("mediaType", "digest", "size")}
 
 
 def with_name(entry, ref):
@@ -6704,36 +6769,6 @@ def fetch(source, descriptor, tell=lambda *_: None):
     return blob_path(digest)
 
 
-def spool(parts):
-    """Bring a stream into the store as a file, for now: (its path, its digest)."""
-    import hashlib
-
-    path = store("ingest", f".new-{os.getpid()}-{os.urandom(4).hex()}")
-    digest, most = hashlib.sha256(), layer_bytes()
-    try:
-        with open(path, "wb") as file:
-            for part in parts:
-                if file.tell() + len(part) > most:
-                    raise Fail(f"more than {human(most)} are coming",
-                               "MINICONTAINER_LAYER_BYTES sets another bound than what "
-                               "is free on the disk")
-                file.write(part)
-                digest.update(part)
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        take_away_file(path)
-        raise
-    return path, f"sha256:{digest.hexdigest()}"
-
-
-def keep(raw):
-    """Put some bytes into the store as a blob; their digest."""
-    path, digest = spool([raw])
-    os.rename(path, blob_path(digest))
-    return digest
-
-
 def fetch_small(source, descriptor, what):
     """The bytes of a manifest or config, verified."""
     if not 0 < descriptor["size"] <= MANIFEST_LIMIT:
@@ -6884,12 +6919,6 @@ class Part:
 
     def __exit__(self, *_):
         self.file.close()
-
-
-def oci_manifest(config, layers):
-    """The bytes of the manifest of an image that has none yet."""
-    return to_json({"schemaVersion": 2, "mediaType": OCI_MANIFEST,
-                    "config": config, "layers": layers}).encode()
 
 
 class Archive:
@@ -7532,7 +7561,7 @@ def sweep(all_of_it=False):
     with held("images/blobs", fcntl.LOCK_EX | fcntl.LOCK_NB) as alone:
         if alone is None:
             return 0
-        keep_, freed = set(), 0
+        keep_, freed = {hex_of(entry["digest"]) for entry in index_entries()}, 0
         for image in map(Image, read_index()):
             keep_.update(map(hex_of, [*image.blobs(), *image.diff_ids]))
         for _, notes in containers():

@@ -5274,7 +5274,17 @@ def test_skopeo_and_we_exchange_images_by_a_registry(image, images, registry, tm
              f"oci:{images}:docker.io/library/thing:1", f"docker://{registry}/{form}:1")
         forked_mini("pull", f"{registry}/{form}:1")
         assert run(f"{registry}/{form}:1") == "I am the default\n"
-    assert m.find_image(f"{registry}/theirs:1").entry["mediaType"] == m.DOCKER_MANIFEST
+    theirs = m.find_image(f"{registry}/theirs:1").entry
+    assert theirs["mediaType"] == m.DOCKER_MANIFEST
+    assert theirs["digest"] == json.loads(peer(
+        "skopeo", "inspect", "--tls-verify=false", f"docker://{registry}/theirs:1"))["Digest"]
+    for name in ("theirs", "oci"):  # and in the store they find both in OCI's form
+        here = f"{images}:{registry}/{name}:1"
+        assert json.loads(peer("skopeo", "inspect", "--config", f"oci:{here}"))["config"]["User"] == "web"
+        peer("umoci", "unpack", "--image", here, tmp_path / name)
+        assert (tmp_path / name / "rootfs/srv/page").read_text() == "hello\n"
+    forked_mini("image", "prune", "-f")
+    peer("skopeo", "inspect", f"oci:{images}:{registry}/theirs:1")
     forked_mini("tag", f"{registry}/theirs:1", f"{registry}/back:1")
     forked_mini("push", f"{registry}/back:1")
     peer("skopeo", "copy", "--src-tls-verify=false", f"docker://{registry}/back:1",
@@ -5900,15 +5910,17 @@ def fetched(address, port):
 # The world outside, made of namespaces and cables of its own, so that nothing leaves this
 # machine; none of the others knows a way to the containers' addresses:
 #
-#     containers ── this host .2 ── 198.51.100.0/24 ── .1 router .1 ── 203.0.113.0/24 ── .2
+#     containers ── this host .2 ── 198.18.1.0/24 ── .1 router .1 ── 198.19.1.0/24 ── .2
 #                            2001:db8:1::/64                      2001:db8:2::/64     far
+#
+# (of RFC 2544, not 5737: a machine of a test bench may have its mirror on one of those)
 
-HOST, FAR = ("198.51.100.2", "2001:db8:1::2"), ("203.0.113.2", "2001:db8:2::2")
+HOST, FAR = ("198.18.1.2", "2001:db8:1::2"), ("198.19.1.2", "2001:db8:2::2")
 
 
 class World:
     """A router and a far host, which says on port 80 who it is called by, and on port 53
-    of UDP that every name is 192.0.2.7."""
+    of UDP that every name is 198.19.1.7."""
 
     def __enter__(self):
         self.stack = contextlib.ExitStack()
@@ -5919,26 +5931,26 @@ class World:
         self.ip(None, f"link add mc-out type veth peer name near netns {self.router}")
         self.stack.callback(self.ip, None, "link delete mc-out")
         m.set_ipv6("mc-out", accept_dad=("0", ""))
-        self.ip(None, """address add 198.51.100.2/24 dev mc-out
+        self.ip(None, """address add 198.18.1.2/24 dev mc-out
             address add 2001:db8:1::2/64 dev mc-out nodad
             link set mc-out up
-            route add 203.0.113.0/24 via 198.51.100.1
+            route add 198.19.1.0/24 via 198.18.1.1
             route add 2001:db8:2::/64 via 2001:db8:1::1""")
         self.ip(self.router, f"""link add far type veth peer name eth0 netns {self.far}
-            address add 198.51.100.1/24 dev near
+            address add 198.18.1.1/24 dev near
             address add 2001:db8:1::1/64 dev near nodad
-            address add 203.0.113.1/24 dev far
+            address add 198.19.1.1/24 dev far
             address add 2001:db8:2::1/64 dev far nodad
             link set near up
             link set far up""")
         with m.network_of(self.router):
             m.write_file("/proc/sys/net/ipv4/ip_forward", "1")
             m.write_file("/proc/sys/net/ipv6/conf/all/forwarding", "1")
-        self.ip(self.far, """address add 203.0.113.2/24 dev eth0
+        self.ip(self.far, """address add 198.19.1.2/24 dev eth0
             address add 2001:db8:2::2/64 dev eth0 nodad
             link set lo up
             link set eth0 up
-            route add default via 203.0.113.1
+            route add default via 198.19.1.1
             route add default via 2001:db8:2::1""")
         for address in FAR:
             self.stack.enter_context(served(self.far, address, 80, lambda peer: peer[0]))
@@ -6019,6 +6031,8 @@ def asked(address, port, pid="self", seconds=5, udp=None, say=b""):
             caller.connect((address, port))
             if udp or say:
                 caller.sendall(udp or say)
+            if say:  # then all of the answer
+                return b"".join(iter(lambda: caller.recv(2000), b"")).decode()
             return caller.recv(2000).decode()
         except OSError:
             return ""
@@ -6106,9 +6120,9 @@ def test_a_published_port_leads_to_the_container_and_is_its_alone(networks, worl
 def test_what_is_not_published_is_out_of_reach_even_for_a_neighbour_who_knows_a_way(
         networks, world):
     """The router sends what is for the containers, or for 127.0.0.1, to this host."""
-    world.ip(world.router, """route add 10.213.1.0/24 via 198.51.100.2
-        route add 10.213.2.0/24 via 198.51.100.2
-        route add 127.9.9.9/32 via 198.51.100.2""")
+    world.ip(world.router, """route add 10.213.1.0/24 via 198.18.1.2
+        route add 10.213.2.0/24 via 198.18.1.2
+        route add 127.9.9.9/32 via 198.18.1.2""")
     with m.network_of(world.router):
         m.write_file("/proc/sys/net/ipv4/conf/all/route_localnet", "1")
     try:
@@ -6160,6 +6174,33 @@ def test_what_goes_out_has_the_address_of_the_host_and_internal_goes_nowhere(
 
 
 @root
+def test_datagrams_find_their_port_and_an_interface_is_as_it_was_asked_for(networks, world):
+    """A range of ports of UDP, on a network with both families, an MTU and a range."""
+    assert mini("network", "create", "-o", "com.docker.network.driver.mtu=1400", "--subnet",
+                "10.213.7.0/24", "--ip-range", "10.213.7.128/25", "--subnet", "fd00:7::/64",
+                "seven").returncode == 0
+
+    def named(peer, data):
+        return data + peer[0].encode()
+    with idle("web-1", "--network", "seven", "-p", "18080-18081:53-54/udp", "--dns-option",
+              "ndots:3", "--dns-search", "x.example", "--mac-address", "02:00:00:00:00:07"
+              ) as pid, served(pid, "10.213.7.128", 54, named, udp=True), served(
+                  pid, "fd00:7::2", 54, named, udp=True):
+        for address, far, gateway in ((HOST[0], FAR[0], "10.213.7.1"),
+                                      (HOST[1], FAR[1], "fd00:7::1")):
+            assert asked(address, 18081, world.far, udp=b"a") == f"a{far}"
+            assert asked(address, 18081, udp=b"b") == f"b{address}"
+            here = "::1" if ":" in address else "127.0.0.1"
+            assert asked(here, 18081, udp=b"c") == f"c{gateway}"
+            assert asked(address, 18082, world.far, 0.2, udp=b"d") == ""
+        inside = mini("exec", "web-1", "/bin/sh", "-c", "ip link show eth0; "
+                      "cat /etc/resolv.conf").stdout
+        assert "mtu 1400" in inside and "02:00:00:00:00:07" in inside
+        assert "search x.example\noptions ndots:3\n" in inside
+    assert mini("network", "rm", "seven").returncode == 0
+
+
+@root
 def test_a_name_server_of_the_hosts_is_asked_also_from_behind_its_own_stub(
         networks, world, tmp_path):
     """By a program that asks it itself, on a host that runs systemd-resolved."""
@@ -6175,8 +6216,8 @@ def test_a_name_server_of_the_hosts_is_asked_also_from_behind_its_own_stub(
             "cat /etc/resolv.conf; nslookup www.example; wget http://www.example 2>&1")],
         capture_output=True, text=True, timeout=60)
     assert done.stdout.startswith(f"nameserver {FAR[0]}\nsearch example\n"), done
-    assert re.search(r"www.example\s+Address\S*: (1: )?192.0.2.7", done.stdout), done
-    assert "(192.0.2.7:80)" in done.stdout  # so does the C library
+    assert re.search(r"www.example\s+Address\S*: (1: )?198.19.1.7", done.stdout), done
+    assert "(198.19.1.7:80)" in done.stdout  # so does the C library
 
 
 @root
@@ -6262,6 +6303,9 @@ def test_the_chains_of_others_leave_our_bridges_alone_and_are_as_before_afterwar
                 iifname "lo" accept
             }
         }"""
+    path = "/proc/sys/net/ipv4/ip_forward"
+    forwards = m.read_file(path)
+    m.write_file(path, "1")  # with such chains it is others who may need that
     subprocess.run(["nft", "-f", "-"], input=walls, text=True, check=True)
     before = subprocess.run(["nft", "list", "ruleset"], capture_output=True,
                             text=True).stdout
@@ -6278,6 +6322,7 @@ def test_the_chains_of_others_leave_our_bridges_alone_and_are_as_before_afterwar
         until(lambda: subprocess.run(["nft", "list", "ruleset"], capture_output=True,
                                      text=True).stdout == before)
     finally:
+        m.write_file(path, forwards)
         subprocess.run(["nft", "-f", "-"], input="delete table ip filter\n"
                        "delete table inet firewalld\ndelete table ip6 filter", text=True,
                        check=True)
