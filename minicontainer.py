@@ -13707,44 +13707,43 @@ def expand(step, at, text, known, documents=False):
 # the cache and once to be copied.
 
 
-def ignore_pattern(pattern):
+def compiled(pattern):
     """The regular expression of a pattern: * and ? stay in one directory, ** does not,
     and what is matched takes with it all that is in it."""
     import re
 
-    found, at = "", 0
+    found, at, in_class = "", 0, False
     while at < len(pattern):
         letter = pattern[at]
         at += 1
-        if pattern.startswith("**", at - 1):
+        if pattern.startswith("**", at - 1) and not in_class:
             at += 1 + pattern.startswith("/", at + 1)
             found += "(?:.*/)?" if at < len(pattern) else ".*"
-        elif letter in "*?":
+        elif letter in "*?" and not in_class:
             found += "[^/]" + "*" * (letter == "*")
-        elif letter in "[]" or letter == "^" and found.endswith("["):
-            found += letter
+        elif letter in ("]-" if in_class else "[") or (
+                letter == "^" and in_class and found.endswith("[")):
+            found, in_class = found + letter, letter != "]"
         else:
             at += letter == "\\"
             found += re.escape(pattern[at - 1] if at <= len(pattern) else letter)
-    return f"{found}(?:/.*)?"
+    try:
+        return re.compile(f"{found}(?:/.*)?", re.S)
+    except re.error:
+        raise Fail(f"syntax error in pattern {pattern!r}", "[ ] and \\ are special", 1
+                   ) from None
 
 
 def rules_of(text):
     """What a .dockerignore says: (a pattern to match, whether it takes back)."""
-    import re
-
     rules = []
     for line in text.removeprefix("\ufeff").splitlines():
         pattern = "" if line.startswith("#") else line.strip()
         back = pattern.startswith("!")
-        pattern = os.path.normpath(pattern[back:].strip()).lstrip("/") if (
-            pattern[back:].strip()) else ""
+        if pattern := pattern[back:].strip():
+            pattern = os.path.normpath(pattern).lstrip("/")
         if pattern:
-            try:
-                rules.append((re.compile(ignore_pattern(pattern), re.S), back))
-            except re.error:
-                raise Fail(f".dockerignore: syntax error in pattern {line!r}",
-                           "[ ] and \\ are special", 1) from None
+            rules.append((compiled(pattern), back))
     return rules
 
 
@@ -13757,15 +13756,6 @@ def is_excluded(rules, path):
 def has_wildcard(text):
     """Whether a name in a path means several."""
     return any(letter in text for letter in "*?[\\")
-
-
-def go_match(pattern, name):
-    """Whether a name matches a pattern as Go's filepath.Match has it."""
-    import fnmatch
-    import re
-
-    pattern = re.sub(r"\\(.)", lambda match: f"[{match[1]}]", pattern)
-    return fnmatch.fnmatchcase(name, pattern.replace("[^", "[!"))
 
 
 def file_entry(fd):
@@ -13887,8 +13877,9 @@ class Tree:
                            for entry in os.scandir(fd))
         finally:
             os.close(fd)
+        pattern = compiled(name)
         for found, goes_on in names:
-            if goes_on if name == "**" else go_match(name, found):
+            if goes_on if name == "**" else pattern.fullmatch(found):
                 yield from self.matching(os.path.join(above, found),
                                          parts if name == "**" else rest)
 
@@ -14358,10 +14349,10 @@ class View:
         for title, began, tail in filter(None, self.rows.values()):
             lines.append((f" => {title}", f"{time.monotonic() - began:.1f}s"))
             lines += [(f"    | {line}", "") for line in tail.splitlines()[-LAST_LINES:]]
-        shown = [self.fitting(line, note, wide - 1) for line, note in (
-            *above, *lines[:high - 1])]
-        write_all(2, (f"\x1b[{self.height}A" * bool(self.height) + "\x1b[J\x1b[?7l"
-                      + "".join(shown) + "\x1b[?7h").encode())  # 7: no line is wrapped
+        above, shown = ("".join(self.fitting(*line, wide - 1) for line in part)
+                        for part in (above, lines[:high - 1]))
+        write_all(2, (f"\x1b[{self.height}A" * bool(self.height) + f"\x1b[J{above}"
+                      f"\x1b[?7l{shown}\x1b[?7h").encode())  # 7: no line is wrapped
         self.height = len(lines[:high - 1])
 
     def fitting(self, line, note, wide):
@@ -14426,7 +14417,7 @@ class Report:
         if self.style == "tty":
             self.hear("end", "ERROR")
             for line in self.tail.decode("utf-8", "replace").splitlines():
-                self.hear("failed", line[:300])  # a message has to be short
+                self.hear("failed", line[:600])  # a message has to be short
 
 
 class Listener(Client):
@@ -15452,7 +15443,7 @@ class Context:
             if compression(head) or head[257:262] == b"ustar":
                 self.unpack(spooled, "standard input")
             else:
-                self.text, self.path = read_file(spooled), ""
+                self.text = read_file(spooled)
                 self.path = self.temporary = temporary_directory("layers")
         finally:
             os.unlink(spooled)

@@ -8005,6 +8005,13 @@ def test_stages_that_are_not_needed_are_left_out_and_others_are_built_side_by_si
 
 
 @root
+def test_an_image_that_is_here_is_fetched_again_only_if_that_is_asked_for(base):
+    forked_mini("tag", "base", "127.0.0.1:1/base")  # where nobody serves
+    build(base, "FROM 127.0.0.1:1/base\nENV A=1")
+    assert "127.0.0.1:1" in build(base, "FROM 127.0.0.1:1/base\nENV A=1", "--pull", code=1)
+
+
+@root
 def test_onbuild_is_done_by_whoever_builds_on_it(base):
     build(base, "ONBUILD COPY f.txt /f\nONBUILD RUN cat /f > /g\nONBUILD ENV O=1", "-t", "parent")
     image = m.find_image(build(base, "FROM parent\nCMD x"))
@@ -8054,7 +8061,8 @@ def test_a_dockerfile_has_a_dockerignore_and_the_last_rule_that_matches_decides(
                         ("!d/keep/x\nd", {"d/a.txt", "d/e/a.txt", "d/keep/x", "d/keep/y"}),
                         ("*\n!**/keep", everything - {"d/keep/x", "d/keep/y"}),
                         ("n/**/deep", {"n/m/deep"}), ("?.txt", {"a.txt", "b.txt"}),
-                        ("[^b].txt", {"a.txt"}), ("d/../b.txt", {"b.txt"})):
+                        ("[^b].txt", {"a.txt"}), ("[^a-c].txt", set()), ("d/../b.txt", {"b.txt"}),
+                        ("[\\a[-].txt", {"a.txt"})):
         (tmp_path / ".dockerignore").write_text(rules + "\nDockerfile\n.dockerignore\n")
         out = tmp_path.parent / "out"
         forked_mini("build", "-q", "-o", out, tmp_path)
@@ -8225,6 +8233,7 @@ def test_no_dockerfile_makes_a_traceback(seed):
     ("RUN mkdir /f.txt\nCOPY f.txt x.sh /\n", "cannot overwrite directory with non-directory"),
     ("COPY --chown=nobody f.txt /", "unable to find user nobody"),
     ("COPY --chmod=rwx f.txt /", "invalid chmod parameter: 'rwx'"),
+    ("COPY [a-.txt /", "syntax error in pattern '[a-.txt'"),
     ("COPY --link --chown=web f.txt /", "--chown=web is not possible with --link"),
     ("COPY --from=5 f.txt /", "invalid from flag value 5"),
     ("COPY .wh.f /", "a name that layers keep to themselves"),
