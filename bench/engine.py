@@ -100,6 +100,37 @@ def logs(mini, megabytes):
 
 
 @contextlib.contextmanager
+def docker(top):
+    """The words that every command of docker begins with, for a dockerd of its own that
+    keeps all below a directory; or None, and it is said why."""
+    if not shutil.which("docker") or not shutil.which("dockerd"):
+        yield None
+        return
+    with open(f"{top}/daemon.json", "w") as file:
+        file.write("{}")
+    with open(f"{top}/dockerd.log", "w") as log:
+        daemon = subprocess.Popen([
+            "dockerd", "--data-root", f"{top}/docker", "--exec-root",
+            f"{top}/docker.run", "--host", f"unix://{top}/sock", "--pidfile",
+            f"{top}/dockerd.pid", "--iptables=false", "--ip6tables=false",
+            "--bridge=none", "--config-file", f"{top}/daemon.json"],
+            stdout=log, stderr=log, start_new_session=True)
+    words, end = ["docker", "--host", f"unix://{top}/sock"], time.monotonic() + 30
+    try:
+        while words and subprocess.run([*words, "version"],
+                                       capture_output=True).returncode:
+            if daemon.poll() is not None or time.monotonic() > end:
+                with open(f"{top}/dockerd.log") as log:
+                    print("docker left out:", log.read().strip().splitlines()[-1][:200])
+                words = None
+            time.sleep(0.1)
+        yield words
+    finally:
+        daemon.terminate()
+        daemon.wait()
+
+
+@contextlib.contextmanager
 def engines(mini, top):
     """{name: the words that every command of it begins with}, those that are there."""
     found = {"minicontainer": [mini]}
@@ -108,32 +139,8 @@ def engines(mini, top):
         found["podman"] = ["podman", "--root", f"{top}/podman", "--runroot",
                            f"{top}/podman.run", "--storage-driver", "overlay",
                            "--cgroup-manager", "cgroupfs"]
-    daemon = None
-    if shutil.which("docker") and shutil.which("dockerd"):
-        with open(f"{top}/daemon.json", "w") as file:
-            file.write("{}")
-        with open(f"{top}/dockerd.log", "w") as log:
-            daemon = subprocess.Popen([
-                "dockerd", "--data-root", f"{top}/docker", "--exec-root",
-                f"{top}/docker.run", "--host", f"unix://{top}/sock", "--pidfile",
-                f"{top}/dockerd.pid", "--iptables=false", "--ip6tables=false",
-                "--bridge=none", "--config-file", f"{top}/daemon.json"],
-                stdout=log, stderr=log)
-        found["docker"] = ["docker", "--host", f"unix://{top}/sock"]
-        end = time.monotonic() + 30
-        while subprocess.run([*found["docker"], "version"],
-                             capture_output=True).returncode:
-            if daemon.poll() is not None or time.monotonic() > end:
-                with open(f"{top}/dockerd.log") as log:
-                    print("docker left out:", log.read().strip().splitlines()[-1][:200])
-                del found["docker"]
-                break
-    try:
-        yield found
-    finally:
-        if daemon:
-            daemon.terminate()
-            daemon.wait()
+    with docker(top) as words:
+        yield {**found, "docker": words} if words else found
 
 
 FLAGS = {"podman": ["--log-driver", "k8s-file", "--ulimit", "nofile=1024:1024",

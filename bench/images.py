@@ -9,7 +9,8 @@ Two images are made of that root file system, one of a single layer and one of 5
 in turns, loads one from an OCI archive and unpacks it, saves it, pushes it to a
 registry on this machine (Debian's docker-registry), and pulls it into a new store.
 skopeo and umoci are one contender: the former copies into an OCI layout, the latter
-unpacks that.  docker is measured where its daemon answers.
+unpacks that.  docker has a daemon started for it, with a store that is new each round,
+but for `pull`, before which its image is removed.
 
 What is measured is what startup.py says, per command: wall, cpu, and the largest
 resident set of a process.  Beside it stands, from one more load that is not timed, what
@@ -42,7 +43,8 @@ import tempfile
 import time
 from pathlib import Path
 
-import startup  # beside this file
+import engine  # beside this file
+import startup
 
 SUITE = "bookworm"
 JOBS = ("load", "save", "push", "pull")
@@ -108,11 +110,15 @@ def make_archive(layers, path: Path) -> None:
         add("index.json", json.dumps({
             "schemaVersion": 2, "manifests": [manifest]}).encode())
         add("oci-layout", b'{"imageLayoutVersion": "1.0.0"}')
+        add("manifest.json", json.dumps([{  # what docker reads before its version 25
+            "Config": f"blobs/sha256/{config['digest'][7:]}", "RepoTags": ["bench:1"],
+            "Layers": [f"blobs/sha256/{d['digest'][7:]}" for d in described],
+        }]).encode())
 
 
 # ══ 2. The contenders ═══════════════════════════════════════════════════════════════
 # Each gives, for a directory of its own and a job, a command line; `name` is where it
-# is pushed to and pulled from.
+# is pushed to and pulled from.  "before" a job is what is not timed.
 
 
 def ours(launcher: str):
@@ -122,8 +128,9 @@ def ours(launcher: str):
         mini = ["/usr/bin/env", store, launcher]
         return {"load": [*mini, "load", "-q", "-i", archive],
                 "save": [*mini, "save", "-o", f"{at}/saved.tar", "bench:1"],
-                "tag": [*mini, "tag", "bench:1", name],
-                "push": [*mini, "push", name], "pull": [*mini, "pull", "-q", name]}[job]
+                "before push": [*mini, "tag", "bench:1", name],
+                "push": [*mini, "push", "-q", name],
+                "pull": [*mini, "pull", "-q", name]}.get(job)
     return command
 
 
@@ -135,9 +142,8 @@ def podman(program: str):
         return {"load": [*pod, "load", "-q", "-i", archive],
                 "save": [*pod, "save", "-q", "--format", "oci-archive", "-o",
                          f"{at}/saved.tar", "bench:1"],
-                "tag": ["/bin/true"],
                 "push": [*pod, "push", "-q", "--tls-verify=false", "bench:1", name],
-                "pull": [*pod, "pull", "-q", "--tls-verify=false", name]}[job]
+                "pull": [*pod, "pull", "-q", "--tls-verify=false", name]}.get(job)
     return command
 
 
@@ -151,23 +157,22 @@ def skopeo(program: str):
                  "save": ["copy", "-q", layout, f"oci-archive:{at}/saved.tar"],
                  "push": ["copy", "-q", *plain, layout, f"docker://{name}"],
                  "pull": ["copy", "-q", *plain, f"docker://{name}", layout]}
-        if job == "tag":
-            return ["/bin/true"]
         if job in ("load", "pull"):
             return ["/bin/sh", "-c", f"{program} {' '.join(words[job])}{unpack}"]
-        return [program, *words[job]]
+        return [program, *words[job]] if job in words else None
     return command
 
 
 def docker(program: str):
     """docker, whose daemon does the work: its cpu and memory are not in its row."""
     def command(at, job, archive, name):
-        remove = f"{program} image rm -f bench:1 {name} >/dev/null 2>&1; "
-        return {"load": ["/bin/sh", "-c", f"{remove}{program} load -q -i {archive}"],
-                "save": [program, "save", "-o", f"{at}/saved.tar", "bench:1"],
-                "tag": [program, "tag", "bench:1", name],
-                "push": [program, "push", "-q", name],
-                "pull": ["/bin/sh", "-c", f"{remove}{program} pull -q {name}"]}[job]
+        words = [program, "--host", f"unix://{at}/sock"]
+        return {"load": [*words, "load", "-q", "-i", archive],
+                "save": [*words, "save", "-o", f"{at}/saved.tar", "bench:1"],
+                "before push": [*words, "tag", "bench:1", name],
+                "push": [*words, "push", "-q", name],
+                "before pull": [*words, "image", "rm", "-f", "bench:1", name],
+                "pull": [*words, "pull", "-q", name]}.get(job)
     return command
 
 
@@ -177,7 +182,7 @@ def all_contenders(launcher: str):
     for name, make, ask in (
             ("podman", podman, ["podman", "--version"]),
             ("skopeo+umoci", skopeo, ["sh", "-c", "skopeo -v && umoci -v"]),
-            ("docker", docker, ["docker", "version"])):
+            ("docker", docker, ["sh", "-c", "docker -v && dockerd -v"])):
         try:
             done = subprocess.run(ask, capture_output=True, text=True, check=False)
             if done.returncode:
@@ -215,20 +220,28 @@ def registry(top: Path):
 # ══ 3. Measuring ════════════════════════════════════════════════════════════════════
 
 
-def held_together(argv) -> float:
-    """The most, in MB, that a command and all its processes held at once."""
+def held_together(argv, pid_file: Path) -> float:
+    """The most, in MB, that a command and all its processes held at once; with those
+    of its daemon, if it has one."""
     process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, start_new_session=True)
-    most = 0
+    groups, most = {process.pid}, 0
+    if pid_file.exists():
+        groups.add(os.getsid(int(pid_file.read_text())))
     while process.poll() is None:
         total = 0
         for directory in filter(str.isdecimal, os.listdir("/proc")):
             with contextlib.suppress(OSError, ValueError, IndexError):
-                if os.getsid(int(directory)) == process.pid:
+                if os.getsid(int(directory)) in groups:
                     text = Path(f"/proc/{directory}/smaps_rollup").read_text()
                     total += int(text.partition("\nPss:")[2].split()[0])
         most = max(most, total)
         time.sleep(0.02)
     return most / 1024
+
+
+def daemon_of(who: str, at: Path):
+    """A context in which a contender's daemon runs, if it has one."""
+    return engine.docker(at) if who == "docker" else contextlib.nullcontext()
 
 
 def measure(able: dict, archive: str, rounds: int, scratch: Path) -> dict:
@@ -241,11 +254,11 @@ def measure(able: dict, archive: str, rounds: int, scratch: Path) -> dict:
         names = list(able)
         for who in names[number % len(names):] + names[:number % len(names)]:
             at = Path(tempfile.mkdtemp(dir=scratch, prefix="s-"))
-            with registry(at) as host:
+            with registry(at) as host, daemon_of(who, at):
                 for job in JOBS if host else JOBS[:2]:
                     name = f"{host}/bench:1"
-                    if job == "push":
-                        starter.measure(able[who](at, "tag", archive, name))
+                    if before := able[who](at, f"before {job}", archive, name):
+                        starter.measure(before)
                     os.sync()  # what the last one wrote is not this one's to wait for
                     start = starter.measure(able[who](at, job, archive, name))
                     starts.setdefault((who, job), []).append(start)
@@ -364,8 +377,9 @@ def main() -> int:
             together = {}
             for who, command in able.items():
                 at = Path(tempfile.mkdtemp(dir=scratch, prefix="s-"))
-                together[who, "load"] = held_together(
-                    command(at, "load", str(archive), ""))
+                with daemon_of(who, at):
+                    together[who, "load"] = held_together(
+                        command(at, "load", str(archive), ""), at / "dockerd.pid")
             kept[count] = print_table(starts, together)
             second_container(launcher, str(archive),
                              Path(tempfile.mkdtemp(dir=scratch, prefix="s-")))
