@@ -15639,11 +15639,20 @@ class Build:
         return self.image_state(text, stage.platform)
 
     def image(self, text, platform=None):
-        """An Image of the store, pulled if need be, or in any case with --pull."""
+        """An Image of the store, pulled if need be, or in any case with --pull; one for
+        another platform than was asked for is as good as none."""
         wish = Options()
-        wish.pull = "always" if self.options.pull else "missing"
         wish.platform = platform or self.options.platform
-        return image_to_run(wish, text)
+        wanted = platform_of(wish.platform)
+        for wish.pull in ["missing"] * (not self.options.pull) + ["always"]:
+            image = image_to_run(wish, text)
+            actual = list(map(image.config.get, ("os", "architecture", "variant")))
+            if not wish.platform or all(is_ in (None, name) for is_, name in zip(
+                    actual, wanted, strict=False)):
+                return image
+        raise Fail(f"image with reference {text} was found but does not match the "
+                   f"specified platform: wanted {'/'.join(wanted)}, actual: "
+                   f"{'/'.join(filter(None, actual))}", "--platform names another", 1)
 
     def image_state(self, text, platform):
         """The State that an image is."""

@@ -8177,7 +8177,12 @@ def test_stages_that_are_not_needed_are_left_out_and_others_are_built_side_by_si
 def test_an_image_that_is_here_is_fetched_again_only_if_that_is_asked_for(base):
     forked_mini("tag", "base", "127.0.0.1:1/base")  # where nobody serves
     build(base, "FROM 127.0.0.1:1/base\nENV A=1")
-    assert "127.0.0.1:1" in build(base, "FROM 127.0.0.1:1/base\nENV A=1", "--pull", code=1)
+    for platform in ("$BUILDPLATFORM", f"linux/{m.MACHINES[os.uname().machine][1]}"):
+        build(base, f"FROM --platform={platform} 127.0.0.1:1/base\nENV A=1")
+    for text, *options in (["FROM 127.0.0.1:1/base", "--pull"],
+                           ["FROM --platform=linux/s390x 127.0.0.1:1/base"]):
+        assert "127.0.0.1:1: Connection refused" in build(
+            base, f"{text}\nENV A=1", *options, code=1)
 
 
 @root
