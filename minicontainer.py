@@ -4129,7 +4129,7 @@ OCI_GLOBALS = (
     arg("--systemd-cgroup", action="store_true", help="refused: groups are made "
         "directly"),
     arg("--rootless", choices=["auto", "true", "false"], default="auto",
-        help="true is refused: this takes root"),
+        help="what it allows runc, to go on without control groups, is never done"),
 )
 START_OPTIONS = (
     arg("-b", "--bundle", metavar="DIR", default=".", help="with config.json and root"),
@@ -4180,8 +4180,7 @@ def oci(word, *declared):
                 if options.systemd_cgroup:
                     raise Fail("--systemd-cgroup is not offered",
                                "have the caller use cgroupfs")
-                if word not in ("spec", "features") and (
-                        os.geteuid() or options.rootless == "true"):
+                if word not in ("spec", "features") and os.geteuid():
                     raise Fail("permission denied: rootless containers are not offered",
                                "only root can make containers here")
                 if options.debug and not narration.style:
@@ -8348,8 +8347,8 @@ def logout_command(options):
 #         ╚═══════ bridge ═════╝                     │
 #                172.18.0.1, the gateway ──── routing and NAT
 #
-# The kernel is told in messages to a socket (rtnetlink), which is what `ip` does too;
-# --explain shows each as the line of `ip` that it replaces.
+# The kernel is told in messages to a socket (netlink), which is what `ip` and `nft` do
+# too; --explain shows each as the line of theirs that it replaces.
 #
 # What leaves for the world gets the host's address (masquerade), and what comes to a
 # published port of the host is sent on to the container.  That is done by nf_tables,
@@ -8361,9 +8360,9 @@ def logout_command(options):
 #       networks/forwarding        what we have switched on, to be switched off again
 #
 # Whoever changes these locks networks/.  An address is one container's for as long as
-# its endpoint is there; that of a container which nobody looks after any more is swept
-# out by whoever comes next.  A bridge is there while somebody is on it, so that the
-# host is left as it was.
+# its endpoint is there; that of a container which nobody looks after any more counts
+# for nothing, until `gc` clears it away.  A bridge is there while somebody is on it, so
+# that the host is left as it was.
 #
 # Names are in /etc/hosts, which we write for all who are on a network when somebody
 # comes or goes: so no process has to answer for it, a lookup asks nobody, and finds an
@@ -8374,7 +8373,8 @@ def logout_command(options):
 
 RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK, RTM_SETLINK = 16, 17, 18, 19
 RTM_NEWADDR, RTM_NEWROUTE = 20, 24
-NLM_F_REQUEST, NLM_F_ACK, NLM_F_EXCL, NLM_F_CREATE = 1, 4, 0x200, 0x400
+NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP, NLM_F_EXCL = 1, 4, 0x300, 0x200
+NLM_F_CREATE, NLM_F_APPEND = 0x400, 0x800
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_MASTER, IFLA_LINKINFO = 1, 3, 4, 10, 18
 IFLA_NET_NS_PID, IFLA_INFO_KIND, IFLA_INFO_DATA, VETH_INFO_PEER = 19, 1, 2, 1
 IFA_ADDRESS, IFA_LOCAL, IFA_F_NODAD, RTA_OIF, RTA_GATEWAY = 1, 2, 2, 4, 5
@@ -8480,25 +8480,30 @@ def mac_of(address):
 # for it (an extended acknowledgement), which is more than the name of an errno tells.
 
 
-def attribute(kind, value):
+def attribute(kind, value, order="="):
     """A netlink attribute: a number, text, bytes, or others inside it, as a dict."""
     if isinstance(value, dict):
-        value = b"".join(attribute(*item) for item in value.items())
+        value = b"".join(attribute(*item, order) for item in value.items())
     elif isinstance(value, str):
         value = value.encode() + b"\0"
     elif isinstance(value, int):
-        value = struct.pack("=I", value)
+        value = struct.pack(f"{order}I", value & 0xFFFFFFFF)
     return struct.pack("=HH", 4 + len(value), kind) + value + bytes(-len(value) % 4)
 
 
-def error_words(attributes):
-    """What the kernel says of an error: the text among a message's attributes."""
-    while len(attributes) > 4:
-        length, kind = struct.unpack_from("=HH", attributes)
-        if kind == 1:  # NLMSGERR_ATTR_MSG
-            return attributes[4:length].rstrip(b"\0").decode()
-        attributes = attributes[length + -length % 4:]
-    return ""
+def attributes_of(data):
+    """(kind, value) of each of the attributes in a message, or in another."""
+    while len(data) >= 4:
+        length, kind = struct.unpack_from("=HH", data)
+        yield kind & 0x3FFF, data[4:length]  # without NLA_F_NESTED
+        data = data[length + -length % 4:]
+
+
+def message(kind, flags, number, head, attributes, order="="):
+    """A netlink message; an answer has its number."""
+    body = head + b"".join(attribute(*item, order) for item in attributes.items())
+    return struct.pack("=IHHII", 16 + len(body), kind, flags | NLM_F_REQUEST, number,
+                       0) + body
 
 
 def link(index=0, flags=0):
@@ -8507,45 +8512,49 @@ def link(index=0, flags=0):
 
 
 class Netlink:
-    """A socket to the tables of interfaces, addresses and routes of the network
-    namespace that it is made in."""
+    """A socket to tables of the network namespace that it is made in: of interfaces,
+    addresses and routes, or (NETLINK_NETFILTER) of rules."""
 
-    def __init__(self):
+    def __init__(self, tables=0):
         import _socket
 
         self.socket = _socket.socket(AF_NETLINK, _socket.SOCK_RAW
-                                     | _socket.SOCK_CLOEXEC)
+                                     | _socket.SOCK_CLOEXEC, tables)
         for option in (10, 11):  # NETLINK_CAP_ACK, _EXT_ACK: short errors, in words
             self.socket.setsockopt(270, option, 1)
 
     def ask(self, words, kind, head, attributes, flags=0, why=""):
         """Send the message that `ip WORDS` would send; the index of the interface that
         is asked for, or 0."""
-        body = head + b"".join(attribute(*item) for item in attributes.items())
-        message = struct.pack("=IHHII", 16 + len(body), kind,
-                              flags | NLM_F_REQUEST | NLM_F_ACK, 1, 0) + body
-        return request("netlink", (f"ip {words}",), lambda: self.answer(message), why)
+        def send():
+            found = list(self.replies(message(kind, flags | NLM_F_ACK, 0, head,
+                                              attributes)))
+            return struct.unpack_from("=i", found[0], 4)[0] if found else 0
+        return request("netlink", (f"ip {words}",), send, why)
 
     def make(self, words, kind, head, attributes, why=""):
         """Ask for something that is not there yet."""
         self.ask(words, kind, head, attributes, NLM_F_CREATE | NLM_F_EXCL, why)
 
-    def answer(self, message):
-        """Send a message and wait until the kernel has done it, or says why not."""
-        found = 0
-        self.socket.send(message)
+    def replies(self, messages):
+        """Send messages, and yield what comes back, until the kernel has done it all,
+        or says why not and, in the error's `number`, which it did not."""
+        self.socket.send(messages)
         while True:
             data = self.socket.recv(1 << 16)
             while data:
                 length, kind = struct.unpack_from("=IH", data)
-                if kind == 2:  # NLMSG_ERROR, also where all is well
-                    code = -struct.unpack_from("=i", data, 16)[0]
-                    if code:
-                        raise OSError(code, error_words(data[36:length])
-                                      or os.strerror(code))
-                    return found
-                found = struct.unpack_from("=i", data, 20)[0]
-                data = data[length + -length % 4:]
+                body, data = data[16:length], data[length + -length % 4:]
+                if kind not in (2, 3):
+                    yield body
+                    continue
+                # NLMSG_ERROR, also where all is well; NLMSG_DONE, the end of a list
+                if code := -struct.unpack_from("=i", body)[0]:
+                    words = dict(attributes_of(body[20:])).get(1, b"").rstrip(b"\0")
+                    error = OSError(code, words.decode() or os.strerror(code))
+                    error.number = struct.unpack_from("=I", body, 12)[0]
+                    raise error
+                return
 
     def index(self, name):
         """The number of an interface; 0 if there is none of that name."""
@@ -8639,7 +8648,6 @@ def make_bridge(netlink, network):
 def plug_in(pid, network, endpoint, leads_out):
     """A cable from the bridge to an interface in the network namespace of a process."""
     netlink, inner, outer = Netlink(), endpoint["interface"], endpoint["cable"]
-    make_bridge(netlink, network)
     bridge, mtu = network["bridge"], network["mtu"]
     peer = link() + b"".join(attribute(*item) for item in {
         IFLA_IFNAME: inner, IFLA_NET_NS_PID: pid, IFLA_MTU: mtu,
@@ -8732,6 +8740,9 @@ def make_pools(subnets, gateways, ranges, six, networks):
     return pools
 
 
+PREDEFINED = {"host": "host", "none": "null"}  # name: driver; there is no file of these
+
+
 def all_networks():
     """Every network that there is, but for none and host."""
     directory = os.path.dirname(store("networks", "x"))
@@ -8744,7 +8755,7 @@ def check_bridge(name, networks):
     if not 0 < len(name) < 16 or not name.isascii() or not all(
             letter.isalnum() or letter in "-_." for letter in name):
         raise Fail(f"invalid name of a bridge: {name!r}", "at most 15 letters", 1)
-    if os.path.exists(f"/sys/class/net/{name}") or any(
+    if Netlink().index(name) or any(
             network["bridge"] == name for network in networks):
         raise Fail(f"there is an interface {name} already", "another name", 1)
 
@@ -8756,7 +8767,7 @@ def new_network(name, subnets=(), gateways=(), ranges=(), six=False, internal=Fa
             letter.isalnum() or letter in "_.-" for letter in name):
         raise Fail(f"invalid network name: {name!r}", "letters, digits, _ . and -", 1)
     networks = all_networks()
-    if name in ("none", "host") or any(n["name"] == name for n in networks):
+    if name in PREDEFINED or any(n["name"] == name for n in networks):
         raise Fail(f"network with name {name} already exists", "take another", 1)
     options, id = dict(options), os.urandom(32).hex()
     bridge = options.get("com.docker.network.bridge.name", f"br-{id[:12]}")
@@ -8773,6 +8784,9 @@ def new_network(name, subnets=(), gateways=(), ranges=(), six=False, internal=Fa
 def find_network(text, code=1):
     """The network of a name or the beginning of an id; the default one is made when it
     is first asked for.  Caller must hold the lock of networks/."""
+    if text in PREDEFINED:
+        raise Fail(f"{text} is a pre-defined network: there is nothing to be seen or "
+                   "changed of it", f"run --network {text}", code)
     networks = all_networks()
     found = [n for n in networks if n["name"] == text] or [
         n for n in networks if text and n["id"].startswith(text)]
@@ -8798,61 +8812,170 @@ def find_network(text, code=1):
 # nobody out there knows the way to its own.  Later packets of the same connection, both
 # ways, are changed alike: the kernel remembers it.
 #
-# Trap: arriving comes before the kernel refuses what somebody outside sends to an
-# address like 127.0.0.1.  Ports of those must not be in the maps, or a neighbour could
-# reach what is for this host only.
+# A rule is a small program for a machine of the kernel's: load something of the packet
+# into a register, compare it with a value, and only if it is that, go on; the last
+# instruction says what becomes of the packet.  Ours are written as nft(8) takes them,
+# `ip saddr 10.0.0.0/8 drop`, which is what --explain tells, and assembled below.
 
-OURS = "inet minicontainer"
-RULES = """
-table inet minicontainer {
-    set bridges { type ifname; $bridges }
-    set outward_ip { type ipv4_addr; flags interval; $outward_ip }
-    set outward_ip6 { type ipv6_addr; flags interval; $outward_ip6 }
-    map one_ip { type ipv4_addr . inet_proto . inet_service : ipv4_addr . inet_service
-        $one_ip
-    }
-    map one_ip6 { type ipv6_addr . inet_proto . inet_service : ipv6_addr . inet_service
-        $one_ip6
-    }
-    map all_ip { type inet_proto . inet_service : ipv4_addr . inet_service; $all_ip }
-    map all_ip6 { type inet_proto . inet_service : ipv6_addr . inet_service; $all_ip6 }
-    chain published {
-        dnat ip to ip daddr . meta l4proto . th dport map @one_ip
-        dnat ip6 to ip6 daddr . meta l4proto . th dport map @one_ip6
-        fib daddr type local dnat ip to meta l4proto . th dport map @all_ip
-        fib daddr type local dnat ip6 to meta l4proto . th dport map @all_ip6
-    }
-    chain arriving {
-        type nat hook prerouting priority dstnat
-        jump published
-    }
-    chain own {
-        type nat hook output priority -100
-        ip daddr 127.0.0.0/8 return
-        ip6 daddr ::1 return
-        jump published
-    }
-    chain leaving {
-        type nat hook postrouting priority srcnat
-        ip saddr @outward_ip oifname != @bridges masquerade
-        ip6 saddr @outward_ip6 oifname != @bridges masquerade
-        ip saddr @outward_ip ct status dnat masquerade
-        ip6 saddr @outward_ip6 ct status dnat masquerade
-    }
-    chain passing {
-        type filter hook forward priority filter
-        ct state established,related accept
-        $inner_walls
-        ct status dnat accept
-        $walls
-    }
-}
-"""  # as nft(8) takes it; the words with a $ are filled in
-INNER_WALL = """iifname "$" oifname != "$" drop
-        oifname "$" iifname != "$" drop
-        """
-WALL = """oifname "$" iifname != "$" drop
-        """
+OURS, NFPROTO_INET, NFT = "minicontainer", 1, 10 << 8  # NFNL_SUBSYS_NFTABLES
+NFT_MSG_NEWTABLE, NFT_MSG_DELTABLE, NFT_MSG_NEWCHAIN, NFT_MSG_GETCHAIN = 0, 2, 3, 4
+NFT_MSG_NEWRULE, NFT_MSG_GETRULE, NFT_MSG_DELRULE = 6, 7, 8
+FAMILIES = {"inet": NFPROTO_INET, "ip": AF_INET, "ip6": AF_INET6}
+NFT_HOOKS = "prerouting", "input", "forward", "output", "postrouting", "ingress"
+CHAINS = {  # type, hook, priority: before or after the chains of others
+    "published": (), "arriving": ("nat", "prerouting", -100),
+    "own": ("nat", "output", -100), "leaving": ("nat", "postrouting", 100),
+    "passing": ("filter", "forward", 0)}
+
+
+def operation(name, *values):
+    """One of a rule's: its attributes are numbered from 1 on, and None is left out."""
+    found = {n: value for n, value in enumerate(values, 1) if value is not None}
+    return attribute(1, {1: name, 2: found}, ">")
+
+
+def compare(value, differs=False):
+    """Go on if register 1 begins with a value, or if it does not."""
+    return operation("cmp", 1, int(differs), {1: value})
+
+
+def masked(mask):
+    """Keep of register 1 only these bits."""
+    return operation("bitwise", 1, 1, len(mask), {1: mask}, {1: bytes(len(mask))})
+
+
+# For each first word: what it loads, and its comparison with the words that follow.
+
+
+def of_interface(word, words):
+    """iifname, oifname [!=] NAME: where it has come in, and will go out."""
+    name = next(words)
+    differs = name == "!="
+    name = (next(words) if differs else name).encode().ljust(16, b"\0")
+    return (operation("meta", 1, 6 if word == "iifname" else 7)
+            + compare(name, differs))
+
+
+def of_family(_, words):
+    """meta nfproto ipv4 or ipv6."""
+    family = {"ipv4": AF_INET, "ipv6": AF_INET6}[(next(words), next(words))[1]]
+    return operation("meta", 1, 15) + compare(bytes([family]))
+
+
+def of_address(word, words):
+    """ip, ip6 saddr or daddr SUBNET: who has sent it, and whom it is for."""
+    side, (address, _, bits) = next(words), next(words).partition("/")
+    family, at = ("ipv4", 12) if word == "ip" else ("ipv6", 8)  # of saddr
+    data = packed(address)
+    size_, most = len(data), 8 * len(data)
+    mask = (1 << most) - (1 << most - int(bits or most))
+    return (of_family("meta", iter(("nfproto", family)))
+            + operation("payload", 1, 1, at + size_ * (side == "daddr"), size_)
+            + masked(mask.to_bytes(size_, "big")) + compare(data))
+
+
+def of_port(word, words):
+    """tcp, udp dport PORT: the two bytes that either header has there."""
+    port = struct.pack(">H", int((next(words), next(words))[1]))
+    return (operation("meta", 1, 16) + compare(bytes([6 if word == "tcp" else 17]))
+            + operation("payload", 1, 2, 2, 2) + compare(port))
+
+
+def of_route(_, words):
+    """fib daddr type local: it is for an address of this host's."""
+    assert (next(words), next(words), next(words)) == ("daddr", "type", "local")
+    return operation("fib", 1, 3, 2) + compare(struct.pack("=I", 2))
+
+
+def of_connection(_, words):
+    """ct state or status: what the kernel knows of the connection that it is part of.
+    """
+    key, bits = {"established,related": (0, 6), "dnat": (2, 32)}[
+        (next(words), next(words))[1]]
+    return (operation("ct", 1, key) + masked(struct.pack("=I", bits))
+            + compare(bytes(4), True))
+
+
+def translation(_, words):
+    """dnat ip or ip6 to ADDRESS:PORT: it is for that one from here on."""
+    family, _, target = next(words), next(words), next(words)
+    address, _, port = target.rpartition(":")
+    return (operation("immediate", 1, {1: packed(address.strip("[]"))})
+            + operation("immediate", 2, {1: struct.pack(">H", int(port))})
+            + operation("nat", 1, FAMILIES[family], 1, None, 2))
+
+
+def verdict(word, words):
+    """accept, drop, return, or jump CHAIN: what becomes of it."""
+    code = {1: {"drop": 0, "accept": 1, "jump": -3, "return": -5}[word]}
+    return operation("immediate", 0, {2: {
+        **code, **({2: next(words)} if word == "jump" else {})}})
+
+
+ASSEMBLERS = {
+    "iifname": of_interface, "oifname": of_interface, "meta": of_family,
+    "ip": of_address, "ip6": of_address, "tcp": of_port, "udp": of_port,
+    "fib": of_route, "ct": of_connection, "dnat": translation, "accept": verdict,
+    "drop": verdict, "return": verdict, "jump": verdict,
+    "masquerade": lambda *_: operation("masq")}
+
+
+def assemble(rule):
+    """The instructions of a rule that is written in words."""
+    words = iter(rule.replace('"', "").split())
+    return b"".join(ASSEMBLERS[word](word, words) for word in words)
+
+
+TABLES = {}  # process: its socket to nf_tables
+
+
+def tables():
+    """The socket to nf_tables, which a process keeps until it ends: to close one takes
+    8 ms after something was deleted, until the memory of that is free."""
+    if os.getpid() not in TABLES:
+        TABLES[os.getpid()] = Netlink(12)  # NETLINK_NETFILTER
+        TABLES[os.getpid()].socket.setsockopt(1, 32, 1 << 25)  # SO_SNDBUFFORCE: there
+    return TABLES[os.getpid()]  # may be many ports
+
+
+class Rules:
+    """A change of the rules in one transaction: all of it is done, or nothing."""
+
+    def __init__(self):
+        self.listing, self.messages = [], []
+
+    def add(self, line, kind, family, attributes, flags=NLM_F_CREATE):
+        """One more message: the one that `nft LINE` would send."""
+        self.messages.append(bytearray(message(
+            NFT | kind, flags, len(self.listing), struct.pack(">BBH", FAMILIES[family],
+                                                              0, 0), attributes, ">")))
+        self.listing.append(f"nft {line}")
+
+    def add_rule(self, family, table, chain, rule, how="add", comment=""):
+        """One more rule, at the end of a chain, or inserted at its head."""
+        attributes = {1: table, 2: chain, 4: assemble(rule)}
+        if comment:
+            rule += f' comment "{comment}"'
+            attributes[7] = b"\0%c%b\0" % (len(comment) + 1, comment.encode())
+        self.add(f"{how} rule {family} {table} {chain} {rule}", NFT_MSG_NEWRULE, family,
+                 attributes, NLM_F_CREATE | NLM_F_APPEND * (how == "add"))
+
+    def commit(self, why):
+        """Have it done; a Fail names the line that the kernel refuses."""
+        self.messages[-1][6] |= NLM_F_ACK  # its flags: when the last is done, all are
+        begin, end_ = (message(kind, 0, 0, struct.pack(">BBH", 0, 0, NFT >> 8), {})
+                       for kind in (16, 17))  # NFNL_MSG_BATCH_BEGIN, _END
+
+        def ask():
+            batch = b"".join((begin, *self.messages, end_))
+            return len(list(tables().replies(batch)))
+        try:
+            request("nft", (self,), ask, why)
+        except OSError as error:
+            TABLES.pop(os.getpid(), None)  # there may be more answers to come
+            raise Fail(f"{self.listing[getattr(error, 'number', 0)]}: {error.strerror}",
+                       "does this kernel have nf_tables? --network none or host does "
+                       "without") from None
 
 
 def is_oneself(address):
@@ -8860,83 +8983,69 @@ def is_oneself(address):
     return lies_in(address, "127.0.0.0/8") or number_of(address) == 1
 
 
-def kernel_ports(endpoint):
-    """(set, element) of each published port that the kernel is to send on: not those of
+# Trap: arriving comes before the kernel refuses what somebody outside sends to an
+# address like 127.0.0.1.  There must be no rule for a port of such an address, or a
+# neighbour could reach what is for this host only.
+
+
+def port_rules(endpoint):
+    """A rule for each published port that the kernel is to send on: not those of
     loopback addresses, nor of a family that the container has no address of."""
     for kind, address, port, inner in endpoint["ports"]:
-        six = ":" in address
-        own = next((a for a in endpoint["addresses"] if (":" in a) == six), None)
+        six = "6" if ":" in address else ""
+        own = next((a for a in endpoint["addresses"] if (":" in a) == bool(six)), None)
         if own and not is_oneself(address):
-            to = f"{kind} . {port} : {own} . {inner}"
-            if number_of(address) in (0, IPV4.start):
-                yield f"all_ip{'6' * six}", to
-            else:
-                yield f"one_ip{'6' * six}", f"{address} . {to}"
+            to = f"[{own}]" if six else own
+            yield (f"meta nfproto ipv{six or 4} fib daddr type local" if address in (
+                "0.0.0.0", "::") else f"ip{six} daddr {address}") + (
+                    f" {kind} dport {port} dnat ip{six} to {to}:{inner}")
 
 
-def rules_text(networks, there):
-    """The table for nft(8): who may go out, and which port leads to whom."""
+def our_rules(networks, there):
+    """All our rules, each after the name of its chain."""
+    open_, closed = ([network["bridge"] for network in networks
+                      if network["internal"] == internal] for internal in (False, True))
+    sources = [f"{'ip6' if ':' in pool['subnet'] else 'ip'} saddr {pool['subnet']}"
+               for network in networks if not network["internal"]
+               for pool in network["pools"]]
+    return [
+        *(f"published {rule}" for endpoint in there for rule in port_rules(endpoint)),
+        "arriving jump published",
+        "own ip daddr 127.0.0.0/8 return", "own ip6 daddr ::1 return",
+        "own jump published",
+        # To its neighbours on a bridge it has its own address, but not by a published
+        # port: or the answer would come straight back, from somebody it never asked.
+        *(f"leaving {source} ct status dnat masquerade" for source in sources),
+        *(f'leaving oifname "{bridge}" return' for bridge in (*open_, *closed)),
+        *(f"leaving {source} masquerade" for source in sources),
+        "passing ct state established,related accept",
+        *(f'passing {one} "{bridge}" {other} != "{bridge}" drop' for bridge in closed
+          for one, other in (("iifname", "oifname"), ("oifname", "iifname"))),
+        "passing ct status dnat accept",
+        *(f'passing oifname "{bridge}" iifname != "{bridge}" drop'
+          for bridge in open_),
+    ]
+
+
+def our_table(networks, there):
+    """Our table, written anew; without networks there is none."""
+    rules, own = Rules(), {1: OURS}
+    rules.add(f"add table inet {OURS}", NFT_MSG_NEWTABLE, "inet", own)
+    rules.add(f"delete table inet {OURS}", NFT_MSG_DELTABLE, "inet", own, 0)
     if not networks:
-        return f"table {OURS}\ndelete table {OURS}\n"
-    found = {name: [] for name in ("outward_ip6", "outward_ip", "one_ip6", "one_ip",
-                                   "all_ip6", "all_ip", "bridges")}
-    walls = {True: "", False: ""}
-    for network in networks:
-        found["bridges"].append(f'"{network["bridge"]}"')
-        walls[network["internal"]] += (INNER_WALL if network["internal"] else WALL
-                                       ).replace("$", network["bridge"])
-        for pool in network["pools"] if not network["internal"] else ():
-            found[f"outward_ip{'6' * (':' in pool['subnet'])}"].append(pool["subnet"])
-    for endpoint in there:
-        for name, element in kernel_ports(endpoint):
-            found[name].append(element)
-    text = RULES.replace("$inner_walls", walls[True]).replace("$walls", walls[False])
-    for name, elements in found.items():  # $one_ip6 before $one_ip, which it begins
-        text = text.replace(f"${name}", f"elements = {{ {', '.join(elements)} }}"
-                            if elements else "")
-    return f"table {OURS}\ndelete table {OURS}\n{text}"
-
-
-# Nothing of what nft(8) does is beyond netlink.  But a rule is a small program for a
-# machine of the kernel's, of registers, lookups and comparisons; an encoder for those
-# above would be longer than this chapter, and say less than the text does.
-
-
-class Nft:
-    """nft(8), which does what a text says, in one transaction, while we do other
-    things: most of its time it waits for the kernel."""
-
-    def __init__(self, text, why=""):
-        self.text, self.why = text, why
-        self.input, self.output = os.memfd_create("rules"), os.memfd_create("answer")
-        os.write(self.input, text.encode())
-        os.lseek(self.input, 0, os.SEEK_SET)
-        actions = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(
-            (self.input, self.output, self.output))]
-        try:
-            self.pid = os.posix_spawnp("nft", ["nft", "-a", "-f", "-"], os.environ,
-                                       file_actions=actions)
-        except FileNotFoundError:
-            self.close()
-            raise Fail("no nft on the PATH: it makes the rules of a network",
-                       "install nftables, or --network none") from None
-
-    def close(self):
-        """Give its files back."""
-        os.close(self.input)
-        os.close(self.output)
-
-    def end(self):
-        """What it has said, when it has ended; a Fail if it did nothing."""
-        def ask():
-            code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-            answer = os.pread(self.output, 1 << 24, 0).decode()
-            self.close()
-            if code:
-                raise Fail(f"nft refuses the rules: {answer.strip()[:300]}",
-                           "does this kernel have nf_tables?")
-            return answer
-        return request("nft", (self.text,), ask, self.why)
+        return rules
+    rules.add(f"add table inet {OURS}", NFT_MSG_NEWTABLE, "inet", own)
+    for chain, base in CHAINS.items():
+        attributes, text = {1: OURS, 3: chain}, ""
+        if base:
+            kind, hook, priority = base
+            text = f" {{ type {kind} hook {hook} priority {priority}; }}"
+            attributes.update({4: {1: NFT_HOOKS.index(hook), 2: priority}, 7: kind})
+        rules.add(f"add chain inet {OURS} {chain}{text}", NFT_MSG_NEWCHAIN, "inet",
+                  attributes)
+    for line in our_rules(networks, there):
+        rules.add_rule("inet", OURS, *line.split(" ", 1))
+    return rules
 
 
 # ── other walls ──
@@ -8945,62 +9054,100 @@ class Nft:
 # one of them says so.  Docker and ufw drop what they do not know, and firewalld's chain
 # ends with a reject.  So while a network of ours is up, rules of ours stand at the head
 # of such a chain: it is to leave alone what goes to or comes from our bridges, which is
-# judged by our own.  They have a comment by which they are known and taken out again.
+# judged by our own; and, where such a chain is asked about what comes to this host, the
+# ports that our relay (chapter 11) listens at for others.  They have a comment by which
+# they are known and taken out again, and are of a form that iptables knows how to show.
 
 
-def foreign_chains(listing):
-    """The chains of others that are asked about what passes, in what nft lists."""
-    table = chain = ""
-    for line in listing.splitlines():
-        words = line.split()
-        if words[:1] == ["table"]:
-            table = " ".join(words[1:3])
-        elif words[:1] == ["chain"]:
-            chain = words[1]
-        elif words[:4] == ["type", "filter", "hook", "forward"] and table != OURS and (
-                table.split()[0] in ("ip", "ip6", "inet")):
-            yield f"{table} {chain}"
+def listed(kind, family=0, attributes=()):
+    """(number of its family, {kind: value}) of all that there are in nf_tables of a
+    kind: its attributes."""
+    ask = message(NFT | kind, NLM_F_DUMP, 0, struct.pack(">BBH", family, 0, 0),
+                  dict(attributes), ">")
+    return [(body[0], dict(attributes_of(body[4:])))
+            for body in tables().replies(ask)]
+
+
+def text_of(value):
+    """The text that an attribute is."""
+    return value.rstrip(b"\0").decode(errors="replace")
+
+
+def foreign_chains():
+    """{hook: [(family, table, chain, whether its policy is to drop)]} of the chains of
+    others that are asked about what passes, or comes in."""
+    found, families = {"forward": [], "input": []}, {v: k for k, v in FAMILIES.items()}
+    for number, facts in listed(NFT_MSG_GETCHAIN):
+        hook = int.from_bytes(dict(attributes_of(facts.get(4, b""))).get(1, b""), "big")
+        if number in families and text_of(facts[1]) != OURS and (
+                text_of(facts.get(7, b"")) == "filter" and NFT_HOOKS[hook] in found):
+            found[NFT_HOOKS[hook]].append((families[number], text_of(facts[1]),
+                                           text_of(facts[3]), facts.get(5) == bytes(4)))
+    return found
 
 
 # A chain is known to drop what it does not know by its policy, or by a last rule that
-# asks for nothing before it drops.  The rules go in by nft also where iptables has made
-# the chain: they are of a form that iptables knows how to show.
+# asks for nothing before it drops.
 
 
-def holes(chain, listing, bridges):
-    """What has to be done to a chain so that it leaves those bridges alone, if it drops
-    what it does not know, and does nothing more of ours."""
-    import re
-
-    rules = re.findall(r"^\t\t(?!type )(.*) # handle (\d+)$", listing, re.M)
-    ours = {rule: handle for rule, handle in rules if '"minicontainer"' in rule}
-    others = [re.sub(r"counter packets \d+ bytes \d+ ", "", rule)
-              for rule, _ in rules if rule not in ours]
-    wanted = [f'{side}ifname "{bridge}" accept comment "minicontainer"'
-              for bridge in bridges for side in "io"]
-    if "policy drop" not in listing and not (
-            others and others[-1].startswith(("drop", "reject"))):
-        wanted = []
-    return [*(f"delete rule {chain} handle {handle}" for rule, handle in ours.items()
-              if rule not in wanted),
-            *(f"insert rule {chain} {rule}" for rule in wanted if rule not in ours)]
+def drops_all(code):
+    """Whether a rule of that code drops or rejects whatever comes to it."""
+    names = [text_of(dict(attributes_of(part))[1]) for _, part in attributes_of(code)]
+    names = [name for name in names if name not in ("counter", "log")]
+    return names == ["reject"] or names == ["target"] and b"REJECT" in code or (
+        names == ["immediate"] and assemble("drop") in code)
 
 
-def open_walls(listing, bridges):
-    """Have the chains of others leave our bridges alone, or say which does not."""
-    for chain in foreign_chains(listing):
+def holes(chain, drops, rules, wanted):
+    """The change to a chain (family, table, name) that has such rules and a policy, so
+    that it accepts what is `wanted`, if it drops what it does not know, and does
+    nothing more of ours."""
+    family, table, name = chain
+    ours, last, change = {}, b"", Rules()
+    for _, facts in rules:
+        note = text_of(facts.get(7, b"")[2:])
+        if note.startswith(f"{OURS}: "):
+            ours[note] = facts[3]
+        else:
+            last = facts.get(4, b"")
+    notes = {f"{OURS}: {words}".replace('"', ""): words for words in wanted
+             if drops or last and drops_all(last)}
+    for note in ours.keys() - notes.keys():
+        change.add(f"delete rule {family} {table} {name} handle "
+                   f"{int.from_bytes(ours[note], 'big')}", NFT_MSG_DELRULE, family,
+                   {1: table, 2: name, 3: ours[note]}, 0)
+    for note in notes.keys() - ours.keys():
+        change.add_rule(*chain, f"{notes[note]} accept", "insert", note)
+    return change
+
+
+def open_walls(chains, wanted):
+    """Have the chains of others accept what is wanted, or say which does not."""
+    for *chain, drops in chains:
+        family, table, name = chain
+        rules = listed(NFT_MSG_GETRULE, FAMILIES[family], {1: table, 2: name})
+        change = holes(chain, drops, rules, wanted)
         try:
-            found = Nft(f"list chain {chain}\n", "does it drop what it knows not?")
-            if change := holes(chain, found.end(), bridges):
-                Nft("\n".join(change) + "\n", "our own chain judges that").end()
+            if change.messages:
+                change.commit("our own chain judges that")
         except Fail as fail:
-            say(f"the chain {chain} of nf_tables may drop what goes to and comes from "
-                f"{', '.join(bridges)}, and cannot be changed: {fail.message}\n  hint: "
+            say(f"the chain {' '.join(chain)} of nf_tables may drop "
+                f"{', '.join(wanted)}, and cannot be changed: {fail.message}\n  hint: "
                 "with firewalld, `firewall-cmd --zone=trusted --add-interface=BRIDGE`")
 
 
+def relayed(there):
+    """What comes to a port of this host's that a container without IPv6 has published:
+    to our relay."""
+    for endpoint in there:
+        for kind, address, port, _ in endpoint["ports"]:
+            if ":" in address and not is_oneself(address) and not any(
+                    ":" in own for own in endpoint["addresses"]):
+                yield f"{kind} dport {port}"
+
+
 def check_old_wall(bridge):
-    """Say so if the older iptables, whose rules nft does not see, drop what passes."""
+    """Say so if the older iptables, which nf_tables does not show, drop what passes."""
     for version in ("", "6"):
         try:
             names = read_file(f"/proc/net/ip{version}_tables_names").split()
@@ -9079,24 +9226,42 @@ def endpoints_of(id):
     return sorted(found, key=lambda endpoint: endpoint["number"])
 
 
+def place_of(id, network):
+    """The path of an endpoint."""
+    return store("endpoints", f"{id}-{network}.json")
+
+
+def all_endpoints():
+    """Every endpoint, also of those who have ended; caller must hold the lock of
+    networks/."""
+    directory = os.path.dirname(store("endpoints", "x"))
+    return [from_json(read_file(f"{directory}/{name}"))
+            for name in sorted(os.listdir(directory))]
+
+
 def endpoints():
     """Who is on which network; caller must hold the lock of networks/.
 
     The directory of a container is locked by whoever looks after it.  One that can be
-    had has none who does: it has ended unheard, and leaves.
-    """
-    directory, found = os.path.dirname(store("endpoints", "x")), []
-    for name in sorted(os.listdir(directory)):
-        endpoint = from_json(read_file(f"{directory}/{name}"))
-        own = store("containers", endpoint["id"])
-        guard = lock(own, fcntl.LOCK_SH | fcntl.LOCK_NB) if os.path.isdir(own) else -1
-        if guard is None:
-            found.append(endpoint)
-            continue
-        os.unlink(f"{directory}/{name}")
-        if guard >= 0:
-            os.close(guard)
-    return found
+    had, or is not there, has none who does: its place is free."""
+    def is_alive(id):
+        try:
+            return is_held(store("containers", id))
+        except FileNotFoundError:
+            return False
+    return [endpoint for endpoint in all_endpoints() if is_alive(endpoint["id"])]
+
+
+def free_places(own=""):
+    """Take away the endpoints of those who have ended, and of a last life of `own`; are
+    there any?  Their network namespaces may take a while to die, and answer for an
+    address until then.  Caller must hold the lock of networks/."""
+    alive = {endpoint["id"] for endpoint in endpoints()} - {own}
+    dead = [endpoint for endpoint in all_endpoints() if endpoint["id"] not in alive]
+    for endpoint in dead:
+        Netlink().remove(endpoint["cable"], "whose it was has ended")
+        os.unlink(place_of(endpoint["id"], endpoint["network"]))
+    return bool(dead)
 
 
 def take_addresses(network, there, wanted):
@@ -9202,7 +9367,10 @@ def write_hosts(id, there):
         lines += [f"{address}\t{' '.join(other['names'])}"
                   for address in other["addresses"] if other["network"] in networks]
     text = os.fsencode("\n".join(lines) + "\n")
-    fd = os.open(f"{store('containers', id)}/hosts", O_RDWR | O_CLOEXEC)
+    try:
+        fd = os.open(f"{store('containers', id)}/hosts", O_RDWR | O_CLOEXEC)
+    except FileNotFoundError:  # it has just been removed
+        return
     try:
         if os.read(fd, len(text) + 1) != text:
             os.lseek(fd, 0, os.SEEK_SET)
@@ -9212,27 +9380,25 @@ def write_hosts(id, there):
         os.close(fd)
 
 
-def tell_everybody(there, meanwhile=lambda: None):
-    """Make rules, bridges, names and forwarding those of the endpoints that there are,
-    and do something else while nft is at work."""
-    everything = all_networks()
+def tell_everybody(there):
+    """Make rules, bridges, names and forwarding those of the endpoints that there are.
+    """
+    everything, netlink = all_networks(), Netlink()
     used = {endpoint["network"] for endpoint in there}
     networks = [network for network in everything if network["name"] in used]
-    bridges = [network["bridge"] for network in networks]
-    rules = Nft(rules_text(networks, there) + "list chains\n",
-                "who may go out, and which port leads to whom")
-    try:
-        meanwhile()
-        netlink = Netlink()
-        for network in everything:
-            if network["name"] not in used:
-                netlink.remove(network["bridge"], "nobody is on it any more")
-        for id in {endpoint["id"] for endpoint in there}:
-            write_hosts(id, there)
-    finally:
-        listing = rules.end()
-    open_walls(listing, bridges)
-    forward_for(networks, any(foreign_chains(listing)))
+    our_table(networks, there).commit("who may go out, and which port leads to whom")
+    others = foreign_chains()
+    open_walls(others["forward"], [f'{word} "{network["bridge"]}"' for word in (
+        "iifname", "oifname") for network in networks])
+    for family, prefix in (("ip6", ""), ("inet", "meta nfproto ipv6 ")):
+        open_walls([chain for chain in others["input"] if chain[0] == family],
+                   [prefix + words for words in relayed(there)])
+    for network in everything:
+        if network["name"] not in used:
+            netlink.remove(network["bridge"], "nobody is on it any more")
+    for id in {endpoint["id"] for endpoint in there}:
+        write_hosts(id, there)
+    forward_for(networks, others["forward"])
 
 
 def gate_of(id, there):
@@ -9254,40 +9420,97 @@ def join_network(id, pid, wants, wish):
     addresses = take_addresses(network, there, wish["ips"])
     number = min({*range(len(own) + 1)} - {endpoint["number"] for endpoint in own})
     endpoint = {
-        "id": id, "network": network["name"], "number": number,
+        "id": id, "pid": pid, "network": network["name"], "number": number,
         "interface": f"eth{number}", "cable": f"mc{number}-{id}"[:15],
         "addresses": addresses, "mac": wish["mac"] or mac_of(addresses[0]),
-        "ports": host_ports(wish["ports"], there), "hosts": wants["hosts"],
+        "ports": [], "hosts": wants["hosts"],
         "names": list(dict.fromkeys([*wants["names"], *wish["aliases"]]))}
     leads_out = not network["internal"] and not gate_of(id, there)
-    save(store("endpoints", f"{id}-{network['name']}.json"), endpoint)
+    path = place_of(id, network["name"])
+    save(path, endpoint)  # first: it says what is to be undone
+    make_bridge(Netlink(), network)  # whose address may be one to publish a port at
+    endpoint["ports"] = host_ports(wish["ports"], there)
+    save(path, endpoint)
     if not any(other["network"] == network["name"] for other in there):
         check_old_wall(network["bridge"])
-    tell_everybody([*there, endpoint],
-                   lambda: plug_in(pid, network, endpoint, leads_out))
+    tell_everybody([*there, endpoint])
+    plug_in(pid, network, endpoint, leads_out)
 
 
-def leave_networks(id, name="", pid=0):
-    """Take a container off its networks, or off one; the last one takes the bridge with
-    it.  If the way out was there, and it lives on as `pid`, another is."""
+def leave_network(id, name, pid):
+    """Take a container that runs as `pid` off a network; if the way out was there,
+    another is."""
     with held("networks", fcntl.LOCK_EX):
-        gone = [e for e in endpoints_of(id) if name in ("", e["network"])]
-        if not gone:
-            return
-        before = gate_of(id, endpoints_of(id))
-        for endpoint in gone:
-            os.unlink(store("endpoints", f"{id}-{endpoint['network']}.json"))
-
-        def unplug():
-            for endpoint in gone:
+        own = endpoints_of(id)
+        for endpoint in own:
+            if endpoint["network"] == name:
                 Netlink().remove(endpoint["cable"], "it leaves")
-        tell_everybody(endpoints(), unplug)
-        after = gate_of(id, endpoints_of(id))
-        if pid and after and after != before:
+                os.unlink(place_of(id, name))
+        tell_everybody(endpoints())
+        before, after = gate_of(id, own), gate_of(id, endpoints_of(id))
+        if after and after != before:
             with network_of(pid):
                 netlink = Netlink()
             for pool in find_network(after["network"])["pools"]:
                 netlink.route(pool["gateway"], after["interface"])
+
+
+def leave_networks(id, life=0):
+    """Take a container that has ended off its networks, and all others who have; if it
+    was process `life`, and does not live again."""
+    if not endpoints_of(id):
+        return
+    with held("networks", fcntl.LOCK_EX):
+        lives = [endpoint["pid"] for endpoint in endpoints_of(id)]
+        if life in (0, *lives) and free_places(id):
+            tell_everybody(endpoints())
+
+
+# The kernel takes 30 to 70 ms to remove a bridge.  Nobody who waits for a container's
+# end has to wait for that, too: a process of its own does it, a moment later, so that
+# whoever comes right after finds the bridge, and it stays.
+
+MOMENT = 0.1  # seconds
+
+
+def leave_unseen(id, pid):
+    """Have a container whose process 1 was `pid` leave its networks behind everybody's
+    back."""
+    if not endpoints_of(id):
+        return
+    if narration.style:  # who listens is to hear it
+        leave_networks(id)
+        return
+    with held("endpoints", fcntl.LOCK_SH) as guard:  # `gc` waits until we are done
+        if os.fork():
+            return
+        try:
+            os.setsid()  # Ctrl-C is not for us
+            os.chdir("/")  # and what we have open may be waited for until it is closed
+            null = os.open("/dev/null", O_RDWR)
+            for fd, number in ((null, 0), (null, 1), (null, 2), (guard, 3)):
+                os.dup2(fd, number)
+            syscall("close_range", 4, 0x7FFFFFFF, 0)
+            time.sleep(MOMENT)
+            leave_networks(id, pid)
+        finally:
+            os._exit(0)
+
+
+def idle_bridges():
+    """The bridges that are there, and that nobody is on, dead or alive.
+
+    Caller must hold the lock of networks/."""
+    used, netlink = {endpoint["network"] for endpoint in all_endpoints()}, Netlink()
+    return [network["bridge"] for network in all_networks()
+            if network["name"] not in used and netlink.index(network["bridge"])]
+
+
+def sweep_networks():
+    """Take away what those who have ended have left on networks."""
+    with held("networks", fcntl.LOCK_EX):
+        free_places()
+        tell_everybody(endpoints())
 
 
 def rename_there(id, spec, name):
@@ -9297,7 +9520,7 @@ def rename_there(id, spec, name):
     with held("networks", fcntl.LOCK_EX):
         for endpoint in endpoints_of(id):
             endpoint["names"][0] = name
-            save(store("endpoints", f"{id}-{endpoint['network']}.json"), endpoint)
+            save(place_of(id, endpoint["network"]), endpoint)
         if there := endpoints():
             tell_everybody(there)
     return wants
@@ -9309,6 +9532,7 @@ def connect(c):
     if not wants["networks"]:
         return
     with held("networks", fcntl.LOCK_EX):
+        free_places(c.id)
         for wish in wants["networks"]:
             join_network(c.id, c.pid, wants, wish)
     path = "/proc/sys/net/ipv4/ip_unprivileged_port_start"
@@ -9367,7 +9591,7 @@ def wish_for(network, options, ports=(), aliases=()):
 
 def choose_network(options):
     """The network that `run` means if it names none: of what is asked for only one of
-    ours can do, `bridge`; else `none`, which is quicker by far."""
+    ours can do, `bridge`; else `none`, which is safer and quicker."""
     asked = [word for word, value in (
         ("-p", options.publish), ("-P", options.publish_all), ("--ip", options.ip),
         ("--ip6", options.ip6), ("--mac-address", options.mac_address),
@@ -9409,8 +9633,8 @@ def network_spec(options, id, name, hostname):
 # ── its commands ──
 
 
-@command("network create", arg("-d", "--driver", choices=["bridge"], default="bridge",
-                               help="bridge is what there is"),
+@command("network create", arg("-d", "--driver", metavar="DRIVER", default="bridge",
+                               help="bridge is what there is more than one of"),
          arg("--subnet", metavar="SUBNET", action="append", default=[],
              help="as 172.30.0.0/16, and one of IPv6"),
          arg("--gateway", metavar="ADDRESS", action="append", default=[],
@@ -9428,6 +9652,10 @@ def network_create_command(options):
     """Make a network for containers that shall reach each other."""
     pairs = [[text.partition("=")[::2] for text in texts]
              for texts in (options.label, options.opt)]
+    if options.driver != "bridge":
+        raise Fail(f'only one instance of "{options.driver}" network is allowed' if (
+            options.driver in PREDEFINED.values()) else
+            f'plugin "{options.driver}" not found', "-d bridge", 1)
     with held("networks", fcntl.LOCK_EX):
         print(new_network(options.name, options.subnet, options.gateway,
                           options.ip_range, options.ipv6, options.internal,
@@ -9456,7 +9684,7 @@ def network_document(network, there):
         "Labels": network["labels"]}
 
 
-BUILT_IN = "bridge", "host", "none"
+BUILT_IN = "bridge", *PREDEFINED
 NETWORK_FILTERS = {  # of `network ls`: whether one passes KEY=text
     "driver": lambda row, text: row["Driver"] == text,
     "id": lambda row, text: row["ID"].startswith(text),
@@ -9476,7 +9704,7 @@ def network_ls_command(options):
         find_network("bridge")
         used = {endpoint["network"] for endpoint in endpoints()}
         rows = [(n["name"], n["id"], "bridge", n["labels"]) for n in all_networks()]
-    rows += [("host", "-", "host", {}), ("none", "-", "null", {})]
+    rows += [(name, "-", driver, {}) for name, driver in PREDEFINED.items()]
     rows = [{"ID": id if options.no_trunc else id[:12], "Name": name, "Driver": driver,
              "Scope": "local", "Labels": labels,
              "Dangling": name not in used and name not in BUILT_IN}
@@ -9501,18 +9729,26 @@ def network_inspect_command(options):
             find_network(name), there), options.format)
 
 
+def remove_network(network):
+    """Remove a network that nobody is on, and what its last guest may have left."""
+    if free_places():
+        tell_everybody(endpoints())
+    os.unlink(store("networks", f"{network['name']}.json"))
+
+
 @command("network rm", NETWORKS)
 def network_rm_command(options):
     """Remove networks that nobody is on."""
     def remove(text):
-        name = find_network(text)["name"]
+        network = find_network(text)
+        name = network["name"]
         if name == "bridge":
             raise Fail("bridge is a pre-defined network and cannot be removed",
                        "it takes nothing while nobody is on it", 1)
         if any(endpoint["network"] == name for endpoint in endpoints()):
             raise Fail(f"network {name} has active endpoints",
                        "stop its containers: `network inspect`", 1)
-        os.unlink(store("networks", f"{name}.json"))
+        remove_network(network)
         print(text)
     with held("networks", fcntl.LOCK_EX):
         for_each(options.names, remove)
@@ -9533,7 +9769,7 @@ def network_prune_command(options):
         used = {endpoint["network"] for endpoint in endpoints()} | {"bridge"}
         for network in all_networks():
             if network["name"] not in used and passes(network, keep, wanted):
-                os.unlink(store("networks", f"{network['name']}.json"))
+                remove_network(network)
                 print(network["name"])
 
 # ══ 11. THE SHIM ══════════════════════════════════════════════════════════════════
@@ -10118,41 +10354,56 @@ def leave_to(shim):
 
 
 class Pump:
-    """One direction of a connection that is passed on."""
+    """One direction of a connection that is passed on, through a pipe: with splice(2)
+    its bytes go from socket to socket without ever coming into our memory."""
+
+    ROOM, HOW = 1 << 20, os.SPLICE_F_NONBLOCK | os.SPLICE_F_MOVE
 
     def __init__(self, source, target):
-        self.source, self.target, self.data = source, target, b""
+        self.source, self.target = source, target
+        self.pipe, self.inside = os.pipe2(O_NONBLOCK | O_CLOEXEC), 0
+        fcntl.fcntl(self.pipe[1], fcntl.F_SETPIPE_SZ, self.ROOM)
         self.over = self.broken = False  # nothing more is said; or can be
 
     def wanted(self):
         """Who is listened to: nobody whose last words are still on their way."""
         if self.over:
             return {}
-        return {self.target.fileno(): select.POLLOUT} if self.data else {
+        return {self.target.fileno(): select.POLLOUT} if self.inside else {
             self.source.fileno(): select.POLLIN}
 
     def act(self, ready):
-        """Send or receive what can be; that no more is said is passed on, too."""
+        """Pass on what can be; that no more is said is passed on, too."""
+        if not ready.keys() & self.wanted().keys():
+            return
         try:
-            if self.data and self.target.fileno() in ready:
-                self.data = self.data[self.target.send(self.data):]
-            elif not (self.data or self.over) and self.source.fileno() in ready:
-                self.data = self.source.recv(4 * MOST)
-                if self.data:  # as a rule there is room for it, too
-                    self.data = self.data[self.target.send(self.data):]
-                else:
+            for _ in range(32):  # then it is the turn of others
+                if self.inside:
+                    self.inside -= os.splice(self.pipe[0], self.target.fileno(),
+                                             self.inside, flags=self.HOW)
+                    continue
+                self.inside = os.splice(self.source.fileno(), self.pipe[1], self.ROOM,
+                                        flags=self.HOW)
+                if not self.inside:
                     self.over = True
                     self.target.shutdown(1)  # SHUT_WR
+                    return
         except BlockingIOError:
             pass
         except OSError:  # refused, or broken off
             self.broken = True
 
+    def close(self):
+        """Let go of the source, and of the pipe."""
+        self.source.close()
+        for fd in self.pipe:
+            os.close(fd)
+
 
 class Relay:
     """Who passes on what comes to a container's published ports by no other way."""
 
-    CROWD = 400  # connections, or callers of UDP, at the same time
+    CROWD = 150  # connections, with six descriptors each, or callers of UDP
 
     def __init__(self, endpoints):
         import _socket
@@ -10213,7 +10464,7 @@ class Relay:
             if any(pump.broken for pump in pair) or all(pump.over for pump in pair):
                 self.pairs.remove(pair)
                 for pump in pair:
-                    pump.source.close()
+                    pump.close()
         for fd in ready.keys() & self.answers.keys():
             if fd in self.answers:
                 self.pass_out(*self.answers[fd])
@@ -10231,7 +10482,7 @@ class Relay:
             socket.close()
         for pair in self.pairs:
             for pump in pair:
-                pump.source.close()
+                pump.close()
         for socket in self.callers.values():
             socket.close()
 
@@ -11778,7 +12029,7 @@ class Life(Shim):
         c, record, code, used = self.c, self.record, self.c.wait(), {}
         for do in (lambda: used.update(c.cgroup.measure()),  # while there is something
                    lambda: self.write_end(code, used),
-                   self.close_relay, lambda: end(c), lambda: leave_networks(c.id),
+                   self.close_relay, lambda: end(c), lambda: leave_unseen(c.id, c.pid),
                    lambda: record.throw_away and discard(record)):
             try:
                 do()
@@ -12524,9 +12775,10 @@ def network_connect_command(options):
         try:
             if record.status in RUNNING:
                 with held("networks", fcntl.LOCK_EX):
+                    free_places()
                     join_network(record.id, record.pid, wants, wish)
         except BaseException:
-            leave_networks(record.id, name)
+            leave_network(record.id, name, record.pid)
             raise
         wants["networks"].append(wish)
 
@@ -12543,7 +12795,7 @@ def network_disconnect_command(options):
             raise Fail(f"container {record.name} is not connected to network {name}",
                        "see `inspect`", 1)
         if record.status in RUNNING:
-            leave_networks(record.id, name, record.pid)
+            leave_network(record.id, name, record.pid)
         wants["networks"] = left
 
 
@@ -13293,11 +13545,13 @@ def leftovers():
         if place.startswith((top, store("workshop", ""))):
             yield f"mount {place}", lambda at=place: syscall(
                 "umount2", at, MNT_DETACH, why="it is nobody's")
-    for id, _, network in (name.removesuffix(".json").partition("-")
-                           for name in os.listdir(store("endpoints", ""))):
-        if id not in alive:
-            yield (f"endpoint of {id} on network {network}",
-                   lambda id=id: leave_networks(id))
+    with held("endpoints", fcntl.LOCK_EX):  # who leaves just now has left
+        with held("networks", fcntl.LOCK_EX):
+            places, bridges = all_endpoints(), idle_bridges()
+    for what in (*(f"endpoint of {place['id']} on network {place['network']}"
+                   for place in places if place["id"] not in alive),
+                 *(f"bridge {bridge}: nobody is on it" for bridge in bridges)):
+        yield what, sweep_networks
     for path in (store(kind, name) for kind in ("ids", "names")
                  for name in os.listdir(store(kind, ""))):
         if owner_of(path) not in owners:
@@ -16010,17 +16264,20 @@ def completion_command(options):
 # "Unchecked" bytecode is not compared with the file, so that a start never compiles,
 # whoever it is for: a change takes `install`.
 #
-# And a start pays for every line that it loads, used or not.  minirunc uses nothing of
-# the engine; a chapter uses only what stands above it; so its launcher loads the file
-# with chapters 8 to 15 cut out, which is half of Python's part of a start.
+# And a start pays for every line that it loads, used or not.  A chapter uses only what
+# stands above it, so what a command has no use of can be cut out: minirunc's launcher
+# loads the file without chapters 8 to 15, which is half of Python's part of a start;
+# the other leaves out 13 for commands that are waited for, or that leave a shim behind,
+# which keeps in memory what was loaded.
 
 LAUNCHER_FLAG = "-ISXutf8"
 LAUNCHER = """\
 #!{python} {flag}
 # minicontainer install: runs the bytecode of the file named here
-import gc; gc.set_threshold(100_000); __file__ = {file!r}
+import gc, sys; gc.set_threshold(100_000); __file__ = {file}
 exec(type(__loader__)("__main__", __file__).get_code("__main__"))
 """
+OFTEN = ["create"], ["exec"], ["restart"], ["run"], ["start"]  # they build nothing
 PREFIX_OPTION = arg("--prefix", metavar="DIR", default="/usr/local",
                     help="files go to DIR/bin and DIR/lib (default: /usr/local)")
 
@@ -16184,7 +16441,7 @@ def without_chapters(text, first, last):
 
 
 def installed(prefix):
-    """What `install` puts under a prefix: the file, whole and cut; bytecode of both;
+    """What `install` puts under a prefix: the file, whole and cut; bytecode of each;
     a record of the directories that were made for them; launchers; systemd's unit."""
     import importlib.util
 
@@ -16192,7 +16449,8 @@ def installed(prefix):
         raise Fail(f"invalid --prefix: {prefix!r}", "a directory, as /usr/local", 1)
     top = os.path.abspath(prefix)
     lib = f"{top}/lib/minicontainer"
-    files = [f"{lib}/minicontainer.py", f"{lib}/minirunc.py"]
+    files = [f"{lib}/{name}.py" for name in ("minicontainer", "minicontainer.run",
+                                             "minirunc")]
     return (files, [*map(importlib.util.cache_from_source, files)],
             f"{lib}/minicontainer.directories",
             [f"{top}/bin/minicontainer", f"{lib}/minirunc", f"{top}/bin/minirunc"],
@@ -16261,8 +16519,11 @@ def install_command(options):
     files, bytecodes, record, launchers, unit = installed(options.prefix)
     with open(__file__, encoding="utf-8") as file:
         whole = file.read()
-    contents = dict(zip(files, (whole, without_chapters(whole, 8, 15)), strict=True))
-    for path, file in zip(launchers, files, strict=False):
+    contents = dict(zip(files, (whole, without_chapters(whole, 13, 13),
+                                without_chapters(whole, 8, 15)), strict=True))
+    for path, file in zip(launchers, (
+            f"{files[1]!r} if sys.argv[1:2] in {OFTEN} else {files[0]!r}",
+            repr(files[2])), strict=False):
         contents[path] = LAUNCHER.format(python=python, flag=LAUNCHER_FLAG, file=file)
         if contents[path].index("\n") > 254 or any(map(str.isspace, python)):
             raise Fail(f"the kernel takes no #! line with {python!r}",
