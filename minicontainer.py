@@ -5506,7 +5506,7 @@ def begin_job(job):
 
     def tell(status, at=0, of=0):
         if not of or time.monotonic() > tell.next:
-            tell.next = time.monotonic() + 0.1
+            tell.next = time.monotonic() + 0.1 * bool(of)
             say_that(show=[status, at, of])
 
     tell.next = 0
@@ -6758,7 +6758,7 @@ def copy_rest(source, descriptor, file, tell):
                            f"{descriptor['size']} bytes that were announced",
                            "the source is damaged or hostile")
             file.write(part)
-            tell(source.doing, at, descriptor["size"])
+            tell("Downloading", at, descriptor["size"])
     if at < descriptor["size"]:
         raise Broken(f"only {at} of {descriptor['size']} bytes have come")
 
@@ -6948,7 +6948,7 @@ class Archive:
     """
 
     def __init__(self, path, title):
-        self.path, self.title, self.doing = path, title, "Loading layer"
+        self.path, self.title = path, title
         self.names = {}  # digest: the member that has it, if not named after it
         self.members, links = {}, {}  # name: (where, bytes) and name: name
         try:
@@ -7731,9 +7731,12 @@ def load_command(options):
             if packed:
                 path = spool(plain_pieces(path, title))[0]
                 temporary.append(path)
-            archive, show = Archive(path, title), lambda *_: None
-            if sys.stdout.isatty() and not options.quiet:
-                show = Progress(sys.stdout)
+            archive, progress = Archive(path, title), Progress(sys.stdout)
+
+            def show(id, _, at=0, of=0):
+                if of and progress.live and not options.quiet:
+                    progress(id, "Loading layer", at, of)
+
             for raw, refs in archive.images(platform_of(options.platform)):
                 image = take_image(archive, raw, refs, show)
                 for ref in refs:
@@ -8004,7 +8007,7 @@ class Registry:
     def __init__(self, host, path):
         self.host, self.path = host, path
         self.address = HUB if host == "docker.io" else host
-        self.scheme, self.authorization, self.doing = "", "", "Downloading"
+        self.scheme, self.authorization = "", ""
         self.user, self.opener = credentials(host), http_opener(host)
 
     def patiently(self, do, *args):

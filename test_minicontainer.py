@@ -43,6 +43,7 @@ import tempfile
 import termios
 import threading
 import time
+import types
 
 import pytest
 
@@ -4846,6 +4847,11 @@ def test_where_nothing_can_read_zstd_a_line_says_so(images, rootfs_tar, monkeypa
     monkeypatch.setenv("PATH", "/nowhere")
     assert "zstd, which this Python cannot read" in forked_mini(
         "import", f"{rootfs_tar}.zst", "z:1", code=1)
+    its = types.ModuleType("compression")  # as Python 3.14 has it, asked before the program
+    its.zstd = types.SimpleNamespace(open=lambda file: open(rootfs_tar, "rb"))
+    monkeypatch.setitem(sys.modules, "compression", its)
+    forked_mini("import", f"{rootfs_tar}.zst", "z:1")
+    assert m.find_image("z:1").diff_ids == [digest_of(rootfs_tar.read_bytes())]
     monkeypatch.undo()
     with open(f"{rootfs_tar}.zst", "r+b") as file:
         file.truncate(5000)
@@ -5756,6 +5762,23 @@ def test_a_pull_killed_at_any_moment_leaves_nothing_visible_and_can_be_repeated(
 
 
 @root
+def test_pulls_at_the_same_time_fetch_each_layer_once(images):
+    manifest, blobs = an_image(small_layer(), small_layer())
+
+    def slow(request, number):
+        if "/blobs/" in request.path:
+            select.select((), (), (), 0.1)
+
+    with fake_registry(serving(manifest, blobs, slow)) as (host, asked):
+        pulls = [subprocess.Popen(command("pull", "-q", f"{host}/x:1"),
+                                  stdout=subprocess.DEVNULL) for _ in range(3)]
+        assert [pull.wait(60) for pull in pulls] == [0] * 3
+        fetched = [path for _, path, _ in asked() if "/blobs/" in path]
+    assert len(fetched) == len(set(fetched)) == 3  # the config, too
+    assert m.find_image(f"{host}/x:1").tags() == [f"{host}/x:1"]
+
+
+@root
 def test_a_terminal_shows_bars_with_bytes_and_rate(images):
     manifest, blobs = an_image(small_layer())
 
@@ -5767,6 +5790,12 @@ def test_a_terminal_shows_bars_with_bytes_and_rate(images):
         terminal = Terminal("pull", f"{host}/x:1")
         assert terminal.expect(r"Downloading \[=+>?[ =>]*\] +[0-9.]+kB/205kB +[0-9.]+.?B/s")
         assert terminal.end() == 0 and "Pull complete" in terminal.seen
+    with tempfile.NamedTemporaryFile() as file:
+        forked_mini("save", "-o", file.name, f"{host}/x:1")
+        forked_mini("rmi", f"{host}/x:1")
+        terminal = Terminal("load", "-i", file.name)
+        assert terminal.expect(r"Loading layer \[=+>?[ =>]*\] +205kB/205kB")
+        assert terminal.end() == 0 and "Loaded image" in terminal.seen
 
 
 @pytest.mark.parametrize("seed", range(3))
