@@ -8698,11 +8698,11 @@ def test_a_debian_with_nginx_is_built_pushed_and_run_by_podman(
                     to, 18080, world.far, say=b"GET / HTTP/1.0\r\n\r\n"))
                 assert "Server: nginx" in told and told.endswith("a copied page\n")
     top = tempfile.mkdtemp(prefix="p-")  # podman wants short paths
-    podman = ["podman", "--root", f"{top}/p", "--runroot", f"{top}/r", "--storage-driver", "vfs"]
+    podman = ["podman", "--root", f"{top}/p", "--runroot", f"{top}/r", "--storage-driver", "vfs",
+              "--runtime", "runc", "--cgroup-manager", "cgroupfs"]  # crun takes no hybrid
     peer(*podman, "pull", "--tls-verify=false", "-q", name)
     process = subprocess.Popen([*map(str, podman), "run", "--rm", "--name", "web", "--network", "host",
-                                "--cgroups=disabled", *LIMITS[2:], name], stderr=subprocess.PIPE,
-                               text=True)
+                                *LIMITS[2:], name], stderr=subprocess.PIPE, text=True)
     try:
         def page():
             with contextlib.suppress(OSError), socket.create_connection(
