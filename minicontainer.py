@@ -68,12 +68,12 @@ import _signal as signal  # what Python's own wraps in enums, at 5 ms a start
 if __name__ == "__main__" and callable(signal.getsignal(signal.SIGINT)):
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while we are still being read
 
+import _struct as struct  # all that struct.py does is pass it on
 import errno
 import fcntl
 import os
 import select
 import stat
-import struct
 import sys
 import time
 from _ctypes import FUNCFLAG_CDECL, FUNCFLAG_PYTHONAPI, FUNCFLAG_USE_ERRNO
@@ -1831,6 +1831,8 @@ PROPAGATIONS = {
     "shared": MS_SHARED, "rshared": MS_REC | MS_SHARED,
     "unbindable": MS_UNBINDABLE, "runbindable": MS_REC | MS_UNBINDABLE,
 }
+MOUNT_WORDS = {*OPTION_WORDS, *CLEARING_WORDS, *DEEP_WORDS, *NEUTRAL_WORDS,
+               *PROPAGATIONS}
 MASKED_PATHS = [  # Docker's list: they tell about, or reach, the host
     "/proc/acpi", "/proc/asound", "/proc/interrupts", "/proc/kcore", "/proc/keys",
     "/proc/latency_stats", "/proc/sched_debug", "/proc/scsi", "/proc/timer_list",
@@ -2419,8 +2421,7 @@ def mount_one(c, mount):
             flags |= OPTION_WORDS[word]
         elif word in CLEARING_WORDS:
             flags &= ~CLEARING_WORDS[word]
-        elif not any(word in known for known in (NEUTRAL_WORDS, PROPAGATIONS,
-                                                 DEEP_WORDS)):
+        elif word not in MOUNT_WORDS:
             data.append(word)
     if mount["type"] == "bind":
         attach_source(c, mount)
@@ -4342,8 +4343,6 @@ def complete_process(process, place):
 
 def complete_mounts(mounts, bundle):
     """Mounts in the form that our steps know: "bind" for every bind mount."""
-    known = [OPTION_WORDS, CLEARING_WORDS, PROPAGATIONS, NEUTRAL_WORDS, ATTRIBUTES,
-             DEEP_WORDS]
     for number, mount in enumerate(mounts):
         place = f"config.mounts[{number}]"
         mount["options"] = words = mount.get("options") or []
@@ -4358,7 +4357,7 @@ def complete_mounts(mounts, bundle):
                 raise Fail(f"{place}.source: {mount.get('source')!r}: no such file or "
                            "directory", "a path of the host")
             for at, word in enumerate(words):
-                if not any(word in table for table in known):
+                if word not in MOUNT_WORDS:
                     refuse(f"{place}.options[{at}]", word, "an option of a bind mount")
         if bool(mount.get("uidMappings")) != bool(mount.get("gidMappings")):
             refuse(f"{place}.gidMappings", mount.get("gidMappings"),
@@ -5304,10 +5303,9 @@ def spec_command_oci(options):
 @oci("features")
 def features_command_oci(options):
     """Print what this runtime can do, as JSON."""
-    words = [OPTION_WORDS, CLEARING_WORDS, PROPAGATIONS, DEEP_WORDS]
     print(to_json({
         "ociVersionMin": "1.0.0", "ociVersionMax": OCI_VERSION, "hooks": HOOKS,
-        "mountOptions": sorted({word for table in words for word in table}),
+        "mountOptions": sorted(MOUNT_WORDS),
         "linux": {
             "namespaces": list(NAMESPACES), "capabilities": CAPABILITIES,
             "cgroup": {"v1": True, "v2": True, "systemd": False, "systemdUser": False},
@@ -5508,7 +5506,7 @@ def begin_job(job):
 
     def tell(status, at=0, of=0):
         if not of or time.monotonic() > tell.next:
-            tell.next = time.monotonic() + 0.1
+            tell.next = time.monotonic() + 0.1 * bool(of)
             say_that(show=[status, at, of])
 
     tell.next = 0
@@ -5523,11 +5521,12 @@ def begin_job(job):
         os._exit(0)
 
 
-def in_parallel(jobs, show, at_once=3):
+def in_parallel(jobs, show, at_once=3, tick=None):
     """Do every job in a process of its own, some at a time: their results, in order.
 
     A job is a function that is given one to tell how it gets on, which ends in show(id,
-    …).  Unpacking is mostly Python, where threads would have to take turns.
+    …), and tick() is called ten times a second.  Unpacking is mostly Python, where
+    threads would have to take turns.
     """
     results, running, waiting = {}, {}, list(enumerate(jobs))
     try:
@@ -5536,7 +5535,10 @@ def in_parallel(jobs, show, at_once=3):
                 number, (id, job) = waiting.pop(0)
                 pid, fd = begin_job(job)
                 running[fd] = number, id, pid
-            for fd in select.select(list(running), [], [])[0]:
+            ready = select.select(list(running), [], [], tick and 0.1)[0]
+            if tick:
+                tick()
+            for fd in ready:
                 number, id, pid = running[fd]
                 text = os.read(fd, 1 << 16)  # whole lines: each was one write
                 for news in map(from_json, text.splitlines()):
@@ -6500,27 +6502,41 @@ def adding():
     return held("images/blobs", fcntl.LOCK_SH)
 
 
-def spool(parts):
-    """Bring a stream into the store as a file, for now: (its path, its digest)."""
-    import hashlib
+class Spooled:
+    """A file that is being written into the store: its digest is known in the end."""
 
+    def __init__(self, file):
+        import hashlib
+
+        self.file, self.digest, self.most = file, hashlib.sha256(), layer_bytes()
+
+    def write(self, part):
+        """Write some more."""
+        if self.file.tell() + len(part) > self.most:
+            raise Fail(f"more than {human(self.most)} are coming",
+                       "MINICONTAINER_LAYER_BYTES sets another bound than what is free "
+                       "on the disk")
+        self.digest.update(part)
+        return self.file.write(part)
+
+
+def spool(parts, write=None):
+    """Bring a stream, or what write(file) writes, into the store as a file, for now:
+    (its path, its digest)."""
     path = store("ingest", f".new-{os.getpid()}-{os.urandom(4).hex()}")
-    digest, most = hashlib.sha256(), layer_bytes()
     try:
         with open(path, "wb") as file:
+            spooled = Spooled(file)
             for part in parts:
-                if file.tell() + len(part) > most:
-                    raise Fail(f"more than {human(most)} are coming",
-                               "MINICONTAINER_LAYER_BYTES sets another bound than what "
-                               "is free on the disk")
-                file.write(part)
-                digest.update(part)
+                spooled.write(part)
+            if write:
+                write(spooled)
             file.flush()
             os.fsync(file.fileno())
     except BaseException:
         take_away_file(path)
         raise
-    return path, f"sha256:{digest.hexdigest()}"
+    return path, f"sha256:{spooled.digest.hexdigest()}"
 
 
 def keep(raw):
@@ -6742,7 +6758,7 @@ def copy_rest(source, descriptor, file, tell):
                            f"{descriptor['size']} bytes that were announced",
                            "the source is damaged or hostile")
             file.write(part)
-            tell(source.doing, at, descriptor["size"])
+            tell("Downloading", at, descriptor["size"])
     if at < descriptor["size"]:
         raise Broken(f"only {at} of {descriptor['size']} bytes have come")
 
@@ -6932,7 +6948,7 @@ class Archive:
     """
 
     def __init__(self, path, title):
-        self.path, self.title, self.doing = path, title, "Loading layer"
+        self.path, self.title = path, title
         self.names = {}  # digest: the member that has it, if not named after it
         self.members, links = {}, {}  # name: (where, bytes) and name: name
         try:
@@ -7454,15 +7470,15 @@ def open_import(text):
                    "FILE, URL, or - for standard input", 1) from None
 
 
-def keep_layer(stream, title):
-    """Bring a tarball into the store as a blob and as a layer: its descriptor, diff_id
-    and the bytes of its files.  OCI has no name for xz and bzip2: they become plain."""
+def keep_layer(path, digest, title):
+    """Bring a tarball that was spooled into the store as a blob and as a layer: its
+    descriptor, diff_id and the bytes of its files.  OCI has no name for xz and bzip2:
+    they become plain."""
     def make(top):
         found = unpack(path, f"{top}/new", title)
         os.rename(f"{top}/new", f"{top}/{hex_of(found[0])}")
         return found
 
-    path, digest = spool(pieces(stream))
     try:
         with open(path, "rb") as file:
             packed = compression(file.read(512))
@@ -7516,7 +7532,7 @@ def import_command(options):
         take_change(settings, text)
     with adding():
         with open_import(options.file) as stream:
-            made = keep_layer(stream, options.file)
+            made = keep_layer(*spool(pieces(stream)), options.file)
         config = dict(zip(("os", "architecture", "variant"),
                           platform_of(options.platform), strict=False))
         print(new_image({**config, "config": settings}, [], made, refs, {
@@ -7545,12 +7561,17 @@ def containers():
 
 
 def cached_steps():
-    """(name, what it says) of every step in the cache of `build`."""
+    """(name, parts of the key, layer) of every step in the cache of `build`; a layer is
+    its digest, its diff_id and the bytes of its files, or it is None."""
     for name in os.listdir(store("steps", "")):
         try:
-            yield name, from_json(read_file(store("steps", name)))
-        except (OSError, ValueError):  # it is being replaced, or damaged
-            continue
+            step = from_json(read_file(store("steps", name)))
+            layer = step["layer"] and [hex_of(step["layer"][0]["digest"]), hex_of(
+                step["layer"][1]), int(step["layer"][2])]
+            step["parts"]["instruction"].split()[0]
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, Fail):
+            continue  # it is being replaced, or damaged: then it leads to nothing
+        yield name, step["parts"], layer
 
 
 # Sweeping is the one way in which blobs and layers go: what is needed is marked, all
@@ -7568,9 +7589,8 @@ def sweep(all_of_it=False):
             keep_.update(map(hex_of, [*image.blobs(), *image.diff_ids]))
         for _, notes in containers():
             keep_.update(map(os.path.basename, from_json(notes.get(OF_LAYERS, "[]"))))
-        for _, step in cached_steps():
-            if layer := step.get("layer"):
-                keep_.update(map(hex_of, [layer[0]["digest"], layer[1]]))
+        for _, _, layer in cached_steps():
+            keep_.update(layer[:2] if layer else ())
         for parent in ("images/blobs/sha256", "layers", *["ingest"] * all_of_it):
             for name in set(os.listdir(store(parent, ""))) - keep_:
                 path = store(parent, name)
@@ -7711,9 +7731,12 @@ def load_command(options):
             if packed:
                 path = spool(plain_pieces(path, title))[0]
                 temporary.append(path)
-            archive, show = Archive(path, title), lambda *_: None
-            if sys.stdout.isatty() and not options.quiet:
-                show = Progress(sys.stdout)
+            archive, progress = Archive(path, title), Progress(sys.stdout)
+
+            def show(id, _, at=0, of=0):
+                if of and progress.live and not options.quiet:
+                    progress(id, "Loading layer", at, of)
+
             for raw, refs in archive.images(platform_of(options.platform)):
                 image = take_image(archive, raw, refs, show)
                 for ref in refs:
@@ -7984,7 +8007,7 @@ class Registry:
     def __init__(self, host, path):
         self.host, self.path = host, path
         self.address = HUB if host == "docker.io" else host
-        self.scheme, self.authorization, self.doing = "", "", "Downloading"
+        self.scheme, self.authorization = "", ""
         self.user, self.opener = credentials(host), http_opener(host)
 
     def patiently(self, do, *args):
@@ -13233,23 +13256,16 @@ def commit_command(options):
     for text in options.change:
         take_change(settings, text)
     with adding():
-        path = f"{store('ingest', '')}.new-{os.getpid()}-commit"
-        try:
-            if still := options.pause != "false" and record.status == "running":
-                set_frozen(record, True)
-            try:
-                with open(path, "wb") as file:
-                    if image:
-                        pack(record.path("upper"), file, record.first_id)
-                    else:  # the default root file system is none: all is one layer
-                        write_files(record, file)
-            finally:
-                if still:
-                    set_frozen(record, False)
-            with open(path, "rb") as file:
-                made = keep_layer(file, record.name)
+        if still := options.pause != "false" and record.status == "running":
+            set_frozen(record, True)
+        try:  # the default root file system is no image: all of it is one layer
+            spooled = spool((), lambda file: pack(record.path("upper"), file,
+                                                  record.first_id)
+                            if image else write_files(record, file))
         finally:
-            take_away_file(path)
+            if still:
+                set_frozen(record, False)
+        made = keep_layer(*spooled, record.name)
         below = list(zip(image.layers, image.diff_ids, image.sizes, strict=True)
                      ) if image else []
         config = image.config if image else dict(zip(
@@ -13481,13 +13497,19 @@ def volume_prune_command(options):
 def system_df_command(options):
     """Show what takes how much of the disk."""
     rows, used = [], {notes.get(OF_IMAGE) for _, notes in containers()}
-    images = [(image.id in used, sum(image.sizes)) for image in all_images()]
+    there = all_images()
+    images = [(image.id in used, sum(image.sizes)) for image in there]
+    of_images = {hex_of(diff_id) for image in there for diff_id in image.diff_ids}
+    steps = {layer[1]: layer[2] for _, _, layer in cached_steps() if layer}
+    cache = [(diff_id in of_images, length) for diff_id, length in steps.items()] + [
+        (False, bytes_in(store("mounts", name))) for name in os.listdir(
+            store("mounts", ""))]
     own = list(of_those_there(records(), lambda record: (
         record.status in LIVE, sizes(record, record.spec())[0])))
     volumes = [(bool(users_of(facts["Name"])), bytes_in(facts["Mountpoint"]))
                for facts in all_volumes()]
     for kind, found in (("Images", images), ("Containers", own),
-                        ("Local Volumes", volumes), ("Build Cache", [])):
+                        ("Local Volumes", volumes), ("Build Cache", cache)):
         total = sum(length for _, length in found)
         free = sum(length for active, length in found if not active)
         rows.append({"Type": kind, "TotalCount": str(len(found)), "Active": str(sum(
@@ -13629,7 +13651,8 @@ def system_prune_command(options):
 # Docker's rules are many and old, and each is written where it is followed.  Where two
 # of its builders differ, ours does what the newer one (BuildKit) does.  What it does
 # not do: contexts and sources from git, `--ssh`, building for other processors than
-# the kernel's.  COPY --link is COPY, and a bind of --mount is a copy.
+# the kernel's.  A bind of --mount is a copy: what .dockerignore leaves out is not in
+# it, and what is in it is root's, as with COPY.
 #
 # https://docs.docker.com/reference/dockerfile; the OCI image specification, config.md.
 
@@ -14028,44 +14051,43 @@ def expand(step, at, text, known, documents=False):
 # the cache and once to be copied.
 
 
-def ignore_pattern(pattern):
+def compiled(pattern):
     """The regular expression of a pattern: * and ? stay in one directory, ** does not,
     and what is matched takes with it all that is in it."""
     import re
 
-    found, at = "", 0
+    found, at, in_class = "", 0, False
     while at < len(pattern):
         letter = pattern[at]
         at += 1
-        if pattern.startswith("**", at - 1):
+        if pattern.startswith("**", at - 1) and not in_class:
             at += 1 + pattern.startswith("/", at + 1)
             found += "(?:.*/)?" if at < len(pattern) else ".*"
-        elif letter in "*?":
+        elif letter in "*?" and not in_class:
             found += "[^/]" + "*" * (letter == "*")
-        elif letter in "[]" or letter == "^" and found.endswith("["):
-            found += letter
+        elif letter in ("]-" if in_class else "[") or (
+                letter == "^" and in_class and found.endswith("[")):
+            found, in_class = found + letter, letter != "]"
         else:
             at += letter == "\\"
             found += re.escape(pattern[at - 1] if at <= len(pattern) else letter)
-    return f"{found}(?:/.*)?"
+    try:
+        return re.compile(f"{found}(?:/.*)?", re.S)
+    except re.error:
+        raise Fail(f"syntax error in pattern {pattern!r}", "[ ] and \\ are special", 1
+                   ) from None
 
 
 def rules_of(text):
     """What a .dockerignore says: (a pattern to match, whether it takes back)."""
-    import re
-
     rules = []
     for line in text.removeprefix("\ufeff").splitlines():
         pattern = "" if line.startswith("#") else line.strip()
         back = pattern.startswith("!")
-        pattern = os.path.normpath(pattern[back:].strip()).lstrip("/") if (
-            pattern[back:].strip()) else ""
+        if pattern := pattern[back:].strip():
+            pattern = os.path.normpath(pattern).lstrip("/")
         if pattern:
-            try:
-                rules.append((re.compile(ignore_pattern(pattern), re.S), back))
-            except re.error:
-                raise Fail(f".dockerignore: syntax error in pattern {line!r}",
-                           "[ ] and \\ are special", 1) from None
+            rules.append((compiled(pattern), back))
     return rules
 
 
@@ -14078,15 +14100,6 @@ def is_excluded(rules, path):
 def has_wildcard(text):
     """Whether a name in a path means several."""
     return any(letter in text for letter in "*?[\\")
-
-
-def go_match(pattern, name):
-    """Whether a name matches a pattern as Go's filepath.Match has it."""
-    import fnmatch
-    import re
-
-    pattern = re.sub(r"\\(.)", lambda match: f"[{match[1]}]", pattern)
-    return fnmatch.fnmatchcase(name, pattern.replace("[^", "[!"))
 
 
 def file_entry(fd):
@@ -14208,8 +14221,9 @@ class Tree:
                            for entry in os.scandir(fd))
         finally:
             os.close(fd)
+        pattern = compiled(name)
         for found, goes_on in names:
-            if goes_on if name == "**" else go_match(name, found):
+            if goes_on if name == "**" else pattern.fullmatch(found):
                 yield from self.matching(os.path.join(above, found),
                                          parts if name == "**" else rest)
 
@@ -14218,7 +14232,7 @@ class Tree:
         fd = self.open(path)
         try:
             if stat.S_ISDIR(os.fstat(fd).st_mode):
-                yield from self.entries_in(fd, "" if path == "." else path, excluding)
+                yield from self.entries_in(fd, self.real_path(path, fd), excluding)
             elif not is_excluded(excluding, os.path.basename(path)):
                 yield self.made_ours(file_entry(fd))
         finally:
@@ -14351,14 +14365,8 @@ def keep_changes(upper, base, when):
     says of it, or None if that is nothing."""
     if not os.listdir(upper):
         return None
-    path = store("ingest", f".new-{os.getpid()}-{os.urandom(4).hex()}")
-    try:
-        with open(path, "wb") as file:
-            pack(upper, file, base, when)
-        with open(path, "rb") as file:
-            return keep_layer(file, "what a step has made")
-    finally:
-        take_away_file(path)
+    return keep_layer(*spool((), lambda file: pack(upper, file, base, when)),
+                      "what a step has made")
 
 
 def new_upper(state):
@@ -14375,11 +14383,12 @@ def new_upper(state):
     return path
 
 
-def with_files(state, write, when):
-    """The layer that write(c) makes, given the files so far as in mounted()."""
+def with_files(state, write, when, alone=False):
+    """The layer that write(c) makes, given the files so far as in mounted(); or, if it
+    has to be `alone`, given none."""
     path = new_upper(state)
     try:
-        c = mounted(state, path)
+        c = mounted(State() if alone else state, path)
         try:
             write(c)
         finally:
@@ -14424,6 +14433,40 @@ def owner_inside(c, text):
     return user, int(row[2]) if row else int(group)
 
 
+def mode_change(text):
+    """What --chmod makes of a mode, a function: octal digits are it, and u=rwX,go=rX
+    changes it as chmod(1) does with a umask of 022; None if it is neither."""
+    import re
+
+    if re.fullmatch("[0-7]{1,5}", text):
+        return lambda mode: int(text, 8)
+    clauses = []
+    for clause in text.split(","):
+        match = re.fullmatch(r"([ugoa]*)((?:[-+=](?:[ugo]|[rwxXst]*))+)", clause)
+        if not match:
+            return None
+        clauses += [(match[1], *action) for action in re.findall(
+            r"([-+=])([ugo]|[rwxXst]*)", match[2])]
+
+    def change(mode):
+        new, some_x = stat.S_IMODE(mode), stat.S_ISDIR(mode) or mode & 0o111
+        for who, sign, what in clauses:
+            who_ = "ugo" if not who or "a" in who else who
+            bits = sum({"r": 4, "w": 2, "x": 1, "X": bool(some_x)}.get(c, 0)
+                       for c in set(what)) if what not in tuple("ugo") else (
+                           new >> "ogu".index(what) * 3 & 7)
+            value, mask = (sum(n << "ogu".index(c) * 3 for c in set(who_))
+                           for n in (bits & 7, 7))
+            for c, flag, whose in (("s", 0o4000, "u"), ("s", 0o2000, "g"),
+                                   ("t", 0o1000, "o")):
+                mask |= flag * (whose in who_)
+                value |= flag * (whose in who_ and c in what)
+            value &= -1 if who else ~0o022
+            new = {"+": new | value, "-": new & ~value, "=": new & ~mask | value}[sign]
+        return new
+    return change
+
+
 class Target(Layer):
     """A directory of the image that entries are copied into.  On their way symlinks
     lead where they do inside, and nowhere else (P4)."""
@@ -14460,7 +14503,7 @@ class Copying:
 
     def __init__(self, items, target, owner="", mode=None, parents=False):
         self.items, self.target, self.owner = items, target, owner
-        self.mode, self.parents = mode, parents
+        self.mode, self.parents = mode, parents  # mode: a function, or None
 
     def write(self, c):
         """Copy it all into the files of a stage."""
@@ -14491,8 +14534,8 @@ class Copying:
             for entry in entries:
                 if owner:
                     entry.uid, entry.gid = owner
-                if self.mode is not None and not stat.S_ISLNK(entry.mode):
-                    entry.mode = stat.S_IFMT(entry.mode) | self.mode
+                if self.mode and not stat.S_ISLNK(entry.mode):
+                    entry.mode = stat.S_IFMT(entry.mode) | self.mode(entry.mode)
                 entry.name = os.path.normpath(f"{name}/{entry.name}".lstrip("/"))
                 entry.hard = entry.hard and f"{name}/{entry.hard}".lstrip("/")
                 if entry.name == ".":  # the directory itself is not copied
@@ -14522,6 +14565,10 @@ class Copying:
 # steps/KEY.json holds the parts that the key was made of, to be compared with when a
 # step is not found, and the layer that the step has made.  The layer belongs to the
 # store, as an image's does, and is not swept away while a step leads to it.
+#
+# What was damaged is told by sizes, times, modes and owners, which are noted beside it:
+# to read all of a cache at each build would cost more than it saves.  So a disk that
+# returns other bytes than were written, with no time changed, is not found out.
 
 
 def digest_of(document):
@@ -14531,27 +14578,62 @@ def digest_of(document):
     return hashlib.sha256(to_json(document).encode()).hexdigest()[:32]
 
 
+def tree_digest(top):
+    """A digest of what lstat(2) says of all in a directory: it changes when anybody
+    writes there, as a layer's files have the times of their tarball."""
+    import hashlib
+
+    found, waiting = hashlib.sha256(), [top]
+    for directory in waiting:  # grows while we read it
+        for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
+            facts = entry.stat(follow_symlinks=False)
+            found.update(os.fsencode(to_json([entry.path[len(top):], facts.st_mode, [
+                facts.st_uid, facts.st_gid], facts.st_size, facts.st_mtime_ns])))
+            if stat.S_ISDIR(facts.st_mode):
+                waiting.append(entry.path)
+    return found.hexdigest()
+
+
+def seen_of(layer):
+    """What can be seen of a layer of the store without reading all of it: whether its
+    blob, and its directory, are as they were left."""
+    blob, top = blob_path(layer[0]["digest"]), layer_path(layer[1])
+    facts = os.stat(blob) if os.path.exists(blob) else None
+    return {"blob": facts and [facts.st_size, facts.st_mtime_ns],
+            "tree": tree_digest(top) if os.path.isdir(top) else ""}
+
+
+def repair(layer, known):
+    """Look closer at a layer that is not as it was seen: a blob counts if its digest is
+    right, and a directory is unpacked from it again."""
+    descriptor, diff_id, _ = layer
+    now, top = seen_of(layer), layer_path(diff_id)
+    if now["tree"] != known["tree"] and now["tree"]:
+        say(f"{top} is not as it was: it is unpacked again")
+        remove_tree(top)
+    if now["blob"] != known["blob"]:
+        with open(blob_path(descriptor["digest"]), "rb") as file:
+            if sha256(file) != descriptor["digest"]:
+                raise ValueError("its layer is not what it was")
+    unpacked(descriptor, diff_id)
+
+
 def remembered(key):
     """(whether the cache has a step, its layer or None): what is damaged is repaired
     from the layer's blob, or was never there."""
     path = store("steps", f"{key}.json")
+    if not os.path.exists(path):
+        return False, None
     try:
         step = from_json(read_file(path))
         if digest_of(step["parts"]) != key:
             raise ValueError("these are not the parts of that key")
-        if not step["layer"]:
-            return True, None
-        descriptor, diff_id, size_ = step["layer"]
-        blob, top = blob_path(descriptor["digest"]), layer_path(diff_id)
-        if os.path.getsize(blob) != descriptor["size"]:
-            raise ValueError("its layer is not whole")
-        if os.path.isdir(top) and bytes_in(top) != size_:
-            remove_tree(top)
-        unpacked(descriptor, diff_id)
-        return True, step["layer"]
-    except FileNotFoundError:
-        return False, None
-    except (ValueError, KeyError, TypeError, Fail) as error:
+        layer = step["layer"]
+        if layer and step["seen"] != seen_of(layer):
+            repair(layer, step["seen"])
+            save(path, {**step, "seen": seen_of(layer)})
+        return True, layer
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, Fail) as error:
         say(f"the cache of a step was damaged, and is made anew: {error}")
         take_away_file(path)
         return False, None
@@ -14560,8 +14642,7 @@ def remembered(key):
 def why_missed(parts):
     """In words, what differs from the step in the cache that is most like this one."""
     verb, least, words = parts["instruction"].split()[0], 99, ""
-    for _, step in cached_steps():
-        known = step["parts"]
+    for _, known, _ in cached_steps():
         differing = [name for name in {**parts, **known}
                      if known.get(name) != parts.get(name)]
         if known["instruction"].split()[0] == verb and 0 < len(differing) < least:
@@ -14576,66 +14657,111 @@ def why_missed(parts):
 # ── what a person sees of it ──
 
 
-class Report:
-    """Tells how a build gets on, on standard error: as lines, as one line that changes
-    (on a terminal), or not at all but for what a step that failed has written."""
+LAST_LINES = 3  # of what a step writes, on a terminal
 
-    def __init__(self, style):
-        self.style, self.prefix, self.tail, self.timer = style, "", b"", -1
-        self.began = time.monotonic()
+
+class View:
+    """The steps that run now, on a terminal: what each is, for how long, and the last
+    lines it has written.  Those that have ended stand above, and move no more.
+
+    The cursor waits below; so whatever ends us, it is where a shell wants it."""
+
+    def __init__(self):
+        self.rows, self.height = {}, 0  # who: [title, since when, what it wrote]
+
+    def hear(self, who, news, text):
+        """Take what a stage tells: that a step begins, writes, ends, or has failed."""
+        above = []
+        if news == "begin":
+            self.rows[who] = [text, time.monotonic(), ""]
+        elif news == "write":  # draw() will show it, soon enough
+            self.rows[who][2] = (self.rows[who][2] + text)[-(1 << 12):]
+            return
+        elif news == "end":
+            (title, began, _), self.rows[who] = self.rows[who], None
+            note, *why = text.split("\n")
+            above = [(f" => {title}", note or f"{time.monotonic() - began:.1f}s"),
+                     *((f"    {line}", "") for line in why)]
+        else:
+            above = [(line, "") for line in text.splitlines()]
+        self.draw(above)
+
+    def draw(self, above=()):
+        """Show how it is now, below the lines that are to stay."""
+        high, wide = struct.unpack("4H", window_size() or b"\0" * 8)[:2]
+        high, wide, lines = high or 24, wide or 80, []
+        for title, began, tail in filter(None, self.rows.values()):
+            lines.append((f" => {title}", f"{time.monotonic() - began:.1f}s"))
+            lines += [(f"    | {line}", "") for line in tail.splitlines()[-LAST_LINES:]]
+        above, shown = ("".join(self.fitting(*line, wide - 1) for line in part)
+                        for part in (above, lines[:high - 1]))
+        write_all(2, (f"\x1b[{self.height}A" * bool(self.height) + f"\x1b[J{above}"
+                      f"\x1b[?7l{shown}\x1b[?7h").encode())  # 7: no line is wrapped
+        self.height = len(lines[:high - 1])
+
+    def fitting(self, line, note, wide):
+        """A line and a note; if both do not fit, the end of the line goes."""
+        if note:
+            line = f"{line[:max(wide - len(note) - 2, 9)]}  {note}"
+        return "".join(c if c.isprintable() else " " for c in line) + "\n"
+
+
+class Report:
+    """Tells how the steps of a stage get on, on standard error: as lines, to a View, or
+    not at all but for what a step that failed has written.  Why a step was not in the
+    cache is told in any case if the kernel's calls are, with --explain."""
+
+    def __init__(self, style, explain=False):
+        self.style, self.explain = style, explain
+        self.prefix, self.tail, self.rest, self.why = "", b"", b"", ""
+        self.view = View()
+        self.hear = lambda *news: self.view.hear("", *news)  # or in_parallel's tell
 
     def begin(self, title):
         """A step begins."""
-        self.title, self.began, self.tail = title, time.monotonic(), b""
+        self.tail, self.why = b"", ""
         if self.style == "plain":
             self.line(title)
-        self.draw()
+        if self.style == "tty":
+            self.hear("begin", self.prefix + title)
 
     def line(self, text):
         """Print a line, in a write of its own."""
         write_all(2, f"{self.prefix}{text}\n".encode("utf-8", "surrogateescape"))
 
-    def note(self, text):
-        """Say something about it."""
-        if self.style == "plain":
-            self.line(f" ---> {text}")
-
-    def draw(self, note="", end=""):
-        """Show the step, its time, and the last line it has written."""
-        if self.style != "tty":
-            return
-        last = self.tail.decode("utf-8", "replace").rstrip().rpartition("\n")[2]
-        text = f" => {self.title}  {note or f'{time.monotonic() - self.began:.1f}s'}"
-        if not end and last:
-            text += f"  | {last}"
-        text = "".join(c if c.isprintable() else " " for c in text)
-        columns = struct.unpack("4H", window_size() or b"\0" * 8)[1] or 80
-        write_all(2, f"\r\x1b[K{text[:columns - 1]}{end}".encode(
-            "utf-8", "surrogateescape"))
+    def missed(self, why):
+        """Say why a step is not in the cache."""
+        self.why = f"\nnot in the cache: {why}"
+        if self.style == "plain" or self.style == "quiet" and self.explain:
+            self.line(f" ---> {self.why[1:]}")
 
     def write(self, data):
         """Show what a step writes."""
         self.tail = (self.tail + data)[-(1 << 14):]
-        if self.style != "plain":
-            self.draw()
-        elif self.prefix:
-            *lines, self.rest = (getattr(self, "rest", b"") + data).split(b"\n")
+        if self.style == "tty":
+            self.hear("write", data[-300:].decode("utf-8", "replace"))
+        elif self.style == "plain" and self.prefix:
+            *lines, self.rest = (self.rest + data).split(b"\n")
             for line in lines:
                 self.line(line.decode("utf-8", "surrogateescape"))
-        else:
+        elif self.style == "plain":
             write_all(2, data)
 
     def end(self, note):
         """A step has ended, and how."""
-        if note:
-            self.note(note)
-        self.draw(note, "\n")
+        if self.style == "plain" and note:
+            self.line(f" ---> {note}")
+        if self.style == "tty":
+            self.hear("end", note + self.why)
 
     def failed(self):
         """Show what has not been shown so far."""
-        self.draw("ERROR", "\n")
-        if self.style != "plain":
+        if self.style == "quiet":
             write_all(2, self.tail)
+        if self.style == "tty":
+            self.hear("end", "ERROR")
+            for line in self.tail.decode("utf-8", "replace").splitlines():
+                self.hear("failed", line[:600])  # a message has to be short
 
 
 class Listener(Client):
@@ -14646,7 +14772,7 @@ class Listener(Client):
         super().__init__(False, False, owner=True)
         self.report, self.stopped = report, 0
         self.timer = syscall("timerfd_create", 1, O_CLOEXEC, why="CLOCK_MONOTONIC")
-        if report.style == "tty":
+        if report.style == "tty" and not report.prefix:  # else our parent has a clock
             syscall("timerfd_settime", self.timer, 0, struct.pack(
                 "4q", 0, 10 ** 8, 0, 10 ** 8), None, why="the time that it takes")
 
@@ -14658,7 +14784,7 @@ class Listener(Client):
         """Do what can be done."""
         if self.timer in ready:
             os.read(self.timer, 8)
-            self.report.draw()
+            self.report.view.draw()
         super().act(ready)
 
     def hear(self, letter, data):
@@ -15006,10 +15132,11 @@ class Worker:
         self.state.key = digest_of({"parent": self.state.key, "instruction": text})
         self.note(text)
 
-    def change(self, text, parts, make):
-        """Take the step's layer from the cache, or from what make() leaves."""
-        build = self.build
-        parts = {"parent": self.state.key, "instruction": text, **parts}
+    def change(self, text, parts, make, alone=False):
+        """Take the step's layer from the cache, or from what make() leaves; one that
+        stands `alone` is the same whatever is below it."""
+        build, parent = self.build, "" if alone else self.state.key
+        parts = {"parent": parent, "instruction": text, **parts}
         if build.epoch is not None:
             parts["epoch"] = build.epoch
         key = digest_of(parts)
@@ -15017,11 +15144,12 @@ class Worker:
         began = time.monotonic()
         if not found:
             if not self.missed and not build.options.no_cache:
-                build.report.note(f"not in the cache: {why_missed(parts)}")
+                build.report.missed(why_missed(parts))
             self.missed = True
             layer = make()
-            save(store("steps", f"{key}.json"), {"parts": parts, "layer": layer})
-        self.state.key = key
+            save(store("steps", f"{key}.json"), {
+                "parts": parts, "layer": layer, "seen": layer and seen_of(layer)})
+        self.state.key = digest_of([self.state.key, key]) if alone else key
         self.note(text, layer, key)
         size_ = f", {decimal(layer[2])}" if layer else ""
         return "CACHED" if found else f"{time.monotonic() - began:.1f}s{size_}"
@@ -15045,11 +15173,11 @@ class Worker:
 
 @instruction("FROM", as_words, flags="platform")
 def begin_stage(w, step):
-    """Begin with an image, an earlier stage, or nothing; then do what it left to us."""
+    """Begin with an image, an earlier stage, or nothing; next is what it left to us."""
     w.state = w.build.base_of(w.stage)
-    for text in w.state.settings.pop("OnBuild", None) or []:
-        for trigger in Dockerfile(f"ONBUILD of {w.stage.base}", text).instructions:
-            w.do(trigger)
+    w.stage.steps[1:1] = [
+        trigger for text in w.state.settings.pop("OnBuild", None) or []
+        for trigger in Dockerfile(f"ONBUILD of {w.stage.base}", text).instructions]
 
 
 @instruction("ARG", as_pairs)
@@ -15304,23 +15432,29 @@ def copy_(w, step):
     """Copy files, of the context, of a stage, or (ADD) of elsewhere."""
     *sources, (at, target) = [(at, w.word(step, at, text)) for at, text in step.value]
     target, mode = w.path(target), w.flag(step, "chmod")
+    owner, alone = w.flag(step, "chown", ""), w.yes(step, "link")
     items = items_of(w, step, sources)
-    if mode is not None and (not mode or set(mode) - set("01234567") or len(mode) > 5):
-        raise step.fail(f"invalid chmod parameter: {mode!r}", "octal digits, as in 755",
-                        step.whole.find("--chmod"))
+    if mode is not None and not mode_change(mode):
+        raise step.fail(f"invalid chmod parameter: {mode!r}", "octal digits, as in "
+                        "755, or as in u=rwX,go=rX", step.whole.find("--chmod"))
+    if alone:  # it must not depend on what is below it, so not on a passwd there
+        owner = ":".join("0" if part == "root" else part for part in owner.split(":"))
+        if owner.strip("0123456789:"):
+            raise step.fail(f"--chown={owner} is not possible with --link: no passwd "
+                            "is looked at", "numbers, or no --link",
+                            step.whole.find("--chown"))
     parents = w.yes(step, "parents")
     if len(sources) > 1 and not target.endswith("/") and not parents and target != "/":
         raise step.fail(f"When using {step.name} with more than one source file, the "
                         "destination must be a directory and end with a /", "", at)
-    copying = Copying(items, target, w.flag(step, "chown", ""),
-                      None if mode is None else int(mode, 8), parents)
+    copying = Copying(items, target, owner, mode and mode_change(mode), parents)
     words = [f"--{name}={w.flag(step, name)}" for name in dict(step.flags)
              if name != "exclude"]
     text = " ".join([step.name, *words, *(text for _, text in sources), target])
     content = {f"{number}: {item.name}" if len(items) > 1 else item.name or ".":
                item.digest() for number, item in enumerate(items, 1)}
-    return w.change(text, content, lambda: with_files(w.state, copying.write,
-                                                      w.build.epoch))
+    return w.change(text, content, lambda: with_files(
+        w.state, copying.write, w.build.epoch, alone), alone)
 
 
 # ── all stages ──
@@ -15507,11 +15641,20 @@ class Build:
         return self.image_state(text, stage.platform)
 
     def image(self, text, platform=None):
-        """An Image of the store, pulled if need be, or in any case with --pull."""
+        """An Image of the store, pulled if need be, or in any case with --pull; one for
+        another platform than was asked for is as good as none."""
         wish = Options()
-        wish.pull = "always" if self.options.pull else "missing"
         wish.platform = platform or self.options.platform
-        return image_to_run(wish, text)
+        wanted = platform_of(wish.platform)
+        for wish.pull in ["missing"] * (not self.options.pull) + ["always"]:
+            image = image_to_run(wish, text)
+            actual = list(map(image.config.get, ("os", "architecture", "variant")))
+            if not wish.platform or all(is_ in (None, name) for is_, name in zip(
+                    actual, wanted, strict=False)):
+                return image
+        raise Fail(f"image with reference {text} was found but does not match the "
+                   f"specified platform: wanted {'/'.join(wanted)}, actual: "
+                   f"{'/'.join(filter(None, actual))}", "--platform names another", 1)
 
     def image_state(self, text, platform):
         """The State that an image is."""
@@ -15540,7 +15683,7 @@ class Build:
         """The State of a stage, which is built if it is not yet."""
         if stage.number not in self.done:
             worker = Worker(self, stage, State())
-            for step in stage.steps:
+            for step in stage.steps:  # the first may add some
                 worker.do(step)
             self.done[stage.number] = worker.state
         return self.done[stage.number]
@@ -15564,8 +15707,7 @@ class Build:
         def job(stage, number):
             def work(tell):
                 self.report.prefix = f"[{stage.name or stage.number}] "
-                self.report.style = self.report.style.replace("tty", "plain")
-                self.number = number
+                self.report.hear, self.number = tell, number
                 return vars(self.state_of(stage))
             return work
         if len(stages) == 1:
@@ -15575,7 +15717,9 @@ class Build:
                    for n in range(len(stages))]
         states = in_parallel([(stage.name or str(stage.number), job(stage, number))
                               for stage, number in zip(stages, numbers, strict=True)],
-                             lambda *_: None)
+                             lambda id, news, text, _: self.report.view.hear(
+                                 id, news, text), tick=self.report.view.draw if
+                             self.report.style == "tty" else None)
         for stage, known in zip(stages, states, strict=True):
             self.done[stage.number] = State(**known)
             self.number += len(stage.steps)
@@ -15652,7 +15796,7 @@ class Context:
             if compression(head) or head[257:262] == b"ustar":
                 self.unpack(spooled, "standard input")
             else:
-                self.text, self.path = read_file(spooled), ""
+                self.text = read_file(spooled)
                 self.path = self.temporary = temporary_directory("layers")
         finally:
             os.unlink(spooled)
@@ -15675,7 +15819,11 @@ class Context:
         try:
             if self.file and not self.temporary:
                 return Dockerfile(os.path.basename(name), read_file(name))
-            fd = Tree(os.open(self.path, O_PATH)).open(name, os.O_RDONLY)
+            top = os.open(self.path, O_PATH)
+            try:
+                fd = Tree(top).open(name, os.O_RDONLY)
+            finally:
+                os.close(top)
             with open(fd, errors="surrogateescape") as file:
                 return Dockerfile(name, file.read())
         except OSError as error:
@@ -15696,6 +15844,8 @@ class Context:
 
     def close(self):
         """Remove what was unpacked."""
+        if self.tree:
+            os.close(self.tree.fd)
         if self.temporary:
             remove_tree(self.temporary)
 
@@ -15733,7 +15883,8 @@ def build_command(options):
         context = Context(options.path, options.file)
         build = None
         try:
-            build = Build(options, context.dockerfile(), context.open, Report(style))
+            build = Build(options, context.dockerfile(), context.open,
+                          Report(style, bool(options.explain)))
             state = build.run()
             build.warn_of_args()
             for text in options.output:
@@ -15762,7 +15913,7 @@ def builder_prune_command(options):
     if not confirm(options, "all build cache"):
         return
     freed = 0
-    for name, _ in list(cached_steps()):
+    for name in os.listdir(store("steps", "")):
         take_away_file(store("steps", name))
     for name in os.listdir(store("mounts", "")):
         with held(f"mounts/{name}", fcntl.LOCK_EX | fcntl.LOCK_NB) as mine:
@@ -16498,12 +16649,15 @@ with open(target, "wb") as file:  # flags 1: nobody compares the hash
 """
 
 
-def compile_lean(python, source, target, name):
-    """Compile a file to bytecode that is loaded as that of the file `name`."""
+def compile_lean(python, files, bytecodes):
+    """Compile what is to become these files, side by side."""
     import subprocess
 
-    subprocess.run([python, "-IS", "-c", COMPILER, source, target,
-                    name], check=True)
+    at_work = [subprocess.Popen([python, "-IS", "-c", COMPILER, f"{file}.new",
+                                 f"{bytecode}.new", file])
+               for file, bytecode in zip(files, bytecodes, strict=True)]
+    if any([compiler.wait() for compiler in at_work]):
+        raise Fail(f"{python} could not compile this file", "see what it printed", 1)
 
 
 @command("install", PREFIX_OPTION,
@@ -16541,8 +16695,7 @@ def install_command(options):
         for path, content in contents.items():
             write_file(f"{path}.new", content,
                        create=0o755 if path in launchers else 0o644)
-        for file, bytecode in zip(files, bytecodes, strict=True):
-            compile_lean(python, f"{file}.new", f"{bytecode}.new", file)
+        compile_lean(python, files, bytecodes)
         for path in paths:  # a start in this moment finds the old one or the new (P3)
             os.replace(f"{path}.new", path)
             print(f"installed {path}")
