@@ -5985,6 +5985,8 @@ class World:
         for address in FAR:
             self.stack.enter_context(served(self.far, address, 80, lambda peer: peer[0]))
         self.stack.enter_context(served(self.far, FAR[0], 53, self.resolve, udp=True))
+        # It comes a moment after the link is up, and is no test's doing.
+        until(lambda: re.search("^fe80.* mc-out$", m.read_file("/proc/net/if_inet6"), re.M))
         return self
 
     def __exit__(self, *_):
