@@ -9623,6 +9623,8 @@ class Peer:
 # are at the moment, up to 64 kB or 1 MB, are made into text or into objects by one.
 
 NEWLINE = "\udc0a"  # in a text that was decoded, nothing else is this
+BETWEEN = b'"}\n{"log":"'  # two objects of a log
+OF_STDOUT = b'","stream":"stdout","time":"'  # in an object; in a line quotes have a \
 
 
 def timestamp(moment):
@@ -9676,10 +9678,12 @@ class Log:
         """The objects of some lines: all of them are spelled at once, for speed."""
         begin = '{"log":"'
         end = f'","stream":"{stream}","time":"{timestamp(time.time_ns())}"}}\n'
-        text = data.decode("utf-8", "replace")
+        text, newline = data.decode("utf-8", "replace"), "\\n"
         whole_ = text.endswith("\n")
-        body = quote(text[:-1 if whole_ else None].replace("\n", NEWLINE))[1:-1]
-        body = body.replace(NEWLINE, "\\n" + end + begin)
+        if "\\" in text:  # else a \\n in what is quoted can only be a newline
+            text, newline = text.replace("\n", NEWLINE), NEWLINE
+        body = quote(text[:len(text) - whole_])[1:-1]
+        body = body.replace(newline, "\\n" + end + begin)
         return (begin + body + "\\n" * whole_ + end).encode()
 
     def write(self, data):
@@ -9760,18 +9764,31 @@ class LogReader:
         self.files += newer
         return bool(newer)
 
-    def read(self):
-        """Lists of the entries that have come since."""
+    def read(self, look=None):
+        """Lists of the entries that have come since, or look(those lines of the file).
+        """
         while self.files or self.open_newer():
             finished = len(self.files) > 1  # before we read: it will not grow any more
             if data := os.read(self.files[0], 1 << 20):
                 lines, _, self.rest = (self.rest + data).rpartition(b"\n")
                 if lines:
-                    yield self.entries(lines)
+                    yield (look or self.entries)(lines)
             elif finished:
                 os.close(self.files.pop(0))
             elif not self.open_newer():
                 return
+
+    @staticmethod
+    def plain(lines):
+        """The bytes that whole lines say were written, without a look at each, if all
+        were to stdout and have no escapes but \\n; else their entries."""
+        tail = len(OF_STDOUT) + len(timestamp(0))
+        parts = lines.removeprefix(BETWEEN[3:]).removesuffix(BETWEEN[:2]).split(BETWEEN)
+        text = b"".join([part[:-tail] for part in parts])
+        if lines.count(OF_STDOUT) == len(parts) == lines.count(b"\n") + 1 and (
+                text.count(b"\\") == text.count(b"\\n")):
+            return text.replace(b"\\n", b"\n")
+        return LogReader.entries(lines)
 
     @staticmethod
     def entries(lines):
@@ -9786,6 +9803,7 @@ class LogReader:
                 except ValueError:
                     pass
             return found
+
 
 def let_go():
     """Hold nothing of what a command was given as 0, 1 and 2: whoever reads its output
@@ -12710,6 +12728,9 @@ def show_entries(entries, stamped, since, until_):
     Times in one form and one zone compare as text."""
     import itertools
 
+    if isinstance(entries, bytes):
+        write_all(1, memoryview(entries))
+        return
     if since or until_ != "~":
         entries = [entry for entry in entries if since <= entry["time"] <= until_]
     for stream, some in itertools.groupby(entries, lambda entry: entry["stream"]):
@@ -12719,7 +12740,7 @@ def show_entries(entries, stamped, since, until_):
         write_all(1 if stream == "stdout" else 2, memoryview(data))
 
 
-def follow_log(record, reader):
+def follow_log(record, reader, look):
     """What comes in a log, until the container ends: its shim says so when all is
     there.
 
@@ -12738,7 +12759,7 @@ def follow_log(record, reader):
         if peer.fd in ready:
             found = peer.receive()
             over = found and found[0] in (b"x", b"")
-        yield from reader.read()
+        yield from reader.read(look)
 
 
 @command("logs", arg("-f", "--follow", action="store_true", help="wait for more"),
@@ -12758,7 +12779,10 @@ def logs_command(options):
     last = int(options.tail) if options.tail.isdecimal() else None
     reader = LogReader(record.path("log"), last)
     follows = options.follow and record.status in LIVE
-    for source in reader.read(), follow_log(record, reader) if follows else ():
+    bare = not (options.timestamps or since or options.until)
+    look = reader.plain if bare else reader.entries
+    for source in (reader.read(look),
+                   follow_log(record, reader, look) if follows else ()):
         for entries in source:
             show_entries(entries, options.timestamps, since, until_)
 

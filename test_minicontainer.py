@@ -6879,6 +6879,25 @@ def test_a_log_holds_any_bytes_and_no_half_line(tmp_path):
     assert "were lost" in said[1] and open(log.path).read() == before, said
 
 
+@pytest.mark.parametrize("text, is_quick", [
+    (b"one\ntwo\n", True), (b"no end", True), (b"\n\n", True), ("ж\n".encode(), True),
+    (b"a\\n b\n", False), (b'say "}\n{"log":"x"}\n', False), (b"tab\t\n", False)])
+def test_what_is_read_quickly_from_a_log_is_what_was_written(tmp_path, text, is_quick):
+    log = m.Log(str(tmp_path / "log"))
+    log.add("stdout", text)
+    log.close()
+    (found,) = m.LogReader(log.path).read(m.LogReader.plain)
+    (entries,) = m.LogReader(log.path).read()
+    assert isinstance(found, bytes) == is_quick
+    assert "".join(entry["log"] for entry in entries).encode() == text
+    assert not is_quick or found == text
+    log = m.Log(log.path)
+    log.add("stderr", b"x\n")
+    log.close()
+    (found,) = m.LogReader(log.path).read(m.LogReader.plain)
+    assert found[-1]["stream"] == "stderr" and found[-1]["log"] == "x\n"
+
+
 def test_a_log_is_kept_as_far_as_it_may_be_and_read_over_its_files(tmp_path):
     log = m.Log(str(tmp_path / "log"), 200, 3)
     log.add("stdout", b"before\n")
