@@ -16050,17 +16050,22 @@ def completion_command(options):
 # "Unchecked" bytecode is not compared with the file, so that a start never compiles,
 # whoever it is for: a change takes `install`.
 #
-# And a start pays for every line that it loads, used or not.  minirunc uses nothing of
-# the engine; a chapter uses only what stands above it; so its launcher loads the file
-# with chapters 8 to 15 cut out, which is half of Python's part of a start.
+# And a start pays for every line that it loads, used or not, and a shim keeps them all
+# in memory.  A chapter uses only what stands above it; so the launcher of minirunc,
+# which uses nothing of the engine, loads the file with chapters 8 to 15 cut out, which
+# is half of Python's part of a start; and that of minicontainer loads it without 13 to
+# 15 for the commands that are used the most.
 
 LAUNCHER_FLAG = "-ISXutf8"
 LAUNCHER = """\
 #!{python} {flag}
 # minicontainer install: runs the bytecode of the file named here
-import gc; gc.set_threshold(100_000); __file__ = {file!r}
+import gc, sys; gc.set_threshold(100_000); __file__ = {file!r}
+if sys.argv[1:2] and sys.argv[1] in {short}: __file__ = {shorter!r}
 exec(type(__loader__)("__main__", __file__).get_code("__main__"))
 """
+ENGINE_ONLY = """attach create exec kill logs pause ps restart rm run start stop unpause
+    wait""".split()
 PREFIX_OPTION = arg("--prefix", metavar="DIR", default="/usr/local",
                     help="files go to DIR/bin and DIR/lib (default: /usr/local)")
 
@@ -16232,7 +16237,7 @@ def installed(prefix):
         raise Fail(f"invalid --prefix: {prefix!r}", "a directory, as /usr/local", 1)
     top = os.path.abspath(prefix)
     lib = f"{top}/lib/minicontainer"
-    files = [f"{lib}/minicontainer.py", f"{lib}/minirunc.py"]
+    files = [f"{lib}/{name}.py" for name in ("minicontainer", "minirunc", "engine")]
     return (files, [*map(importlib.util.cache_from_source, files)],
             f"{lib}/minicontainer.directories",
             [f"{top}/bin/minicontainer", f"{lib}/minirunc", f"{top}/bin/minirunc"],
@@ -16301,9 +16306,11 @@ def install_command(options):
     files, bytecodes, record, launchers, unit = installed(options.prefix)
     with open(__file__, encoding="utf-8") as file:
         whole = file.read()
-    contents = dict(zip(files, (whole, without_chapters(whole, 8, 15)), strict=True))
-    for path, file in zip(launchers, files, strict=False):
-        contents[path] = LAUNCHER.format(python=python, flag=LAUNCHER_FLAG, file=file)
+    contents = dict(zip(files, (whole, without_chapters(whole, 8, 15),
+                                without_chapters(whole, 13, 15)), strict=True))
+    for path, file, short in zip(launchers[:2], files, (ENGINE_ONLY, []), strict=False):
+        contents[path] = LAUNCHER.format(python=python, flag=LAUNCHER_FLAG, file=file,
+                                         short=short, shorter=files[2])
         if contents[path].index("\n") > 254 or any(map(str.isspace, python)):
             raise Fail(f"the kernel takes no #! line with {python!r}",
                        "use a Python with a shorter path, without spaces", 1)
@@ -16349,7 +16356,7 @@ def uninstall_command(options):
     names = os.listdir(cache) if os.path.isdir(cache) else []
     files = list(filter(os.path.lexists, (
         *launchers, unit, *(f"{cache}/{name}" for name in names  # of any Python
-                      if name.startswith(("minicontainer.", "minirunc."))),
+                      if name.startswith(("minicontainer.", "minirunc.", "engine."))),
         *files, record)))
     take_away(files, read_file(record).splitlines())
     print("\n".join(f"removed {path}" for path in files))
