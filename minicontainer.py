@@ -9862,6 +9862,7 @@ class Shim:
                 first.send(b"f", to_json([fail.message, fail.hint, fail.code,
                                           type(error).__name__]).encode())
             return
+        os.chdir("/")  # from now on nobody's file system is in use because of us
         if first:
             first.send(b"r")
         try:
@@ -10042,7 +10043,6 @@ def leave_to(shim):
     try:
         os.close(ours.fd)
         os.setsid()  # Ctrl-C and a hang-up are for the client
-        os.chdir("/")  # and nobody's file system is in use because of us
         shim.live(theirs)
         let_go()  # if that was so short that we have not heard it leave
         while after := shim.again():
@@ -16508,8 +16508,8 @@ def dispatch(argv):
     if words in ("--version", "-v"):
         print(f"minicontainer version {VERSION}")
         return 0
-    if any(known.startswith(f"{words} ") for known in COMMANDS) and (
-            argv[1:] in ([], ["--help"])):
+    if words not in COMMANDS and argv[1:] in ([], ["--help"]) and any(
+            known.startswith(f"{words} ") for known in COMMANDS):
         print(usage(words))
         return 0
     if words not in COMMANDS:

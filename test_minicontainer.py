@@ -8248,6 +8248,7 @@ def test_what_a_killed_build_has_left_is_pruned(base):
         process.kill()
     until(lambda: not our_processes())
     mini("gc")
+    mini("container", "prune", "-f")
     assert told(base, "COPY f.txt /f\nRUN true").count("CACHED") == 1
 
 
