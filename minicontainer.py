@@ -7216,19 +7216,23 @@ def passes(thing, tests, wanted):
                for key, texts in wanted.items())
 
 
-def confirm(options, what):
+def confirm(options, *what):
     """Ask the person, unless --force; whether the answer is yes."""
     if not options.force:
-        print(f"WARNING! This will remove {what}.\nAre you sure you want to continue? "
+        listed = f" {what[0]}." if len(what) == 1 else ":" + "".join(
+            f"\n  - {text}" for text in what) + "\n"
+        print(f"WARNING! This will remove{listed}\nAre you sure you want to continue? "
               "[y/N] ", end="", flush=True)
     return options.force or sys.stdin.readline().strip().lower() == "y"
 
 
-def tell_gone(what, gone, more=0):
-    """Say what was removed, {name: bytes}, and how much room that and more makes."""
-    if gone:
-        print("\n".join([f"Deleted {what}:", *gone, ""]))
-    print(f"Total reclaimed space: {decimal(sum(gone.values()) + more)}")
+def tell_gone(gone, more=0):
+    """Say what was removed, {kind: {name: bytes}}, and how much room all makes."""
+    for kind, found in gone.items():
+        if found:
+            print("\n".join([f"Deleted {kind}:", *found, ""]))
+        more += sum(found.values())
+    print(f"Total reclaimed space: {decimal(more)}")
 
 
 class Progress:
@@ -7254,13 +7258,15 @@ class Progress:
             print(f"{id}: {status}", file=self.file, flush=True)
 
 
+FORCE = arg("-f", "--force", action="store_true", help="do not ask")
+ONLY = arg("--filter", metavar="KEY=VALUE", action="append", default=[],
+           help="only such: until, label, label!")
 FORMAT = arg("--format", metavar="FORM", help="json, 'table {{.A}}' or '{{.A}} {{.B}}'")
 FILTER = arg("-f", "--filter", metavar="KEY=VALUE", action="append", default=[],
              help="show only such")
 QUIET = arg("-q", "--quiet", action="store_true", help="show only ids")
 NO_TRUNC = arg("--no-trunc", action="store_true", help="show all of everything")
 PLATFORM = arg("--platform", metavar="OS/ARCH", help="of several, the one for this")
-FORCE = arg("-f", "--force", action="store_true", help="do not ask")
 
 
 def moment(option, text):
@@ -7675,22 +7681,33 @@ def rmi_command(options):
         sweep()
 
 
-@command("image prune", FORCE,
-         arg("-a", "--all", action="store_true", help="all that no container uses"),
-         arg("--filter", metavar="KEY=VALUE", action="append", default=[],
-             help="only such: until, label, label!"))
-def image_prune_command(options):
-    """Remove images that have no name, and what no image needs."""
-    wanted = filters_of(options.filter, ("until", "label", "label!"))
-    sure = confirm(options, "all images without at least one container associated to "
-                   "them" if options.all else "all dangling images")
+IDLE_IMAGES = ("all dangling images", "all images without at least one container "
+               "associated to them")
+
+
+def remove_idle(named, wanted):
+    """Remove images that no container uses, those with a name too if they are `named`
+    as well: what is said of each, with no size of its own, and the bytes of them all.
+    """
     used, gone = {notes.get(OF_IMAGE) for _, notes in containers()}, {}
-    for image in all_images() if sure else ():
-        if (options.all or not image.names) and image.id not in used and passes(
+    for image in all_images():
+        if (named or not image.names) and image.id not in used and passes(
                 image, IMAGE_FILTERS, wanted):
             gone.update((line[0].lower() + line[1:], 0)
                         for line in remove_image(image.id, True))
-    tell_gone("Images", gone, sweep(True) if sure else 0)
+    return gone, sweep(True)
+
+
+@command("image prune", FORCE,
+         arg("-a", "--all", action="store_true", help="all that no container uses"),
+         ONLY)
+def image_prune_command(options):
+    """Remove images that have no name, and what no image needs."""
+    wanted = filters_of(options.filter, ("until", "label", "label!"))
+    gone, freed = {}, 0
+    if confirm(options, IDLE_IMAGES[options.all]):
+        gone, freed = remove_idle(options.all, wanted)
+    tell_gone({"Images": gone}, freed)
 
 
 @command("save", arg("-o", "--output", metavar="FILE", help="not to standard output"),
@@ -9775,23 +9792,29 @@ def network_rm_command(options):
         for_each(options.names, remove)
 
 
-@command("network prune", FORCE,
-         arg("--filter", metavar="KEY=VALUE", action="append", default=[],
-             help="only such: until, label, label!"))
-def network_prune_command(options):
-    """Remove all networks that nobody is on."""
-    keep = {"label": lambda network, text: has_label(network["labels"], text),
-            "label!": lambda network, text: not has_label(network["labels"], text),
-            "until": lambda network, text: network["created"] < moment("until", text)}
-    wanted = filters_of(options.filter, keep)
-    if not confirm(options, "all custom networks not used by at least one container"):
-        return
+IDLE_FILTERS = {  # of `prune`: whether a network passes for one of the values
+    "label": lambda network, text: has_label(network["labels"], text),
+    "label!": lambda network, text: not has_label(network["labels"], text),
+    "until": lambda network, text: network["created"] < moment("until", text)}
+
+
+def remove_idle_networks(wanted):
+    """Remove the networks that nobody is on; their names."""
     with held("networks", fcntl.LOCK_EX):
         used = {endpoint["network"] for endpoint in endpoints()} | {"bridge"}
-        for network in all_networks():
-            if network["name"] not in used and passes(network, keep, wanted):
-                remove_network(network)
-                print(network["name"])
+        found = [network for network in all_networks() if network["name"] not in used
+                 and passes(network, IDLE_FILTERS, wanted)]
+        for network in found:
+            remove_network(network)
+    return [network["name"] for network in found]
+
+
+@command("network prune", FORCE, ONLY)
+def network_prune_command(options):
+    """Remove all networks that nobody is on."""
+    wanted = filters_of(options.filter, IDLE_FILTERS)
+    if confirm(options, "all custom networks not used by at least one container"):
+        print("".join(f"{name}\n" for name in remove_idle_networks(wanted)), end="")
 
 # ══ 11. THE SHIM ══════════════════════════════════════════════════════════════════
 #
@@ -9952,6 +9975,8 @@ class Peer:
 # are at the moment, up to 64 kB or 1 MB, are made into text or into objects by one.
 
 NEWLINE = "\udc0a"  # in a text that was decoded, nothing else is this
+BETWEEN = b'"}\n{"log":"'  # two objects of a log
+OF_STDOUT = b'","stream":"stdout","time":"'  # in an object; in a line quotes have a \
 
 
 def timestamp(moment):
@@ -10005,10 +10030,12 @@ class Log:
         """The objects of some lines: all of them are spelled at once, for speed."""
         begin = '{"log":"'
         end = f'","stream":"{stream}","time":"{timestamp(time.time_ns())}"}}\n'
-        text = data.decode("utf-8", "replace")
+        text, newline = data.decode("utf-8", "replace"), "\\n"
         whole_ = text.endswith("\n")
-        body = quote(text[:-1 if whole_ else None].replace("\n", NEWLINE))[1:-1]
-        body = body.replace(NEWLINE, "\\n" + end + begin)
+        if "\\" in text:  # else a \\n in what is quoted can only be a newline
+            text, newline = text.replace("\n", NEWLINE), NEWLINE
+        body = quote(text[:len(text) - whole_])[1:-1]
+        body = body.replace(newline, "\\n" + end + begin)
         return (begin + body + "\\n" * whole_ + end).encode()
 
     def write(self, data):
@@ -10089,18 +10116,31 @@ class LogReader:
         self.files += newer
         return bool(newer)
 
-    def read(self):
-        """Lists of the entries that have come since."""
+    def read(self, look=None):
+        """Lists of the entries that have come since, or look(those lines of the file).
+        """
         while self.files or self.open_newer():
             finished = len(self.files) > 1  # before we read: it will not grow any more
             if data := os.read(self.files[0], 1 << 20):
                 lines, _, self.rest = (self.rest + data).rpartition(b"\n")
                 if lines:
-                    yield self.entries(lines)
+                    yield (look or self.entries)(lines)
             elif finished:
                 os.close(self.files.pop(0))
             elif not self.open_newer():
                 return
+
+    @staticmethod
+    def plain(lines):
+        """The bytes that whole lines say were written, without a look at each, if all
+        were to stdout and have no escapes but \\n; else their entries."""
+        tail = len(OF_STDOUT) + len(timestamp(0))
+        parts = lines.removeprefix(BETWEEN[3:]).removesuffix(BETWEEN[:2]).split(BETWEEN)
+        text = b"".join([part[:-tail] for part in parts])
+        if lines.count(OF_STDOUT) == len(parts) == lines.count(b"\n") + 1 and (
+                text.count(b"\\") == text.count(b"\\n")):
+            return text.replace(b"\\n", b"\n")
+        return LogReader.entries(lines)
 
     @staticmethod
     def entries(lines):
@@ -10115,6 +10155,7 @@ class LogReader:
                 except ValueError:
                     pass
             return found
+
 
 def let_go():
     """Hold nothing of what a command was given as 0, 1 and 2: whoever reads its output
@@ -10173,6 +10214,7 @@ class Shim:
                 first.send(b"f", to_json([fail.message, fail.hint, fail.code,
                                           type(error).__name__]).encode())
             return
+        os.chdir("/")  # from now on nobody's file system is in use because of us
         if first:
             first.send(b"r")
         try:
@@ -10281,7 +10323,9 @@ class Shim:
             self.take_input(None, b"")
 
     def take_input(self, peer, data):
-        """Input; no data is its end, on a terminal a Ctrl-D."""
+        """Input; no data is its end, on a terminal a Ctrl-D, unless others may come."""
+        if not data and peer and self.keep_input:
+            return
         self.typed += data or (b"\x04" if "console" in self.c.outer else b"")
         self.no_more = not data
         if self.no_more and not self.typed:
@@ -10351,7 +10395,6 @@ def leave_to(shim):
     try:
         os.close(ours.fd)
         os.setsid()  # Ctrl-C and a hang-up are for the client
-        os.chdir("/")  # and nobody's file system is in use because of us
         shim.live(theirs)
         let_go()  # if that was so short that we have not heard it leave
         while after := shim.again():
@@ -10558,8 +10601,8 @@ class Relay:
 #
 # What a person's `run`, `start -a`, `attach` and `exec` are once there is a shim.  It
 # knows nothing of the container: it shows bytes, and sends bytes, signals and the size
-# of its window.  If it is alone, and has no terminal that it could leave by keys, it
-# plays the shim itself: client and shim are two parties of the same turns then.
+# of its window.  An `exec` without a terminal, that it could leave by keys, plays the
+# shim itself: client and shim are two parties of the same turns then.
 
 class raw_terminal:
     """The terminal at `fd`, passing every byte on as it is, until it is restored."""
@@ -10751,7 +10794,8 @@ def detach_keys(text):
     keys = b""
     for word in text.split(",") if text else ():
         letter = word.removeprefix("ctrl-")
-        if len(letter) != 1 or not letter.isascii():
+        if len(letter) != 1 or not letter.isascii() or letter != word and not (
+                letter.isalpha() or letter in "@[\\]^_"):
             raise Fail(f"invalid detach keys {text!r}", "as in ctrl-p,ctrl-q or a,b")
         keys += bytes([ord(letter.upper()) & 31]) if letter != word else letter.encode()
     return keys
@@ -11066,6 +11110,7 @@ def events_command(options):
 # (`-v /DIR`, or VOLUME of an image) goes with its container: --rm, `rm -v`.
 
 VOLUME_NAME = "_data"  # of the directory in which its files are, as Docker calls it
+NAMELESS = "com.docker.volume.anonymous"  # the label of one that nobody has named
 
 
 def volume_facts(name):
@@ -11073,13 +11118,18 @@ def volume_facts(name):
     try:
         return from_json(read_file(store("volumes", f"{name}/volume.json")))
     except FileNotFoundError:
-        raise Fail(f"get {name}: no such volume", "`volume ls` lists them", 1) from None
+        raise Fail(f"No such volume: {name}", "`volume ls` lists them", 1) from None
 
 
 def is_volume(name):
     """Whether there is a volume of that name."""
     return bool(name) and "/" not in name and os.path.exists(
         store("volumes", name, "volume.json"))
+
+
+def label_text(labels):
+    """Labels as lists show them."""
+    return ",".join(f"{key}={text}" for key, text in labels.items())
 
 
 def is_word(name):
@@ -11091,9 +11141,10 @@ def is_word(name):
 def make_volume(name, labels=None, anonymous=False):
     """Make a volume, unless there is one of that name."""
     if not is_word(name):
-        raise Fail(f"{name!r} includes invalid characters for a local volume name, "
-                   "only [a-zA-Z0-9][a-zA-Z0-9_.-] are allowed",
-                   "or a directory: -v /SRC:…")
+        raise Fail(f'create {name}: "{name}" includes invalid characters for a local '
+                   'volume name, only "[a-zA-Z0-9][a-zA-Z0-9_.-]" are allowed. If you '
+                   "intended to pass a host directory, use absolute path",
+                   "-v /SRC:/DST")
     with held("volumes", fcntl.LOCK_EX):
         if not is_volume(name):
             path = store("volumes", name, VOLUME_NAME)
@@ -11101,8 +11152,8 @@ def make_volume(name, labels=None, anonymous=False):
             os.chmod(os.path.dirname(path), 0o711)
             save(store("volumes", name, "volume.json"), {
                 "CreatedAt": timestamp(time.time_ns())[:19] + "Z", "Driver": "local",
-                "Labels": labels or None, "Mountpoint": path, "Name": name,
-                "Options": None, "Scope": "local", "Anonymous": anonymous})
+                "Labels": {**(labels or {}), **({NAMELESS: ""} if anonymous else {})},
+                "Mountpoint": path, "Name": name, "Options": {}, "Scope": "local"})
 
 
 def users_of(name):
@@ -11231,7 +11282,8 @@ def volume_create_command(options):
 
 VOLUME_FILTERS = {  # of `volume ls`: whether one passes for one of the values
     "name": lambda facts, text: text in facts["Name"],
-    "label": lambda facts, text: has_label(facts["Labels"] or {}, text),
+    "label": lambda facts, text: has_label(facts["Labels"], text),
+    "label!": lambda facts, text: not has_label(facts["Labels"], text),
     "dangling": lambda facts, text: (text in ("1", "true")) == (
         not users_of(facts["Name"]))}
 
@@ -11247,7 +11299,8 @@ def volume_ls_command(options):
     """List volumes."""
     wanted = filters_of(options.filter, VOLUME_FILTERS)
     print_list({"DRIVER": "Driver", "VOLUME NAME": "Name"}, [
-        facts for facts in all_volumes() if passes(facts, VOLUME_FILTERS, wanted)],
+        {**facts, "Labels": label_text(facts["Labels"])} for facts in all_volumes()
+        if passes(facts, VOLUME_FILTERS, wanted)],
         options.format, "Name" if options.quiet else "")
 
 
@@ -11334,7 +11387,8 @@ def discard(record, volumes=True):
     # The directory first: what leads to no directory is seen to be nobody's.
     remove_tree(record.path())
     for name in record.volumes if volumes else ():
-        if is_volume(name) and volume_facts(name)["Anonymous"] and not users_of(name):
+        if is_volume(name) and not users_of(name) and (
+                NAMELESS in volume_facts(name)["Labels"]):
             remove_volume(name)
     announce(record, "destroy")
     slot = (record.first_id - CONTAINER_IDS[0]) // CONTAINER_IDS[1]
@@ -11590,8 +11644,6 @@ def log_options(options):
         else:
             raise Fail(f"unknown log opt {key!r} for json-file log driver",
                        "max-size and max-file")
-    if found["files"] > 1 and not found["most"]:
-        raise Fail("--log-opt max-file without max-size", "when is a file full?")
     return found if options.log_driver == "json-file" else None
 
 
@@ -11873,17 +11925,26 @@ class Guest(Shim):
         c = container_of(record, spec)
         c.is_new, c.target, c.cgroup = False, target, cgroup_of(spec)
         super().__init__(c)
-        self.interactive = interactive
+        self.record, self.interactive, self.id = (
+            record, interactive, os.urandom(32).hex())
 
     def begin(self):
         """Run it."""
         enter(self.c)
         if not self.interactive:
             self.close("stdin")
+        for action in "exec_create", "exec_start":
+            self.announce(f"{action}: {' '.join(self.c.spec['process']['args'])}")
+
+    def announce(self, action, **more):
+        """Note an event of this process."""
+        announce(self.record, action, execID=self.id, **more)
 
     def ended(self):
         """What the clients are told."""
-        return {"code": self.c.wait()}
+        code = self.c.wait()
+        self.announce("exec_die", exitCode=str(code))
+        return {"code": code}
 
 
 # A health check is a second program in the container, now and then, and the shim is
@@ -11988,7 +12049,7 @@ class Life(Shim):
         self.record, self.keep, self.held = record, keep, held
         self.steps = steps or (BEFORE, OUTSIDE, BIRTH)
         self.delay = delay  # before it was started anew
-        self.outlives = record.restart != "no"
+        self.outlives = True
 
     def begin(self):
         """Make the container run, and say so in its record."""
@@ -12138,8 +12199,8 @@ def conclude(news, options, name):
 def accompany(client, shim, options, name):
     """Show what a process writes until it ends or the person leaves; the exit code.
 
-    Who has a terminal may leave, and then somebody has to stay, so the shim is a fork.
-    Without one, this process will do for both, and starts 3 ms (6 %) quicker."""
+    A container outlives its client, also one that is killed: its shim is a fork.  For
+    an `exec` without a terminal one process will do, which saves 3 ms (6 %)."""
     if client.tty or shim.outlives or not client.outputs:
         news = client.stay(leave_to(shim))
     else:
@@ -12216,8 +12277,12 @@ def run_command(options):
 def create_command(options):
     """Make a container, without starting it; prints its id."""
     options.stop_after, options.without = None, []
-    with adding():
-        record, _, held = create(options, choose(options))
+    try:
+        with adding():
+            record, _, held = create(options, choose(options))
+    except Fail as fail:
+        fail.code = 1  # 125 is what `run` tells apart from a program's own
+        raise
     os.close(held)
     print(record.id)
 
@@ -12343,7 +12408,7 @@ def not_running(record, what=""):
 def set_frozen(record, frozen):
     """Pause a container, or let it go on."""
     with changing(record.id) as now:
-        if now.status not in RUNNING:
+        if frozen and now.status not in RUNNING:
             raise not_running(now)
         if (now.status == "paused") == frozen:
             raise Fail(f"Container {now.id} is {'already' if frozen else 'not'} paused",
@@ -12566,7 +12631,7 @@ def container_row(record, options):
         "RunningFor": ago(record.created / 10 ** 9),
         "Ports": ports_text(ports_of(record)),
         "State": record.status, "Status": record.state(), "Names": record.name,
-        "Labels": ",".join(f"{key}={text}" for key, text in record.labels.items()),
+        "Labels": label_text(record.labels),
         "Mounts": ",".join(short(facts.get("Name", facts["Source"]), 15)
                            for facts in mount_facts(record, spec["mounts"])),
         "LocalVolumes": str(len(record.volumes)),
@@ -12594,10 +12659,17 @@ def is_named(record, pattern):
     return any(re.search(pattern, name) for name in (record.name, f"/{record.name}"))
 
 
+def has_status(record, text):
+    """Whether a container is in a state; a Fail if there is no such."""
+    if text not in (*LIVE, "created", "exited", "removing", "dead"):
+        raise Fail(f"Invalid filter 'status={text}'", "created, running, exited …", 1)
+    return record.status == text
+
+
 FILTERS = {  # of `ps`: whether a record passes for one of the values
     "id": lambda record, text: record.id.startswith(text), "name": is_named,
     "label": lambda record, text: has_label(record.labels, text),
-    "status": lambda record, text: record.status == text, "ancestor": of_image,
+    "status": has_status, "ancestor": of_image,
     "exited": lambda record, text: record.status == "exited" and (
         record.exit_code == whole("--filter exited", text, 0, 255)),
     "before": lambda record, text: record.created < find(text).created,
@@ -12728,7 +12800,6 @@ INSPECT_OPTIONS = (
     arg("names", nargs="+", metavar="NAME", help="names or ids"))
 
 
-@command("container inspect", *INSPECT_OPTIONS)
 @command("inspect", *INSPECT_OPTIONS)
 def inspect_command(options):
     """Show all that is known of containers and images, as JSON."""
@@ -12747,6 +12818,13 @@ def inspect_command(options):
         raise Fail(f"No such {options.type or 'object'}: {name}",
                    "`ps -a` and `images` list them", 1)
     show_facts(options.names, look, options.format)
+
+
+@command("container inspect", *INSPECT_OPTIONS)
+def container_inspect_command(options):
+    """Show all that is known of containers, as JSON."""
+    options.type = "container"
+    inspect_command(options)
 
 
 # `top` reads /proc, where the line NSpid of a process has its number in each namespace
@@ -12830,7 +12908,7 @@ def port_command(options):
     wanted = options.port and (options.port if "/" in options.port
                                else f"{options.port}/tcp")
     if wanted and wanted not in dict(found):
-        raise Fail(f"no public port {wanted!r} published for {record.name}",
+        raise Fail(f"No public port {wanted!r} published for {record.name}",
                    "see `port` without it", 1)
     for inner, outer in found:
         if wanted in (None, inner):
@@ -12885,13 +12963,14 @@ def sample(record):
     return {**used, "net": traffic, "at": time.monotonic()}
 
 
-def stats_row(record, before, now):
+def stats_row(record, before, now, short):
     """What `stats` shows of a container, of two samples."""
     span = now["at"] - before["at"]
     host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # or no limit
     cpu = ((now["cpu_usec"] or 0) - (before["cpu_usec"] or 0)) / 10 ** 4 / span
     memory, limit = now["memory"] or 0, now["memory_limit"] or host
-    return {"ID": record.id[:12], "Container": record.id[:12], "Name": record.name,
+    id = record.id[:12] if short else record.id
+    return {"ID": id, "Container": id, "Name": record.name,
             "CPUPerc": f"{cpu:.2f}%", "MemUsage": f"{human(memory)} / {human(limit)}",
             "MemPerc": f"{100 * memory / limit:.2f}%",
             "NetIO": " / ".join(map(decimal, now["net"])), "PIDs": now["pids"] or 0,
@@ -12900,7 +12979,8 @@ def stats_row(record, before, now):
 
 
 @command("stats", arg("-a", "--all", action="store_true", help="also what has ended"),
-         arg("--no-stream", action="store_true", help="once, and no more"), FORMAT,
+         arg("--no-stream", action="store_true", help="once, and no more"), NO_TRUNC,
+         FORMAT,
          arg("containers", nargs="*", metavar="CONTAINER", help="else all"))
 def stats_command(options):
     """Show what containers use, each second anew."""
@@ -12914,8 +12994,8 @@ def stats_command(options):
         now = dict(of_those_there(found, lambda record: (record.id, sample(record))))
         if before is not None:
             print("\033[H\033[J" * os.isatty(1), end="")
-            print_list(columns, [stats_row(record, before[record.id], now[record.id])
-                                 for record in found
+            print_list(columns, [stats_row(record, before[record.id], now[record.id],
+                                           not options.no_trunc) for record in found
                                  if record.id in before.keys() & now.keys()],
                        options.format)
             sys.stdout.flush()
@@ -12972,29 +13052,42 @@ def about_host():
         "Name": kernel_.nodename, "DockerRootDir": STORE}
 
 
-def show_document(document, form):
+INFO_TITLES = {  # of `info`, where its lines are called otherwise than its keys
+    **{f"Containers{state}": f" {state}" for state in ("Running", "Paused", "Stopped")},
+    "Driver": "Storage Driver", "NCPU": "CPUs", "OSType": "OSType",
+    "MemTotal": "Total Memory"}
+
+
+def show_document(document, form, titles=(), indent=""):
     """Print facts a line each, or as --format says."""
     if form:
         print(to_json(document) if form == "json" else from_template(form, document))
         return
     for key, value in document.items():
-        print(f"{spaced(key)}: "
-              f"{', '.join(value) if isinstance(value, list) else value}")
+        title = indent + dict(titles).get(key, spaced(key))
+        if isinstance(value, dict):
+            print(f"{title}:")
+            show_document(value, "", titles, f"{indent} ")
+        else:
+            print(f"{title}: {', '.join(value) if isinstance(value, list) else value}")
 
 
 @command("info", arg("-f", "--format", metavar="FORM", help="json, or '{{.NCPU}}'"))
 def info_command(options):
     """Show what is known of this host and its containers."""
-    show_document(about_host(), options.format)
+    facts = about_host()
+    show_document(facts if options.format else {"Server": {
+        **facts, "MemTotal": human(facts["MemTotal"])}}, options.format, INFO_TITLES)
 
 
-@command("version", arg("-f", "--format", metavar="FORM", help="json, '{{.Version}}'"))
+@command("version", arg("-f", "--format", metavar="FORM",
+                        help="json, '{{.Server.Version}}'"))
 def version_command(options):
-    """Show which minicontainer this is."""
-    kernel_ = os.uname()
-    show_document({"Version": VERSION, "Python": sys.version.split()[0],
-                   "OCIVersion": OCI_VERSION, "KernelVersion": kernel_.release,
-                   "Os": "linux", "Arch": kernel_.machine}, options.format)
+    """Show which minicontainer this is: client and server are the same program."""
+    facts = {"Version": VERSION, "Python": sys.version.split()[0],
+             "OCIVersion": OCI_VERSION, "KernelVersion": os.uname().release,
+             "Os": "linux", "Arch": os.uname().machine}
+    show_document({"Client": facts, "Server": facts}, options.format)
 
 
 def show_entries(entries, stamped, since, until_):
@@ -13003,6 +13096,9 @@ def show_entries(entries, stamped, since, until_):
     Times in one form and one zone compare as text."""
     import itertools
 
+    if isinstance(entries, bytes):
+        write_all(1, memoryview(entries))
+        return
     if since or until_ != "~":
         entries = [entry for entry in entries if since <= entry["time"] <= until_]
     for stream, some in itertools.groupby(entries, lambda entry: entry["stream"]):
@@ -13012,7 +13108,7 @@ def show_entries(entries, stamped, since, until_):
         write_all(1 if stream == "stdout" else 2, memoryview(data))
 
 
-def follow_log(record, reader):
+def follow_log(record, reader, look):
     """What comes in a log, until the container ends: its shim says so when all is
     there.
 
@@ -13031,7 +13127,7 @@ def follow_log(record, reader):
         if peer.fd in ready:
             found = peer.receive()
             over = found and found[0] in (b"x", b"")
-        yield from reader.read()
+        yield from reader.read(look)
 
 
 @command("logs", arg("-f", "--follow", action="store_true", help="wait for more"),
@@ -13051,7 +13147,10 @@ def logs_command(options):
     last = int(options.tail) if options.tail.isdecimal() else None
     reader = LogReader(record.path("log"), last)
     follows = options.follow and record.status in LIVE
-    for source in reader.read(), follow_log(record, reader) if follows else ():
+    bare = not (options.timestamps or since or options.until)
+    look = reader.plain if bare else reader.entries
+    for source in (reader.read(look),
+                   follow_log(record, reader, look) if follows else ()):
         for entries in source:
             show_entries(entries, options.timestamps, since, until_)
 
@@ -13103,7 +13202,9 @@ def attach_to(record, keys, typing):
     if tty and typing and not os.isatty(0):
         raise Fail("the input device is not a TTY", "--no-stdin only looks on", 1)
     hold_signals()
-    return conclude(Client(tty, typing, keys).stay(visit(record)), None, record.name)
+    peer = visit(record)
+    announce(record, "attach")
+    return conclude(Client(tty, typing, keys).stay(peer), None, record.name)
 
 
 @command("start",
@@ -13192,6 +13293,7 @@ def export_command(options):
     record = find(options.container)
     with output(options.output) as file:
         write_files(record, file)
+    announce(record, "export")
 
 
 def is_there(c, path):
@@ -13273,6 +13375,7 @@ def commit_command(options):
         print(new_image({**config, "config": settings, "author": options.author},
                         below, made, refs, {"created_by": " ".join(
                             spec["process"]["args"]), "comment": options.message}))
+    announce(record, "commit")
 
 
 class looking_into:
@@ -13421,6 +13524,11 @@ def copy_inside(record, source, path, options):
             entries = owned(entries, base, lambda id: id * options.archive)
             write_tree(open_, path, name, inside_only, entries)
             return
+        try:
+            os.close(open_(path, O_PATH | O_DIRECTORY))
+        except (FileNotFoundError, NotADirectoryError):
+            raise Fail(f'destination "{record.name}:{path}" must be a directory',
+                       "what is in a tarball is put there", 1) from None
         with open(0, "rb", closefd=False) as stdin:
             spooled = spool(pieces(stdin))[0]
         try:
@@ -13462,7 +13570,13 @@ def cp_command(options):
 # ── clearing up ──
 
 
-def remove_ended():
+ENDED_FILTERS = {  # of `prune`: whether a record passes for one of the values
+    "label": lambda record, text: has_label(record.labels, text),
+    "label!": lambda record, text: not has_label(record.labels, text),
+    "until": lambda record, text: record.created < moment("until", text)}
+
+
+def remove_ended(wanted):
     """Remove the containers that have ended; {id: bytes that each had written}."""
     def remove(record):
         own = sizes(record, record.spec())[0]
@@ -13472,25 +13586,34 @@ def remove_ended():
         except Fail:  # it was started meanwhile
             return None
     return dict(filter(None, of_those_there(
-        (record for record in records() if record.status not in LIVE), remove)))
+        (record for record in records() if record.status not in LIVE
+         and passes(record, ENDED_FILTERS, wanted)), remove)))
 
 
-@command("container prune", FORCE)
+@command("container prune", FORCE, ONLY)
 def container_prune_command(options):
     """Remove all containers that have ended."""
+    wanted = filters_of(options.filter, ENDED_FILTERS)
     if confirm(options, "all stopped containers"):
-        tell_gone("Containers", remove_ended())
+        tell_gone({"Containers": remove_ended(wanted)})
+
+
+def remove_idle_volumes(named, wanted):
+    """Remove volumes that no container has, those with a name of a person's too if they
+    are `named` as well; {name: bytes that were in it}."""
+    return {facts["Name"]: remove_volume(facts["Name"]) for facts in all_volumes()
+            if (named or NAMELESS in facts["Labels"]) and not users_of(facts["Name"])
+            and passes(facts, VOLUME_FILTERS, wanted)}
 
 
 @command("volume prune", arg("-a", "--all", action="store_true", help="named ones too"),
-         FORCE)
+         FORCE, ONLY)
 def volume_prune_command(options):
     """Remove volumes that no container has."""
+    wanted = filters_of(options.filter, ("label", "label!"))
     kind = "all local volumes" if options.all else "anonymous local volumes"
     if confirm(options, f"{kind} not used by at least one container"):
-        tell_gone("Volumes", {
-            facts["Name"]: remove_volume(facts["Name"]) for facts in all_volumes()
-            if (options.all or facts["Anonymous"]) and not users_of(facts["Name"])})
+        tell_gone({"Volumes": remove_idle_volumes(options.all, wanted)})
 
 
 @command("system df", FORMAT)
@@ -13605,24 +13728,6 @@ def clear_away(say_it, only_look=False):
 def gc_command(options):
     """Take away what killed commands have left, and tell what that was."""
     return int(clear_away(True, options.check) and options.check)
-
-
-@command("system prune", FORCE, arg("-a", "--all", action="store_true",
-                                    help="also images that no container uses"),
-         arg("--volumes", action="store_true", help="also volumes without a name"))
-def system_prune_command(options):
-    """Remove all containers that have ended, and what killed commands left behind."""
-    before = os.listdir(store("containers", ""))
-    clear_away(False)
-    remove_ended()
-    for id in {*before} - {*os.listdir(store("containers", ""))}:
-        print(id)
-    options.force, options.filter = True, []  # asked for in words: no question
-    if options.all:
-        image_prune_command(options)
-    options.all = False
-    if options.volumes:
-        volume_prune_command(options)
 
 # ══ 13. BUILD ═════════════════════════════════════════════════════════════════════
 #
@@ -15906,12 +16011,8 @@ def build_command(options):
         build.report.line(f"Successfully tagged {short_name(ref)}")
 
 
-@command("builder prune", arg("-a", "--all", action="store_true", help="all there is"),
-         FORCE)
-def builder_prune_command(options):
-    """Remove the cache of builds."""
-    if not confirm(options, "all build cache"):
-        return
+def remove_cache():
+    """Remove what builds have kept; the bytes that were freed."""
     freed = 0
     for name in os.listdir(store("steps", "")):
         take_away_file(store("steps", name))
@@ -15920,7 +16021,42 @@ def builder_prune_command(options):
             if mine is not None:  # no RUN has it
                 freed += bytes_in(store("mounts", name))
                 remove_tree(store("mounts", name))
-    print(f"Total reclaimed space: {decimal(freed + sweep())}")
+    return freed + sweep()
+
+
+@command("builder prune", arg("-a", "--all", action="store_true", help="all there is"),
+         FORCE)
+def builder_prune_command(options):
+    """Remove the cache of builds."""
+    if confirm(options, "all build cache"):
+        print(f"Total reclaimed space: {decimal(remove_cache())}")
+
+
+@command("system prune", FORCE, ONLY,
+         arg("-a", "--all", action="store_true", help="also images with a name"),
+         arg("--volumes", action="store_true", help="also volumes without a name"))
+def system_prune_command(options):
+    """Remove all that nobody uses, and what killed commands have left behind."""
+    idle = "not used by at least one container"
+    wanted = filters_of(options.filter, ENDED_FILTERS)
+    if options.volumes and "until" in wanted:
+        raise Fail('The "until" filter is not supported with "--volumes"', "", 1)
+    if not confirm(options, "all stopped containers", f"all networks {idle}",
+                   *[f"anonymous volumes {idle}"] * options.volumes,
+                   IDLE_IMAGES[options.all], "all build cache",
+                   *[f"of these only what has {text}" for text in options.filter]):
+        return
+    before = os.listdir(store("containers", ""))
+    clear_away(False)
+    ended = remove_ended(wanted)
+    gone = {id: ended.get(id, 0) for id in before
+            if not os.path.exists(store("containers", id))}  # --rm, a killed `create`
+    networks = dict.fromkeys(remove_idle_networks(wanted), 0)
+    volumes = remove_idle_volumes(False, wanted) if options.volumes else {}
+    freed = remove_cache() if "label" not in "".join(wanted) else 0  # it has none
+    images, more = remove_idle(options.all, wanted)
+    tell_gone({"Containers": gone, "Networks": networks, "Volumes": volumes,
+               "Images": images}, freed + more)
 
 # ══ 15. THE CLASSROOM ═════════════════════════════════════════════════════════════
 #
@@ -16413,11 +16549,10 @@ def completion_command(options):
 # "Unchecked" bytecode is not compared with the file, so that a start never compiles,
 # whoever it is for: a change takes `install`.
 #
-# And a start pays for every line that it loads, used or not.  A chapter uses only what
-# stands above it, so what a command has no use of can be cut out: minirunc's launcher
-# loads the file without chapters 8 to 15, which is half of Python's part of a start;
-# the other leaves out 13 for commands that are waited for, or that leave a shim behind,
-# which keeps in memory what was loaded.
+# And a start pays for every line that it loads, used or not, and a shim keeps them all
+# in memory.  A chapter uses only what stands above it, so what a command has no use of
+# can be cut out: minirunc's launcher loads the file without chapters 8 to 15, which is
+# half of Python's part of a start; the other leaves out 13 for what is used the most.
 
 LAUNCHER_FLAG = "-ISXutf8"
 LAUNCHER = """\
@@ -16426,7 +16561,8 @@ LAUNCHER = """\
 import gc, sys; gc.set_threshold(100_000); __file__ = {file}
 exec(type(__loader__)("__main__", __file__).get_code("__main__"))
 """
-OFTEN = ["create"], ["exec"], ["restart"], ["run"], ["start"]  # they build nothing
+OFTEN = [[word] for word in """attach create exec kill logs pause ps restart rm run
+    start stop unpause wait""".split()]  # they build nothing
 PREFIX_OPTION = arg("--prefix", metavar="DIR", default="/usr/local",
                     help="files go to DIR/bin and DIR/lib (default: /usr/local)")
 
@@ -16729,12 +16865,13 @@ def uninstall_command(options):
 
 # ── the words of the command line ──
 
-def usage():
-    """What `minicontainer --help` prints."""
-    lines = ["Usage: minicontainer [--explain] COMMAND [OPTIONS]", "",
+def usage(group=""):
+    """What `minicontainer --help` prints, or `minicontainer GROUP`."""
+    lines = [f"Usage: minicontainer {group or '[--explain]'} COMMAND [OPTIONS]", "",
              "The container engine you can read.", "", "Commands:"]
     lines += [f"  {words:14} {function.__doc__.splitlines()[0]}"
-              for words, (function, _) in COMMANDS.items()]
+              for words, (function, _) in COMMANDS.items()
+              if not group or words.split()[0] == group]
     return "\n".join([*lines, "", "minicontainer COMMAND --help tells more."])
 
 
@@ -16790,18 +16927,27 @@ def take_option(options, flags, word, left):
         setattr(options, attribute, value)
 
 
+def check_count(words, options, operands, count):
+    """Refuse too few or too many operands, as Docker words it."""
+    kinds = [how.get("nargs", "") for _, how in operands]
+    least = sum(kind not in ("?", "*", "A*") for kind in kinds) - any(
+        getattr(options, how.get("unless", ""), None) for _, how in operands)
+    most = 1 << 30 if {*kinds} & {"A...", "A*", "+", "*"} else len(kinds)
+    if not least <= count <= most:
+        exactly = "exactly" if least == most else "at least" if most > 9 else "at most"
+        bound = most if exactly == "at most" else least
+        raise Fail(f'"minicontainer {words}" ' + (
+            f"requires {exactly} {bound} argument{'s' * (bound != 1)}." if most else
+            "accepts no arguments."), options.hint, 1)
+
+
 def take_operands(options, operands, given):
     """Give each operand its share of the words that are no options."""
     for name, how in operands:
         many = how.get("nargs") in ("A...", "A*", "+", "*")
-        if not given and how.get("nargs") not in ("?", "*", "A*") and not getattr(
-                options, how.get("unless", ""), None):
-            raise Fail(f"{how['metavar']} is missing", options.hint, 1)
         if given:
             setattr(options, name, given if many else given[0])
             given = [] if many else given[1:]
-    if given:
-        raise Fail(f"one operand too many: {given[0]!r}", options.hint)
 
 
 def parse(words, argv):
@@ -16835,6 +16981,7 @@ def parse(words, argv):
             break
     if options.help:
         return (lambda options: print(command_usage(words))), options
+    check_count(words, options, operands, len(given))
     take_operands(options, operands, given)
     return function, options
 
@@ -16863,6 +17010,13 @@ def dispatch(argv):
     if argv[0] in ("container", "image") and " ".join(argv[:2]) not in COMMANDS:
         argv = argv[1:] if argv[1:] and argv[1] in COMMANDS else argv  # the long form
     words = " ".join(argv[:2]) if " ".join(argv[:2]) in COMMANDS else argv[0]
+    if words in ("--version", "-v"):
+        print(f"minicontainer version {VERSION}")
+        return 0
+    if words not in COMMANDS and argv[1:] in ([], ["--help"]) and any(
+            known.startswith(f"{words} ") for known in COMMANDS):
+        print(usage(words))
+        return 0
     if words not in COMMANDS:
         raise Fail(f"{words!r} is not a minicontainer command",
                    "see `minicontainer --help`", 1)

@@ -230,7 +230,7 @@ def main():
         else:
             curve(mini, options.n)
             logs(mini, options.megabytes)
-        timed(mini, "system", "prune")
+        timed(mini, "system", "prune", "-f")
     finally:
         shutil.rmtree(store, ignore_errors=True)
 

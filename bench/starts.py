@@ -178,8 +178,8 @@ def measure(count: int, at_once: int, scratch: Path) -> int:
     for what, names in differ.items():
         print(f"  {what}: {len(names)}, as {min(names)}")
     if differ:
-        subprocess.run([launcher, "system", "prune"], env=environment, check=False,
-                       stdout=subprocess.DEVNULL)
+        subprocess.run([launcher, "system", "prune", "-f"], env=environment,
+                       check=False, stdout=subprocess.DEVNULL)
     return int(bool(wrong or differ))
 
 
