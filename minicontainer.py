@@ -11806,12 +11806,26 @@ def at_a_terminal():
         return False
 
 
+def image_for(text, platform):
+    """The Image that a name or an id means; one for another platform than was asked
+    for, if any was, is as good as none."""
+    image, wanted = find_image(text, 125), platform_of(platform)
+    actual = list(map(image.config.get, ("os", "architecture", "variant")))
+    if platform and any(is_ not in (None, name) for is_, name in zip(
+            actual, wanted, strict=False)):
+        raise NoImage(f"image with reference {text} was found but does not match the "
+                      f"specified platform: wanted {'/'.join(wanted)}, actual: "
+                      f"{'/'.join(filter(None, actual))}", "--platform names another",
+                      125)
+    return image
+
+
 def image_to_run(options, text):
     """The Image that `run` was asked for, pulled as --pull says."""
     try:
         if options.pull == "always":
             raise NoImage("")
-        return find_image(text, 125)
+        return image_for(text, options.platform)
     except NoImage as missing:
         if options.pull == "never":
             raise
@@ -11823,7 +11837,7 @@ def image_to_run(options, text):
     except Fail as fail:
         fail.code = 125
         raise
-    return find_image(text, 125)
+    return image_for(text, options.platform)
 
 
 def choose(options):
@@ -15746,20 +15760,11 @@ class Build:
         return self.image_state(text, stage.platform)
 
     def image(self, text, platform=None):
-        """An Image of the store, pulled if need be, or in any case with --pull; one for
-        another platform than was asked for is as good as none."""
+        """An Image of the store, pulled if need be, or in any case with --pull."""
         wish = Options()
+        wish.pull = "always" if self.options.pull else "missing"
         wish.platform = platform or self.options.platform
-        wanted = platform_of(wish.platform)
-        for wish.pull in ["missing"] * (not self.options.pull) + ["always"]:
-            image = image_to_run(wish, text)
-            actual = list(map(image.config.get, ("os", "architecture", "variant")))
-            if not wish.platform or all(is_ in (None, name) for is_, name in zip(
-                    actual, wanted, strict=False)):
-                return image
-        raise Fail(f"image with reference {text} was found but does not match the "
-                   f"specified platform: wanted {'/'.join(wanted)}, actual: "
-                   f"{'/'.join(filter(None, actual))}", "--platform names another", 1)
+        return image_to_run(wish, text)
 
     def image_state(self, text, platform):
         """The State that an image is."""

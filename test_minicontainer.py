@@ -5284,10 +5284,13 @@ def test_run_pulls_an_image_that_is_missing_as_pull_says(image, registry):
     forked_mini("push", name)
     forked_mini("rmi", name)
     assert "No such image" in refused("run", "--rm", "--pull", "never", name)
-    result = mini("run", "--rm", name)
+    assert "was found but does not match the specified platform: wanted linux/s390x" in forked_mini(
+        "create", "--pull", "never", "--platform", "linux/s390x", "thing:1", code=125)
+    ours = "--platform", "/".join(m.platform_of())
+    result = mini("run", "--rm", *ours, name)
     assert result.stdout == "I am the default\n"
     assert result.stderr.startswith(f"Unable to find image '{name}' locally\n1: Pulling from for-run")
-    assert "Pulling" not in mini("run", "--rm", name).stderr
+    assert "Pulling" not in mini("run", "--rm", *ours, name).stderr
     assert "Image is up to date" in mini("run", "--rm", "--pull=always", name).stderr
     said = mini("run", "--rm", f"{registry}/nosuch:1")
     assert said.returncode == 125 and f"manifest for {registry}/nosuch:1 not found: manifest unknown: manifest unknown" in said.stderr
