@@ -6384,7 +6384,7 @@ OF_IMAGE, OF_LAYERS = "minicontainer.image", "minicontainer.layers"  # a contain
 
 DESCRIPTOR_FORM = {
     "size!": range(1 << 50), "digest!": str, "mediaType": str,
-    "annotations": {NAME: str, ALSO_NAME: str},
+    "annotations": {NAME: str, ALSO_NAME: str, AS_IT_CAME: str},
     "platform": {"os": str, "architecture": str, "variant": str}}
 MANIFEST_FORM = {"mediaType": str, "config": DESCRIPTOR_FORM,
                  "layers": [DESCRIPTOR_FORM], "manifests": [DESCRIPTOR_FORM]}
@@ -6915,6 +6915,7 @@ def take_image(source, raw, refs, show=lambda *_: None):
 #
 # What `save` writes is an OCI layout in a tarball, with Docker's older manifest.json
 # beside it that points to the same blobs: so whoever knows one of the two can read it.
+# As in the store, a manifest of Docker's form is there beside the same in OCI's words.
 
 
 class Part:
@@ -7004,6 +7005,10 @@ class Archive:
             for entry in index.get("manifests") or ():
                 notes = entry.get("annotations") or {}
                 name = notes.get(ALSO_NAME) or notes.get(NAME)
+                if came := notes.get(AS_IT_CAME):
+                    came = parsed(came, f"{self.title}: {AS_IT_CAME}", DESCRIPTOR_FORM)
+                    if f"blobs/sha256/{hex_of(came['digest'])}" in self.members:
+                        entry = came  # others may have passed on only OCI's form
                 raw = fetch_small(self, entry, "manifest")
                 yield pick(self, raw, platform), [full_name(name)] if name else []
         elif "manifest.json" in self.members:
@@ -7076,17 +7081,19 @@ def write_archive(chosen, file):
         raw = to_json(document).encode()
         add(name, len(raw), io.BytesIO(raw))
 
+    entries, digests = [], {}
+    for image, names in chosen:
+        entry = {"annotations": {}, **as_oci(bare(image.entry))}
+        digests |= dict.fromkeys([entry["digest"], *image.blobs()])
+        entries += [{**entry, "annotations": {
+            **entry["annotations"], NAME: name, ALSO_NAME: name}}
+            for name in names] or [entry]
     with tarfile.open(fileobj=file, mode="w|", format=tarfile.PAX_FORMAT) as tar:
         add_json("oci-layout", {"imageLayoutVersion": "1.0.0"})
-        for digest in dict.fromkeys(d for image, _ in chosen for d in image.blobs()):
+        for digest in digests:
             with open(blob_path(digest), "rb") as blob:
                 add(f"blobs/sha256/{hex_of(digest)}", os.fstat(blob.fileno()).st_size,
                     blob)
-        entries = []
-        for image, names in chosen:
-            entry = bare(image.entry)
-            entries += [{**entry, "annotations": {NAME: name, ALSO_NAME: name}}
-                        for name in names] or [entry]
         add_json("index.json", {"schemaVersion": 2, "mediaType": OCI_INDEX,
                                 "manifests": entries})
         add_json("manifest.json", [{

@@ -5315,6 +5315,12 @@ def test_skopeo_and_we_exchange_images_by_a_registry(image, images, registry, tm
         assert (tmp_path / name / "rootfs/srv/page").read_text() == "hello\n"
     forked_mini("image", "prune", "-f")
     peer("skopeo", "inspect", f"oci:{images}:{registry}/theirs:1")
+    path = tmp_path / "saved.tar"  # the same in an archive, from which it comes as it was
+    forked_mini("save", "-o", path, f"{registry}/theirs:1")
+    assert "web" in peer("skopeo", "inspect", "--config", f"oci-archive:{path}:{registry}/theirs:1")
+    forked_mini("rmi", f"{registry}/theirs:1")
+    forked_mini("load", "-i", path)
+    assert m.find_image(f"{registry}/theirs:1").entry["digest"] == theirs["digest"]
     forked_mini("tag", f"{registry}/theirs:1", f"{registry}/back:1")
     forked_mini("push", f"{registry}/back:1")
     peer("skopeo", "copy", "--src-tls-verify=false", f"docker://{registry}/back:1",
