@@ -6688,15 +6688,32 @@ class Image:
         return [self.entry["digest"], self.id, *(d["digest"] for d in self.layers)]
 
 
+def indexed_images():
+    """An Image for each entry of the index, with all names that have its id.
+
+    Readers lock nothing, or sweep() would find no moment for itself: so an image may go
+    between the index and its files, and then the index is another one."""
+    entries, names = read_index(), {}
+    try:
+        images = list(map(Image, entries))
+    except FileNotFoundError:
+        if read_index() == entries:
+            raise
+        return indexed_images()
+    for image in images:
+        image.names = names.setdefault(image.id, image.names)
+        image.names += filter(None, [name_of(image.entry)])
+        image.names.sort()
+    return images
+
+
 def all_images():
     """Every image in the store, the newest first, each with all its names.
 
     Two manifests with one config, packed in two ways, are one image to a person."""
     found = {}
-    for entry in read_index():
-        image = Image(entry)
-        image = found.setdefault(image.id, image)
-        image.names = sorted([*image.names, *filter(None, [name_of(entry)])])
+    for image in indexed_images():
+        found.setdefault(image.id, image)
     return sorted(found.values(), key=lambda image: -image.created)
 
 
@@ -6706,15 +6723,14 @@ class NoImage(Fail):
 
 def find_image(text, code=1):
     """The Image that a name, or an id or its beginning, means."""
-    images, digits = all_images(), text.removeprefix("sha256:")
-    by_id = [image for image in images if image.id[7:].startswith(digits)]
+    images, digits = indexed_images(), text.removeprefix("sha256:")
+    by_id = list({image.id: image for image in reversed(images)
+                  if image.id[7:].startswith(digits)}.values())
     if len(digits) == 64 and by_id:
         return by_id[0]
     ref = spelled_out(text)  # to ask whether it is well formed would import re
-    for entry in read_index():
-        if name_of(entry) == ref:
-            image = Image(entry)  # of two manifests of an image, the one so named
-            image.names = next(i.names for i in images if i.id == image.id)
+    for image in images:  # of two manifests of an image, the one so named
+        if name_of(image.entry) == ref:
             return image
     if text != f"sha256:{digits}" and not by_id:
         ref = full_name(text)
@@ -7666,7 +7682,7 @@ def remove_image(text, force=False):
         if set(image.names) - set(gone) or users:
             return said
         entries[:] = [entry for entry in entries if Image(entry).id != image.id]
-    kept = {diff_id for other in all_images() for diff_id in other.diff_ids}
+        kept = {diff_id for entry in entries for diff_id in Image(entry).diff_ids}
     return said + [f"Deleted: {digest}" for digest in
                    [image.id, *reversed(image.diff_ids)] if digest not in kept]
 
@@ -7700,8 +7716,11 @@ def remove_idle(named, wanted):
     for image in all_images():
         if (named or not image.names) and image.id not in used and passes(
                 image, IMAGE_FILTERS, wanted):
-            gone.update((line[0].lower() + line[1:], 0)
-                        for line in remove_image(image.id, True))
+            try:
+                said = remove_image(image.id, True)
+            except NoImage:
+                continue  # removed by somebody else meanwhile
+            gone.update((line[0].lower() + line[1:], 0) for line in said)
     return gone, sweep(True)
 
 

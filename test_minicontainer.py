@@ -5114,6 +5114,26 @@ def test_ten_commands_at_once_do_no_harm_to_the_store(image, rootfs_tar):
 
 
 @root
+def test_an_image_that_goes_while_it_is_looked_at_is_not_there_and_no_error(image, rootfs_tar,
+                                                                            monkeypatch):
+    for name, look in (("read_index", m.all_images), ("all_images", lambda: m.remove_idle(True, {})[0])):
+        forked_mini("import", rootfs_tar, "thing:1")
+        real = getattr(m, name)
+
+        def then_gone(name=name, real=real):
+            monkeypatch.setattr(m, name, real)
+            found = real()
+            assert "deleted: " in forked_mini("image", "prune", "-af")
+            return found
+
+        monkeypatch.setattr(m, name, then_gone)
+        assert not look()
+    os.unlink(m.blob_path(forked_mini("import", rootfs_tar, "thing:1").strip()))
+    with pytest.raises(FileNotFoundError):  # but what is lost is
+        m.all_images()
+
+
+@root
 def test_jobs_in_parallel_end_together_also_when_one_fails():
     def sleeper(tell):
         os.pause() if hasattr(os, "pause") else signal.pause()
