@@ -6888,22 +6888,23 @@ def bytes_in(layer):
     return total
 
 
-def take_layer(source, descriptor, diff_id, top, tell):
+def take_layer(source, descriptor, diff_id, known, top, tell):
     """Bring a layer into the store as a blob, and unpacked into the directory `top`
-    unless it is there; the bytes of its files.
+    unless it is known and there; the bytes of its files.
 
-    The blob stays: packed again, the layer would have another digest.
+    The blob stays: packed again, the layer would have another digest.  One of which
+    no image says yet that it is this layer is unpacked in any case, to see that it is.
     """
-    here, bytes_ = os.path.isdir(layer_path(diff_id)), None
-    if here and os.path.exists(blob_path(descriptor["digest"])):
+    if known and os.path.isdir(layer_path(diff_id)) and os.path.exists(
+            blob_path(descriptor["digest"])):
         tell("Already exists")
-    else:
-        tell("Pulling fs layer")
-        blob = fetch(source, descriptor, tell)
-        tell("Download complete")
-        bytes_ = None if here else unpack_layer(diff_id, blob, top)
-        tell("Pull complete")
-    return bytes_in(layer_path(diff_id)) if bytes_ is None else bytes_
+        return bytes_in(layer_path(diff_id))
+    tell("Pulling fs layer")
+    blob = fetch(source, descriptor, tell)
+    tell("Download complete")
+    bytes_ = unpack_layer(diff_id, blob, top)
+    tell("Pull complete")
+    return bytes_
 
 
 def take_image(source, raw, refs, show=lambda *_: None):
@@ -6913,11 +6914,18 @@ def take_image(source, raw, refs, show=lambda *_: None):
         raise Fail("the manifest has no config", "is it the manifest of an image?", 1)
     diff_ids = diff_ids_of(parsed(fetch_small(source, manifest["config"], "config"),
                                   "config", CONFIG_FORM))
-    pairs = dict(zip(diff_ids, check_layers(manifest, diff_ids), strict=True))
+    layers = check_layers(manifest, diff_ids)
+    pairs = dict(zip(diff_ids, layers, strict=True))
+    known = {(layer["digest"], diff_id) for image in indexed_images()
+             for diff_id, layer in zip(image.diff_ids, image.layers, strict=False)}
     sizes = dict(zip(pairs, new_directories("layers", lambda top: in_parallel([
         (layer["digest"][7:19], lambda tell, layer=layer, diff_id=diff_id:
-            take_layer(source, layer, diff_id, top, tell))
+            take_layer(source, layer, diff_id, (layer["digest"], diff_id) in known, top,
+                       tell))
         for diff_id, layer in pairs.items()], show)), strict=True))
+    for diff_id, layer in zip(diff_ids, layers, strict=True):
+        if layer["digest"] != pairs[diff_id]["digest"]:  # the same in another packing
+            unpack_layer(diff_id, fetch(source, layer))
     entry = {"mediaType": manifest.get("mediaType") or OCI_MANIFEST,
              "digest": keep(raw), "size": len(raw), "annotations": {
                  SIZES: " ".join(str(sizes[diff_id]) for diff_id in diff_ids)}}

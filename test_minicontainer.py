@@ -5073,6 +5073,28 @@ def test_a_lie_about_what_is_inside_a_layer_is_found_out(images, rootfs_tar, tmp
     make_tar(path, ("0/layer.tar", packed), *documents.items())
     assert "that the image's config promises" in forked_mini("load", "-i", path, code=1)
     assert index() == {} and m.sweep(True) > 0
+    forked_mini("import", rootfs_tar, "true:1")  # nor is one believed because it is there
+    docker_archive(path, [rootfs_tar.read_bytes()])
+    with tarfile.open(path) as tar:
+        documents = {n: tar.extractfile(n).read() for n in ("x.json", "manifest.json")}
+    make_tar(path, ("0/layer.tar", gzip.compress(small_layer())), *documents.items())
+    for _ in range(2):  # what has come by then is no proof
+        assert "that the image's config promises" in forked_mini("load", "-i", path, code=1)
+    make_tar(path, ("0/layer.tar", packed), *documents.items())
+    forked_mini("load", "-i", path)
+    assert m.find_image("old:1").diff_ids == m.find_image("true:1").diff_ids
+
+
+@root
+def test_a_layer_that_comes_twice_in_two_packings_keeps_both(images):
+    layer = small_layer()
+    manifest, blobs = an_image(layer, layer)
+    packed = gzip.compress(layer, 1)
+    manifest["layers"][0] = described(packed, m.OCI_LAYER + "+gzip")
+    with fake_registry(serving(manifest, {**blobs, digest_of(packed): packed})) as (host, _):
+        forked_mini("pull", f"{host}/x:1")
+        forked_mini("pull", f"{host}/x:1")
+        assert all(map(os.path.exists, map(m.blob_path, m.find_image(f"{host}/x:1").blobs())))
 
 
 @root
