@@ -7646,12 +7646,14 @@ def check_removable(image, text, by_name, force):
     short = image.id[7:19]
     users = [id for id, notes in containers() if notes.get(OF_IMAGE) == image.id]
     running = [id[:12] for id in users if is_held(store("containers", id))]
+    single = len(image.tags()) <= 1 and len({
+        split_name(ref)[:2] for ref in image.names}) <= 1
 
     def conflict(what, why, hint):
         raise Fail(f"conflict: unable to {what} {why}", hint, 1)
 
     if by_name:
-        if users and not force and len(image.tags()) == 1:
+        if users and not force and single:
             conflict(f"remove repository reference {text!r} (must force) - container",
                      f"{users[0][:12]} is using its referenced image {short}",
                      "`system prune` removes containers that have ended")
@@ -7661,7 +7663,7 @@ def check_removable(image, text, by_name, force):
     elif not force and users:
         conflict(f"delete {short} (must be forced) - image is being used by stopped "
                  "container", users[0][:12], "-f")
-    elif not force and len({tag.rpartition(":")[0] for tag in image.tags()}) > 1:
+    elif not force and not single:
         conflict(f"delete {short} (must be forced) - image is", "referenced in "
                  "multiple repositories", "-f")
     return users
@@ -7677,7 +7679,7 @@ def remove_image(text, force=False):
     with changed_index() as entries:
         image = find_image(text)
         digits = text.removeprefix("sha256:")
-        by_name = not image.id[7:].startswith(digits) or full_name(text) in image.names
+        by_name = not image.id[7:].startswith(digits) or spelled_out(text) in image.names
         users = check_removable(image, text, by_name, force)
         gone = [full_name(text)] if by_name else list(image.names)
         left = [ref for ref in image.names if ref not in gone]
@@ -7705,9 +7707,16 @@ RMI_OPTIONS = (
 @command("rmi", *RMI_OPTIONS)
 def rmi_command(options):
     """Remove images."""
+    def remove(text):
+        try:
+            print(*remove_image(text, options.force), sep="\n")
+        except NoImage as missing:
+            if not options.force:
+                raise
+            say(missing.message)  # and with -f that is all, as in Docker
+
     try:
-        for_each(options.images, lambda text: print(
-            *remove_image(text, options.force), sep="\n"))
+        for_each(options.images, remove)
     finally:
         sweep()
 

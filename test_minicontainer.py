@@ -4758,10 +4758,14 @@ def test_an_image_is_removed_with_its_last_name_and_what_it_shares_stays(image, 
     assert f"Untagged: thing:2\nDeleted: {image}\n" in said
     assert "No such image: nosuch:latest" in said and os.path.isdir(m.store("layers", layer[7:]))
     other = m.find_image("same:1").id
-    forked_mini("tag", "same:1", "another:1")
-    assert f"unable to delete {other[7:19]} (must be forced)" in forked_mini(
-        "image", "rm", other, code=1)
-    assert f"Deleted: {layer}" in forked_mini("image", "rm", "-f", other)
+    for name in ("another:1", "same:2"):  # two repositories, or two tags in one
+        forked_mini("tag", "same:1", name)
+        assert f"unable to delete {other[7:19]} (must be forced)" in forked_mini(
+            "image", "rm", other, code=1)
+        forked_mini("rmi", name)
+    code, out, err = forked(main("image", "rm", "-f", "nosuch", other[7:]))
+    assert (code, err) == (0, "minicontainer: No such image: nosuch:latest\n")
+    assert f"Deleted: {layer}" in out
     assert not os.path.isdir(m.store("layers", layer[7:]))
     assert os.listdir(f"{STORE}/images/blobs/sha256") == []
 
@@ -4775,6 +4779,11 @@ def test_an_image_that_a_container_uses_is_not_removed(image):
         assert f"cannot be forced) - image is being used by running container {id[:12]}" in (
             forked_mini("rmi", "-f", image, code=1))
         assert forked_mini("rmi", "-f", "thing:1") == "Untagged: thing:1\n"
+        name = f"thing@{m.find_image(image).entry['digest']}"
+        with m.changed_index() as entries:  # as a pull by digest names it
+            m.point(entries, m.full_name(name), m.find_image(image).entry)
+        assert "is using its referenced image" in forked_mini("rmi", name, code=1)
+        forked_mini("rmi", "-f", name)
         assert "0B" in forked_mini("image", "prune", "-af")
         assert forked_mini("images", "-q") == image[7:19] + "\n"
     assert f"deleted: {image}" in forked_mini("image", "prune", "-f").lower()
