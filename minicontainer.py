@@ -6099,13 +6099,22 @@ class Layer:
 
     def set_metadata(self, entry, parent, name):
         """Owner, mode, extended attributes and times, in the order that keeps them all:
-        a chown clears setuid and file capabilities."""
+        a chown clears setuid and file capabilities.
+
+        An attribute that the file system does not take is left out, as Docker does, but
+        for capabilities: a program that was to have them would fail later, and oddly.
+        """
         os.chown(name, entry.uid, entry.gid, dir_fd=parent, follow_symlinks=False)
         if not stat.S_ISLNK(entry.mode):
             os.chmod(name, entry.mode & 0o7777, dir_fd=parent)
             for key, value in entry.xattrs.items():
-                os.setxattr(f"/proc/self/fd/{parent}/{name}", key, value,
-                            follow_symlinks=False)
+                try:
+                    os.setxattr(f"/proc/self/fd/{parent}/{name}", key, value,
+                                follow_symlinks=False)
+                except OSError as error:
+                    if key == "security.capability" or error.errno not in (
+                            errno.EOPNOTSUPP, errno.EPERM):
+                        raise
         os.utime(name, ns=(entry.when, entry.when), dir_fd=parent,
                  follow_symlinks=False)
         if name == ".":

@@ -4048,7 +4048,7 @@ def test_a_tarball_is_unpacked_once_and_kept_by_its_digest(tmp_path, busybox):
 
 
 @root
-def test_layers_keep_owners_modes_links_attributes_devices_and_times(tmp_path):
+def test_layers_keep_owners_modes_links_attributes_devices_and_times(tmp_path, monkeypatch):
     path = make_tar(
         tmp_path / "x.tar",
         ("d", {"type": tarfile.DIRTYPE, "mode": 0o1770, "uid": 5, "gid": 6,
@@ -4062,7 +4062,8 @@ def test_layers_keep_owners_modes_links_attributes_devices_and_times(tmp_path):
             "SCHILY.xattr.user.colour": "red",
             "SCHILY.xattr.security.capability": "\1\0\0\2\0\x20" + "\0" * 14})),
         ("d/null", {"type": tarfile.CHRTYPE, "devmajor": 1, "devminor": 3}),
-        ("d/fifo", {"type": tarfile.FIFOTYPE, "mode": 0o600}),
+        ("d/fifo", {"type": tarfile.FIFOTYPE, "mode": 0o600, "pax_headers": {
+            "SCHILY.xattr.user.colour": "no fifo may have it"}}),
         ("d/holes", b"\0" * (3 << 20) + b"end"),
         ("d/" + "long" * 60, b"long"))
     top = m.layer_of(str(path))
@@ -4078,12 +4079,19 @@ def test_layers_keep_owners_modes_links_attributes_devices_and_times(tmp_path):
         0x02000001, 1 << 13, 0, 0, 0)  # CAP_NET_RAW
     s = os.lstat(f"{d}/null")
     assert stat.S_ISCHR(s.st_mode) and s.st_rdev == os.makedev(1, 3)
-    assert stat.S_ISFIFO(os.lstat(f"{d}/fifo").st_mode)
+    assert stat.S_ISFIFO(os.lstat(f"{d}/fifo").st_mode) and "user.colour" not in os.listxattr(f"{d}/fifo")
     s = os.lstat(f"{d}/holes")
     assert s.st_size == (3 << 20) + 3 and s.st_blocks * 512 < 1 << 20
     assert os.path.exists(f"{d}/{'long' * 60}")
     assert stat.S_IMODE(os.lstat(f"{d}/none").st_mode) == 0
     m.remove_tree(top)
+
+    def not_here(*_, **__):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(os, "setxattr", not_here)
+    with pytest.raises(m.Fail, match="'d/cap': Operation not supported"):
+        m.layer_of(str(path))
 
 
 @root
