@@ -7066,7 +7066,8 @@ class Archive:
         config = self.describe(os.path.normpath(item.get("Config") or ""), OCI_CONFIG)
         layers, diff_ids = [], diff_ids_of(
             self.document(self.names[config["digest"]], CONFIG_FORM))
-        for name, diff_id in zip(item.get("Layers") or (), diff_ids, strict=False):
+        names = item.get("Layers") or []  # too many are for check_layers() to refuse
+        for name, diff_id in zip(names, diff_ids + [None] * len(names), strict=False):
             name = os.path.normpath(name)
             with self.part(name) as part:
                 packed = compression(part.read(512))
@@ -7170,7 +7171,8 @@ def ago(moment):
 def go_value(value):
     """A value as Go's templates print it."""
     if isinstance(value, dict):
-        return f"map[{' '.join(f'{k}:{go_value(v)}' for k, v in value.items())}]"
+        pairs = sorted(value.items())
+        return f"map[{' '.join(f'{k}:{go_value(v)}' for k, v in pairs)}]"
     if isinstance(value, list):
         return f"[{' '.join(map(go_value, value))}]"
     if isinstance(value, bool):
@@ -7368,13 +7370,16 @@ def images_command(options):
     """List the images of the store."""
     import fnmatch
 
+    def is_like(name, pattern):  # to Go a * stands for no slash
+        parts = name.split("/"), pattern.split("/")
+        return len(parts[0]) == len(parts[1]) and all(map(fnmatch.fnmatchcase, *parts))
+
     wanted = filters_of(options.filter, (*IMAGE_FILTERS, "reference"))
     like = wanted.pop("reference", []) + [options.repository] * bool(options.repository)
     rows = [row for image in all_images() if passes(image, IMAGE_FILTERS, wanted)
             for row in image_rows(image, options.no_trunc)
-            if not like or any(fnmatch.fnmatchcase(text, pattern) for pattern in like
-                               for text in (row["Repository"],
-                                            f"{row['Repository']}:{row['Tag']}"))]
+            if not like or any(is_like(text, pattern) for pattern in like for text in (
+                row["Repository"], f"{row['Repository']}:{row['Tag']}"))]
     digest = {"DIGEST": "Digest"} if options.digests else {}
     print_list({"REPOSITORY": "Repository", "TAG": "Tag", **digest, "IMAGE ID": "ID",
                 "CREATED": "CreatedSince", "SIZE": "Size"}, rows, options.format,
@@ -7687,10 +7692,10 @@ def remove_image(text, force=False):
     """
     with changed_index() as entries:
         image = find_image(text)
-        digits = text.removeprefix("sha256:")
-        by_name = not image.id[7:].startswith(digits) or spelled_out(text) in image.names
+        ref, digits = spelled_out(text), text.removeprefix("sha256:")
+        by_name = not image.id[7:].startswith(digits) or ref in image.names
         users = check_removable(image, text, by_name, force)
-        gone = [full_name(text)] if by_name else list(image.names)
+        gone = [ref] if by_name else list(image.names)
         left = [ref for ref in image.names if ref not in gone]
         tagged = {split_name(ref)[:2] for ref in left if "@" not in ref}
         gone += [ref for ref in left if "@" in ref and split_name(ref)[:2] in {

@@ -4698,9 +4698,9 @@ def test_sizes_and_ages_are_written_as_docker_writes_them():
 
 
 def test_a_template_prints_what_go_would():
-    value = {"A": {"B": ["x", 1, True]}, "Labels": {"k": "v"}, "None": None}
+    value = {"A": {"B": ["x", 1, True]}, "Labels": {"k": "v", "a": "b"}, "None": None}
     for template, text in (("{{.A.B}}", "[x 1 true]"), ("{{json .A}}", '{"B": ["x", 1, true]}'),
-                           ("{{index .A.B 0}}\\t{{len .A.B}}", "x\t3"), ("{{.Labels}}", "map[k:v]"),
+                           ("{{index .A.B 0}}\\t{{len .A.B}}", "x\t3"), ("{{.Labels}}", "map[a:b k:v]"),
                            ('{{index .Labels "k"}}{{index .Labels "nosuch"}}', "v"), ("{{ .None }}!", "<no value>!")):
         assert m.from_template(template, value) == text
     for template in ("{{.C}}", "{{range .A}}", "{{index .A.B 9}}", "{{index .A.B}"[:-1] + "x}}"):
@@ -4737,7 +4737,7 @@ def test_an_image_is_listed_named_and_found_as_in_docker(image):
     assert forked_mini("images", "-q", "--no-trunc", "*/oth*") == image + "\n"
     assert forked_mini("images", "--format", "{{.Repository}}:{{.Tag}}", "thing") == "thing:1\n"
     assert forked_mini("image", "ls", "-q", "-f", "label=a.b=c d", "-f", "reference=th*:1")
-    assert forked_mini("images", "-q", "-f", "label=a.b=x") == ""
+    assert forked_mini("images", "-q", "-f", "label=a.b=x") == forked_mini("images", "-q", "*oth*") == ""
     assert forked_mini("images", "-q", "-f", "dangling=true") == ""
     assert json.loads(forked_mini("images", "--format", "json", "thing"))["ID"] == image[7:19]
     for text in ("thing:1", image, image[7:], image[7:10], "docker.io/library/thing:1",
@@ -5002,6 +5002,8 @@ def test_symlinked_layers_of_dockers_archives_are_followed(images, rootfs_tar, t
     (lambda t: make_tar(t, ("index.json", b'{"manifests": [{"size": -1}]}')), "is not possible"),
     (lambda t: make_tar(t, ("index.json", b'{"manifests": [{"size": 99999999, "digest": ""}]}')), "cannot be right"),
     (lambda t: docker_archive(t, [b"no tar"]), "damaged"),
+    (lambda t: make_tar(t, ("l", b"x"), ("c", b'{"rootfs": {"diff_ids": []}}'),
+                        ("manifest.json", b'[{"Config": "c", "Layers": ["l"]}]')), "1 layers, but 0 diff_ids"),
 ])
 def test_a_damaged_or_hostile_archive_is_refused_in_one_line(images, tmp_path, damage, words):
     path = tmp_path / "evil.tar"
