@@ -6897,6 +6897,20 @@ def bytes_in(layer):
     return total
 
 
+def known_layers():
+    """{(diff_id, digest of a blob)} of all images: of these it was seen that they are
+    one layer."""
+    known = set()
+    for entry in read_index():
+        try:
+            image = Image(entry)
+        except FileNotFoundError:
+            continue  # it is damaged, and may just be on its way in again
+        known.update(zip(image.diff_ids, (d["digest"] for d in image.layers),
+                         strict=False))
+    return known
+
+
 def take_layer(source, descriptor, diff_id, known, top, tell):
     """Bring a layer into the store as a blob, and unpacked into the directory `top`
     unless it is known and there; the bytes of its files.
@@ -6925,11 +6939,10 @@ def take_image(source, raw, refs, show=lambda *_: None):
                                   "config", CONFIG_FORM))
     layers = check_layers(manifest, diff_ids)
     pairs = dict(zip(diff_ids, layers, strict=True))
-    known = {(layer["digest"], diff_id) for image in indexed_images()
-             for diff_id, layer in zip(image.diff_ids, image.layers, strict=False)}
+    known = known_layers()
     sizes = dict(zip(pairs, new_directories("layers", lambda top: in_parallel([
         (layer["digest"][7:19], lambda tell, layer=layer, diff_id=diff_id:
-            take_layer(source, layer, diff_id, (layer["digest"], diff_id) in known, top,
+            take_layer(source, layer, diff_id, (diff_id, layer["digest"]) in known, top,
                        tell))
         for diff_id, layer in pairs.items()], show)), strict=True))
     for diff_id, layer in zip(diff_ids, layers, strict=True):

@@ -5156,7 +5156,7 @@ def test_ten_commands_at_once_do_no_harm_to_the_store(image, rootfs_tar):
 
 @root
 def test_an_image_that_goes_while_it_is_looked_at_is_not_there_and_no_error(image, rootfs_tar,
-                                                                            monkeypatch):
+                                                                            tmp_path, monkeypatch):
     for name, look in (("read_index", m.all_images), ("all_images", lambda: m.remove_idle(True, {})[0])):
         forked_mini("import", rootfs_tar, "thing:1")
         real = getattr(m, name)
@@ -5169,9 +5169,13 @@ def test_an_image_that_goes_while_it_is_looked_at_is_not_there_and_no_error(imag
 
         monkeypatch.setattr(m, name, then_gone)
         assert not look()
-    os.unlink(m.blob_path(forked_mini("import", rootfs_tar, "thing:1").strip()))
-    with pytest.raises(FileNotFoundError):  # but what is lost is
+    id = forked_mini("import", rootfs_tar, "thing:1").strip()
+    forked_mini("save", "-o", tmp_path / "x.tar", "thing:1")
+    os.unlink(m.blob_path(id))
+    with pytest.raises(FileNotFoundError):  # but what is lost is, until it comes again
         m.all_images()
+    forked_mini("load", "-i", tmp_path / "x.tar")
+    assert m.find_image("thing:1").id == id
 
 
 @root
