@@ -8071,19 +8071,22 @@ class Registry:
 
         if not self.scheme:
             self.find_scheme()
-        url = urllib.parse.urljoin(f"{self.scheme}://{self.address}/", path)
+        home = f"{self.scheme}://{self.address}/"
+        url = urllib.parse.urljoin(home, path)  # an upload may go on elsewhere
+        if self.scheme == "https" and not url.startswith("https://"):
+            raise Fail(f"{self.host} sends us on to http, which is not safe", "", 1)
         for known in (False, True):
             asked = urllib.request.Request(url, body(), {
                 name.replace("_", "-"): value for name, value in headers.items()
             }, method=method)
-            ours = asked.host == self.address  # later on it may name a proxy
-            if self.authorization and ours:
+            if self.authorization and url.startswith(home):
                 asked.add_unredirected_header("Authorization", self.authorization)
             try:
                 return self.open_url(asked)
             except urllib.error.HTTPError as error:
                 challenge = error.headers.get_all("WWW-Authenticate") or [""]
-                if error.code != 401 or known or not ours:
+                # Another host that redirects led to may ask too, and is told nothing.
+                if error.code != 401 or known or not error.filename.startswith(home):
                     raise refusal(error, self.host) from None
                 error.close()
             self.authorize(challenge[0])

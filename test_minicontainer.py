@@ -5671,10 +5671,16 @@ def test_of_a_list_the_platform_is_chosen(images):
 
 
 @root
+@pytest.mark.parametrize("curious", [False, True])
 def test_who_we_are_is_told_to_the_host_that_asked_and_not_along_a_redirect(
-        images, docker_config, monkeypatch):
+        images, docker_config, curious):
     manifest, blobs = an_image(small_layer())
-    with fake_registry(serving(manifest, blobs)) as (other, asked_other):
+
+    def who(request, number):
+        if curious:
+            return 401, {"WWW-Authenticate": f'Bearer realm="http://{request.headers["Host"]}/token"'}, b""
+
+    with fake_registry(serving(manifest, blobs, who)) as (other, asked_other):
         def redirect(request, number):
             if request.path.startswith("/token"):
                 return 200, {}, b'{"access_token": "the-token"}'
@@ -5687,18 +5693,22 @@ def test_who_we_are_is_told_to_the_host_that_asked_and_not_along_a_redirect(
         with fake_registry(serving(manifest, blobs, redirect)) as (host, asked):
             docker_config.parent.mkdir()
             docker_config.write_text(json.dumps({"auths": {host: {"auth": "YWxpY2U6c2VjcmV0"}}}))
-            forked_mini("pull", f"{host}/x:1")
+            forked_mini("pull", f"{host}/x:1", code=curious)
             tokens = [(path, headers["Authorization"]) for _, path, headers in asked()
                       if path.startswith("/token")]
         assert tokens[0] == ("/token?service=s&scope=repository%3Ax%3Apull%2Cpush",
                              "Basic YWxpY2U6c2VjcmV0")
-        assert len(asked_other()) == 2
+        assert [path.rpartition("/")[0] for _, path, _ in asked_other()] == ["/v2/x/blobs"] * (2 - curious)
         assert not any("Authorization" in headers for _, _, headers in asked_other())
 
 
 @root
 def test_http_is_only_for_this_machine_or_by_configuration(tmp_path, monkeypatch):
     monkeypatch.setattr(m, "DOCKER_ETC", str(tmp_path))
+    registry = m.Registry("a.b:5000", "x")
+    registry.find_scheme()
+    with pytest.raises(m.Fail, match="a.b:5000 sends us on to http, which is not safe"):
+        registry.ask("PUT", "http://a.b:5000/upload")
     assert all(map(m.may_be_insecure, ("localhost", "localhost:5000", "127.0.0.1:5000", "[::1]:5000")))
     assert not any(map(m.may_be_insecure, ("docker.io", "a.b:5000", "x", "localhost.x")))
     (tmp_path / "daemon.json").write_text('{"insecure-registries": ["a.b:5000"]}')
