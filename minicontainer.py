@@ -7969,15 +7969,21 @@ def tls_context(host):
 
 def http_opener(host):
     """urllib's opener for a registry: http and https alone, a proxy if the environment
-    names one, and nothing that proves who we are along a redirect to another host."""
+    names one, and nothing that proves who we are along a redirect to another host.
+
+    urllib would read a redirect's body to its end, which it need not have, and make a
+    HEAD a GET, whose other answer a registry's storage has not signed."""
     from urllib import request
 
     class Redirects(request.HTTPRedirectHandler):
         def redirect_request(self, req, fp, code, msg, headers, newurl):
             new = super().redirect_request(req, fp, code, msg, headers, newurl)
-            if req.type == "https" and new and new.type != "https":
+            fp.close()
+            if req.type == "https" and new.type != "https":
                 raise Fail(f"{host} redirects to {new.type}, which is not safe", "")
-            if new and (new.type, new.host) == (req.type, req.host):
+            if req.get_method() == "HEAD":
+                new.method = "HEAD"
+            if (new.type, new.host) == (req.type, req.host):
                 for name, value in req.unredirected_hdrs.items():
                     if name == "Authorization":
                         new.add_unredirected_header(name, value)
@@ -8199,8 +8205,14 @@ class Registry:
         """
         digest, length, sent = descriptor["digest"], descriptor["size"], 0
         mount = f"?mount={digest}&from={other}" if other else ""
-        with self.ask("POST", f"/v2/{self.path}/blobs/uploads/{mount}",
-                      lambda: b"") as answer:
+        try:
+            answer = self.ask("POST", f"/v2/{self.path}/blobs/uploads/{mount}",
+                              lambda: b"")
+        except Refused:  # we may not read the other, or it does not do that
+            if not other:
+                raise
+            return self.upload(descriptor, "", tell)
+        with answer:
             if answer.status == 201:
                 return tell(f"Mounted from {other}")
             where = answer.headers.get("Location", "")

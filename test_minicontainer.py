@@ -5564,6 +5564,8 @@ def lies():
             same, lambda request, number: "/manifests/" in request.path and (
                 200, {"Docker-Content-Digest": "sha256:" + "0" * 64}, b"{}"), "wrong digest"),
         "it redirects in a circle": (same, of_all(302, {"Location": "/v2/x/manifests/1"}), "302"),
+        "it redirects with a body without end": (same, of_all(302, {
+            "Location": "/v2/x/manifests/1", "Content-Length": 1 << 49}), "302"),
         "it redirects to a file": (same, of_all(302, {"Location": "file:///etc/passwd"}), "302"),
         "it wants a password for ever": (same, of_all(401, {"WWW-Authenticate": 'Basic realm="x"'}),
                                          "login"),
@@ -5700,6 +5702,31 @@ def test_who_we_are_is_told_to_the_host_that_asked_and_not_along_a_redirect(
                              "Basic YWxpY2U6c2VjcmV0")
         assert [path.rpartition("/")[0] for _, path, _ in asked_other()] == ["/v2/x/blobs"] * (2 - curious)
         assert not any("Authorization" in headers for _, _, headers in asked_other())
+
+
+@root
+def test_a_push_goes_on_where_a_question_is_redirected_and_a_mount_refused(images):
+    blob = b"x" * 1000
+    m.keep(blob)
+
+    def signed(request, number):
+        return request.command != "HEAD" and (403, {}, b"")
+
+    def stubborn(request, number):
+        if request.command == "HEAD":
+            return 307, {"Location": f"http://{other}{request.path}"}, b""
+        if request.command == "PUT":
+            request.rfile.read(int(request.headers["Content-Length"]))
+            return 201, {}, b""
+        return (403, {}, b"") if "mount=" in request.path else (202, {"Location": "/upload"}, b"")
+
+    for there, steps in (({}, ["Preparing", "Pushing", "Pushed"]),
+                         ({digest_of(blob): blob}, ["Preparing", "Layer already exists"])):
+        said = []
+        with fake_registry(serving({}, there, signed)) as (other, _), fake_registry(stubborn) as (host, _):
+            m.Registry(host, "x").put(described(blob, m.OCI_LAYER), "y",
+                                      lambda what, *_: said.append(what))
+        assert list(dict.fromkeys(said)) == steps
 
 
 @root
