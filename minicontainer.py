@@ -7971,8 +7971,8 @@ def http_opener(host):
     """urllib's opener for a registry: http and https alone, a proxy if the environment
     names one, and nothing that proves who we are along a redirect to another host.
 
-    urllib would read a redirect's body to its end, which it need not have, and make a
-    HEAD a GET, whose other answer a registry's storage has not signed."""
+    urllib would read a redirect's body to its end, which it need not have; and make a
+    GET of HEAD, while a storage behind a registry signs the one that was asked for."""
     from urllib import request
 
     class Redirects(request.HTTPRedirectHandler):
@@ -8018,6 +8018,16 @@ def refusal(error, host):
     refused = Refused(text, f"that is what {host} says", 1)
     refused.status = error.code
     return refused
+
+
+def small_answer(answer, what):
+    """All bytes of an answer that is kept in memory."""
+    raw = answer.read(MANIFEST_LIMIT + 1)
+    if len(raw) > MANIFEST_LIMIT:
+        raise Fail(f"{what} has more than {MANIFEST_LIMIT} bytes", "it is hostile", 1)
+    if answer.length:  # what was announced and did not come: read() does not mind
+        raise Broken(f"{what} was cut")
+    return raw
 
 
 class Registry:
@@ -8146,13 +8156,14 @@ class Registry:
                         refresh_token=secret)
             body = urllib.parse.urlencode(form).encode()
         else:
-            realm += ("&" if "?" in realm else "?") + urllib.parse.urlencode(form)
+            form["scope"] = fields.get("scope", "").split()  # each as one parameter
+            realm += ("&" if "?" in realm else "?") + urllib.parse.urlencode(form, True)
         asked = urllib.request.Request(realm, body)
         if basic:
             asked.add_unredirected_header("Authorization", basic)
         try:
             with self.open_url(asked) as answer:
-                said = parsed(answer.read(1 << 20), "token", {
+                said = parsed(small_answer(answer, "token"), "token", {
                     "token": str, "access_token": str})
         except urllib.error.HTTPError as error:
             raise refusal(error, self.host) from None
@@ -8165,11 +8176,8 @@ class Registry:
 
         with self.ask("GET", f"/v2/{self.path}/manifests/{version}",
                       Accept=", ".join(MANIFESTS)) as answer:
-            raw = answer.read(MANIFEST_LIMIT + 1)
+            raw = small_answer(answer, f"{self.host}: the manifest")
             said = answer.headers.get("Docker-Content-Digest")
-        if len(raw) > MANIFEST_LIMIT:
-            raise Fail(f"{self.host}: the manifest has more than {MANIFEST_LIMIT} "
-                       "bytes", "it is hostile", 1)
         digest = sha256(io.BytesIO(raw))
         for wanted in (version, said):
             if wanted and wanted.startswith("sha256:") and wanted != digest:

@@ -5644,7 +5644,8 @@ def test_what_may_pass_is_tried_again(images):
     manifest, blobs = an_image(small_layer())
 
     def fail(request, number):
-        return {2: (503, {}, b""), 3: (429, {"Retry-After": "0"}, b""), 4: (500, {}, b"{")}.get(number)
+        return {1: (200, {"Content-Length": 9}, b"{"), 3: (503, {}, b""),
+                4: (429, {"Retry-After": "0"}, b""), 5: (500, {}, b"{")}.get(number)
 
     with fake_registry(serving(manifest, blobs, fail)) as (host, _):
         assert "Downloaded newer image" in forked_mini("pull", f"{host}/x:1")
@@ -5685,10 +5686,10 @@ def test_who_we_are_is_told_to_the_host_that_asked_and_not_along_a_redirect(
     with fake_registry(serving(manifest, blobs, who)) as (other, asked_other):
         def redirect(request, number):
             if request.path.startswith("/token"):
-                return 200, {}, b'{"access_token": "the-token"}'
+                return 200, {"Content-Length": 99} if number == 2 else {}, b'{"access_token": "the-token"}'
             if request.headers.get("Authorization") != "Bearer the-token":
                 return 401, {"WWW-Authenticate": f'Bearer realm="http://{request.headers["Host"]}/token",'
-                             'service="s",scope="repository:x:pull,push"'}, b""
+                             'service="s",scope="repository:x:pull,push repository:y:pull"'}, b""
             if "/blobs/" in request.path:
                 return 307, {"Location": f"http://{other}{request.path}"}, b""
 
@@ -5698,7 +5699,8 @@ def test_who_we_are_is_told_to_the_host_that_asked_and_not_along_a_redirect(
             forked_mini("pull", f"{host}/x:1", code=curious)
             tokens = [(path, headers["Authorization"]) for _, path, headers in asked()
                       if path.startswith("/token")]
-        assert tokens[0] == ("/token?service=s&scope=repository%3Ax%3Apull%2Cpush",
+        assert tokens[0] == ("/token?service=s&scope=repository%3Ax%3Apull%2Cpush"
+                             "&scope=repository%3Ay%3Apull",
                              "Basic YWxpY2U6c2VjcmV0")
         assert [path.rpartition("/")[0] for _, path, _ in asked_other()] == ["/v2/x/blobs"] * (2 - curious)
         assert not any("Authorization" in headers for _, _, headers in asked_other())
