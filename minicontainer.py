@@ -6748,6 +6748,10 @@ def copy_rest(source, descriptor, file, tell):
     at = file.seek(0, os.SEEK_END)
     if at == descriptor["size"]:
         return
+    if descriptor["size"] - at > (room := layer_bytes()):
+        raise Fail(f"{descriptor['digest']}: {descriptor['size']} bytes are announced, "
+                   f"{at} are here, and there is room for {human(room)}",
+                   "the bound is MINICONTAINER_LAYER_BYTES (what is free on the disk)")
     stream, at = source.open(descriptor, at if at < descriptor["size"] else 0)
     file.truncate(at)
     with stream:
@@ -6811,14 +6815,15 @@ def pick(source, raw, platform, depth=0):
     A list in a list is taken, as some builders write it; deeper ones are not.
     """
     document = parsed(raw, "manifest", MANIFEST_FORM)
-    kind = document.get("mediaType") or ""
+    kind, listed = document.get("mediaType") or "", bool(document.get("manifests"))
     if document.get("schemaVersion") == 1:
         raise Fail("a manifest of schema 1, which is no longer in use", "push it anew")
-    if kind not in ("", *MANIFESTS) or document.get("manifests") and (
-            document.get("layers") or document.get("config")):  # some would read one,
-        raise Fail(f"neither a manifest nor a list of them: {kind!r:.90}",  # some other
+    # What says the one and has the other, or has both, is not the same to everybody.
+    if kind and (kind not in MANIFESTS or listed != (kind in (OCI_INDEX, DOCKER_INDEX))
+                 ) or listed and (document.get("layers") or document.get("config")):
+        raise Fail(f"neither a manifest nor a list of them: {kind!r:.90}",
                    "is it the image of a container, or of something else?", 1)
-    if not document.get("manifests"):
+    if not listed:
         return raw
     for entry in document["manifests"]:
         have = entry.get("platform") or {}
@@ -7936,8 +7941,10 @@ def keep_credentials(host, user):
 
 def is_loopback(host):
     """Whether a registry is on this machine."""
-    name = host.rpartition(":")[0] or host
-    return name in ("localhost", "[::1]") or name.startswith("127.")
+    import re
+
+    return bool(re.fullmatch(
+        r"(localhost|\[::1\]|127(\.[0-9]{1,3}){3})(:[0-9]+)?", host))
 
 
 def may_be_insecure(host):

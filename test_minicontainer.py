@@ -5533,6 +5533,7 @@ def lies():
         "a layer is longer than announced": (layer(size=1000), None, "longer than the 1000"),
         "a layer is shorter than announced": (layer(size=10**7), None, "bytes have come"),
         "a layer has a negative size": (layer(size=-1), None, "is not possible"),
+        "a layer is larger than the disk": (layer(size=1 << 49), None, "there is room for"),
         "a size is no number": (layer(size="9"), None, "is not possible"),
         "a digest leads elsewhere": (layer(digest="sha256:../../../../etc/passwd"), None, "not a digest"),
         "a digest is of another kind": (layer(digest="md5:" + "a" * 32), None, "not a digest"),
@@ -5550,6 +5551,10 @@ def lies():
         "the manifest has nothing": (raw(b"{}"), None, "no config"),
         "a manifest is a list as well": (
             lambda man, blobs: ({**man, "manifests": [itself]}, blobs), None, "neither a"),
+        "a manifest says it is a list": (
+            lambda man, blobs: ({**man, "mediaType": m.OCI_INDEX}, blobs), None, "neither a"),
+        "a list says it is a manifest": (
+            lambda man, blobs: ({"mediaType": m.OCI_MANIFEST, "manifests": [itself]}, blobs), None, "neither a"),
         "the manifest is of another kind": (
             lambda man, blobs: ({**man, "mediaType": "text/plain"}, blobs), None, "text/plain"),
         "the manifest is of schema 1": (raw(b'{"schemaVersion": 1}'), None, "schema 1"),
@@ -5738,8 +5743,9 @@ def test_http_is_only_for_this_machine_or_by_configuration(tmp_path, monkeypatch
     registry.find_scheme()
     with pytest.raises(m.Fail, match="a.b:5000 sends us on to http, which is not safe"):
         registry.ask("PUT", "http://a.b:5000/upload")
-    assert all(map(m.may_be_insecure, ("localhost", "localhost:5000", "127.0.0.1:5000", "[::1]:5000")))
-    assert not any(map(m.may_be_insecure, ("docker.io", "a.b:5000", "x", "localhost.x")))
+    assert all(map(m.may_be_insecure, ("localhost", "localhost:5000", "127.0.0.1:5000", "[::1]:5000", "[::1]")))
+    assert not any(map(m.may_be_insecure, (
+        "docker.io", "a.b:5000", "x", "localhost.x", "127.evil.com:5000")))
     (tmp_path / "daemon.json").write_text('{"insecure-registries": ["a.b:5000"]}')
     assert m.may_be_insecure("a.b:5000") and not m.may_be_insecure("a.b")
 
