@@ -7905,7 +7905,8 @@ def credentials(host):
         kept = config["auths"][key]
         if token := kept.get("identitytoken"):
             return ["<token>", token]
-        return base64.b64decode(kept["auth"]).decode().split(":", 1)
+        name, secret = base64.b64decode(kept["auth"]).decode().split(":", 1)
+        return [name, secret]
     except KeyError:
         return None
     except (ValueError, TypeError, AttributeError):
@@ -7915,21 +7916,23 @@ def credentials(host):
 
 def keep_credentials(host, user):
     """Keep [name, password] for a registry, or with None forget them; for our own user
-    alone (P3), and with a helper not in a file at all."""
+    alone (P3), and with a helper not in a file at all.  Of two at once none is lost."""
     import base64
 
-    path, config, key, helper = docker_config(host)
-    auths = {**(config.get("auths") or {})}
-    known = auths.pop(key, None) is not None or bool(helper)
-    if helper:
-        ask_helper(helper, *["store", to_json({
-            "ServerURL": key, "Username": user[0], "Secret": user[1]})] if user else [
-            "erase", key])
-    if user:
-        auths[key] = {} if helper else {
-            "auth": base64.b64encode(":".join(user).encode()).decode()}
-    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-    save(path, {**config, "auths": auths})
+    # An absolute path is none in the store, but the directory is made in the same way.
+    with held(os.path.dirname(docker_config(host)[0]), fcntl.LOCK_EX):
+        path, config, key, helper = docker_config(host)
+        auths = {**(config.get("auths") or {})}
+        known = auths.pop(key, None) is not None or bool(helper)
+        if helper:
+            ask_helper(helper, *("store", to_json({
+                "ServerURL": key, "Username": user[0], "Secret": user[1]})
+                ) if user else ("erase", key))
+        if user:
+            auths[key] = {} if helper else {
+                "auth": base64.b64encode(":".join(user).encode()).decode()}
+        take_away_file(f"{path}.new")  # not ours: it may be a link, or open to others
+        save(path, {**config, "auths": auths})
     return known
 
 
@@ -8044,11 +8047,11 @@ class Registry:
     us to be.
     """
 
-    def __init__(self, host, path):
+    def __init__(self, host, path, user=None):
         self.host, self.path = host, path
         self.address = HUB if host == "docker.io" else host
         self.scheme, self.authorization = "", ""
-        self.user, self.opener = credentials(host), http_opener(host)
+        self.user, self.opener = user or credentials(host), http_opener(host)
 
     def patiently(self, do, *args):
         """Do something, and what may pass again, after a pause that grows."""
@@ -8375,10 +8378,10 @@ def login_command(options):
                    if options.password_stdin else "Cannot perform an interactive login "
                    "from a non TTY device", "echo $TOKEN | minicontainer login -u NAME "
                    "--password-stdin SERVER; an option would show in `ps`", 1)
-    registry = Registry(login_host(options.server), "")
     name = options.username or input("Username: ")
-    registry.user = [name, sys.stdin.readline().rstrip("\r\n") if options.password_stdin
-                     else getpass.getpass("Password: ")]
+    registry = Registry(login_host(options.server), "", [
+        name, sys.stdin.readline().rstrip("\r\n") if options.password_stdin
+        else getpass.getpass("Password: ")])
     try:
         registry.patiently(registry.ask, "GET", "/v2/").close()
     except Refused as refused:

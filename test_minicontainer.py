@@ -5361,6 +5361,9 @@ def test_login_is_kept_for_us_alone_and_used(image, locked_registry, docker_conf
     assert "Removing login credentials" in forked_mini("logout", host)
     assert "Not logged in" in forked_mini("logout", host)
     assert "pull access denied" in forked_mini("pull", name, code=1)
+    docker_config.write_text(json.dumps({"auths": {host: {"auth": "YWxpY2U="}}}))  # no password
+    assert f"no name and password for {host}" in forked_mini("pull", name, code=1)
+    assert login("secret") == "Login Succeeded\n"
     with open(os.devnull) as stdin:
         assert "--password-stdin" in forked_mini("login", host, stdin=stdin.fileno(), code=1)
 
@@ -5387,6 +5390,22 @@ case $1 in get) [ "$line" = some.host ] && echo '{{"Username": "u", "Secret": "p
     helper.unlink()
     with pytest.raises(m.Fail, match="docker-credential-mine"):
         m.credentials("some.host")
+
+
+@root
+def test_logins_at_the_same_time_are_all_kept_for_us_alone(docker_config, tmp_path):
+    docker_config.parent.mkdir()
+    docker_config.with_name("config.json.new").symlink_to(tmp_path / "elsewhere")
+    logins = [multiprocessing.get_context("fork").Process(
+        target=m.keep_credentials, args=(f"host{i}", ["u", "p"])) for i in range(8)]
+    for login in logins:
+        login.start()
+    for login in logins:
+        login.join()
+    assert [login.exitcode for login in logins] == [0] * 8
+    assert set(json.loads(docker_config.read_text())["auths"]) == {f"host{i}" for i in range(8)}
+    assert stat.S_IMODE(docker_config.stat().st_mode) == 0o600
+    assert os.listdir(docker_config.parent) == ["config.json"] and not (tmp_path / "elsewhere").exists()
 
 
 # ── a registry that lies and fails ──
