@@ -8173,7 +8173,7 @@ class Registry:
             asked.add_unredirected_header("Authorization", basic)
         try:
             with self.open_url(asked) as answer:
-                said = parsed(small_answer(answer, "token"), "token", {
+                said = parsed(small_answer(answer, "the token"), "token", {
                     "token": str, "access_token": str})
         except urllib.error.HTTPError as error:
             raise refusal(error, self.host) from None
@@ -8186,7 +8186,7 @@ class Registry:
 
         with self.ask("GET", f"/v2/{self.path}/manifests/{version}",
                       Accept=", ".join(MANIFESTS)) as answer:
-            raw = small_answer(answer, f"{self.host}: the manifest")
+            raw = small_answer(answer, "the manifest")
             said = answer.headers.get("Docker-Content-Digest")
         digest = sha256(io.BytesIO(raw))
         for wanted in (version, said):
