@@ -6773,6 +6773,10 @@ def copy_rest(source, descriptor, file, tell):
     at = file.seek(0, os.SEEK_END)
     if at == descriptor["size"]:
         return
+    if descriptor["size"] - at > (room := layer_bytes()):
+        raise Fail(f"{descriptor['digest']}: {descriptor['size']} bytes are announced, "
+                   f"{at} are here, and there is room for {human(room)}",
+                   "the bound is MINICONTAINER_LAYER_BYTES (what is free on the disk)")
     stream, at = source.open(descriptor, at if at < descriptor["size"] else 0)
     file.truncate(at)
     with stream:
@@ -6836,14 +6840,15 @@ def pick(source, raw, platform, depth=0):
     A list in a list is taken, as some builders write it; deeper ones are not.
     """
     document = parsed(raw, "manifest", MANIFEST_FORM)
-    kind = document.get("mediaType") or ""
+    kind, listed = document.get("mediaType") or "", bool(document.get("manifests"))
     if document.get("schemaVersion") == 1:
         raise Fail("a manifest of schema 1, which is no longer in use", "push it anew")
-    if kind not in ("", *MANIFESTS) or document.get("manifests") and (
-            document.get("layers") or document.get("config")):  # some would read one,
-        raise Fail(f"neither a manifest nor a list of them: {kind!r:.90}",  # some other
+    # What says the one and has the other, or has both, is not the same to everybody.
+    if kind and (kind not in MANIFESTS or listed != (kind in (OCI_INDEX, DOCKER_INDEX))
+                 ) or listed and (document.get("layers") or document.get("config")):
+        raise Fail(f"neither a manifest nor a list of them: {kind!r:.90}",
                    "is it the image of a container, or of something else?", 1)
-    if not document.get("manifests"):
+    if not listed:
         return raw
     for entry in document["manifests"]:
         have = entry.get("platform") or {}
@@ -7970,7 +7975,8 @@ def credentials(host):
         kept = config["auths"][key]
         if token := kept.get("identitytoken"):
             return ["<token>", token]
-        return base64.b64decode(kept["auth"]).decode().split(":", 1)
+        name, secret = base64.b64decode(kept["auth"]).decode().split(":", 1)
+        return [name, secret]
     except KeyError:
         return None
     except (ValueError, TypeError, AttributeError):
@@ -7980,21 +7986,23 @@ def credentials(host):
 
 def keep_credentials(host, user):
     """Keep [name, password] for a registry, or with None forget them; for our own user
-    alone (P3), and with a helper not in a file at all."""
+    alone (P3), and with a helper not in a file at all.  Of two at once none is lost."""
     import base64
 
-    path, config, key, helper = docker_config(host)
-    auths = {**(config.get("auths") or {})}
-    known = auths.pop(key, None) is not None or bool(helper)
-    if helper:
-        ask_helper(helper, *["store", to_json({
-            "ServerURL": key, "Username": user[0], "Secret": user[1]})] if user else [
-            "erase", key])
-    if user:
-        auths[key] = {} if helper else {
-            "auth": base64.b64encode(":".join(user).encode()).decode()}
-    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-    save(path, {**config, "auths": auths})
+    # An absolute path is none in the store, but the directory is made in the same way.
+    with held(os.path.dirname(docker_config(host)[0]), fcntl.LOCK_EX):
+        path, config, key, helper = docker_config(host)
+        auths = {**(config.get("auths") or {})}
+        known = auths.pop(key, None) is not None or bool(helper)
+        if helper:
+            ask_helper(helper, *("store", to_json({
+                "ServerURL": key, "Username": user[0], "Secret": user[1]})
+                ) if user else ("erase", key))
+        if user:
+            auths[key] = {} if helper else {
+                "auth": base64.b64encode(":".join(user).encode()).decode()}
+        take_away_file(f"{path}.new")  # not ours: it may be a link, or open to others
+        save(path, {**config, "auths": auths})
     return known
 
 
@@ -8006,8 +8014,10 @@ def keep_credentials(host, user):
 
 def is_loopback(host):
     """Whether a registry is on this machine."""
-    name = host.rpartition(":")[0] or host
-    return name in ("localhost", "[::1]") or name.startswith("127.")
+    import re
+
+    return bool(re.fullmatch(
+        r"(localhost|\[::1\]|127(\.[0-9]{1,3}){3})(:[0-9]+)?", host))
 
 
 def may_be_insecure(host):
@@ -8039,15 +8049,21 @@ def tls_context(host):
 
 def http_opener(host):
     """urllib's opener for a registry: http and https alone, a proxy if the environment
-    names one, and nothing that proves who we are along a redirect to another host."""
+    names one, and nothing that proves who we are along a redirect to another host.
+
+    urllib would read a redirect's body to its end, which it need not have; and make a
+    GET of HEAD, while a storage behind a registry signs the one that was asked for."""
     from urllib import request
 
     class Redirects(request.HTTPRedirectHandler):
         def redirect_request(self, req, fp, code, msg, headers, newurl):
             new = super().redirect_request(req, fp, code, msg, headers, newurl)
-            if req.type == "https" and new and new.type != "https":
+            fp.close()
+            if req.type == "https" and new.type != "https":
                 raise Fail(f"{host} redirects to {new.type}, which is not safe", "")
-            if new and (new.type, new.host) == (req.type, req.host):
+            if req.get_method() == "HEAD":
+                new.method = "HEAD"
+            if (new.type, new.host) == (req.type, req.host):
                 for name, value in req.unredirected_hdrs.items():
                     if name == "Authorization":
                         new.add_unredirected_header(name, value)
@@ -8084,6 +8100,16 @@ def refusal(error, host):
     return refused
 
 
+def small_answer(answer, what):
+    """All bytes of an answer that is kept in memory."""
+    raw = answer.read(MANIFEST_LIMIT + 1)
+    if len(raw) > MANIFEST_LIMIT:
+        raise Fail(f"{what} has more than {MANIFEST_LIMIT} bytes", "it is hostile", 1)
+    if answer.length:  # what was announced and did not come: read() does not mind
+        raise Broken(f"{what} was cut")
+    return raw
+
+
 class Registry:
     """A source of images, and where they go: one repository of a registry.
 
@@ -8091,11 +8117,11 @@ class Registry:
     us to be.
     """
 
-    def __init__(self, host, path):
+    def __init__(self, host, path, user=None):
         self.host, self.path = host, path
         self.address = HUB if host == "docker.io" else host
         self.scheme, self.authorization = "", ""
-        self.user, self.opener = credentials(host), http_opener(host)
+        self.user, self.opener = user or credentials(host), http_opener(host)
 
     def patiently(self, do, *args):
         """Do something, and what may pass again, after a pause that grows."""
@@ -8141,19 +8167,22 @@ class Registry:
 
         if not self.scheme:
             self.find_scheme()
-        url = urllib.parse.urljoin(f"{self.scheme}://{self.address}/", path)
+        home = f"{self.scheme}://{self.address}/"
+        url = urllib.parse.urljoin(home, path)  # an upload may go on elsewhere
+        if self.scheme == "https" and not url.startswith("https://"):
+            raise Fail(f"{self.host} sends us on to http, which is not safe", "", 1)
         for known in (False, True):
             asked = urllib.request.Request(url, body(), {
                 name.replace("_", "-"): value for name, value in headers.items()
             }, method=method)
-            ours = asked.host == self.address  # later on it may name a proxy
-            if self.authorization and ours:
+            if self.authorization and url.startswith(home):
                 asked.add_unredirected_header("Authorization", self.authorization)
             try:
                 return self.open_url(asked)
             except urllib.error.HTTPError as error:
                 challenge = error.headers.get_all("WWW-Authenticate") or [""]
-                if error.code != 401 or known or not ours:
+                # Another host that redirects led to may ask too, and is told nothing.
+                if error.code != 401 or known or not error.filename.startswith(home):
                     raise refusal(error, self.host) from None
                 error.close()
             self.authorize(challenge[0])
@@ -8207,13 +8236,14 @@ class Registry:
                         refresh_token=secret)
             body = urllib.parse.urlencode(form).encode()
         else:
-            realm += ("&" if "?" in realm else "?") + urllib.parse.urlencode(form)
+            form["scope"] = fields.get("scope", "").split()  # each as one parameter
+            realm += ("&" if "?" in realm else "?") + urllib.parse.urlencode(form, True)
         asked = urllib.request.Request(realm, body)
         if basic:
             asked.add_unredirected_header("Authorization", basic)
         try:
             with self.open_url(asked) as answer:
-                said = parsed(answer.read(1 << 20), "token", {
+                said = parsed(small_answer(answer, "the token"), "token", {
                     "token": str, "access_token": str})
         except urllib.error.HTTPError as error:
             raise refusal(error, self.host) from None
@@ -8226,11 +8256,8 @@ class Registry:
 
         with self.ask("GET", f"/v2/{self.path}/manifests/{version}",
                       Accept=", ".join(MANIFESTS)) as answer:
-            raw = answer.read(MANIFEST_LIMIT + 1)
+            raw = small_answer(answer, "the manifest")
             said = answer.headers.get("Docker-Content-Digest")
-        if len(raw) > MANIFEST_LIMIT:
-            raise Fail(f"{self.host}: the manifest has more than {MANIFEST_LIMIT} "
-                       "bytes", "it is hostile", 1)
         digest = sha256(io.BytesIO(raw))
         for wanted in (version, said):
             if wanted and wanted.startswith("sha256:") and wanted != digest:
@@ -8266,8 +8293,14 @@ class Registry:
         """
         digest, length, sent = descriptor["digest"], descriptor["size"], 0
         mount = f"?mount={digest}&from={other}" if other else ""
-        with self.ask("POST", f"/v2/{self.path}/blobs/uploads/{mount}",
-                      lambda: b"") as answer:
+        try:
+            answer = self.ask("POST", f"/v2/{self.path}/blobs/uploads/{mount}",
+                              lambda: b"")
+        except Refused:  # we may not read the other, or it does not do that
+            if not other:
+                raise
+            return self.upload(descriptor, "", tell)
+        with answer:
             if answer.status == 201:
                 return tell(f"Mounted from {other}")
             where = answer.headers.get("Location", "")
@@ -8415,10 +8448,10 @@ def login_command(options):
                    if options.password_stdin else "Cannot perform an interactive login "
                    "from a non TTY device", "echo $TOKEN | minicontainer login -u NAME "
                    "--password-stdin SERVER; an option would show in `ps`", 1)
-    registry = Registry(login_host(options.server), "")
     name = options.username or input("Username: ")
-    registry.user = [name, sys.stdin.readline().rstrip("\r\n") if options.password_stdin
-                     else getpass.getpass("Password: ")]
+    registry = Registry(login_host(options.server), "", [
+        name, sys.stdin.readline().rstrip("\r\n") if options.password_stdin
+        else getpass.getpass("Password: ")])
     try:
         registry.patiently(registry.ask, "GET", "/v2/").close()
     except Refused as refused:

@@ -5435,6 +5435,9 @@ def test_login_is_kept_for_us_alone_and_used(image, locked_registry, docker_conf
     assert "Removing login credentials" in forked_mini("logout", host)
     assert "Not logged in" in forked_mini("logout", host)
     assert "pull access denied" in forked_mini("pull", name, code=1)
+    docker_config.write_text(json.dumps({"auths": {host: {"auth": "YWxpY2U="}}}))  # no password
+    assert f"no name and password for {host}" in forked_mini("pull", name, code=1)
+    assert login("secret") == "Login Succeeded\n"
     with open(os.devnull) as stdin:
         assert "--password-stdin" in forked_mini("login", host, stdin=stdin.fileno(), code=1)
 
@@ -5461,6 +5464,22 @@ case $1 in get) [ "$line" = some.host ] && echo '{{"Username": "u", "Secret": "p
     helper.unlink()
     with pytest.raises(m.Fail, match="docker-credential-mine"):
         m.credentials("some.host")
+
+
+@root
+def test_logins_at_the_same_time_are_all_kept_for_us_alone(docker_config, tmp_path):
+    docker_config.parent.mkdir()
+    docker_config.with_name("config.json.new").symlink_to(tmp_path / "elsewhere")
+    logins = [multiprocessing.get_context("fork").Process(
+        target=m.keep_credentials, args=(f"host{i}", ["u", "p"])) for i in range(8)]
+    for login in logins:
+        login.start()
+    for login in logins:
+        login.join()
+    assert [login.exitcode for login in logins] == [0] * 8
+    assert set(json.loads(docker_config.read_text())["auths"]) == {f"host{i}" for i in range(8)}
+    assert stat.S_IMODE(docker_config.stat().st_mode) == 0o600
+    assert os.listdir(docker_config.parent) == ["config.json"] and not (tmp_path / "elsewhere").exists()
 
 
 # ── a registry that lies and fails ──
@@ -5607,6 +5626,7 @@ def lies():
         "a layer is longer than announced": (layer(size=1000), None, "longer than the 1000"),
         "a layer is shorter than announced": (layer(size=10**7), None, "bytes have come"),
         "a layer has a negative size": (layer(size=-1), None, "is not possible"),
+        "a layer is larger than the disk": (layer(size=1 << 49), None, "there is room for"),
         "a size is no number": (layer(size="9"), None, "is not possible"),
         "a digest leads elsewhere": (layer(digest="sha256:../../../../etc/passwd"), None, "not a digest"),
         "a digest is of another kind": (layer(digest="md5:" + "a" * 32), None, "not a digest"),
@@ -5624,6 +5644,10 @@ def lies():
         "the manifest has nothing": (raw(b"{}"), None, "no config"),
         "a manifest is a list as well": (
             lambda man, blobs: ({**man, "manifests": [itself]}, blobs), None, "neither a"),
+        "a manifest says it is a list": (
+            lambda man, blobs: ({**man, "mediaType": m.OCI_INDEX}, blobs), None, "neither a"),
+        "a list says it is a manifest": (
+            lambda man, blobs: ({"mediaType": m.OCI_MANIFEST, "manifests": [itself]}, blobs), None, "neither a"),
         "the manifest is of another kind": (
             lambda man, blobs: ({**man, "mediaType": "text/plain"}, blobs), None, "text/plain"),
         "the manifest is of schema 1": (raw(b'{"schemaVersion": 1}'), None, "schema 1"),
@@ -5638,6 +5662,8 @@ def lies():
             same, lambda request, number: "/manifests/" in request.path and (
                 200, {"Docker-Content-Digest": "sha256:" + "0" * 64}, b"{}"), "wrong digest"),
         "it redirects in a circle": (same, of_all(302, {"Location": "/v2/x/manifests/1"}), "302"),
+        "it redirects with a body without end": (same, of_all(302, {
+            "Location": "/v2/x/manifests/1", "Content-Length": 1 << 49}), "302"),
         "it redirects to a file": (same, of_all(302, {"Location": "file:///etc/passwd"}), "302"),
         "it wants a password for ever": (same, of_all(401, {"WWW-Authenticate": 'Basic realm="x"'}),
                                          "login"),
@@ -5716,7 +5742,8 @@ def test_what_may_pass_is_tried_again(images):
     manifest, blobs = an_image(small_layer())
 
     def fail(request, number):
-        return {2: (503, {}, b""), 3: (429, {"Retry-After": "0"}, b""), 4: (500, {}, b"{")}.get(number)
+        return {1: (200, {"Content-Length": 9}, b"{"), 3: (503, {}, b""),
+                4: (429, {"Retry-After": "0"}, b""), 5: (500, {}, b"{")}.get(number)
 
     with fake_registry(serving(manifest, blobs, fail)) as (host, _):
         assert "Downloaded newer image" in forked_mini("pull", f"{host}/x:1")
@@ -5745,36 +5772,73 @@ def test_of_a_list_the_platform_is_chosen(images):
 
 
 @root
+@pytest.mark.parametrize("curious", [False, True])
 def test_who_we_are_is_told_to_the_host_that_asked_and_not_along_a_redirect(
-        images, docker_config, monkeypatch):
+        images, docker_config, curious):
     manifest, blobs = an_image(small_layer())
-    with fake_registry(serving(manifest, blobs)) as (other, asked_other):
+
+    def who(request, number):
+        if curious:
+            return 401, {"WWW-Authenticate": f'Bearer realm="http://{request.headers["Host"]}/token"'}, b""
+
+    with fake_registry(serving(manifest, blobs, who)) as (other, asked_other):
         def redirect(request, number):
             if request.path.startswith("/token"):
-                return 200, {}, b'{"access_token": "the-token"}'
+                return 200, {"Content-Length": 99} if number == 2 else {}, b'{"access_token": "the-token"}'
             if request.headers.get("Authorization") != "Bearer the-token":
                 return 401, {"WWW-Authenticate": f'Bearer realm="http://{request.headers["Host"]}/token",'
-                             'service="s",scope="repository:x:pull,push"'}, b""
+                             'service="s",scope="repository:x:pull,push repository:y:pull"'}, b""
             if "/blobs/" in request.path:
                 return 307, {"Location": f"http://{other}{request.path}"}, b""
 
         with fake_registry(serving(manifest, blobs, redirect)) as (host, asked):
             docker_config.parent.mkdir()
             docker_config.write_text(json.dumps({"auths": {host: {"auth": "YWxpY2U6c2VjcmV0"}}}))
-            forked_mini("pull", f"{host}/x:1")
+            forked_mini("pull", f"{host}/x:1", code=curious)
             tokens = [(path, headers["Authorization"]) for _, path, headers in asked()
                       if path.startswith("/token")]
-        assert tokens[0] == ("/token?service=s&scope=repository%3Ax%3Apull%2Cpush",
+        assert tokens[0] == ("/token?service=s&scope=repository%3Ax%3Apull%2Cpush"
+                             "&scope=repository%3Ay%3Apull",
                              "Basic YWxpY2U6c2VjcmV0")
-        assert len(asked_other()) == 2
+        assert [path.rpartition("/")[0] for _, path, _ in asked_other()] == ["/v2/x/blobs"] * (2 - curious)
         assert not any("Authorization" in headers for _, _, headers in asked_other())
+
+
+@root
+def test_a_push_goes_on_where_a_question_is_redirected_and_a_mount_refused(images):
+    blob = b"x" * 1000
+    m.keep(blob)
+
+    def signed(request, number):
+        return request.command != "HEAD" and (403, {}, b"")
+
+    def stubborn(request, number):
+        if request.command == "HEAD":
+            return 307, {"Location": f"http://{other}{request.path}"}, b""
+        if request.command == "PUT":
+            request.rfile.read(int(request.headers["Content-Length"]))
+            return 201, {}, b""
+        return (403, {}, b"") if "mount=" in request.path else (202, {"Location": "/upload"}, b"")
+
+    for there, steps in (({}, ["Preparing", "Pushing", "Pushed"]),
+                         ({digest_of(blob): blob}, ["Preparing", "Layer already exists"])):
+        said = []
+        with fake_registry(serving({}, there, signed)) as (other, _), fake_registry(stubborn) as (host, _):
+            m.Registry(host, "x").put(described(blob, m.OCI_LAYER), "y",
+                                      lambda what, *_: said.append(what))
+        assert list(dict.fromkeys(said)) == steps
 
 
 @root
 def test_http_is_only_for_this_machine_or_by_configuration(tmp_path, monkeypatch):
     monkeypatch.setattr(m, "DOCKER_ETC", str(tmp_path))
-    assert all(map(m.may_be_insecure, ("localhost", "localhost:5000", "127.0.0.1:5000", "[::1]:5000")))
-    assert not any(map(m.may_be_insecure, ("docker.io", "a.b:5000", "x", "localhost.x")))
+    registry = m.Registry("a.b:5000", "x")
+    registry.find_scheme()
+    with pytest.raises(m.Fail, match="a.b:5000 sends us on to http, which is not safe"):
+        registry.ask("PUT", "http://a.b:5000/upload")
+    assert all(map(m.may_be_insecure, ("localhost", "localhost:5000", "127.0.0.1:5000", "[::1]:5000", "[::1]")))
+    assert not any(map(m.may_be_insecure, (
+        "docker.io", "a.b:5000", "x", "localhost.x", "127.evil.com:5000")))
     (tmp_path / "daemon.json").write_text('{"insecure-registries": ["a.b:5000"]}')
     assert m.may_be_insecure("a.b:5000") and not m.may_be_insecure("a.b")
 
