@@ -14265,14 +14265,16 @@ class Tree:
         return syscall("openat2", self.fd, path.lstrip("/") or ".", how,
                        sizeof(how), why="what is to be copied")
 
-    def find(self, step, at, text):
-        """(path, whether it is a directory) of each that a source of COPY means."""
+    def find(self, step, at, text, wild=True):
+        """(path, whether it is a directory) of each that a source of COPY means; with
+        wildcards that may be none: `yarn.lock*` is how a file that need not be is named.
+        """
         path = os.path.normpath(f"/{text}")[1:]
         if not self.of_stage and ".." in text.split("/") and os.path.normpath(
                 text.lstrip("/")).startswith(".."):
             raise self.outside(step, at, text)
-        found = sorted(self.matching("", path.split("/"))) if has_wildcard(path) else [
-            path]
+        wild = wild and has_wildcard(path)
+        found = sorted(self.matching("", path.split("/"))) if wild else [path]
         there = []
         for one in found:
             try:
@@ -14286,7 +14288,7 @@ class Tree:
                     whole_ and any(entry.name != "." for entry in self.entries(one))):
                 there.append((one, whole_))
             os.close(fd)
-        if not there:
+        if not there and not wild:
             where = "stage" if self.of_stage else "build context or excluded by " \
                 ".dockerignore"
             raise step.fail(f"{step.name} failed: file not found in {where}: stat "
@@ -15068,7 +15070,7 @@ class Mounts:
     def item(self, words):
         """What a bind shows."""
         tree = self.worker.tree(self.step, words.get("from"))
-        found = tree.find(self.step, self.step.at, words.get("source", "."))
+        found = tree.find(self.step, self.step.at, words.get("source", "."), wild=False)
         return tree_item(tree, *found[0])
 
     def digests(self):

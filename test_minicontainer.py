@@ -8034,6 +8034,8 @@ OURS = {
     "--parents with any depth": ("COPY --parents **/d.txt /", {
         "sub": ("0o40755", 0, 0, ""), "sub/deep": ("0o40755", 0, 0, ""),
         "sub/deep/d.txt": ("0o100604", 0, 0, "d\n")}),
+    "a wildcard may match nothing (buildah refuses that)": ("COPY f.txt n*such /d/\nCOPY n*such /n",
+        {"d": ("0o40755", 0, 0, ""), "d/f.txt": ("0o100644", 0, 0, "f\n")}),
     "--exclude": ("COPY --exclude=deep --exclude=*.md sub *.md /d/", {
         "d": ("0o40755", 0, 0, ""), "d/s.txt": ("0o100644", 0, 0, "s\n")}),
     "--link": ("COPY --link f.txt /d/e", {"d": ("0o40755", 0, 0, ""),
@@ -8469,7 +8471,7 @@ def test_no_dockerfile_makes_a_traceback(seed):
 @root
 @pytest.mark.parametrize("text, words", [
     ("COPY nosuch /", "file not found in build context or excluded by .dockerignore"),
-    ("COPY n*such /", "file not found in build context"),
+    ("RUN --mount=source=n*such,target=/x true", "file not found in build context"),
     ("COPY ../Dockerfile /", "forbidden path outside the build context: ../Dockerfile"),
     ("COPY links/../../Dockerfile /", "forbidden path outside the build context"),
     ("COPY out /", "forbidden path outside the build context: out"),
