@@ -5037,11 +5037,12 @@ def exec_command_oci(options):
 
 def signal_number(text):
     """The signal that a number or a name means; 0 asks whether there is a process."""
-    name = text.upper()
-    number = getattr(signal, f"SIG{name.removeprefix('SIG')}", None)
-    number = None if "_" in name else number  # SIG_IGN and its like are none
-    if number is None and name.isdecimal() and int(name) <= 64:
-        number = int(name)
+    name = text.upper().removeprefix("SIG")
+    number = getattr(signal, f"SIG{name}", None)
+    if number is None or "_" in name:  # SIG_IGN and its like are none
+        number = {**{f"{n}": n for n in range(65)},  # systemd is stopped by RTMIN+3
+                  **{f"RTMIN+{n}": signal.SIGRTMIN + n for n in range(1, 16)},
+                  **{f"RTMAX-{n}": signal.SIGRTMAX - n for n in range(1, 15)}}.get(name)
     if number is None:
         raise Fail(f"unknown signal {text!r}", "a name or a number, see `kill -l`")
     return number
@@ -15336,13 +15337,13 @@ def set_command(w, step):
 @instruction("MAINTAINER", as_one)
 def set_word(w, step):
     """As whom what follows runs, and the image; what `stop` sends; who made it."""
-    word = w.words(step)[0]
-    if step.name == "MAINTAINER":
-        w.state.config["author"] = word
-    elif step.name == "STOPSIGNAL" and signal_number(word):
-        w.set("StopSignal", word)
+    if step.name == "MAINTAINER":  # a name, like O'Reilly, in which nothing is special
+        w.state.config["author"] = word = step.text
     else:
-        w.set("User", word)
+        word = w.words(step)[0]
+        if step.name == "STOPSIGNAL" and not signal_number(word):
+            raise step.fail(f"invalid signal: {word}", "0 is none", step.at)
+        w.set({"USER": "User", "STOPSIGNAL": "StopSignal"}[step.name], word)
     w.say_that(step, word)
 
 

@@ -7822,7 +7822,7 @@ SAME = {
     "EXPOSE": "EXPOSE 80 53/udp\nEXPOSE 443/tcp",
     "LABEL": "LABEL a=1 \"b c\"=\"d e\" f='g'\nLABEL base=2",
     "STOPSIGNAL": "STOPSIGNAL SIGINT",
-    "MAINTAINER": "MAINTAINER Some One <some@one>",
+    "MAINTAINER": "MAINTAINER Some $One O'Reilly <some@one>",
     "USER": "USER web:staff",
     "RUN is as the user": "USER web\nRUN id -u > /tmp/u; id -g >> /tmp/u",
     "HEALTHCHECK": "HEALTHCHECK --interval=5s --timeout=3s --retries=2 --start-period=1s CMD true $A",
@@ -8089,11 +8089,12 @@ def test_what_is_built_is_as_docker_has_it(case, base, tmp_path):
 @root
 def test_a_config_that_buildah_writes_otherwise_is_as_dockers(base):
     text = ('# escape=`\nFROM base\nSHELL ["/bin/sh", "-ec"]\nCMD echo x\nENV P=c:\\dir\n'
-            'VOLUME ["/c d"]')
+            'VOLUME ["/c d"]\nSTOPSIGNAL SIGRTMIN+3')
     said = m.find_image(build(base, text)).settings
     assert m.find_image(build(base, "ENTRYPOINT []\nCMD []")).settings["Cmd"] == []
     assert said["Cmd"] == ["/bin/sh", "-ec", "echo x"] and said["Env"][-1] == "P=c:\\dir"
     assert said["Volumes"] == {"/c d": {}} and said["Labels"]["kept"] == "1"
+    assert said["StopSignal"] == "SIGRTMIN+3"
 
 
 @root
@@ -8438,6 +8439,15 @@ def test_what_is_wrong_in_a_dockerfile_is_shown_where_it_is(text, said):
         assert caught.value.message.splitlines()[2].index("^") == 9 + column - 1
 
 
+def test_a_signal_has_a_name_or_a_number():
+    for text, number in (("term", 15), ("SIGKILL", 9), ("0", 0), ("64", 64), ("SIGRTMIN", 34),
+                         ("SIGRTMIN+3", 37), ("rtmax-14", 50), ("RTMAX", 64)):
+        assert m.signal_number(text) == number
+    for text in ("", "SIG", "SIG_IGN", "65", "-1", "9" * 5000, "RTMIN+16", "RTMAX+1", "RTMIN3"):
+        with pytest.raises(m.Fail, match="unknown signal"):
+            m.signal_number(text)
+
+
 @pytest.mark.parametrize("text, value", [
     ("$a", "A"), ("${a}b", "Ab"), ("$ab", ""), ("'$a'", "$a"), ('"$a"', "A"), (r"\$a", "$a"),
     ("${n:-d}", "d"), ("${e:-d}", "d"), ("${e-d}", ""), ("${n-d}", "d"), ("${a:+d}", "d"),
@@ -8498,7 +8508,8 @@ def test_no_dockerfile_makes_a_traceback(seed):
     ("RUN --mount=type=cache,target=/x,mode=rwx true", "invalid mode of a mount: 'rwx'"),
     ("RUN nosuchcommand", "returned a non-zero code: 127"),
     ('RUN ["/nosuch"]', "/nosuch"), ("EXPOSE x", "invalid containerPort: x"),
-    ("STOPSIGNAL SIGNO", "SIGNO"), ("HEALTHCHECK x", "Unknown type 'x' in HEALTHCHECK"),
+    ("STOPSIGNAL SIGNO", "SIGNO"), ("STOPSIGNAL 0", "invalid signal: 0"),
+    ("HEALTHCHECK x", "Unknown type 'x' in HEALTHCHECK"),
     ("FROM scratch\nRUN true", "nothing to run in an empty image"),
     ("FROM a.b/no/such\n", "a.b")])
 def test_what_cannot_be_done_is_refused_with_its_line_shown(text, words, base):
