@@ -15608,12 +15608,12 @@ class Stage:
         return {stage.number for stage in found if stage}
 
 
-def given_pair(option, text):
-    """(name, value) of an option; without a value, the environment's."""
+def given_pair(option, text, unsaid):
+    """(name, value) of an option; without a value, what unsaid(name) gives."""
     name, equals, value = text.partition("=")
     if not name:
         raise Fail(f"{option} {text!r}: it has no name", "NAME=VALUE", 1)
-    return name, value if equals else os.environ.get(name, "")
+    return name, value if equals else unsaid(name)
 
 
 def secret_of(text):
@@ -15639,8 +15639,9 @@ class Build:
     def __init__(self, options, file, context, report):
         self.options, self.file, self.report = options, file, report
         self.context = context  # a function that opens it
-        self.given_args = dict(given_pair("--build-arg", text)
-                               for text in options.build_arg)
+        given = [given_pair("--build-arg", text, os.environ.get)
+                 for text in options.build_arg]  # what is nowhere was not given
+        self.given_args = {name: value for name, value in given if value is not None}
         self.secrets = dict(map(secret_of, options.secret))
         epoch = self.given_args.get("SOURCE_DATE_EPOCH",
                                     os.environ.get("SOURCE_DATE_EPOCH"))
@@ -15663,8 +15664,9 @@ class Build:
                 self.stages[-1].steps.append(step)
             elif step.name == "ARG":
                 for at, name, value in step.value:
-                    value = self.given_args.get(name, value)
-                    if value is not None:
+                    if name in self.given_args:  # a value that a shell has read
+                        self.args[name] = self.given_args[name]
+                    elif value is not None:
                         self.args[name] = expand(step, at, value, self.args)
             else:
                 raise step.fail("no build stage in current context",
@@ -15675,7 +15677,7 @@ class Build:
     def platform_args(self):
         """The variables that tell for what, and on what, is built."""
         ours, wanted = platform_of(), platform_of(self.options.platform)
-        found = {}
+        found = {"TARGETSTAGE": self.options.target or "default"}
         for name, parts in (("BUILD", ours), ("TARGET", wanted)):
             parts = [*parts, ""][:3]
             found |= {f"{name}PLATFORM": "/".join(filter(None, parts)),
@@ -15684,10 +15686,11 @@ class Build:
         return found
 
     def proxies(self):
-        """Those of --build-arg that need no ARG and are in no history."""
+        """Those of --build-arg that need no ARG and are in no history, in both of the
+        spellings that programs look for."""
         known = [f"{kind}_proxy" for kind in ("http", "https", "ftp", "no", "all")]
-        return {name: value for name, value in self.given_args.items()
-                if name.lower() in known}
+        return {spelt: value for name, value in self.given_args.items()
+                if name.lower() in known for spelt in (name.lower(), name.upper())}
 
     def warn_of_args(self):
         """Say which --build-arg nobody asked for."""
@@ -15834,7 +15837,8 @@ class Build:
 
     def finish(self, state, refs):
         """Make an image of a State; its id."""
-        labels = dict(given_pair("--label", text) for text in self.options.label)
+        labels = dict(given_pair("--label", text, lambda _: "")
+                      for text in self.options.label)
         if labels:
             old = state.settings.get("Labels") or {}
             state.settings["Labels"] = {**old, **labels}

@@ -8575,11 +8575,27 @@ def test_what_a_killed_build_has_left_is_pruned(base):
     assert told(base, "COPY f.txt /f\nRUN true").count("CACHED") == 1
 
 
+def test_what_the_command_line_gives_counts_as_it_is(monkeypatch):
+    monkeypatch.setenv("HERE", "of the environment")
+    monkeypatch.delenv("NOWHERE", raising=False)
+    text = ("ARG HERE=1\nARG NOWHERE=2\nARG Q=3\nARG LEFT=4\nFROM scratch\n"
+            "ARG HERE\nARG NOWHERE\nARG Q\nARG LEFT\nARG TARGETSTAGE\nFROM scratch AS last")
+    words = "--build-arg HERE --build-arg NOWHERE --build-arg Q=a'$HERE --target".split()
+    build = m.Build(m.parse("build", [*words, "last", "."])[1], m.Dockerfile("D", text), None, None)
+    worker = m.Worker(build, build.stages[0], m.State())
+    for step in build.stages[0].steps[1:]:
+        m.name_argument(worker, step)
+    assert worker.known() == {"HERE": "of the environment", "NOWHERE": "2", "Q": "a'$HERE",
+                              "LEFT": "4", "TARGETSTAGE": "last"}
+    assert m.given_pair("--label", "HERE", lambda _: "") == ("HERE", "")
+
+
 @root
 def test_a_proxy_is_known_to_run_and_to_nobody_else(base):
     secret = "http://user:word@proxy"
-    said = told(base, "RUN echo $http_proxy", "--build-arg", f"http_proxy={secret}", "-t", "x")
-    assert f"\n{secret}\n" in said and "not consumed" not in said
+    said = told(base, "RUN echo $http_proxy $HTTP_PROXY", "--build-arg", f"http_proxy={secret}",
+                "-t", "x")
+    assert f"\n{secret} {secret}\n" in said and "not consumed" not in said
     assert "word" not in json.dumps(m.find_image("x").config)
 
 
