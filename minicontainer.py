@@ -14019,8 +14019,9 @@ class Dockerfile:
 class Expansion:
     """A word as Docker reads it: quotes and escapes go, variables become values."""
 
-    def __init__(self, text, known, escape):
+    def __init__(self, text, known, escape, quotes=True):
         self.text, self.known, self.escape, self.at = text, known, escape, 0
+        self.quotes = quotes  # whether they are anything special
 
     def take(self):
         """The next character; "" at the end."""
@@ -14031,24 +14032,27 @@ class Expansion:
         """The same, without taking it."""
         return self.text[self.at:self.at + 1]
 
-    def word(self, stop=""):
-        """What it means up to a character of `stop` that is in no quotes."""
+    def word(self, stop="", pattern=False):
+        """What it means up to a character of `stop` that is in no quotes.  In a pattern
+        escapes stay: they tell \\* from a wildcard."""
         found = []
         while (letter := self.ahead()) and letter not in stop:
             self.take()
-            if letter == "'":
+            if letter == "'" and self.quotes:
                 end = self.text.find("'", self.at)
                 if end < 0:
                     raise ValueError("unexpected end of statement while looking for "
                                      "matching single-quote")
                 found.append(self.text[self.at:end])
                 self.at = end + 1
-            elif letter == '"':
+            elif letter == '"' and self.quotes:
                 found.append(self.in_quotes())
             elif letter == "$":
                 found.append(self.variable())
+            elif letter == self.escape:
+                found.append("\\" * pattern + self.take())
             else:
-                found.append(self.take() if letter == self.escape else letter)
+                found.append(letter)
         return "".join(found)
 
     def in_quotes(self):
@@ -14094,10 +14098,10 @@ class Expansion:
             raise ValueError("syntax error: missing '}'")
         if sign not in ("+", "-", "?", "#", "##", "%", "%%", "/", "//"):
             raise ValueError(f"unsupported modifier ({sign}) in substitution")
-        word = self.word("/}" if sign[0] == "/" else "}")
-        other = self.word("}") if sign[0] == "/" and self.take() == "/" else ""
-        if sign[0] == "/" and self.text[self.at - 1] == "}":
-            self.at -= 1
+        word = self.word("/" if sign[0] == "/" else "}", sign[0] in "#%/")
+        if sign[0] == "/" and not self.take():
+            raise ValueError("syntax error: missing '/' in ${}")
+        other = self.word("}") if sign[0] == "/" else ""
         if self.take() != "}":
             raise ValueError("syntax error: missing '}'")
         if sign == "?" and value is None:
@@ -14126,23 +14130,16 @@ class Expansion:
                      if re.fullmatch(pattern, value[end:])), value)
 
 
-def expand(step, at, text, known, documents=False):
-    """What a text that stands at a place of an instruction means, with variables."""
-    expansion = Expansion(text, known, step.file.escape)
+def expand(step, at, text, known, document=False):
+    """What a text that stands at a place of an instruction means, with variables.  In a
+    here-document quotes are nothing special, and \\ escapes whatever the file says."""
+    expansion = Expansion(text, known, "\\" if document else step.file.escape,
+                          not document)
     try:
-        if not documents:
-            return expansion.word()
-        found = []  # in a here-document quotes are nothing special
-        while letter := expansion.take():
-            if letter == step.file.escape and expansion.ahead() in ("$", letter):
-                letter = expansion.take()
-            elif letter == "$":
-                letter = expansion.variable()
-            found.append(letter)
-        return "".join(found)
+        return expansion.word()
     except ValueError as error:
         raise step.fail(f"{error}", "quotes, or an escape, make a character itself",
-                        at + min(expansion.at, len(text)) - 1 if not documents else at
+                        at + min(expansion.at, len(text)) - 1 if not document else at
                         ) from None
 
 

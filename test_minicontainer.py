@@ -8016,6 +8016,9 @@ OURS = {
     "a here-document is a file": ("COPY <<EOF <<'RAW' /d/\n$BASE \\$x \"q\"\nEOF\n$BASE\nRAW",
         {"d/EOF": ("0o100644", 0, 0, 'base $x "q"\n'), "d/RAW": ("0o100644", 0, 0, "$BASE\n"),
          "d": ("0o40755", 0, 0, "")}),
+    "a here-document has no quotes, and the one escape": ("# escape=`\nFROM base\n"
+        "COPY <<EOF /d\n${x:-it's} `$BASE\\n\\\"\\$BASE\\\nEOF",
+        {"d": ("0o100644", 0, 0, "it's `basen\"$BASE\n")}),
     "a here-document loses its tabs": ("COPY <<-EOF /d\n\t\ta\n\tEOF",
                                        {"d": ("0o100644", 0, 0, "a\n")}),
     "a here-document is a script": ("RUN <<EOF\nx=1\necho $x $BASE > /d\nEOF",
@@ -8421,6 +8424,7 @@ def test_a_step_that_fails_is_shown_with_its_line_and_leaves_only_the_cache_befo
     ("FROM x y", "Dockerfile:1:6: FROM requires either one or three arguments"),
     ("ARG X\nFROM $X", "Dockerfile:2:6: base name should not be blank"),
     ("FROM ${X", "Dockerfile:1:8: syntax error: missing '}'"),
+    ("FROM ${X/a}", "Dockerfile:1:11: syntax error: missing '/' in ${}"),
     ("FROM ${X^}", "Dockerfile:1:9: unsupported modifier (^) in substitution"),
     ("# escape=x\nFROM y", "Dockerfile:1:10: invalid escape token 'x'"),
     ("FROM x\nSHELL sh -c", "Dockerfile:2:7: SHELL requires the arguments to be in JSON form"),
@@ -8455,9 +8459,12 @@ def test_a_signal_has_a_name_or_a_number():
     ("${p#*/}", "b/c.x.y"), ("${p##*/}", "c.x.y"), ("${p%.*}", "a/b/c.x"), ("${p%%.*}", "a/b/c"),
     ("${p/b/B}", "a/B/c.x.y"), ("${p//\\//_}", "a_b_c.x.y"), ("${p/?\\//}", "b/c.x.y"),
     ("${p#z}", "a/b/c.x.y"), ("$", "$"), ("a$", "a$"), ("$1", ""), ("a\\ b", "a b"),
+    ("${s/\\*/x}", "axb*\\"), ("${s//\\*/x}", "axbx\\"), ("${s#a\\*}", "b*\\"), ("${s%\\\\}", "a*b*"),
+    ("${s%\\?*}", "a*b*\\"), ("${s/\\*b*/$a\\}}", "aA}"), ("${s#${n:-\\a\\*}}", "*b*\\"),
+    ("${a/A/${p}}b", "a/b/c.x.yb"), ("${a/A/}b", "b"), ("${a//}/}", "A"),
     ('"a\\b"', "a\\b"), ("'a''b'", "ab"), ("${n:-'}'}", "}"), ("x${a}${e}$a", "xAA")])
 def test_a_variable_is_expanded_as_docker_does_it(text, value):
-    known = {"a": "A", "e": "", "p": "a/b/c.x.y"}
+    known = {"a": "A", "e": "", "p": "a/b/c.x.y", "s": "a*b*\\"}
     assert m.Expansion(text, known, "\\").word() == value
 
 
