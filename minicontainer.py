@@ -13821,11 +13821,12 @@ class Instruction:
 
     def documents_named(self):
         """(name, whether tabs go, whether it is expanded) of each here-document that
-        the text announces."""
+        the text announces; ONBUILD may keep an instruction that has some."""
         import re
 
-        for _, word in self.words():
-            if match := re.fullmatch(r"\d*<<(-?)(['\"]?)([A-Za-z_][\w.]*)\2", word):
+        announces = re.match(r"(ONBUILD\s+)?(RUN|COPY|ADD)\s", self.whole, re.I)
+        for _, word in self.words() if announces else ():
+            if match := re.fullmatch(r"\d*<<(-?)(['\"]?)([^<\s'\"]+)\2", word):
                 yield match[3], bool(match[1]), not match[2]
 
 
@@ -13913,7 +13914,7 @@ def as_trigger(step):
         raise step.fail(f"unknown instruction: {name}", "", step.at)
     understand(Instruction(step.file, step.text, [
         (at - step.at, line, column) for at, line, column in step.spots]))
-    return step.text
+    return step.text + "".join(f"\n{text}{name}" for name, text, _ in step.documents)
 
 
 class Dockerfile:
@@ -13963,9 +13964,8 @@ class Dockerfile:
                 raise step.fail(f"unknown instruction: {step.name}",
                                 f"do you mean {near[0]}?" if near else
                                 f"known are {' '.join(INSTRUCTIONS)}")
-            if step.name in ("RUN", "COPY", "ADD"):
-                step.documents = [self.document(step, *named)
-                                  for named in step.documents_named()]
+            step.documents = [self.document(step, *named)
+                              for named in step.documents_named()]
             understand(step)
             yield step
 
@@ -15507,14 +15507,13 @@ def remote_item(w, step, at, url):
 
 def items_of(w, step, sources):
     """The Items that the sources of a COPY or ADD mean."""
-    documents, items = {name: rest for name, *rest in step.documents}, []
+    documents, items = [*step.documents], []
     rules = rules_of("\n".join(w.word(step, step.at, value)
                                for name, value in step.flags if name == "exclude"))
     tree = None
     for at, text in sources:
-        if text.startswith("<<") and documents:
-            name = text.lstrip("<-").strip("'\"")
-            data, expands = documents[name]
+        if documents and text in (f"<<{documents[0][0]}", f"<<-{documents[0][0]}"):
+            name, data, expands = documents.pop(0)
             data = expand(step, at, data, w.known(), True) if expands else data
             items.append(Item(name, lambda data=data: [text_entry(data)]))
             continue

@@ -8019,6 +8019,9 @@ OURS = {
     "a here-document has no quotes, and the one escape": ("# escape=`\nFROM base\n"
         "COPY <<EOF /d\n${x:-it's} `$BASE\\n\\\"\\$BASE\\\nEOF",
         {"d": ("0o100644", 0, 0, "it's `basen\"$BASE\n")}),
+    "here-documents have any names": ("COPY <<my-conf.d <<-'--x' /d/\na\nmy-conf.d\n\t$A\n--x", {
+        "d": ("0o40755", 0, 0, ""), "d/my-conf.d": ("0o100644", 0, 0, "a\n"),
+        "d/--x": ("0o100644", 0, 0, "$A\n")}),
     "a here-document loses its tabs": ("COPY <<-EOF /d\n\t\ta\n\tEOF",
                                        {"d": ("0o100644", 0, 0, "a\n")}),
     "a here-document is a script": ("RUN <<EOF\nx=1\necho $x $BASE > /d\nEOF",
@@ -8580,6 +8583,14 @@ def test_what_a_killed_build_has_left_is_pruned(base):
     mini("gc")
     mini("container", "prune", "-f")
     assert told(base, "COPY f.txt /f\nRUN true").count("CACHED") == 1
+
+
+def test_onbuild_keeps_the_here_documents_of_an_instruction():
+    text = "FROM x\nONBUILD run <<A cat \\\n  <<'B c'\n1\nA\nONBUILD COPY <<-C /\n\t\t2\n\tC\nONBUILD ENV A=1"
+    kept = [step.value for step in m.Dockerfile("D", text).instructions[1:]]
+    assert kept == ["run <<A cat   <<'B c'\n1\nA", "COPY <<-C /\n2\nC", "ENV A=1"]
+    again = [step for text in kept for step in m.Dockerfile("D", text).instructions]
+    assert [step.documents for step in again] == [[("A", "1\n", True)], [("C", "2\n", True)], []]
 
 
 def test_what_the_command_line_gives_counts_as_it_is(monkeypatch):
