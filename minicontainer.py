@@ -13842,8 +13842,10 @@ def exec_form(step, at=None):
         words = from_json(text) if text.startswith("[") else None
     except (ValueError, RecursionError):
         return None
-    return words if isinstance(words, list) and all(
-        isinstance(word, str) for word in words) else None
+    if not all(isinstance(word, str) for word in words or ()):
+        raise step.fail("arrays must be comprised of strings only", "quotes around each",
+                        step.at if at is None else at)
+    return words
 
 
 def understand(step):
@@ -13890,19 +13892,19 @@ def as_pairs(step):
     """Form: (where, name, value) each of NAME=VALUE …, or of the older NAME VALUE; for
     ARG just a NAME is fine, and has no value."""
     words = step.words()
-    if step.name == "ARG":
-        return [(at, name, value if equals else None) for at, word in words
-                for name, equals, value in [word.partition("=")]]
-    if "=" not in words[0][1]:
+    if step.name != "ARG" and "=" not in words[0][1]:
         at, name = words[0]
         if len(words) == 1:
             raise step.fail(f"{step.name} must have two arguments", f"{name}=VALUE", at)
         return [(at, name, step.whole[words[1][0]:].strip())]
     for at, word in words:
-        if "=" not in word:
+        if word.startswith("="):
+            raise step.fail(f"{step.name} names can not be blank", "NAME=VALUE", at)
+        if "=" not in word and step.name != "ARG":
             raise step.fail(f"Syntax error - can't find = in {word!r}. Must be of the "
                             "form: name=value", "quotes keep spaces together", at)
-    return [(at, *word.partition("=")[::2]) for at, word in words]
+    return [(at, name, value if equals else None) for at, word in words
+            for name, equals, value in [word.partition("=")]]
 
 
 def as_trigger(step):
@@ -14543,7 +14545,7 @@ def mode_change(text):
     changes it as chmod(1) does with a umask of 022; None if it is neither."""
     import re
 
-    if re.fullmatch("[0-7]{1,5}", text):
+    if re.fullmatch("0*[0-7]{1,4}", text):
         return lambda mode: int(text, 8)
     clauses = []
     for clause in text.split(","):
@@ -15349,14 +15351,11 @@ def expose(w, step):
     """Say at which ports it listens."""
     ports = dict(w.state.settings.get("ExposedPorts") or {})
     for word in " ".join(w.words(step)).split():
-        try:
-            span, _, kind = word.partition("/")
-            first, _, last = span.partition("-")
-            for port in range(int(first), int(last or first) + 1):
-                ports[f"{port}/{kind.lower() or 'tcp'}"] = {}
-        except ValueError:
-            raise step.fail(f"invalid containerPort: {word}", "80, 80/udp or 80-82",
-                            step.at) from None
+        span, _, kind = word.lower().partition("/")
+        if kind not in ("", "tcp", "udp", "sctp"):
+            raise step.fail(f"invalid proto: {kind}", "tcp, udp or sctp", step.at)
+        for port in port_range(span, f"containerPort {word}"):
+            ports[f"{port}/{kind or 'tcp'}"] = {}
     w.set("ExposedPorts", ports)
     w.say_that(step, " ".join(w.words(step)))
 
@@ -15511,6 +15510,9 @@ def items_of(w, step, sources):
     rules = rules_of("\n".join(w.word(step, step.at, value)
                                for name, value in step.flags if name == "exclude"))
     tree = None
+    if w.flag(step, "checksum") and (len(sources) > 1 or "://" not in sources[0][1]):
+        raise step.fail("checksum can't be specified for non-HTTP(S) sources",
+                        "it is that of one URL", step.whole.find("--checksum"))
     for at, text in sources:
         if documents and text in (f"<<{documents[0][0]}", f"<<-{documents[0][0]}"):
             name, data, expands = documents.pop(0)
@@ -15580,6 +15582,8 @@ class Stage:
     """What a FROM begins: its name, its number, its base, its instructions."""
 
     def __init__(self, number, step, args):
+        import re
+
         words = [expand(step, at, text, args) for at, text in step.value]
         if len(words) not in (1, 3) or len(words) == 3 and words[1].lower() != "as":
             raise step.fail("FROM requires either one or three arguments",
@@ -15588,6 +15592,9 @@ class Stage:
             raise step.fail("base name should not be blank", "an ARG is empty", step.at)
         self.base, self.number = words[0], number
         self.name = words[2].lower() if len(words) == 3 else ""
+        if words[2:] and not re.fullmatch(r"[a-z][a-z0-9_.-]*", self.name):
+            raise step.fail(f"invalid name for build stage: {words[2]!r}", "a letter, "
+                            "then letters, digits, - _ and .; numbers are given", step.at)
         self.platform = next((expand(step, step.at, value, args)
                               for _, value in step.flags), None)
         self.steps = [step]

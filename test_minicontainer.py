@@ -8427,6 +8427,11 @@ def test_a_step_that_fails_is_shown_with_its_line_and_leaves_only_the_cache_befo
     ("FROM x y", "Dockerfile:1:6: FROM requires either one or three arguments"),
     ("ARG X\nFROM $X", "Dockerfile:2:6: base name should not be blank"),
     ("FROM ${X", "Dockerfile:1:8: syntax error: missing '}'"),
+    ("FROM x AS 1", "Dockerfile:1:6: invalid name for build stage: '1'"),
+    ("FROM x\nENV A=1 =b", "Dockerfile:2:9: ENV names can not be blank"),
+    ("FROM x\nLABEL =b", "Dockerfile:2:7: LABEL names can not be blank"),
+    ("FROM x\nARG =b", "Dockerfile:2:5: ARG names can not be blank"),
+    ('FROM x\nCMD ["a", 1]', "Dockerfile:2:5: arrays must be comprised of strings only"),
     ("FROM ${X/a}", "Dockerfile:1:11: syntax error: missing '/' in ${}"),
     ("FROM ${X^}", "Dockerfile:1:9: unsupported modifier (^) in substitution"),
     ("# escape=x\nFROM y", "Dockerfile:1:10: invalid escape token 'x'"),
@@ -8504,6 +8509,8 @@ def test_no_dockerfile_makes_a_traceback(seed):
     ("RUN mkdir /f.txt\nCOPY f.txt x.sh /\n", "cannot overwrite directory with non-directory"),
     ("COPY --chown=nobody f.txt /", "unable to find user nobody"),
     ("COPY --chmod=rwx f.txt /", "invalid chmod parameter: 'rwx'"),
+    ("COPY --chmod=40755 f.txt /", "invalid chmod parameter: '40755'"),
+    ("ADD --checksum=sha256:0 f.txt /", "checksum can't be specified for non-HTTP(S) sources"),
     ("COPY [a-.txt /", "syntax error in pattern '[a-.txt'"),
     ("COPY --link --chown=web f.txt /", "--chown=web is not possible with --link"),
     ("COPY --from=5 f.txt /", "invalid from flag value 5"),
@@ -8517,7 +8524,9 @@ def test_no_dockerfile_makes_a_traceback(seed):
     ("RUN --mount=type=cache,targte=/x true", "unexpected key 'targte'"),
     ("RUN --mount=type=cache,target=/x,mode=rwx true", "invalid mode of a mount: 'rwx'"),
     ("RUN nosuchcommand", "returned a non-zero code: 127"),
-    ('RUN ["/nosuch"]', "/nosuch"), ("EXPOSE x", "invalid containerPort: x"),
+    ('RUN ["/nosuch"]', "/nosuch"), ("EXPOSE x", "containerPort x: 'x'"),
+    ("EXPOSE 1-4000000000", "containerPort 1-4000000000"), ("EXPOSE 82-80", "containerPort 82-80"),
+    ("EXPOSE 80/foo", "invalid proto: foo"),
     ("STOPSIGNAL SIGNO", "SIGNO"), ("STOPSIGNAL 0", "invalid signal: 0"),
     ("HEALTHCHECK x", "Unknown type 'x' in HEALTHCHECK"),
     ("FROM scratch\nRUN true", "nothing to run in an empty image"),
@@ -8586,11 +8595,12 @@ def test_what_a_killed_build_has_left_is_pruned(base):
 
 
 def test_onbuild_keeps_the_here_documents_of_an_instruction():
-    text = "FROM x\nONBUILD run <<A cat \\\n  <<'B c'\n1\nA\nONBUILD COPY <<-C /\n\t\t2\n\tC\nONBUILD ENV A=1"
+    text = "FROM x\nONBUILD run <<A cat \\\n  <<'b-2'\n1\nA\n2\nb-2\nONBUILD COPY <<-C /\n\t\t2\n\tC\nONBUILD ENV A=1"
     kept = [step.value for step in m.Dockerfile("D", text).instructions[1:]]
-    assert kept == ["run <<A cat   <<'B c'\n1\nA", "COPY <<-C /\n2\nC", "ENV A=1"]
+    assert kept == ["run <<A cat   <<'b-2'\n1\nA\n2\nb-2", "COPY <<-C /\n2\nC", "ENV A=1"]
     again = [step for text in kept for step in m.Dockerfile("D", text).instructions]
-    assert [step.documents for step in again] == [[("A", "1\n", True)], [("C", "2\n", True)], []]
+    assert [step.documents for step in again] == [
+        [("A", "1\n", True), ("b-2", "2\n", False)], [("C", "2\n", True)], []]
 
 
 def test_what_the_command_line_gives_counts_as_it_is(monkeypatch):
