@@ -15950,8 +15950,9 @@ class Context:
         its own beside it."""
         if not self.tree:
             fd, text = os.open(self.path, O_PATH | O_DIRECTORY | O_CLOEXEC), ""
-            for name in (f"{self.file or f'{self.path}/Dockerfile'}.dockerignore",
-                         f"{self.path}/.dockerignore"):
+            file, inside = self.file or "Dockerfile", self.temporary or not self.file
+            for name in (f"{self.path}/{file}.dockerignore" if inside else
+                         f"{file}.dockerignore", f"{self.path}/.dockerignore"):
                 if os.path.isfile(name) and not text:
                     text = read_file(name)
             self.tree = Tree(fd, rules_of(text))

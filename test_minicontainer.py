@@ -8294,11 +8294,12 @@ def test_the_files_can_be_had_without_an_image(base, tmp_path):
 @root
 def test_the_context_may_be_a_tarball_or_standard_input(base, tmp_path):
     make_tar(tmp_path / "c.tgz", ("Dockerfile", b"FROM base\nCOPY f /f\n"), ("f", b"in a tar\n"),
-             ("other", b"FROM base\nCOPY f /g\n"), mode="w:gz")
+             ("other", b"FROM base\nCOPY f no* /g/\n"), ("no", b""),
+             ("other.dockerignore", b"no\n"), mode="w:gz")
     assert run(forked_mini("build", "-q", tmp_path / "c.tgz").strip(), "cat", "/f") == "in a tar\n"
     with open(tmp_path / "c.tgz") as file:
         id = forked_mini("build", "-q", "-f", "other", "-", stdin=file.fileno()).strip()
-    assert run(id, "cat", "/g") == "in a tar\n"
+    assert run(id, "/bin/sh", "-c", "cd /g; ls; cat f") == "f\nin a tar\n"
     for words in (["-"], ["-f", "-", base]):
         id = mini("build", "-q", *words, stdin="FROM base\nRUN echo 1 > /x\n").stdout.strip()
         assert run(id, "cat", "/x") == "1\n"
