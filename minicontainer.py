@@ -5039,8 +5039,8 @@ def signal_number(text):
     """The signal that a number or a name means; 0 asks whether there is a process."""
     name = text.upper().removeprefix("SIG")
     number = getattr(signal, f"SIG{name}", None)
-    if number is None or "_" in name:  # SIG_IGN and its like are none
-        number = {**{f"{n}": n for n in range(65)},  # systemd is stopped by RTMIN+3
+    if number is None or "_" in name:  # SIG_IGN and its like are none; what stops a
+        number = {**{f"{n}": n for n in range(65)},  # systemd is RTMIN+3
                   **{f"RTMIN+{n}": signal.SIGRTMIN + n for n in range(1, 16)},
                   **{f"RTMAX-{n}": signal.SIGRTMAX - n for n in range(1, 15)}}.get(name)
     if number is None:
@@ -13843,7 +13843,7 @@ def exec_form(step, at=None):
     except (ValueError, RecursionError):
         return None
     if not all(isinstance(word, str) for word in words or ()):
-        raise step.fail("arrays must be comprised of strings only", "quotes around each",
+        raise step.fail("arrays must be comprised of strings only", "quote each",
                         step.at if at is None else at)
     return words
 
@@ -14267,7 +14267,7 @@ class Tree:
 
     def find(self, step, at, text, wild=True):
         """(path, whether it is a directory) of each that a source of COPY means; with
-        wildcards that may be none: `yarn.lock*` is how a file that need not be is named.
+        wildcards that may be none: so a file is named that need not be, `yarn.lock*`.
         """
         path = os.path.normpath(f"/{text}")[1:]
         if not self.of_stage and ".." in text.split("/") and os.path.normpath(
@@ -15593,8 +15593,8 @@ class Stage:
         self.base, self.number = words[0], number
         self.name = words[2].lower() if len(words) == 3 else ""
         if words[2:] and not re.fullmatch(r"[a-z][a-z0-9_.-]*", self.name):
-            raise step.fail(f"invalid name for build stage: {words[2]!r}", "a letter, "
-                            "then letters, digits, - _ and .; numbers are given", step.at)
+            raise step.fail(f"invalid name for build stage: {words[2]!r}", "it "
+                            "begins with a letter; then also digits - _ .", step.at)
         self.platform = next((expand(step, step.at, value, args)
                               for _, value in step.flags), None)
         self.steps = [step]
