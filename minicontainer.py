@@ -5036,11 +5036,12 @@ def exec_command_oci(options):
 
 
 def signal_number(text):
-    """The signal that a number or a name means; 0 asks whether there is a process."""
+    """The signal that TERM, SIGTERM, RTMIN+3 or 15 means; 0 asks whether there is a
+    process."""
     name = text.upper().removeprefix("SIG")
     number = getattr(signal, f"SIG{name}", None)
-    if number is None or "_" in name:  # SIG_IGN and its like are none; what stops a
-        number = {**{f"{n}": n for n in range(65)},  # systemd is RTMIN+3
+    if number is None or "_" in name:  # SIG_IGN and its like are none
+        number = {**{f"{n}": n for n in range(65)},
                   **{f"RTMIN+{n}": signal.SIGRTMIN + n for n in range(1, 16)},
                   **{f"RTMAX-{n}": signal.SIGRTMAX - n for n in range(1, 15)}}.get(name)
     if number is None:
