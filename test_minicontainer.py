@@ -8271,7 +8271,7 @@ def test_an_image_that_is_here_is_fetched_again_only_if_that_is_asked_for(base):
 
 @root
 def test_onbuild_is_done_by_whoever_builds_on_it(base):
-    build(base, "ONBUILD COPY f.txt /f\nONBUILD RUN cat /f > /g\nONBUILD ENV O=1", "-t", "parent")
+    build(base, "ONBUILD COPY f.txt /f\nONBUILD RUN <<EOF\ncat /f > /g\nEOF\nONBUILD ENV O=1", "-t", "parent")
     image = m.find_image(build(base, "FROM parent\nCMD x"))
     assert "OnBuild" not in image.settings and "O=1" in image.settings["Env"]
     assert run(image.id, "cat", "/g") == "f\n"
