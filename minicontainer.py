@@ -13826,8 +13826,8 @@ class Instruction:
         import re
 
         announces = re.match(r"(ONBUILD\s+)?(RUN|COPY|ADD)\s", self.whole, re.I)
-        for _, word in self.words() if announces else ():
-            if match := re.fullmatch(r"\d*<<(-?)(['\"]?)([^<\s'\"]+)\2", word):
+        for _, word in self.words() if announces else ():  # but $((1 <<2)) is a number
+            if match := re.fullmatch(r"\d*<<(-?)(['\"]?)([^<()\s'\"]+)\2", word):
                 yield match[3], bool(match[1]), not match[2]
 
 

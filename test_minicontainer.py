@@ -8596,9 +8596,9 @@ def test_what_a_killed_build_has_left_is_pruned(base):
 
 
 def test_onbuild_keeps_the_here_documents_of_an_instruction():
-    text = "FROM x\nONBUILD run <<A cat \\\n  <<'b-2'\n1\nA\n2\nb-2\nONBUILD COPY <<-C /\n\t\t2\n\tC\nONBUILD ENV A=1"
+    text = "FROM x\nONBUILD run <<A cat \\\n  <<'b-2'\n1\nA\n2\nb-2\nONBUILD COPY <<-C /\n\t\t2\n\tC\nONBUILD RUN $((1 <<2))"
     kept = [step.value for step in m.Dockerfile("D", text).instructions[1:]]
-    assert kept == ["run <<A cat   <<'b-2'\n1\nA\n2\nb-2", "COPY <<-C /\n2\nC", "ENV A=1"]
+    assert kept == ["run <<A cat   <<'b-2'\n1\nA\n2\nb-2", "COPY <<-C /\n2\nC", "RUN $((1 <<2))"]
     again = [step for text in kept for step in m.Dockerfile("D", text).instructions]
     assert [step.documents for step in again] == [
         [("A", "1\n", True), ("b-2", "2\n", False)], [("C", "2\n", True)], []]
