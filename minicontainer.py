@@ -5036,12 +5036,14 @@ def exec_command_oci(options):
 
 
 def signal_number(text):
-    """The signal that a number or a name means; 0 asks whether there is a process."""
-    name = text.upper()
-    number = getattr(signal, f"SIG{name.removeprefix('SIG')}", None)
-    number = None if "_" in name else number  # SIG_IGN and its like are none
-    if number is None and name.isdecimal() and int(name) <= 64:
-        number = int(name)
+    """The signal that TERM, SIGTERM, RTMIN+3 or 15 means; 0 asks whether there is a
+    process."""
+    name = text.upper().removeprefix("SIG")
+    number = getattr(signal, f"SIG{name}", None)
+    if number is None or "_" in name:  # SIG_IGN and its like are none
+        number = {**{f"{n}": n for n in range(65)},
+                  **{f"RTMIN+{n}": signal.SIGRTMIN + n for n in range(1, 16)},
+                  **{f"RTMAX-{n}": signal.SIGRTMAX - n for n in range(1, 15)}}.get(name)
     if number is None:
         raise Fail(f"unknown signal {text!r}", "a name or a number, see `kill -l`")
     return number
@@ -13937,11 +13939,12 @@ class Instruction:
 
     def documents_named(self):
         """(name, whether tabs go, whether it is expanded) of each here-document that
-        the text announces."""
+        the text announces; ONBUILD may keep an instruction that has some."""
         import re
 
-        for _, word in self.words():
-            if match := re.fullmatch(r"\d*<<(-?)(['\"]?)([A-Za-z_][\w.]*)\2", word):
+        announces = re.match(r"(ONBUILD\s+)?(RUN|COPY|ADD)\s", self.whole, re.I)
+        for _, word in self.words() if announces else ():  # but $((1 <<2)) is a number
+            if match := re.fullmatch(r"\d*<<(-?)(['\"]?)([^<()\s'\"]+)\2", word):
                 yield match[3], bool(match[1]), not match[2]
 
 
@@ -13957,8 +13960,10 @@ def exec_form(step, at=None):
         words = from_json(text) if text.startswith("[") else None
     except (ValueError, RecursionError):
         return None
-    return words if isinstance(words, list) and all(
-        isinstance(word, str) for word in words) else None
+    if not all(isinstance(word, str) for word in words or ()):
+        raise step.fail("arrays must be comprised of strings only", "quote each",
+                        step.at if at is None else at)
+    return words
 
 
 def understand(step):
@@ -14005,19 +14010,19 @@ def as_pairs(step):
     """Form: (where, name, value) each of NAME=VALUE …, or of the older NAME VALUE; for
     ARG just a NAME is fine, and has no value."""
     words = step.words()
-    if step.name == "ARG":
-        return [(at, name, value if equals else None) for at, word in words
-                for name, equals, value in [word.partition("=")]]
-    if "=" not in words[0][1]:
+    if step.name != "ARG" and "=" not in words[0][1]:
         at, name = words[0]
         if len(words) == 1:
             raise step.fail(f"{step.name} must have two arguments", f"{name}=VALUE", at)
         return [(at, name, step.whole[words[1][0]:].strip())]
     for at, word in words:
-        if "=" not in word:
+        if word.startswith("="):
+            raise step.fail(f"{step.name} names can not be blank", "NAME=VALUE", at)
+        if "=" not in word and step.name != "ARG":
             raise step.fail(f"Syntax error - can't find = in {word!r}. Must be of the "
                             "form: name=value", "quotes keep spaces together", at)
-    return [(at, *word.partition("=")[::2]) for at, word in words]
+    return [(at, name, value if equals else None) for at, word in words
+            for name, equals, value in [word.partition("=")]]
 
 
 def as_trigger(step):
@@ -14029,7 +14034,7 @@ def as_trigger(step):
         raise step.fail(f"unknown instruction: {name}", "", step.at)
     understand(Instruction(step.file, step.text, [
         (at - step.at, line, column) for at, line, column in step.spots]))
-    return step.text
+    return step.text + "".join(f"\n{text}{name}" for name, text, _ in step.documents)
 
 
 class Dockerfile:
@@ -14079,9 +14084,8 @@ class Dockerfile:
                 raise step.fail(f"unknown instruction: {step.name}",
                                 f"do you mean {near[0]}?" if near else
                                 f"known are {' '.join(INSTRUCTIONS)}")
-            if step.name in ("RUN", "COPY", "ADD"):
-                step.documents = [self.document(step, *named)
-                                  for named in step.documents_named()]
+            step.documents = [self.document(step, *named)
+                              for named in step.documents_named()]
             understand(step)
             yield step
 
@@ -14135,8 +14139,9 @@ class Dockerfile:
 class Expansion:
     """A word as Docker reads it: quotes and escapes go, variables become values."""
 
-    def __init__(self, text, known, escape):
+    def __init__(self, text, known, escape, quotes=True):
         self.text, self.known, self.escape, self.at = text, known, escape, 0
+        self.quotes = quotes  # whether they are anything special
 
     def take(self):
         """The next character; "" at the end."""
@@ -14147,24 +14152,27 @@ class Expansion:
         """The same, without taking it."""
         return self.text[self.at:self.at + 1]
 
-    def word(self, stop=""):
-        """What it means up to a character of `stop` that is in no quotes."""
+    def word(self, stop="", pattern=False):
+        """What it means up to a character of `stop` that is in no quotes.  In a pattern
+        escapes stay: they tell \\* from a wildcard."""
         found = []
         while (letter := self.ahead()) and letter not in stop:
             self.take()
-            if letter == "'":
+            if letter == "'" and self.quotes:
                 end = self.text.find("'", self.at)
                 if end < 0:
                     raise ValueError("unexpected end of statement while looking for "
                                      "matching single-quote")
                 found.append(self.text[self.at:end])
                 self.at = end + 1
-            elif letter == '"':
+            elif letter == '"' and self.quotes:
                 found.append(self.in_quotes())
             elif letter == "$":
                 found.append(self.variable())
+            elif letter == self.escape:
+                found.append("\\" * pattern + self.take())
             else:
-                found.append(self.take() if letter == self.escape else letter)
+                found.append(letter)
         return "".join(found)
 
     def in_quotes(self):
@@ -14210,10 +14218,10 @@ class Expansion:
             raise ValueError("syntax error: missing '}'")
         if sign not in ("+", "-", "?", "#", "##", "%", "%%", "/", "//"):
             raise ValueError(f"unsupported modifier ({sign}) in substitution")
-        word = self.word("/}" if sign[0] == "/" else "}")
-        other = self.word("}") if sign[0] == "/" and self.take() == "/" else ""
-        if sign[0] == "/" and self.text[self.at - 1] == "}":
-            self.at -= 1
+        word = self.word("/" if sign[0] == "/" else "}", sign[0] in "#%/")
+        if sign[0] == "/" and not self.take():
+            raise ValueError("syntax error: missing '/' in ${}")
+        other = self.word("}") if sign[0] == "/" else ""
         if self.take() != "}":
             raise ValueError("syntax error: missing '}'")
         if sign == "?" and value is None:
@@ -14242,23 +14250,16 @@ class Expansion:
                      if re.fullmatch(pattern, value[end:])), value)
 
 
-def expand(step, at, text, known, documents=False):
-    """What a text that stands at a place of an instruction means, with variables."""
-    expansion = Expansion(text, known, step.file.escape)
+def expand(step, at, text, known, document=False):
+    """What a text that stands at a place of an instruction means, with variables.  In a
+    here-document quotes are nothing special, and \\ escapes whatever the file says."""
+    expansion = Expansion(text, known, "\\" if document else step.file.escape,
+                          not document)
     try:
-        if not documents:
-            return expansion.word()
-        found = []  # in a here-document quotes are nothing special
-        while letter := expansion.take():
-            if letter == step.file.escape and expansion.ahead() in ("$", letter):
-                letter = expansion.take()
-            elif letter == "$":
-                letter = expansion.variable()
-            found.append(letter)
-        return "".join(found)
+        return expansion.word()
     except ValueError as error:
         raise step.fail(f"{error}", "quotes, or an escape, make a character itself",
-                        at + min(expansion.at, len(text)) - 1 if not documents else at
+                        at + min(expansion.at, len(text)) - 1 if not document else at
                         ) from None
 
 
@@ -14382,14 +14383,16 @@ class Tree:
         return syscall("openat2", self.fd, path.lstrip("/") or ".", how,
                        sizeof(how), why="what is to be copied")
 
-    def find(self, step, at, text):
-        """(path, whether it is a directory) of each that a source of COPY means."""
+    def find(self, step, at, text, wild=True):
+        """(path, whether it is a directory) of each that a source of COPY means; with
+        wildcards that may be none: so a file is named that need not be, `yarn.lock*`.
+        """
         path = os.path.normpath(f"/{text}")[1:]
         if not self.of_stage and ".." in text.split("/") and os.path.normpath(
                 text.lstrip("/")).startswith(".."):
             raise self.outside(step, at, text)
-        found = sorted(self.matching("", path.split("/"))) if has_wildcard(path) else [
-            path]
+        wild = wild and has_wildcard(path)
+        found = sorted(self.matching("", path.split("/"))) if wild else [path]
         there = []
         for one in found:
             try:
@@ -14403,7 +14406,7 @@ class Tree:
                     whole_ and any(entry.name != "." for entry in self.entries(one))):
                 there.append((one, whole_))
             os.close(fd)
-        if not there:
+        if not there and not wild:
             where = "stage" if self.of_stage else "build context or excluded by " \
                 ".dockerignore"
             raise step.fail(f"{step.name} failed: file not found in {where}: stat "
@@ -14660,7 +14663,7 @@ def mode_change(text):
     changes it as chmod(1) does with a umask of 022; None if it is neither."""
     import re
 
-    if re.fullmatch("[0-7]{1,5}", text):
+    if re.fullmatch("0*[0-7]{1,4}", text):
         return lambda mode: int(text, 8)
     clauses = []
     for clause in text.split(","):
@@ -15185,7 +15188,7 @@ class Mounts:
     def item(self, words):
         """What a bind shows."""
         tree = self.worker.tree(self.step, words.get("from"))
-        found = tree.find(self.step, self.step.at, words.get("source", "."))
+        found = tree.find(self.step, self.step.at, words.get("source", "."), wild=False)
         return tree_item(tree, *found[0])
 
     def digests(self):
@@ -15451,13 +15454,13 @@ def set_command(w, step):
 @instruction("MAINTAINER", as_one)
 def set_word(w, step):
     """As whom what follows runs, and the image; what `stop` sends; who made it."""
-    word = w.words(step)[0]
-    if step.name == "MAINTAINER":
-        w.state.config["author"] = word
-    elif step.name == "STOPSIGNAL" and signal_number(word):
-        w.set("StopSignal", word)
+    if step.name == "MAINTAINER":  # a name, like O'Reilly, in which nothing is special
+        w.state.config["author"] = word = step.text
     else:
-        w.set("User", word)
+        word = w.words(step)[0]
+        if step.name == "STOPSIGNAL" and not signal_number(word):
+            raise step.fail(f"invalid signal: {word}", "0 is none", step.at)
+        w.set({"USER": "User", "STOPSIGNAL": "StopSignal"}[step.name], word)
     w.say_that(step, word)
 
 
@@ -15466,14 +15469,11 @@ def expose(w, step):
     """Say at which ports it listens."""
     ports = dict(w.state.settings.get("ExposedPorts") or {})
     for word in " ".join(w.words(step)).split():
-        try:
-            span, _, kind = word.partition("/")
-            first, _, last = span.partition("-")
-            for port in range(int(first), int(last or first) + 1):
-                ports[f"{port}/{kind.lower() or 'tcp'}"] = {}
-        except ValueError:
-            raise step.fail(f"invalid containerPort: {word}", "80, 80/udp or 80-82",
-                            step.at) from None
+        span, _, kind = word.lower().partition("/")
+        if kind not in ("", "tcp", "udp", "sctp"):
+            raise step.fail(f"invalid proto: {kind}", "tcp, udp or sctp", step.at)
+        for port in port_range(span, f"containerPort {word}"):
+            ports[f"{port}/{kind or 'tcp'}"] = {}
     w.set("ExposedPorts", ports)
     w.say_that(step, " ".join(w.words(step)))
 
@@ -15624,14 +15624,16 @@ def remote_item(w, step, at, url):
 
 def items_of(w, step, sources):
     """The Items that the sources of a COPY or ADD mean."""
-    documents, items = {name: rest for name, *rest in step.documents}, []
+    documents, items = [*step.documents], []
     rules = rules_of("\n".join(w.word(step, step.at, value)
                                for name, value in step.flags if name == "exclude"))
     tree = None
+    if w.flag(step, "checksum") and (len(sources) > 1 or "://" not in sources[0][1]):
+        raise step.fail("checksum can't be specified for non-HTTP(S) sources",
+                        "it is that of one URL", step.whole.find("--checksum"))
     for at, text in sources:
-        if text.startswith("<<") and documents:
-            name = text.lstrip("<-").strip("'\"")
-            data, expands = documents[name]
+        if documents and text in (f"<<{documents[0][0]}", f"<<-{documents[0][0]}"):
+            name, data, expands = documents.pop(0)
             data = expand(step, at, data, w.known(), True) if expands else data
             items.append(Item(name, lambda data=data: [text_entry(data)]))
             continue
@@ -15698,6 +15700,8 @@ class Stage:
     """What a FROM begins: its name, its number, its base, its instructions."""
 
     def __init__(self, number, step, args):
+        import re
+
         words = [expand(step, at, text, args) for at, text in step.value]
         if len(words) not in (1, 3) or len(words) == 3 and words[1].lower() != "as":
             raise step.fail("FROM requires either one or three arguments",
@@ -15706,6 +15710,9 @@ class Stage:
             raise step.fail("base name should not be blank", "an ARG is empty", step.at)
         self.base, self.number = words[0], number
         self.name = words[2].lower() if len(words) == 3 else ""
+        if words[2:] and not re.fullmatch(r"[a-z][a-z0-9_.-]*", self.name):
+            raise step.fail(f"invalid name for build stage: {words[2]!r}", "it "
+                            "begins with a letter; then also digits - _ .", step.at)
         self.platform = next((expand(step, step.at, value, args)
                               for _, value in step.flags), None)
         self.steps = [step]
@@ -15722,12 +15729,12 @@ class Stage:
         return {stage.number for stage in found if stage}
 
 
-def given_pair(option, text):
-    """(name, value) of an option; without a value, the environment's."""
+def given_pair(option, text, unsaid):
+    """(name, value) of an option; without a value, what unsaid(name) gives."""
     name, equals, value = text.partition("=")
     if not name:
         raise Fail(f"{option} {text!r}: it has no name", "NAME=VALUE", 1)
-    return name, value if equals else os.environ.get(name, "")
+    return name, value if equals else unsaid(name)
 
 
 def secret_of(text):
@@ -15753,8 +15760,9 @@ class Build:
     def __init__(self, options, file, context, report):
         self.options, self.file, self.report = options, file, report
         self.context = context  # a function that opens it
-        self.given_args = dict(given_pair("--build-arg", text)
-                               for text in options.build_arg)
+        given = [given_pair("--build-arg", text, os.environ.get)
+                 for text in options.build_arg]  # what is nowhere was not given
+        self.given_args = {name: value for name, value in given if value is not None}
         self.secrets = dict(map(secret_of, options.secret))
         epoch = self.given_args.get("SOURCE_DATE_EPOCH",
                                     os.environ.get("SOURCE_DATE_EPOCH"))
@@ -15777,8 +15785,9 @@ class Build:
                 self.stages[-1].steps.append(step)
             elif step.name == "ARG":
                 for at, name, value in step.value:
-                    value = self.given_args.get(name, value)
-                    if value is not None:
+                    if name in self.given_args:  # a value that a shell has read
+                        self.args[name] = self.given_args[name]
+                    elif value is not None:
                         self.args[name] = expand(step, at, value, self.args)
             else:
                 raise step.fail("no build stage in current context",
@@ -15789,7 +15798,7 @@ class Build:
     def platform_args(self):
         """The variables that tell for what, and on what, is built."""
         ours, wanted = platform_of(), platform_of(self.options.platform)
-        found = {}
+        found = {"TARGETSTAGE": self.options.target or "default"}
         for name, parts in (("BUILD", ours), ("TARGET", wanted)):
             parts = [*parts, ""][:3]
             found |= {f"{name}PLATFORM": "/".join(filter(None, parts)),
@@ -15798,10 +15807,11 @@ class Build:
         return found
 
     def proxies(self):
-        """Those of --build-arg that need no ARG and are in no history."""
+        """Those of --build-arg that need no ARG and are in no history, in both of the
+        spellings that programs look for."""
         known = [f"{kind}_proxy" for kind in ("http", "https", "ftp", "no", "all")]
-        return {name: value for name, value in self.given_args.items()
-                if name.lower() in known}
+        return {spelt: value for name, value in self.given_args.items()
+                if name.lower() in known for spelt in (name.lower(), name.upper())}
 
     def warn_of_args(self):
         """Say which --build-arg nobody asked for."""
@@ -15939,7 +15949,8 @@ class Build:
 
     def finish(self, state, refs):
         """Make an image of a State; its id."""
-        labels = dict(given_pair("--label", text) for text in self.options.label)
+        labels = dict(given_pair("--label", text, lambda _: "")
+                      for text in self.options.label)
         if labels:
             old = state.settings.get("Labels") or {}
             state.settings["Labels"] = {**old, **labels}
@@ -16048,8 +16059,9 @@ class Context:
         its own beside it."""
         if not self.tree:
             fd, text = os.open(self.path, O_PATH | O_DIRECTORY | O_CLOEXEC), ""
-            for name in (f"{self.file or f'{self.path}/Dockerfile'}.dockerignore",
-                         f"{self.path}/.dockerignore"):
+            file, inside = self.file or "Dockerfile", self.temporary or not self.file
+            for name in (f"{self.path}/{file}.dockerignore" if inside else
+                         f"{file}.dockerignore", f"{self.path}/.dockerignore"):
                 if os.path.isfile(name) and not text:
                     text = read_file(name)
             self.tree = Tree(fd, rules_of(text))

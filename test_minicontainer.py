@@ -7960,7 +7960,7 @@ SAME = {
     "EXPOSE": "EXPOSE 80 53/udp\nEXPOSE 443/tcp",
     "LABEL": "LABEL a=1 \"b c\"=\"d e\" f='g'\nLABEL base=2",
     "STOPSIGNAL": "STOPSIGNAL SIGINT",
-    "MAINTAINER": "MAINTAINER Some One <some@one>",
+    "MAINTAINER": "MAINTAINER Some $One O'Reilly <some@one>",
     "USER": "USER web:staff",
     "RUN is as the user": "USER web\nRUN id -u > /tmp/u; id -g >> /tmp/u",
     "HEALTHCHECK": "HEALTHCHECK --interval=5s --timeout=3s --retries=2 --start-period=1s CMD true $A",
@@ -8154,6 +8154,12 @@ OURS = {
     "a here-document is a file": ("COPY <<EOF <<'RAW' /d/\n$BASE \\$x \"q\"\nEOF\n$BASE\nRAW",
         {"d/EOF": ("0o100644", 0, 0, 'base $x "q"\n'), "d/RAW": ("0o100644", 0, 0, "$BASE\n"),
          "d": ("0o40755", 0, 0, "")}),
+    "a here-document has no quotes, and the one escape": ("# escape=`\nFROM base\n"
+        "COPY <<EOF /d\n${x:-it's} `$BASE\\n\\\"\\$BASE\\\nEOF",
+        {"d": ("0o100644", 0, 0, "it's `basen\"$BASE\n")}),
+    "here-documents have any names": ("COPY <<my-conf.d <<-'--x' /d/\na\nmy-conf.d\n\t$A\n--x", {
+        "d": ("0o40755", 0, 0, ""), "d/my-conf.d": ("0o100644", 0, 0, "a\n"),
+        "d/--x": ("0o100644", 0, 0, "$A\n")}),
     "a here-document loses its tabs": ("COPY <<-EOF /d\n\t\ta\n\tEOF",
                                        {"d": ("0o100644", 0, 0, "a\n")}),
     "a here-document is a script": ("RUN <<EOF\nx=1\necho $x $BASE > /d\nEOF",
@@ -8172,6 +8178,8 @@ OURS = {
     "--parents with any depth": ("COPY --parents **/d.txt /", {
         "sub": ("0o40755", 0, 0, ""), "sub/deep": ("0o40755", 0, 0, ""),
         "sub/deep/d.txt": ("0o100604", 0, 0, "d\n")}),
+    "a wildcard may match nothing (buildah refuses that)": ("COPY f.txt n*such /d/\nCOPY n*such /n",
+        {"d": ("0o40755", 0, 0, ""), "d/f.txt": ("0o100644", 0, 0, "f\n")}),
     "--exclude": ("COPY --exclude=deep --exclude=*.md sub *.md /d/", {
         "d": ("0o40755", 0, 0, ""), "d/s.txt": ("0o100644", 0, 0, "s\n")}),
     "--link": ("COPY --link f.txt /d/e", {"d": ("0o40755", 0, 0, ""),
@@ -8225,11 +8233,12 @@ def test_what_is_built_is_as_docker_has_it(case, base, tmp_path):
 @root
 def test_a_config_that_buildah_writes_otherwise_is_as_dockers(base):
     text = ('# escape=`\nFROM base\nSHELL ["/bin/sh", "-ec"]\nCMD echo x\nENV P=c:\\dir\n'
-            'VOLUME ["/c d"]')
+            'VOLUME ["/c d"]\nSTOPSIGNAL SIGRTMIN+3')
     said = m.find_image(build(base, text)).settings
     assert m.find_image(build(base, "ENTRYPOINT []\nCMD []")).settings["Cmd"] == []
     assert said["Cmd"] == ["/bin/sh", "-ec", "echo x"] and said["Env"][-1] == "P=c:\\dir"
     assert said["Volumes"] == {"/c d": {}} and said["Labels"]["kept"] == "1"
+    assert said["StopSignal"] == "SIGRTMIN+3"
 
 
 @root
@@ -8400,7 +8409,7 @@ def test_an_image_that_is_here_is_fetched_again_only_if_that_is_asked_for(base):
 
 @root
 def test_onbuild_is_done_by_whoever_builds_on_it(base):
-    build(base, "ONBUILD COPY f.txt /f\nONBUILD RUN cat /f > /g\nONBUILD ENV O=1", "-t", "parent")
+    build(base, "ONBUILD COPY f.txt /f\nONBUILD RUN <<EOF\ncat /f > /g\nEOF\nONBUILD ENV O=1", "-t", "parent")
     image = m.find_image(build(base, "FROM parent\nCMD x"))
     assert "OnBuild" not in image.settings and "O=1" in image.settings["Env"]
     assert run(image.id, "cat", "/g") == "f\n"
@@ -8423,11 +8432,12 @@ def test_the_files_can_be_had_without_an_image(base, tmp_path):
 @root
 def test_the_context_may_be_a_tarball_or_standard_input(base, tmp_path):
     make_tar(tmp_path / "c.tgz", ("Dockerfile", b"FROM base\nCOPY f /f\n"), ("f", b"in a tar\n"),
-             ("other", b"FROM base\nCOPY f /g\n"), mode="w:gz")
+             ("other", b"FROM base\nCOPY f no* /g/\n"), ("no", b""),
+             ("other.dockerignore", b"no\n"), mode="w:gz")
     assert run(forked_mini("build", "-q", tmp_path / "c.tgz").strip(), "cat", "/f") == "in a tar\n"
     with open(tmp_path / "c.tgz") as file:
         id = forked_mini("build", "-q", "-f", "other", "-", stdin=file.fileno()).strip()
-    assert run(id, "cat", "/g") == "in a tar\n"
+    assert run(id, "/bin/sh", "-c", "cd /g; ls; cat f") == "f\nin a tar\n"
     for words in (["-"], ["-f", "-", base]):
         id = mini("build", "-q", *words, stdin="FROM base\nRUN echo 1 > /x\n").stdout.strip()
         assert run(id, "cat", "/x") == "1\n"
@@ -8556,6 +8566,12 @@ def test_a_step_that_fails_is_shown_with_its_line_and_leaves_only_the_cache_befo
     ("FROM x y", "Dockerfile:1:6: FROM requires either one or three arguments"),
     ("ARG X\nFROM $X", "Dockerfile:2:6: base name should not be blank"),
     ("FROM ${X", "Dockerfile:1:8: syntax error: missing '}'"),
+    ("FROM x AS 1", "Dockerfile:1:6: invalid name for build stage: '1'"),
+    ("FROM x\nENV A=1 =b", "Dockerfile:2:9: ENV names can not be blank"),
+    ("FROM x\nLABEL =b", "Dockerfile:2:7: LABEL names can not be blank"),
+    ("FROM x\nARG =b", "Dockerfile:2:5: ARG names can not be blank"),
+    ('FROM x\nCMD ["a", 1]', "Dockerfile:2:5: arrays must be comprised of strings only"),
+    ("FROM ${X/a}", "Dockerfile:1:11: syntax error: missing '/' in ${}"),
     ("FROM ${X^}", "Dockerfile:1:9: unsupported modifier (^) in substitution"),
     ("# escape=x\nFROM y", "Dockerfile:1:10: invalid escape token 'x'"),
     ("FROM x\nSHELL sh -c", "Dockerfile:2:7: SHELL requires the arguments to be in JSON form"),
@@ -8574,6 +8590,15 @@ def test_what_is_wrong_in_a_dockerfile_is_shown_where_it_is(text, said):
         assert caught.value.message.splitlines()[2].index("^") == 9 + column - 1
 
 
+def test_a_signal_has_a_name_or_a_number():
+    for text, number in (("term", 15), ("SIGKILL", 9), ("0", 0), ("64", 64), ("SIGRTMIN", 34),
+                         ("SIGRTMIN+3", 37), ("rtmax-14", 50), ("RTMAX", 64)):
+        assert m.signal_number(text) == number
+    for text in ("", "SIG", "SIG_IGN", "65", "-1", "9" * 5000, "RTMIN+16", "RTMAX+1", "RTMIN3"):
+        with pytest.raises(m.Fail, match="unknown signal"):
+            m.signal_number(text)
+
+
 @pytest.mark.parametrize("text, value", [
     ("$a", "A"), ("${a}b", "Ab"), ("$ab", ""), ("'$a'", "$a"), ('"$a"', "A"), (r"\$a", "$a"),
     ("${n:-d}", "d"), ("${e:-d}", "d"), ("${e-d}", ""), ("${n-d}", "d"), ("${a:+d}", "d"),
@@ -8581,9 +8606,12 @@ def test_what_is_wrong_in_a_dockerfile_is_shown_where_it_is(text, said):
     ("${p#*/}", "b/c.x.y"), ("${p##*/}", "c.x.y"), ("${p%.*}", "a/b/c.x"), ("${p%%.*}", "a/b/c"),
     ("${p/b/B}", "a/B/c.x.y"), ("${p//\\//_}", "a_b_c.x.y"), ("${p/?\\//}", "b/c.x.y"),
     ("${p#z}", "a/b/c.x.y"), ("$", "$"), ("a$", "a$"), ("$1", ""), ("a\\ b", "a b"),
+    ("${s/\\*/x}", "axb*\\"), ("${s//\\*/x}", "axbx\\"), ("${s#a\\*}", "b*\\"), ("${s%\\\\}", "a*b*"),
+    ("${s%\\?*}", "a*b*\\"), ("${s/\\*b*/$a\\}}", "aA}"), ("${s#${n:-\\a\\*}}", "*b*\\"),
+    ("${a/A/${p}}b", "a/b/c.x.yb"), ("${a/A/}b", "b"), ("${a//}/}", "A"),
     ('"a\\b"', "a\\b"), ("'a''b'", "ab"), ("${n:-'}'}", "}"), ("x${a}${e}$a", "xAA")])
 def test_a_variable_is_expanded_as_docker_does_it(text, value):
-    known = {"a": "A", "e": "", "p": "a/b/c.x.y"}
+    known = {"a": "A", "e": "", "p": "a/b/c.x.y", "s": "a*b*\\"}
     assert m.Expansion(text, known, "\\").word() == value
 
 
@@ -8607,7 +8635,7 @@ def test_no_dockerfile_makes_a_traceback(seed):
 @root
 @pytest.mark.parametrize("text, words", [
     ("COPY nosuch /", "file not found in build context or excluded by .dockerignore"),
-    ("COPY n*such /", "file not found in build context"),
+    ("RUN --mount=source=n*such,target=/x true", "file not found in build context"),
     ("COPY ../Dockerfile /", "forbidden path outside the build context: ../Dockerfile"),
     ("COPY links/../../Dockerfile /", "forbidden path outside the build context"),
     ("COPY out /", "forbidden path outside the build context: out"),
@@ -8620,6 +8648,8 @@ def test_no_dockerfile_makes_a_traceback(seed):
     ("RUN mkdir /f.txt\nCOPY f.txt x.sh /\n", "cannot overwrite directory with non-directory"),
     ("COPY --chown=nobody f.txt /", "unable to find user nobody"),
     ("COPY --chmod=rwx f.txt /", "invalid chmod parameter: 'rwx'"),
+    ("COPY --chmod=40755 f.txt /", "invalid chmod parameter: '40755'"),
+    ("ADD --checksum=sha256:0 f.txt /", "checksum can't be specified for non-HTTP(S) sources"),
     ("COPY [a-.txt /", "syntax error in pattern '[a-.txt'"),
     ("COPY --link --chown=web f.txt /", "--chown=web is not possible with --link"),
     ("COPY --from=5 f.txt /", "invalid from flag value 5"),
@@ -8633,8 +8663,11 @@ def test_no_dockerfile_makes_a_traceback(seed):
     ("RUN --mount=type=cache,targte=/x true", "unexpected key 'targte'"),
     ("RUN --mount=type=cache,target=/x,mode=rwx true", "invalid mode of a mount: 'rwx'"),
     ("RUN nosuchcommand", "returned a non-zero code: 127"),
-    ('RUN ["/nosuch"]', "/nosuch"), ("EXPOSE x", "invalid containerPort: x"),
-    ("STOPSIGNAL SIGNO", "SIGNO"), ("HEALTHCHECK x", "Unknown type 'x' in HEALTHCHECK"),
+    ('RUN ["/nosuch"]', "/nosuch"), ("EXPOSE x", "containerPort x: 'x'"),
+    ("EXPOSE 1-4000000000", "containerPort 1-4000000000"), ("EXPOSE 82-80", "containerPort 82-80"),
+    ("EXPOSE 80/foo", "invalid proto: foo"),
+    ("STOPSIGNAL SIGNO", "SIGNO"), ("STOPSIGNAL 0", "invalid signal: 0"),
+    ("HEALTHCHECK x", "Unknown type 'x' in HEALTHCHECK"),
     ("FROM scratch\nRUN true", "nothing to run in an empty image"),
     ("FROM a.b/no/such\n", "a.b")])
 def test_what_cannot_be_done_is_refused_with_its_line_shown(text, words, base):
@@ -8700,11 +8733,36 @@ def test_what_a_killed_build_has_left_is_pruned(base):
     assert told(base, "COPY f.txt /f\nRUN true").count("CACHED") == 1
 
 
+def test_onbuild_keeps_the_here_documents_of_an_instruction():
+    text = "FROM x\nONBUILD run <<A cat \\\n  <<'b-2'\n1\nA\n2\nb-2\nONBUILD COPY <<-C /\n\t\t2\n\tC\nONBUILD RUN $((1 <<2))"
+    kept = [step.value for step in m.Dockerfile("D", text).instructions[1:]]
+    assert kept == ["run <<A cat   <<'b-2'\n1\nA\n2\nb-2", "COPY <<-C /\n2\nC", "RUN $((1 <<2))"]
+    again = [step for text in kept for step in m.Dockerfile("D", text).instructions]
+    assert [step.documents for step in again] == [
+        [("A", "1\n", True), ("b-2", "2\n", False)], [("C", "2\n", True)], []]
+
+
+def test_what_the_command_line_gives_counts_as_it_is(monkeypatch):
+    monkeypatch.setenv("HERE", "of the environment")
+    monkeypatch.delenv("NOWHERE", raising=False)
+    text = ("ARG HERE=1\nARG NOWHERE=2\nARG Q=3\nARG LEFT=4\nFROM scratch\n"
+            "ARG HERE\nARG NOWHERE\nARG Q\nARG LEFT\nARG TARGETSTAGE\nFROM scratch AS last")
+    words = "--build-arg HERE --build-arg NOWHERE --build-arg Q=a'$HERE --target".split()
+    build = m.Build(m.parse("build", [*words, "last", "."])[1], m.Dockerfile("D", text), None, None)
+    worker = m.Worker(build, build.stages[0], m.State())
+    for step in build.stages[0].steps[1:]:
+        m.name_argument(worker, step)
+    assert worker.known() == {"HERE": "of the environment", "NOWHERE": "2", "Q": "a'$HERE",
+                              "LEFT": "4", "TARGETSTAGE": "last"}
+    assert m.given_pair("--label", "HERE", lambda _: "") == ("HERE", "")
+
+
 @root
 def test_a_proxy_is_known_to_run_and_to_nobody_else(base):
     secret = "http://user:word@proxy"
-    said = told(base, "RUN echo $http_proxy", "--build-arg", f"http_proxy={secret}", "-t", "x")
-    assert f"\n{secret}\n" in said and "not consumed" not in said
+    said = told(base, "RUN echo $http_proxy $HTTP_PROXY", "--build-arg", f"http_proxy={secret}",
+                "-t", "x")
+    assert f"\n{secret} {secret}\n" in said and "not consumed" not in said
     assert "word" not in json.dumps(m.find_image("x").config)
 
 
