@@ -15556,8 +15556,8 @@ def copy_(w, step):
     words = [f"--{name}={w.flag(step, name)}" for name in dict(step.flags)
              if name != "exclude"]
     text = " ".join([step.name, *words, *(text for _, text in sources), target])
-    content = {f"{number}: {item.name}" if len(items) > 1 else item.name or ".":
-               item.digest() for number, item in enumerate(items, 1)}
+    content = {f"source {number}, {item.name or '.'},": item.digest()
+               for number, item in enumerate(items, 1)}
     return w.change(text, content, lambda: with_files(
         w.state, copying.write, w.build.epoch, alone), alone)
 
