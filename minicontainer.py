@@ -15232,16 +15232,18 @@ class Worker:
         self.state.history.append(entry)
 
     def say_that(self, step, meaning):
-        """End a step that changes the config and no file."""
-        text = f"{step.name} {meaning}"
-        self.state.key = digest_of({"parent": self.state.key, "instruction": text})
-        self.note(text)
+        """End a step that changes the config and no file.  The key has what the config
+        has become: in the history's words, ENV A="1 B=2" and ENV A=1 B=2 are one."""
+        state = self.state
+        state.key = digest_of([state.key, state.config, state.settings])
+        self.note(f"{step.name} {meaning}")
 
-    def change(self, text, parts, make, alone=False):
+    def change(self, words, parts, make, alone=False):
         """Take the step's layer from the cache, or from what make() leaves; one that
         stands `alone` is the same whatever is below it."""
         build, parent = self.build, "" if alone else self.state.key
-        parts = {"parent": parent, "instruction": text, **parts}
+        parts = {"parent": parent, "instruction": f"{words[0]} {to_json(words[1:])}",
+                 **parts}
         if build.epoch is not None:
             parts["epoch"] = build.epoch
         key = digest_of(parts)
@@ -15255,7 +15257,7 @@ class Worker:
             save(store("steps", f"{key}.json"), {
                 "parts": parts, "layer": layer, "seen": layer and seen_of(layer)})
         self.state.key = digest_of([self.state.key, key]) if alone else key
-        self.note(text, layer, key)
+        self.note(" ".join(words), layer, key)
         size_ = f", {decimal(layer[2])}" if layer else ""
         return "CACHED" if found else f"{time.monotonic() - began:.1f}s{size_}"
 
@@ -15401,7 +15403,7 @@ def set_workdir(w, step):
     """Where what follows happens; a directory of root's is made if there is none."""
     path = w.path(w.words(step)[0]).rstrip("/") or "/"
     w.set("WorkingDir", path)
-    return w.change(f"WORKDIR {path}", {}, lambda: with_files(
+    return w.change(["WORKDIR", path], {}, lambda: with_files(
         w.state, lambda c: os.close(make_way(c, path)), w.build.epoch))
 
 
@@ -15469,13 +15471,12 @@ def run_step(w, step):
         args, script = run_documents(w, step)
     env = w.state.env()
     used = {name: value for name, value in w.args.items() if name not in env}
-    names = " ".join(f"{name}={value}" for name, value in used.items())
-    text = " ".join(["RUN", *[f"|{len(used)} {names}"] * bool(used), *args])
+    seen = [f"|{len(used)}", *(f"{name}={value}" for name, value in used.items())]
     options.like = {"cwd": w.state.settings.get("WorkingDir") or "/", "env": [
         f"{name}={value}" for name, value in {
             "PATH": DEFAULT_PATH, **w.build.proxies(), **used, **env}.items()],
         "user": {"username": w.state.settings.get("User") or ""}}
-    return w.change(text, {
+    return w.change(["RUN", *seen * bool(used), *args], {
         **mounts.digests(), "the network": options.network, "the here-document": script,
         "the mounts": [value for name, value in step.flags if name == "mount"]},
         lambda: layer_of_run(w, step, options, args, script, mounts))
@@ -15553,12 +15554,11 @@ def copy_(w, step):
         raise step.fail(f"When using {step.name} with more than one source file, the "
                         "destination must be a directory and end with a /", "", at)
     copying = Copying(items, target, owner, mode and mode_change(mode), parents)
-    words = [f"--{name}={w.flag(step, name)}" for name in dict(step.flags)
-             if name != "exclude"]
-    text = " ".join([step.name, *words, *(text for _, text in sources), target])
+    words = [step.name, *(f"--{name}={w.flag(step, name)}" for name in dict(step.flags)
+                          if name != "exclude"), *(text for _, text in sources), target]
     content = {f"source {number}, {item.name or '.'},": item.digest()
                for number, item in enumerate(items, 1)}
-    return w.change(text, content, lambda: with_files(
+    return w.change(words, content, lambda: with_files(
         w.state, copying.write, w.build.epoch, alone), alone)
 
 

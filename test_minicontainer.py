@@ -8135,7 +8135,11 @@ def test_a_step_is_done_again_only_if_something_of_it_differs(base):
 @pytest.mark.parametrize("one, other", [  # what is copied is called like a part of the key
     ("RUN echo 1 > /x\nCOPY e/parent /y\nRUN cat /x > /z",
      "RUN echo 2 > /x\nCOPY e/parent /y\nRUN cat /x > /z"),
-    ("COPY e/instruction /x", "COPY e/instruction /y")])
+    ("COPY e/instruction /x", "COPY e/instruction /y"),
+    # words are joined otherwise
+    ('ENV A="1 B=2"\nRUN echo $A > /x', "ENV A=1 B=2\nRUN echo $A > /x"),
+    ('ARG A="1 B=2" B=3\nRUN echo $A > /x', 'ARG A=1 B="2 B=3"\nRUN echo $A > /x'),
+    ('RUN ["touch", "/a b"]', 'RUN ["touch", "/a", "b"]')])
 def test_a_step_that_only_looks_like_another_is_not_taken_for_it(one, other, base):
     assert len({m.find_image(build(base, text)).diff_ids[-1] for text in (one, other)}) == 2
 
@@ -8205,7 +8209,7 @@ def test_a_cache_that_was_damaged_is_made_anew(base):
                  *(lambda text=text: write(f"{STORE}/steps/{name}", text, mode="wb") for text in (
                      b"", b"[]", b"\xff\0", record[:-40].encode(),
                      record.replace('"layer":', '"later":').encode(),
-                     record.replace("f.txt x.sh", "x.sh f.txt").encode()))):
+                     record.replace("f.txt", "x.txt").encode()))):
         build(base, text, "-t", "same")
         write(f"{STORE}/steps/{'0' * 32}.json", b"[]", mode="wb")  # another's, of no use
         harm()
