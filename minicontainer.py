@@ -14422,7 +14422,7 @@ def unpacked(descriptor, diff_id):
 
 
 class State:
-    """What a stage has come to: layers, config, history, and the key of the cache."""
+    """What a stage has come to: layers, config, history, variables, the cache's key."""
 
     def __init__(self, **known):
         self.layers = []  # (descriptor, diff_id, bytes of its files), bottom first
@@ -14430,6 +14430,7 @@ class State:
         self.settings = {}  # the part of it called "config": Env, Cmd …
         self.history = []
         self.key = ""
+        self.args = {}  # ARG: name and value; who begins with this stage has them too
         vars(self).update(known)
 
     def copy(self):
@@ -15164,14 +15165,13 @@ class Worker:
 
     def __init__(self, build, stage, state):
         self.build, self.stage, self.state = build, stage, state
-        self.args = {}  # ARG: name and value
         self.own_cmd = False  # whether CMD is this stage's own, not its base's
         self.missed = False  # whether the cache has no more to say
         self.opened = []  # Trees
 
     def known(self):
         """All variables; ENV is stronger than ARG."""
-        return {**self.args, **self.state.env()}
+        return {**self.state.args, **self.state.env()}
 
     def word(self, step, at, text):
         """What a word means."""
@@ -15297,7 +15297,7 @@ def name_argument(w, step):
             given = w.build.args.get(name) if default is None else (
                 w.word(step, at, default))
         if given is not None:
-            w.args[name] = given
+            w.state.args[name] = given
     w.note(f"ARG {step.text}")  # it is part of no key but those of RUN
 
 
@@ -15470,7 +15470,7 @@ def run_step(w, step):
     if step.documents and isinstance(step.value, str):
         args, script = run_documents(w, step)
     env = w.state.env()
-    used = {name: value for name, value in w.args.items() if name not in env}
+    used = {name: value for name, value in w.state.args.items() if name not in env}
     seen = [f"|{len(used)}", *(f"{name}={value}" for name, value in used.items())]
     options.like = {"cwd": w.state.settings.get("WorkingDir") or "/", "env": [
         f"{name}={value}" for name, value in {

@@ -7810,6 +7810,8 @@ SAME = {
     "ARG has a default": "ARG X=1\nARG Y\nENV A=$X B=-$Y-",
     "ENV is stronger than ARG": "ARG X=arg\nENV X=env\nRUN echo $X > /x",
     "RUN sees ARG": "ARG X=arg\nRUN echo $X > /x",
+    "ARG is known to a stage that begins with this one": "FROM base AS one\nARG V=1\n"
+        "FROM one\nRUN echo $V > /v",
     "variables in COPY": "ARG F=f\nENV D=/dir\nCOPY $F.txt ${D}/",
     "variables in WORKDIR, USER, EXPOSE, VOLUME, LABEL": "ENV A=1\nWORKDIR /w$A\nUSER u$A\n"
         "EXPOSE 8$A\nVOLUME /v$A\nLABEL l$A=v$A",
