@@ -15400,11 +15400,16 @@ def leave_trigger(w, step):
 
 @instruction("WORKDIR", as_one)
 def set_workdir(w, step):
-    """Where what follows happens; a directory of root's is made if there is none."""
+    """Where what follows happens; a directory is made if there is none, and belongs to
+    whom USER says, who is to work there."""
     path = w.path(w.words(step)[0]).rstrip("/") or "/"
+    user = w.state.settings.get("User")
     w.set("WorkingDir", path)
+
+    def write(c):
+        os.close(make_way(c, path, owner_inside(c, user) if user else (0, 0)))
     return w.change(["WORKDIR", path], {}, lambda: with_files(
-        w.state, lambda c: os.close(make_way(c, path)), w.build.epoch))
+        w.state, write, w.build.epoch))
 
 
 def run_documents(w, step):

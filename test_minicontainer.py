@@ -7832,6 +7832,7 @@ SAME = {
     "SHELL": 'SHELL ["/bin/sh", "-ec"]\nRUN echo $- > /flags',
     "ONBUILD is kept": "ONBUILD RUN echo 1 > /one\nONBUILD ENV A=1",
     "WORKDIR is made, and relative to the last": "WORKDIR /a\nWORKDIR b\nRUN pwd > /pwd",
+    "WORKDIR is the user's, and so is what is made above it": "USER web\nWORKDIR /srv/a/b",
     # RUN
     "RUN changes files": "RUN echo 1 > /one; chmod 600 /etc/conf; mkdir -m 1777 /t",
     "RUN removes files": "RUN rm -r /srv /etc/conf; mkdir /srv",
