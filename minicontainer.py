@@ -15869,13 +15869,15 @@ def export_files(state, text, when):
     if kind not in ("local", "tar") or kind == "local" and not place:
         raise Fail(f"-o {text}: not possible",
                    "type=local,dest=DIR or type=tar,dest=FILE", 1)
-    if kind == "local":
-        os.makedirs(place, exist_ok=True)
-        copy_layers(state.directories(), place, 0)
-        return
     path = temporary_directory("layers")
     try:
         copy_layers(state.directories(), path, 0)
+        if kind == "local":  # what a layer says is gone may be the user's own there
+            os.makedirs(place, exist_ok=True)
+            with Layer(place) as target:
+                target.add_all((entry for entry in layer_entries(path, 0)
+                                if entry.name != "."), place)
+            return
         with output("" if place == "-" else place) as file:
             pack(path, file, 0, when)
     finally:

@@ -8286,13 +8286,19 @@ def test_onbuild_is_done_by_whoever_builds_on_it(base):
 
 @root
 def test_the_files_can_be_had_without_an_image(base, tmp_path):
-    text = "FROM scratch\nCOPY f.txt /d/f\nCOPY --chown=7:8 x.sh /x"
+    text = ("FROM base\nCOPY f.txt /d/f\nCOPY --chown=7:8 x.sh /x\n"
+            "RUN rm -r /srv; mkdir /srv; rm /etc/conf")
     file = base.parent / "Dockerfile"
     file.write_text(text)
-    before = index()
+    before, mine = index(), [tmp_path / "o" / name for name in ("srv/mine", "etc/conf", "d/mine")]
+    for path in mine:
+        path.parent.mkdir(parents=True)
+        path.write_text("mine\n")
     forked_mini("build", "-q", "-f", file, "-o", f"type=local,dest={tmp_path}/o",
                 "-o", f"type=tar,dest={tmp_path}/o.tar", base)
     assert (tmp_path / "o/d/f").read_text() == "f\n" and index() == before
+    assert [path.read_text() for path in mine] == ["mine\n"] * 3
+    assert not (tmp_path / "o/srv/old").exists()
     assert os.stat(tmp_path / "o/x").st_uid == 7
     with tarfile.open(tmp_path / "o.tar") as tar:
         assert {"d", "d/f", "x"} <= set(tar.getnames())
