@@ -15058,6 +15058,7 @@ class Mounts:
                        for name, value in step.flags if name == "mount"]
         self.items = [self.item(words) if words["type"] == "bind" else None
                       for words in self.wanted]
+        self.caches = {}  # path: whether others may have it at the same time
         self.locks, self.top = [], ""
 
     def target(self, words):
@@ -15087,7 +15088,8 @@ class Mounts:
         remove_tree(self.top)
 
     def add_to(self, options):
-        """Add them to the options of a container."""
+        """Add them to the options of a container.  Caches are locked once each, and in
+        one order, or two steps could wait for each other, and one for itself."""
         for number, words in enumerate(self.wanted):
             place = f"{self.top}/{number}"
             source = getattr(self, words["type"])(options, words, place, number)
@@ -15096,6 +15098,8 @@ class Mounts:
                     words["type"] != "cache") else words.get("ro", "0") in ("true", "1")
                 options.mount.append(f"type=bind,source={source},target="
                                      f"{self.target(words)}{',readonly' * ro}")
+        for path, shared in sorted(self.caches.items()):
+            self.locks.append(lock(path, fcntl.LOCK_SH if shared else fcntl.LOCK_EX))
 
     def bind(self, options, words, place, number):
         """A copy: what is written there is of no consequence."""
@@ -15126,8 +15130,8 @@ class Mounts:
                      int(words.get("gid", 0)))
         if not os.path.isdir(path):
             new_directories("mounts", make)
-        self.locks.append(lock(path, fcntl.LOCK_SH if words.get(
-            "sharing", "shared") == "shared" else fcntl.LOCK_EX))
+        self.caches[path] = self.caches.get(path, True) and (
+            words.get("sharing", "shared") == "shared")
         return path
 
     def secret(self, options, words, place, number):

@@ -8382,6 +8382,17 @@ def test_a_cache_mount_outlives_the_builds_that_use_it(base):
 
 
 @root
+def test_steps_that_lock_the_same_caches_in_another_order_wait_for_nobody_for_ever(base):
+    def step(first, second):
+        return "RUN " + "".join(f"--mount=type=cache,sharing=locked,id={id},target=/{number} "
+                                for number, id in enumerate((first, second, first)))
+    text = (f"FROM base AS a\n{step('x', 'y')} echo a > /0/f; cat /2/f > /a\n"
+            f"FROM base AS b\n{step('y', 'x')} echo b > /0/f; cat /2/f > /b\n"
+            "FROM base\nCOPY --from=a /a /\nCOPY --from=b /b /")
+    assert run(build(base, text), "cat", "/a", "/b") == "a\nb\n"
+
+
+@root
 def test_a_bind_mount_shows_the_context_a_stage_or_an_image_and_what_is_written_is_lost(base):
     (base.parent / "context/.dockerignore").write_text("sub/deep\n")
     text = ("FROM base AS one\nRUN echo 1 > /one; chown 7:8 /one\nFROM base\nWORKDIR /w\n"
