@@ -14746,18 +14746,20 @@ def remembered(key):
 
 
 def why_missed(parts):
-    """In words, what differs from the step in the cache that is most like this one."""
-    verb, least, words = parts["instruction"].split()[0], 99, ""
+    """In words, all that differs from the step in the cache that is most like this one.
+    """
+    verb, least, words = parts["instruction"].split()[0], [], {}
     for _, known, _ in cached_steps():
         differing = [name for name in {**parts, **known}
                      if known.get(name) != parts.get(name)]
-        if known["instruction"].split()[0] == verb and 0 < len(differing) < least:
-            least, name = len(differing), differing[-1]
+        if known["instruction"].split()[0] == verb and differing and (
+                not least or len(differing) < len(least)):
+            least = differing
             words = {"parent": "what it builds on has changed",
                      "instruction": f"the instruction was {known['instruction']!r:.99}",
-                     "epoch": "SOURCE_DATE_EPOCH has changed"}.get(
-                         name, f"{name} has changed")
-    return words or "nothing like it is in the cache"
+                     "epoch": "SOURCE_DATE_EPOCH has changed"}
+    return "; ".join(words.get(name, f"{name} has changed") for name in least) or (
+        "nothing like it is in the cache")
 
 
 # ── what a person sees of it ──
@@ -15254,8 +15256,10 @@ class Worker:
         found, layer = build.cached(key)
         began = time.monotonic()
         if not found:
-            if not self.missed and not build.options.no_cache:
-                build.report.missed(why_missed(parts))
+            build.report.missed(
+                "--no-cache" if build.options.no_cache else
+                why_missed(parts) if alone or not self.missed else
+                "what it builds on has changed")  # the cache need not be read for that
             self.missed = True
             layer = make()
             save(store("steps", f"{key}.json"), {

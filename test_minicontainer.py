@@ -8122,9 +8122,13 @@ def test_a_step_is_done_again_only_if_something_of_it_differs(base):
     (base / "sub/s.txt").write_text("new\n")
     changed = told(base, text)
     assert changed.count("CACHED") == 2 and "not in the cache: source 1, sub, has changed" in changed
+    assert "what it builds on has changed" not in changed  # for the last step alone was done
+    both = told(base, text.replace("sub /b", "sub f.txt /b/"))
+    assert "was 'COPY [\"sub\", \"/b\"]'; source 2, f.txt, has changed\n" in both
     other = told(base, text.replace("built", "again"))
+    assert "\n ---> not in the cache: what it builds on has changed\n" in other
     assert other.count("CACHED") == 1 and "the instruction was 'RUN" in other
-    assert told(base, text, "--no-cache").count("CACHED") == 0
+    assert told(base, text, "--no-cache").count("not in the cache: --no-cache\n") == 3
     assert told(base, f"ARG X\n{text}", "--build-arg", "X=1").count("CACHED") == 1
     quiet = told(base, text.replace("built", "-q"), "-q", "--explain")
     assert "\n ---> not in the cache: the instruction was 'RUN" in quiet
