@@ -14343,6 +14343,17 @@ class Tree:
         finally:
             os.close(fd)
 
+    def with_parents(self, path, name, excluding):
+        """entries() of a place that is to be called `name`; before them the directories
+        that are in that name, as .. and ../.., with the modes and owners they have."""
+        for way in (depth * "/.." for depth in range(name.count("/"), 0, -1)):
+            fd = self.open(os.path.normpath(path + way))
+            entry = self.made_ours(file_entry(fd))
+            os.close(fd)
+            entry.name = way[1:]
+            yield entry
+        yield from self.entries(path, excluding)
+
     def made_ours(self, entry):
         """An entry of the context as if root had made it."""
         if not self.of_stage:
@@ -15047,8 +15058,8 @@ def tree_item(tree, path, is_tree, name="", excluding=(), unpacks=False):
         return tree.open(path, os.O_RDONLY | O_NONBLOCK)
 
     archive = unpacks and not is_tree and is_archive(read())
-    return Item(name or os.path.basename(path), lambda: tree.entries(path, excluding),
-                is_tree, read if archive else None)
+    return Item(name or os.path.basename(path), lambda: tree.with_parents(
+        path, name, excluding), is_tree, read if archive else None)
 
 
 class Mounts:
@@ -15539,7 +15550,7 @@ def items_of(w, step, sources):
         text, _, below = text.partition("/./") if w.yes(step, "parents") else (
             text, "", "")
         for path, is_tree in tree.find(step, at, os.path.join(text, below)):
-            name = os.path.relpath(path, text) if below else path
+            name = os.path.relpath(f"/{path}", f"/{text}") if below else path
             items.append(tree_item(tree, path, is_tree, name * w.yes(step, "parents"),
                                    rules, step.name == "ADD"))
     return items

@@ -8034,6 +8034,11 @@ OURS = {
     "--parents from a pivot on": ("COPY --parents e/f/./g/h.txt /d/", {
         "d": ("0o40755", 0, 0, ""), "d/g": ("0o40755", 0, 0, ""),
         "d/g/h.txt": ("0o100644", 0, 0, "h\n")}),
+    "--parents keeps the modes and owners of directories": (
+        "FROM base AS one\nRUN mkdir -p /o/p/q; echo 1 > /o/p/q/x; chown 7:8 /o/p; chmod 711 /o/p\n"
+        "FROM base\nCOPY --from=one --parents /o/./p/q/x /d/", {
+            "d": ("0o40755", 0, 0, ""), "d/p": ("0o40711", 7, 8, ""),
+            "d/p/q": ("0o40755", 0, 0, ""), "d/p/q/x": ("0o100644", 0, 0, "1\n")}),
     "--parents with any depth": ("COPY --parents **/d.txt /", {
         "sub": ("0o40755", 0, 0, ""), "sub/deep": ("0o40755", 0, 0, ""),
         "sub/deep/d.txt": ("0o100604", 0, 0, "d\n")}),
