@@ -14631,7 +14631,7 @@ class Copying:
                 name = ""  # it is what is in it that is copied
             elif not (path.endswith("/") or self.parents or len(self.items) > 1 or
                       self.is_directory(c, path)):
-                path, name = os.path.split(path)
+                path, name = os.path.split(self.without_links(c, path, owner))
             fd = make_way(c, path.rstrip("/") or "/", owner or (0, 0))
             with Target(c, path, fd) as target:
                 self.copy(item, target, name, owner)
@@ -14644,6 +14644,19 @@ class Copying:
             return True
         except (FileNotFoundError, NotADirectoryError):
             return False
+
+    def without_links(self, c, path, owner):
+        """Where a file comes to be that is to have that name: if there is a symlink,
+        where it leads.  They are in no circle: is_directory() has followed them."""
+        above, name = os.path.split(path)
+        fd = make_way(c, above, owner or (0, 0))
+        try:
+            link = os.readlink(name, dir_fd=fd)
+        except OSError:  # it is none, or not there
+            return path
+        finally:
+            os.close(fd)
+        return self.without_links(c, os.path.normpath(os.path.join(above, link)), owner)
 
     def copy(self, item, target, name, owner):
         """Copy one item into a directory, by a name or what is in it."""

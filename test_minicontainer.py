@@ -7773,6 +7773,10 @@ SAME = {
     "a wildcard matches hidden files": "COPY .h* /h/",
     "a symlink to a directory is followed on the way": "COPY f.txt /lnk/",
     "a symlink to a directory is followed at the end": "COPY sub /lnk",
+    "a symlink to a file is followed at the end": "RUN ln -s conf /etc/app\nCOPY f.txt /etc/app",
+    "a symlink to nothing yet is followed at the end": "RUN ln -s /new/f /app\nCOPY f.txt /app",
+    "a symlink in a directory that is copied to is replaced": "RUN ln -s conf /etc/f.txt\n"
+        "COPY f.txt /etc/",
     "a symlink in a directory stays one": "COPY links /links",
     "a symlink that is named itself is followed": "COPY links/file /file",
     "a symlink to a directory that is named itself is followed": "COPY links/dir /dir",
