@@ -13738,7 +13738,8 @@ def gc_command(options):
 #
 # Reading turns text into data.  Which instructions there are, with which flags and in
 # which form, is one table, INSTRUCTIONS, whose lines stand beside what each means; and
-# nothing is done before all of the text has been understood.
+# nothing is done before all of the text has been taken apart.  What a variable may have
+# made, the value of a flag or a port, is looked at when its step has come.
 #
 # A stage is done step by step on a State, the layers and the config so far.  What
 # changes files writes to a directory that lies on top of an overlay of those layers:
@@ -13757,7 +13758,8 @@ def gc_command(options):
 # of its builders differ, ours does what the newer one (BuildKit) does.  What it does
 # not do: contexts and sources from git, `--ssh`, building for other processors than
 # the kernel's.  A bind of --mount is a copy: what .dockerignore leaves out is not in
-# it, and what is in it is root's, as with COPY.
+# it, and what is in it is root's, as with COPY.  A source that leads out of the
+# context, by .. or a symlink, is refused, where BuildKit looks for it inside.
 #
 # https://docs.docker.com/reference/dockerfile; the OCI image specification, config.md.
 

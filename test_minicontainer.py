@@ -8516,6 +8516,7 @@ def test_no_dockerfile_makes_a_traceback(seed):
 @pytest.mark.parametrize("text, words", [
     ("COPY nosuch /", "file not found in build context or excluded by .dockerignore"),
     ("COPY n*such /", "file not found in build context"),
+    # BuildKit looks for these inside the context; here they are the mistake that they look like
     ("COPY ../Dockerfile /", "forbidden path outside the build context: ../Dockerfile"),
     ("COPY links/../../Dockerfile /", "forbidden path outside the build context"),
     ("COPY out /", "forbidden path outside the build context: out"),
