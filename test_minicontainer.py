@@ -7773,8 +7773,6 @@ SAME = {
     "a wildcard matches hidden files": "COPY .h* /h/",
     "a symlink to a directory is followed on the way": "COPY f.txt /lnk/",
     "a symlink to a directory is followed at the end": "COPY sub /lnk",
-    "a symlink to a file is followed at the end": "RUN ln -s conf /etc/app\nCOPY f.txt /etc/app",
-    "a symlink to nothing yet is followed at the end": "RUN ln -s /new/f /app\nCOPY f.txt /app",
     "a symlink in a directory that is copied to is replaced": "RUN ln -s conf /etc/f.txt\n"
         "COPY f.txt /etc/",
     "a symlink in a directory stays one": "COPY links /links",
@@ -7814,8 +7812,6 @@ SAME = {
     "ARG has a default": "ARG X=1\nARG Y\nENV A=$X B=-$Y-",
     "ENV is stronger than ARG": "ARG X=arg\nENV X=env\nRUN echo $X > /x",
     "RUN sees ARG": "ARG X=arg\nRUN echo $X > /x",
-    "ARG is known to a stage that begins with this one": "FROM base AS one\nARG V=1\n"
-        "FROM one\nRUN echo $V > /v",
     "variables in COPY": "ARG F=f\nENV D=/dir\nCOPY $F.txt ${D}/",
     "variables in WORKDIR, USER, EXPOSE, VOLUME, LABEL": "ENV A=1\nWORKDIR /w$A\nUSER u$A\n"
         "EXPOSE 8$A\nVOLUME /v$A\nLABEL l$A=v$A",
@@ -8018,6 +8014,16 @@ def test_what_is_built_is_what_buildah_builds(case, base, buildah, tmp_path):
 OURS = {
     "setuid survives (buildah removes it, BuildKit does not)":
         ("COPY --chmod=4755 f.txt /g", {"g": ("0o104755", 0, 0, "f\n")}),
+    "ARG is known to a stage that begins with this one (buildah forgets it)":
+        ("FROM base AS one\nARG V=1\nFROM one\nRUN echo $V > /v", {
+            "v": ("0o100644", 0, 0, "1\n")}),
+    "a symlink to a file is followed at the end (buildah replaces it)":
+        ("RUN ln -s conf /etc/app\nCOPY f.txt /etc/app", {
+            "etc/app": ("0o120777", 0, 0, "conf"), "etc/conf": ("0o100644", 0, 0, "f\n")}),
+    "a symlink to nothing yet is followed at the end (buildah makes a directory there)":
+        ("RUN ln -s /new/f /app\nCOPY f.txt /app", {
+            "app": ("0o120777", 0, 0, "/new/f"), "new": ("0o40755", 0, 0, ""),
+            "new/f": ("0o100644", 0, 0, "f\n")}),
     "brackets are escaped (buildah undoes that)":
         ("COPY b[[]1].txt /b", {"b": ("0o100644", 0, 0, "b\n")}),
     "a here-document is a file": ("COPY <<EOF <<'RAW' /d/\n$BASE \\$x \"q\"\nEOF\n$BASE\nRAW",
