@@ -13857,7 +13857,8 @@ def gc_command(options):
 #
 # Reading turns text into data.  Which instructions there are, with which flags and in
 # which form, is one table, INSTRUCTIONS, whose lines stand beside what each means; and
-# nothing is done before all of the text has been understood.
+# nothing is done before all of the text has been taken apart.  What a variable may have
+# made, the value of a flag or a port, is looked at when its step has come.
 #
 # A stage is done step by step on a State, the layers and the config so far.  What
 # changes files writes to a directory that lies on top of an overlay of those layers:
@@ -13876,7 +13877,8 @@ def gc_command(options):
 # of its builders differ, ours does what the newer one (BuildKit) does.  What it does
 # not do: contexts and sources from git, `--ssh`, building for other processors than
 # the kernel's.  A bind of --mount is a copy: what .dockerignore leaves out is not in
-# it, and what is in it is root's, as with COPY.
+# it, and what is in it is root's, as with COPY.  A source that leads out of the
+# context, by .. or a symlink, is refused, where BuildKit looks for it inside.
 #
 # https://docs.docker.com/reference/dockerfile; the OCI image specification, config.md.
 
@@ -14463,6 +14465,17 @@ class Tree:
         finally:
             os.close(fd)
 
+    def with_parents(self, path, name, excluding):
+        """entries() of a place that is to be called `name`; before them the directories
+        that are in that name, as .. and ../.., with the modes and owners they have."""
+        for way in (depth * "/.." for depth in range(name.count("/"), 0, -1)):
+            fd = self.open(os.path.normpath(path + way))
+            entry = self.made_ours(file_entry(fd))
+            os.close(fd)
+            entry.name = way[1:]
+            yield entry
+        yield from self.entries(path, excluding)
+
     def made_ours(self, entry):
         """An entry of the context as if root had made it."""
         if not self.of_stage:
@@ -14542,7 +14555,7 @@ def unpacked(descriptor, diff_id):
 
 
 class State:
-    """What a stage has come to: layers, config, history, and the key of the cache."""
+    """What a stage has come to: layers, config, history, variables, the cache's key."""
 
     def __init__(self, **known):
         self.layers = []  # (descriptor, diff_id, bytes of its files), bottom first
@@ -14550,6 +14563,7 @@ class State:
         self.settings = {}  # the part of it called "config": Env, Cmd …
         self.history = []
         self.key = ""
+        self.args = {}  # ARG: name and value; who begins with this stage has them too
         vars(self).update(known)
 
     def copy(self):
@@ -14739,7 +14753,7 @@ class Copying:
                 name = ""  # it is what is in it that is copied
             elif not (path.endswith("/") or self.parents or len(self.items) > 1 or
                       self.is_directory(c, path)):
-                path, name = os.path.split(path)
+                path, name = os.path.split(self.without_links(c, path, owner))
             fd = make_way(c, path.rstrip("/") or "/", owner or (0, 0))
             with Target(c, path, fd) as target:
                 self.copy(item, target, name, owner)
@@ -14752,6 +14766,19 @@ class Copying:
             return True
         except (FileNotFoundError, NotADirectoryError):
             return False
+
+    def without_links(self, c, path, owner):
+        """Where a file comes to be that is to have that name: if there is a symlink,
+        where it leads.  They are in no circle: is_directory() has followed them."""
+        above, name = os.path.split(path)
+        fd = make_way(c, above, owner or (0, 0))
+        try:
+            link = os.readlink(name, dir_fd=fd)
+        except OSError:  # it is none, or not there
+            return path
+        finally:
+            os.close(fd)
+        return self.without_links(c, os.path.normpath(os.path.join(above, link)), owner)
 
     def copy(self, item, target, name, owner):
         """Copy one item into a directory, by a name or what is in it."""
@@ -14865,18 +14892,20 @@ def remembered(key):
 
 
 def why_missed(parts):
-    """In words, what differs from the step in the cache that is most like this one."""
-    verb, least, words = parts["instruction"].split()[0], 99, ""
+    """In words, all that differs from the step in the cache that is most like this one.
+    """
+    verb, least, words = parts["instruction"].split()[0], [], {}
     for _, known, _ in cached_steps():
         differing = [name for name in {**parts, **known}
                      if known.get(name) != parts.get(name)]
-        if known["instruction"].split()[0] == verb and 0 < len(differing) < least:
-            least, name = len(differing), differing[-1]
+        if known["instruction"].split()[0] == verb and differing and (
+                not least or len(differing) < len(least)):
+            least = differing
             words = {"parent": "what it builds on has changed",
                      "instruction": f"the instruction was {known['instruction']!r:.99}",
-                     "epoch": "SOURCE_DATE_EPOCH has changed"}.get(
-                         name, f"{name} has changed")
-    return words or "nothing like it is in the cache"
+                     "epoch": "SOURCE_DATE_EPOCH has changed"}
+    return "; ".join(words.get(name, f"{name} has changed") for name in least) or (
+        "nothing like it is in the cache")
 
 
 # ── what a person sees of it ──
@@ -15164,8 +15193,8 @@ def tree_item(tree, path, is_tree, name="", excluding=(), unpacks=False):
         return tree.open(path, os.O_RDONLY | O_NONBLOCK)
 
     archive = unpacks and not is_tree and is_archive(read())
-    return Item(name or os.path.basename(path), lambda: tree.entries(path, excluding),
-                is_tree, read if archive else None)
+    return Item(name or os.path.basename(path), lambda: tree.with_parents(
+        path, name, excluding), is_tree, read if archive else None)
 
 
 class Mounts:
@@ -15177,6 +15206,7 @@ class Mounts:
                        for name, value in step.flags if name == "mount"]
         self.items = [self.item(words) if words["type"] == "bind" else None
                       for words in self.wanted]
+        self.caches = {}  # path: whether others may have it at the same time
         self.locks, self.top = [], ""
 
     def target(self, words):
@@ -15206,7 +15236,8 @@ class Mounts:
         remove_tree(self.top)
 
     def add_to(self, options):
-        """Add them to the options of a container."""
+        """Add them to the options of a container.  Caches are locked once each, and in
+        one order, or two steps could wait for each other, and one for itself."""
         for number, words in enumerate(self.wanted):
             place = f"{self.top}/{number}"
             source = getattr(self, words["type"])(options, words, place, number)
@@ -15215,6 +15246,8 @@ class Mounts:
                     words["type"] != "cache") else words.get("ro", "0") in ("true", "1")
                 options.mount.append(f"type=bind,source={source},target="
                                      f"{self.target(words)}{',readonly' * ro}")
+        for path, shared in sorted(self.caches.items()):
+            self.locks.append(lock(path, fcntl.LOCK_SH if shared else fcntl.LOCK_EX))
 
     def bind(self, options, words, place, number):
         """A copy: what is written there is of no consequence."""
@@ -15245,8 +15278,8 @@ class Mounts:
                      int(words.get("gid", 0)))
         if not os.path.isdir(path):
             new_directories("mounts", make)
-        self.locks.append(lock(path, fcntl.LOCK_SH if words.get(
-            "sharing", "shared") == "shared" else fcntl.LOCK_EX))
+        self.caches[path] = self.caches.get(path, True) and (
+            words.get("sharing", "shared") == "shared")
         return path
 
     def secret(self, options, words, place, number):
@@ -15284,14 +15317,13 @@ class Worker:
 
     def __init__(self, build, stage, state):
         self.build, self.stage, self.state = build, stage, state
-        self.args = {}  # ARG: name and value
         self.own_cmd = False  # whether CMD is this stage's own, not its base's
         self.missed = False  # whether the cache has no more to say
         self.opened = []  # Trees
 
     def known(self):
         """All variables; ENV is stronger than ARG."""
-        return {**self.args, **self.state.env()}
+        return {**self.state.args, **self.state.env()}
 
     def word(self, step, at, text):
         """What a word means."""
@@ -15352,30 +15384,34 @@ class Worker:
         self.state.history.append(entry)
 
     def say_that(self, step, meaning):
-        """End a step that changes the config and no file."""
-        text = f"{step.name} {meaning}"
-        self.state.key = digest_of({"parent": self.state.key, "instruction": text})
-        self.note(text)
+        """End a step that changes the config and no file.  The key has what the config
+        has become: in the history's words, ENV A="1 B=2" and ENV A=1 B=2 are one."""
+        state = self.state
+        state.key = digest_of([state.key, state.config, state.settings])
+        self.note(f"{step.name} {meaning}")
 
-    def change(self, text, parts, make, alone=False):
+    def change(self, words, parts, make, alone=False):
         """Take the step's layer from the cache, or from what make() leaves; one that
         stands `alone` is the same whatever is below it."""
         build, parent = self.build, "" if alone else self.state.key
-        parts = {"parent": parent, "instruction": text, **parts}
+        parts = {"parent": parent, "instruction": f"{words[0]} {to_json(words[1:])}",
+                 **parts}
         if build.epoch is not None:
             parts["epoch"] = build.epoch
         key = digest_of(parts)
         found, layer = build.cached(key)
         began = time.monotonic()
         if not found:
-            if not self.missed and not build.options.no_cache:
-                build.report.missed(why_missed(parts))
+            build.report.missed(
+                "--no-cache" if build.options.no_cache else
+                why_missed(parts) if alone or not self.missed else
+                "what it builds on has changed")  # the cache need not be read for that
             self.missed = True
             layer = make()
             save(store("steps", f"{key}.json"), {
                 "parts": parts, "layer": layer, "seen": layer and seen_of(layer)})
         self.state.key = digest_of([self.state.key, key]) if alone else key
-        self.note(text, layer, key)
+        self.note(" ".join(words), layer, key)
         size_ = f", {decimal(layer[2])}" if layer else ""
         return "CACHED" if found else f"{time.monotonic() - began:.1f}s{size_}"
 
@@ -15415,7 +15451,7 @@ def name_argument(w, step):
             given = w.build.args.get(name) if default is None else (
                 w.word(step, at, default))
         if given is not None:
-            w.args[name] = given
+            w.state.args[name] = given
     w.note(f"ARG {step.text}")  # it is part of no key but those of RUN
 
 
@@ -15515,11 +15551,16 @@ def leave_trigger(w, step):
 
 @instruction("WORKDIR", as_one)
 def set_workdir(w, step):
-    """Where what follows happens; a directory of root's is made if there is none."""
+    """Where what follows happens; a directory is made if there is none, and belongs to
+    whom USER says, who is to work there."""
     path = w.path(w.words(step)[0]).rstrip("/") or "/"
+    user = w.state.settings.get("User")
     w.set("WorkingDir", path)
-    return w.change(f"WORKDIR {path}", {}, lambda: with_files(
-        w.state, lambda c: os.close(make_way(c, path)), w.build.epoch))
+
+    def write(c):
+        os.close(make_way(c, path, owner_inside(c, user) if user else (0, 0)))
+    return w.change(["WORKDIR", path], {}, lambda: with_files(
+        w.state, write, w.build.epoch))
 
 
 def run_documents(w, step):
@@ -15585,14 +15626,13 @@ def run_step(w, step):
     if step.documents and isinstance(step.value, str):
         args, script = run_documents(w, step)
     env = w.state.env()
-    used = {name: value for name, value in w.args.items() if name not in env}
-    names = " ".join(f"{name}={value}" for name, value in used.items())
-    text = " ".join(["RUN", *[f"|{len(used)} {names}"] * bool(used), *args])
+    used = {name: value for name, value in w.state.args.items() if name not in env}
+    seen = [f"|{len(used)}", *(f"{name}={value}" for name, value in used.items())]
     options.like = {"cwd": w.state.settings.get("WorkingDir") or "/", "env": [
         f"{name}={value}" for name, value in {
             "PATH": DEFAULT_PATH, **w.build.proxies(), **used, **env}.items()],
         "user": {"username": w.state.settings.get("User") or ""}}
-    return w.change(text, {
+    return w.change(["RUN", *seen * bool(used), *args], {
         **mounts.digests(), "the network": options.network, "the here-document": script,
         "the mounts": [value for name, value in step.flags if name == "mount"]},
         lambda: layer_of_run(w, step, options, args, script, mounts))
@@ -15644,7 +15684,7 @@ def items_of(w, step, sources):
         text, _, below = text.partition("/./") if w.yes(step, "parents") else (
             text, "", "")
         for path, is_tree in tree.find(step, at, os.path.join(text, below)):
-            name = os.path.relpath(path, text) if below else path
+            name = os.path.relpath(f"/{path}", f"/{text}") if below else path
             items.append(tree_item(tree, path, is_tree, name * w.yes(step, "parents"),
                                    rules, step.name == "ADD"))
     return items
@@ -15672,12 +15712,11 @@ def copy_(w, step):
         raise step.fail(f"When using {step.name} with more than one source file, the "
                         "destination must be a directory and end with a /", "", at)
     copying = Copying(items, target, owner, mode and mode_change(mode), parents)
-    words = [f"--{name}={w.flag(step, name)}" for name in dict(step.flags)
-             if name != "exclude"]
-    text = " ".join([step.name, *words, *(text for _, text in sources), target])
-    content = {f"{number}: {item.name}" if len(items) > 1 else item.name or ".":
-               item.digest() for number, item in enumerate(items, 1)}
-    return w.change(text, content, lambda: with_files(
+    words = [step.name, *(f"--{name}={w.flag(step, name)}" for name in dict(step.flags)
+                          if name != "exclude"), *(text for _, text in sources), target]
+    content = {f"source {number}, {item.name or '.'},": item.digest()
+               for number, item in enumerate(items, 1)}
+    return w.change(words, content, lambda: with_files(
         w.state, copying.write, w.build.epoch, alone), alone)
 
 
@@ -15983,13 +16022,15 @@ def export_files(state, text, when):
     if kind not in ("local", "tar") or kind == "local" and not place:
         raise Fail(f"-o {text}: not possible",
                    "type=local,dest=DIR or type=tar,dest=FILE", 1)
-    if kind == "local":
-        os.makedirs(place, exist_ok=True)
-        copy_layers(state.directories(), place, 0)
-        return
     path = temporary_directory("layers")
     try:
         copy_layers(state.directories(), path, 0)
+        if kind == "local":  # what a layer says is gone may be the user's own there
+            os.makedirs(place, exist_ok=True)
+            with Layer(place) as target:
+                target.add_all((entry for entry in layer_entries(path, 0)
+                                if entry.name != "."), place)
+            return
         with output("" if place == "-" else place) as file:
             pack(path, file, 0, when)
     finally:

@@ -7885,7 +7885,7 @@ BEFORE_BUILD = set(globals())
 CONTEXT = {"f.txt": "f\n", "x.sh": ("#!/bin/sh\necho x\n", 0o755), "secret": ("s\n", 0o600),
            "sub/s.txt": "s\n", "sub/deep/d.txt": ("d\n", 0o604),
            "one.md": "1\n", "two.md": "2\n", ".hidden": "h\n", "conf/conf": "new\n",
-           "b[1].txt": "b\n", "e/f/g/h.txt": "h\n"}
+           "b[1].txt": "b\n", "e/f/g/h.txt": "h\n", "e/parent": "p\n", "e/instruction": "i\n"}
 SAME = {
     # COPY: where to
     "a file goes to a name": "COPY f.txt /g.txt",
@@ -7911,6 +7911,8 @@ SAME = {
     "a wildcard matches hidden files": "COPY .h* /h/",
     "a symlink to a directory is followed on the way": "COPY f.txt /lnk/",
     "a symlink to a directory is followed at the end": "COPY sub /lnk",
+    "a symlink in a directory that is copied to is replaced": "RUN ln -s conf /etc/f.txt\n"
+        "COPY f.txt /etc/",
     "a symlink in a directory stays one": "COPY links /links",
     "a symlink that is named itself is followed": "COPY links/file /file",
     "a symlink to a directory that is named itself is followed": "COPY links/dir /dir",
@@ -7968,6 +7970,7 @@ SAME = {
     "SHELL": 'SHELL ["/bin/sh", "-ec"]\nRUN echo $- > /flags',
     "ONBUILD is kept": "ONBUILD RUN echo 1 > /one\nONBUILD ENV A=1",
     "WORKDIR is made, and relative to the last": "WORKDIR /a\nWORKDIR b\nRUN pwd > /pwd",
+    "WORKDIR is the user's, and so is what is made above it": "USER web\nWORKDIR /srv/a/b",
     # RUN
     "RUN changes files": "RUN echo 1 > /one; chmod 600 /etc/conf; mkdir -m 1777 /t",
     "RUN removes files": "RUN rm -r /srv /etc/conf; mkdir /srv",
@@ -8149,6 +8152,16 @@ def test_what_is_built_is_what_buildah_builds(case, base, buildah, tmp_path):
 OURS = {
     "setuid survives (buildah removes it, BuildKit does not)":
         ("COPY --chmod=4755 f.txt /g", {"g": ("0o104755", 0, 0, "f\n")}),
+    "ARG is known to a stage that begins with this one (buildah forgets it)":
+        ("FROM base AS one\nARG V=1\nFROM one\nRUN echo $V > /v", {
+            "v": ("0o100644", 0, 0, "1\n")}),
+    "a symlink to a file is followed at the end (buildah replaces it)":
+        ("RUN ln -s conf /etc/app\nCOPY f.txt /etc/app", {
+            "etc/app": ("0o120777", 0, 0, "conf"), "etc/conf": ("0o100644", 0, 0, "f\n")}),
+    "a symlink to nothing yet is followed at the end (buildah makes a directory there)":
+        ("RUN ln -s /new/f /app\nCOPY f.txt /app", {
+            "app": ("0o120777", 0, 0, "/new/f"), "new": ("0o40755", 0, 0, ""),
+            "new/f": ("0o100644", 0, 0, "f\n")}),
     "brackets are escaped (buildah undoes that)":
         ("COPY b[[]1].txt /b", {"b": ("0o100644", 0, 0, "b\n")}),
     "a here-document is a file": ("COPY <<EOF <<'RAW' /d/\n$BASE \\$x \"q\"\nEOF\n$BASE\nRAW",
@@ -8175,6 +8188,11 @@ OURS = {
     "--parents from a pivot on": ("COPY --parents e/f/./g/h.txt /d/", {
         "d": ("0o40755", 0, 0, ""), "d/g": ("0o40755", 0, 0, ""),
         "d/g/h.txt": ("0o100644", 0, 0, "h\n")}),
+    "--parents keeps the modes and owners of directories": (
+        "FROM base AS one\nRUN mkdir -p /o/p/q; echo 1 > /o/p/q/x; chown 7:8 /o/p; chmod 711 /o/p\n"
+        "FROM base\nCOPY --from=one --parents /o/./p/q/x /d/", {
+            "d": ("0o40755", 0, 0, ""), "d/p": ("0o40711", 7, 8, ""),
+            "d/p/q": ("0o40755", 0, 0, ""), "d/p/q/x": ("0o100644", 0, 0, "1\n")}),
     "--parents with any depth": ("COPY --parents **/d.txt /", {
         "sub": ("0o40755", 0, 0, ""), "sub/deep": ("0o40755", 0, 0, ""),
         "sub/deep/d.txt": ("0o100604", 0, 0, "d\n")}),
@@ -8265,10 +8283,14 @@ def test_a_step_is_done_again_only_if_something_of_it_differs(base):
     assert told(base, text).count("CACHED") == 3
     (base / "sub/s.txt").write_text("new\n")
     changed = told(base, text)
-    assert changed.count("CACHED") == 2 and "not in the cache: sub has changed" in changed
+    assert changed.count("CACHED") == 2 and "not in the cache: source 1, sub, has changed" in changed
+    assert "what it builds on has changed" not in changed  # for the last step alone was done
+    both = told(base, text.replace("sub /b", "sub f.txt /b/"))
+    assert "was 'COPY [\"sub\", \"/b\"]'; source 2, f.txt, has changed\n" in both
     other = told(base, text.replace("built", "again"))
+    assert "\n ---> not in the cache: what it builds on has changed\n" in other
     assert other.count("CACHED") == 1 and "the instruction was 'RUN" in other
-    assert told(base, text, "--no-cache").count("CACHED") == 0
+    assert told(base, text, "--no-cache").count("not in the cache: --no-cache\n") == 3
     assert told(base, f"ARG X\n{text}", "--build-arg", "X=1").count("CACHED") == 1
     quiet = told(base, text.replace("built", "-q"), "-q", "--explain")
     assert "\n ---> not in the cache: the instruction was 'RUN" in quiet
@@ -8276,6 +8298,19 @@ def test_a_step_is_done_again_only_if_something_of_it_differs(base):
     assert told(base, link.format(1)).count("CACHED") == 0
     assert told(base, link.format(2)).count("CACHED") == 1
     (base / "sub/s.txt").write_text("s\n")
+
+
+@root
+@pytest.mark.parametrize("one, other", [  # what is copied is called like a part of the key
+    ("RUN echo 1 > /x\nCOPY e/parent /y\nRUN cat /x > /z",
+     "RUN echo 2 > /x\nCOPY e/parent /y\nRUN cat /x > /z"),
+    ("COPY e/instruction /x", "COPY e/instruction /y"),
+    # words are joined otherwise
+    ('ENV A="1 B=2"\nRUN echo $A > /x', "ENV A=1 B=2\nRUN echo $A > /x"),
+    ('ARG A="1 B=2" B=3\nRUN echo $A > /x', 'ARG A=1 B="2 B=3"\nRUN echo $A > /x'),
+    ('RUN ["touch", "/a b"]', 'RUN ["touch", "/a", "b"]')])
+def test_a_step_that_only_looks_like_another_is_not_taken_for_it(one, other, base):
+    assert len({m.find_image(build(base, text)).diff_ids[-1] for text in (one, other)}) == 2
 
 
 @root
@@ -8343,7 +8378,7 @@ def test_a_cache_that_was_damaged_is_made_anew(base):
                  *(lambda text=text: write(f"{STORE}/steps/{name}", text, mode="wb") for text in (
                      b"", b"[]", b"\xff\0", record[:-40].encode(),
                      record.replace('"layer":', '"later":').encode(),
-                     record.replace("f.txt x.sh", "x.sh f.txt").encode()))):
+                     record.replace("f.txt", "x.txt").encode()))):
         build(base, text, "-t", "same")
         write(f"{STORE}/steps/{'0' * 32}.json", b"[]", mode="wb")  # another's, of no use
         harm()
@@ -8417,13 +8452,19 @@ def test_onbuild_is_done_by_whoever_builds_on_it(base):
 
 @root
 def test_the_files_can_be_had_without_an_image(base, tmp_path):
-    text = "FROM scratch\nCOPY f.txt /d/f\nCOPY --chown=7:8 x.sh /x"
+    text = ("FROM base\nCOPY f.txt /d/f\nCOPY --chown=7:8 x.sh /x\n"
+            "RUN rm -r /srv; mkdir /srv; rm /etc/conf")
     file = base.parent / "Dockerfile"
     file.write_text(text)
-    before = index()
+    before, mine = index(), [tmp_path / "o" / name for name in ("srv/mine", "etc/conf", "d/mine")]
+    for path in mine:
+        path.parent.mkdir(parents=True)
+        path.write_text("mine\n")
     forked_mini("build", "-q", "-f", file, "-o", f"type=local,dest={tmp_path}/o",
                 "-o", f"type=tar,dest={tmp_path}/o.tar", base)
     assert (tmp_path / "o/d/f").read_text() == "f\n" and index() == before
+    assert [path.read_text() for path in mine] == ["mine\n"] * 3
+    assert not (tmp_path / "o/srv/old").exists()
     assert os.stat(tmp_path / "o/x").st_uid == 7
     with tarfile.open(tmp_path / "o.tar") as tar:
         assert {"d", "d/f", "x"} <= set(tar.getnames())
@@ -8505,6 +8546,17 @@ def test_a_cache_mount_outlives_the_builds_that_use_it(base):
     assert "\nx\nx\n" in told(base, text, "--no-cache")
     assert "Total reclaimed space" in forked_mini("builder", "prune", "-f")
     assert "\nx\nx\n" not in told(base, text, "--no-cache")
+
+
+@root
+def test_steps_that_lock_the_same_caches_in_another_order_wait_for_nobody_for_ever(base):
+    def step(first, second):
+        return "RUN " + "".join(f"--mount=type=cache,sharing=locked,id={id},target=/{number} "
+                                for number, id in enumerate((first, second, first)))
+    text = (f"FROM base AS a\n{step('x', 'y')} echo a > /0/f; cat /2/f > /a\n"
+            f"FROM base AS b\n{step('y', 'x')} echo b > /0/f; cat /2/f > /b\n"
+            "FROM base\nCOPY --from=a /a /\nCOPY --from=b /b /")
+    assert run(build(base, text), "cat", "/a", "/b") == "a\nb\n"
 
 
 @root
@@ -8636,6 +8688,7 @@ def test_no_dockerfile_makes_a_traceback(seed):
 @pytest.mark.parametrize("text, words", [
     ("COPY nosuch /", "file not found in build context or excluded by .dockerignore"),
     ("RUN --mount=source=n*such,target=/x true", "file not found in build context"),
+    # BuildKit looks for these inside the context; here they are the mistake that they look like
     ("COPY ../Dockerfile /", "forbidden path outside the build context: ../Dockerfile"),
     ("COPY links/../../Dockerfile /", "forbidden path outside the build context"),
     ("COPY out /", "forbidden path outside the build context: out"),
