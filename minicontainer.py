@@ -9311,24 +9311,24 @@ BOOT = "/proc/sys/kernel/random/boot_id"  # another one: what was switched on is
 
 # A host that forwards is a router, and not everybody's machine is meant to be one.  So
 # what we switch on is said, is noted with the number of this boot, and is switched off
-# when the last network goes, unless the chains of others show that they forward too.
+# when the last network goes, unless others have come meanwhile who judge what passes:
+# they may need it too.
 
 
-def forwarded(switched=None):
-    """What of FORWARDING we have switched on since the machine was; or keep that."""
-    path = store("networks", "forwarding")
-    if switched is not None:
-        save(path, {"boot": read_file(BOOT), "on": switched})
+def forwarded():
+    """What of FORWARDING we have switched on since the machine was, and whose chains
+    judged what passes before we did."""
+    path, boot = store("networks", "forwarding"), read_file(BOOT)
     kept = from_json(read_file(path)) if os.path.exists(path) else {}
-    return kept["on"] if kept.get("boot") == read_file(BOOT) else []
+    return kept if kept.get("boot") == boot else {"boot": boot, "on": [], "others": []}
 
 
 def forward_for(networks, others):
     """Have the host pass packets on between its interfaces while a network needs it,
-    which is said; if others judge what passes, they may have come to need it too."""
+    which is said; `others` are the chains that judge what passes."""
     needed = {FORWARDING[":" in pool["subnet"]] for network in networks
               if not network["internal"] for pool in network["pools"]}
-    switched = forwarded()
+    kept, judges = forwarded(), [" ".join(chain[:3]) for chain in others]
     off = [path for path in sorted(needed) if read_file(path).strip() == "0"]
     for path in off:
         six = path == FORWARDING[True]
@@ -9337,11 +9337,15 @@ def forward_for(networks, others):
                 ", and takes no route that routers advertise, but on an interface with "
                 "accept_ra=2" if six else ""))
         write_file(path, "1", why="or nothing gets beyond the bridge")
-    back = [] if others else [path for path in switched if path not in needed]
+    if off and not kept["on"]:
+        kept["others"] = judges
+    back = [path for path in kept["on"] if path not in needed
+            and {*judges} <= {*kept["others"]}]
     for path in back:
         write_file(path, "0", why="as it was before")
     if off or back:
-        forwarded(sorted({*switched, *off} - {*back}))
+        kept["on"] = sorted({*kept["on"], *off} - {*back})
+        save(store("networks", "forwarding"), kept)
 
 
 # ── endpoints ──

@@ -6050,12 +6050,16 @@ def forwards():
 NO_NETWORK = forwards()
 
 
+def ruleset():
+    """All rules of this host, without what they have counted."""
+    return subprocess.run(["nft", "-s", "list", "ruleset"], capture_output=True).stdout
+
+
 def network_state():
     """Rules, addresses, routes and forwarding of this host."""
     files = "net/route", "net/if_inet6", "sys/net/ipv4/ip_forward", \
         "sys/net/ipv6/conf/all/forwarding"
-    return [subprocess.run(["nft", "list", "ruleset"], capture_output=True).stdout,
-            *(m.read_file(f"/proc/{name}") for name in files)]
+    return [ruleset(), *(m.read_file(f"/proc/{name}") for name in files)]
 
 
 @pytest.fixture
@@ -6472,20 +6476,20 @@ def test_the_chains_of_others_leave_our_bridges_alone_and_are_as_before_afterwar
         networks, world):
     """Docker and ufw drop what they do not know, firewalld rejects it at the end."""
     walls = """
-        table ip filter {
+        table ip mc-walls {
             chain FORWARD {
                 type filter hook forward priority 0; policy drop
                 ip saddr 192.0.2.1 accept
             }
         }
-        table inet firewalld {
+        table inet mc-walls {
             chain filter_FORWARD {
                 type filter hook forward priority 10
                 ct state established accept
                 reject with icmpx admin-prohibited
             }
         }
-        table ip6 filter {
+        table ip6 mc-walls {
             chain INPUT {
                 type filter hook input priority 0; policy drop
                 ct state established accept
@@ -6493,12 +6497,8 @@ def test_the_chains_of_others_leave_our_bridges_alone_and_are_as_before_afterwar
                 iifname "lo" accept
             }
         }"""
-    path = "/proc/sys/net/ipv4/ip_forward"
-    forwards = m.read_file(path)
-    m.write_file(path, "1")  # with such chains it is others who may need that
     subprocess.run(["nft", "-f", "-"], input=walls, text=True, check=True)
-    before = subprocess.run(["nft", "list", "ruleset"], capture_output=True,
-                            text=True).stdout
+    before = ruleset()
     try:
         with idle("web-1", "--network", "one", "-p", "18080:80") as pid, served(
                 pid, "10.213.1.2", 80, lambda peer: "hello"):
@@ -6506,18 +6506,14 @@ def test_the_chains_of_others_leave_our_bridges_alone_and_are_as_before_afterwar
             assert asked(HOST[1], 18080, world.far) == "hello"  # by the relay
             assert asked(FAR[0], 80, pid) == HOST[0]
             with idle("web-2", "--network", "two"):
-                text = subprocess.run(["nft", "list", "chain", "ip", "filter", "FORWARD"],
+                text = subprocess.run(["nft", "list", "chain", "ip", "mc-walls", "FORWARD"],
                                       capture_output=True, text=True).stdout
                 assert text.count("minicontainer") == 4
-        until(lambda: subprocess.run(["nft", "list", "ruleset"], capture_output=True,
-                                     text=True).stdout == before)
+        until(lambda: ruleset() == before)
     finally:
-        m.write_file(path, forwards)
-        subprocess.run(["nft", "-f", "-"], input="delete table ip filter\n"
-                       "delete table inet firewalld\ndelete table ip6 filter", text=True,
+        subprocess.run(["nft", "-f", "-"], input="delete table ip mc-walls\n"
+                       "delete table inet mc-walls\ndelete table ip6 mc-walls", text=True,
                        check=True)
-    with idle("web-3", "--network", "one"):
-        pass  # and when it goes nobody else forwards, so what we switched on goes too
 
 
 def test_only_a_chain_that_drops_what_it_does_not_know_is_touched():
@@ -6578,6 +6574,25 @@ def test_forwarding_is_switched_on_only_when_needed_said_and_off_again(networks)
         second = mini("run", "--rm", "--network", "one", "/bin/true")
         assert "forwards" not in second.stderr and m.read_file(path) == "1\n"
         assert mini("rm", "-f", first.stdout.strip()).returncode == 0
+        until(lambda: m.read_file(path) == "0\n")
+    finally:
+        m.write_file(path, before)
+
+
+@root
+def test_forwarding_stays_where_others_have_come_to_judge_what_passes(networks):
+    path = "/proc/sys/net/ipv4/ip_forward"
+    before = m.read_file(path)
+    m.write_file(path, "0")
+    try:
+        with idle("web-1", "--network", "one"):
+            subprocess.run(["nft", "table inet mc-others { chain f { type filter hook "
+                            "forward priority 0; }; }"], check=True)
+        until(lambda: "minicontainer" not in ruleset().decode())  # it has gone altogether
+        assert m.read_file(path) == "1\n"
+        subprocess.run(["nft", "delete table inet mc-others"], check=True)
+        with idle("web-2", "--network", "one"):
+            assert m.read_file(path) == "1\n"
         until(lambda: m.read_file(path) == "0\n")
     finally:
         m.write_file(path, before)
