@@ -7352,13 +7352,19 @@ def has_label(labels, asked):
     return key in labels and (not equals or labels[key] == value)
 
 
+def prune_filters(labels, created):
+    """{KEY: whether a thing passes for one of the values} of `prune`, by what these
+    give of it: its labels, and when it was made, in nanoseconds."""
+    return {"label": lambda thing, text: has_label(labels(thing), text),
+            "label!": lambda thing, text: not has_label(labels(thing), text),
+            "until": lambda thing, text: created(thing) < moment("until", text)}
+
+
 IMAGE_FILTERS = {  # whether one passes KEY=text
+    **prune_filters(lambda image: image.labels, lambda image: image.created * 10 ** 9),
     "dangling": lambda image, text: (text == "true") == (not image.names),
-    "label": lambda image, text: has_label(image.labels, text),
-    "label!": lambda image, text: not has_label(image.labels, text),
     "before": lambda image, text: image.created < find_image(text).created,
     "since": lambda image, text: image.created > find_image(text).created,
-    "until": lambda image, text: image.created * 10 ** 9 < moment("until", text),
 }
 
 
@@ -9077,8 +9083,9 @@ def tables():
     8 ms after something was deleted, until the memory of that is free."""
     if os.getpid() not in TABLES:
         TABLES[os.getpid()] = Netlink(12)  # NETLINK_NETFILTER
-        TABLES[os.getpid()].socket.setsockopt(1, 32, 1 << 25)  # SO_SNDBUFFORCE: there
-    return TABLES[os.getpid()]  # may be many ports
+        # SO_SNDBUFFORCE: a change is one message, and there may be many ports.
+        TABLES[os.getpid()].socket.setsockopt(1, 32, 1 << 25)
+    return TABLES[os.getpid()]
 
 
 class Rules:
@@ -9901,10 +9908,8 @@ def network_rm_command(options):
         for_each(options.names, remove)
 
 
-IDLE_FILTERS = {  # of `prune`: whether a network passes for one of the values
-    "label": lambda network, text: has_label(network["labels"], text),
-    "label!": lambda network, text: not has_label(network["labels"], text),
-    "until": lambda network, text: network["created"] < moment("until", text)}
+IDLE_FILTERS = prune_filters(lambda network: network["labels"],
+                             lambda network: network["created"])
 
 
 def remove_idle_networks(wanted):
@@ -13693,10 +13698,8 @@ def cp_command(options):
 # ── clearing up ──
 
 
-ENDED_FILTERS = {  # of `prune`: whether a record passes for one of the values
-    "label": lambda record, text: has_label(record.labels, text),
-    "label!": lambda record, text: not has_label(record.labels, text),
-    "until": lambda record, text: record.created < moment("until", text)}
+ENDED_FILTERS = prune_filters(lambda record: record.labels,
+                              lambda record: record.created)
 
 
 def remove_ended(wanted):
