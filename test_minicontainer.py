@@ -3762,7 +3762,8 @@ def daemon(answers, *argv):
     before = {top for top, _, _ in os.walk("/sys/fs/cgroup")}
     with open(f"{STORE}/daemon.log", "w+") as log:
         process = subprocess.Popen(["unshare", "--mount", *map(str, argv)],
-                                   stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+                                   stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                                   env={**os.environ, "TMPDIR": STORE})  # for its dumps
         try:
             until(lambda: process.poll() is not None or answers(), 100)
             assert process.poll() is None, (log.seek(0), log.read())[1]
