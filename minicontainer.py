@@ -5730,6 +5730,8 @@ def layer_bytes():
 class TarReader:
     """The entries of a tarball that is read from a file, each before the next."""
 
+    may_end = False  # whether it may end here; before the first header is unusual
+
     def __init__(self, file, title):
         self.file, self.title = file, title
         self.common = {}  # what a header of kind g has said
@@ -5750,10 +5752,20 @@ class TarReader:
             raise ValueError("its size and its holes do not agree")
         return self.exactly(length)
 
+    def header(self):
+        """The next header; at the end b"".  That should be a block of zeros, but some
+        end right behind a file's content (`umoci insert`), and everybody takes that."""
+        head = self.file.read(512)
+        if 0 < len(head) < 512 or not head and not self.may_end:
+            raise EOFError("it ends too early")
+        self.may_end = True
+        return head if head != ZEROS[:512] else b""
+
     def skip(self, length):
         """Pass over some bytes."""
-        if self.file.seekable():
-            self.file.seek(length, os.SEEK_CUR)
+        if self.file.seekable() and length:
+            self.file.seek(length - 1, os.SEEK_CUR)
+            self.exactly(1)  # or it would end beyond its end
         else:
             for at in range(0, length, BLOCK):
                 self.exactly(min(BLOCK, length - at))
@@ -5771,7 +5783,7 @@ class TarReader:
         at_most = f"unpacks to more than {human(most)}"
         entries = whole("$MINICONTAINER_LAYER_ENTRIES", os.environ.get(
             "MINICONTAINER_LAYER_ENTRIES") or f"{LAYER_ENTRIES}", 1)
-        while (head := self.exactly(512)) != ZEROS[:512]:
+        while head := self.header():
             field = dict(zip(FIELDS, FIELD_BYTES.unpack(head), strict=True))
             if tar_number(field["sum"]) != sum(head) - sum(field["sum"]) + 8 * 32:
                 raise ValueError("bad checksum")
@@ -5791,7 +5803,8 @@ class TarReader:
             self.bounded(count > entries, f"has more than {entries} entries")
             padding = -self.left % 512
             yield entry
-            self.skip(self.left + padding)
+            self.skip(self.left)
+            self.file.read(padding)  # at the end there may be none
 
     def look_ahead(self, entries):
         """Refuse what has more entries than that before so many have been made."""
@@ -6151,12 +6164,13 @@ class Layer:
                            "disk full, or the tarball damaged or hostile?") from None
 
 
-def unpack(path, top, title=None):
+def unpack(path, top, title=None, may_end=False):
     """Unpack a tarball as a layer into the directory `top`: the digest of its plain
     form, and the bytes of its files.  Errors call it by its title."""
     title = title or path
     os.makedirs(top, exist_ok=True)
     with Layer(top) as layer, Tarball(path, title) as tarball:
+        tarball.may_end = may_end
         try:
             layer.add_all(tarball, title)
         except (ValueError, EOFError) as error:
@@ -6951,7 +6965,8 @@ def unpack_layer(diff_id, blob, top=""):
     the bytes of its files."""
     if not top:
         return new_directories("layers", lambda top: unpack_layer(diff_id, blob, top))
-    found, bytes_ = unpack(blob, f"{top}/{hex_of(diff_id)}")
+    # Some builders have made layers of no byte at all.
+    found, bytes_ = unpack(blob, f"{top}/{hex_of(diff_id)}", may_end=True)
     if found != diff_id:
         raise Fail(f"{blob}: unpacked it is {found}, not the {diff_id} that the "
                    "image's config promises", "the image is damaged or hostile")

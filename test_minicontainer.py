@@ -4199,6 +4199,22 @@ def test_a_symlink_in_a_layer_leads_where_it_would_with_the_layer_as_root(tmp_pa
 
 
 @root
+def test_a_tarball_may_end_with_its_file_but_not_within_an_entry(tmp_path):
+    whole = make_tar(tmp_path / "x.tar", ("a", binary(b"x" * 600)), ("b", b"")).read_bytes()
+    for length in (512 + 600, 512 + 1024, 512 + 1024 + 512, 512 + 1024 + 1024):
+        (tmp_path / "x.tar").write_bytes(whole[:length])
+        top = m.layer_of(str(tmp_path / "x.tar"))
+        assert os.path.getsize(f"{top}/a") == 600 and os.path.exists(f"{top}/b") == (length > 1536)
+        m.remove_tree(top)
+    for length in (0, 100, 512, 1000, 512 + 599, 1600):
+        (tmp_path / "x.tar").write_bytes(whole[:length])
+        with pytest.raises(m.Fail, match="x.tar: not a tarball, or a damaged one: it ends too early"):
+            m.layer_of(str(tmp_path / "x.tar"))
+        with open(tmp_path / "x.tar", "rb") as file, pytest.raises(EOFError):
+            list(m.TarReader(file, "x"))
+
+
+@root
 def test_a_name_twice_is_the_later_one_and_what_is_dangerous_stays_in_the_store(tmp_path):
     path = make_tar(
         tmp_path / "x.tar", ("f", b"first"), ("f", {"type": tarfile.DIRTYPE}),
@@ -4429,7 +4445,7 @@ def test_a_missing_or_damaged_tarball_is_refused_and_nothing_stays(tmp_path):
     flipped[50000] ^= 0xFF
     for name, content in (("short.tgz", data[:5000]), ("text.tar", b"not a tarball"),
                           ("empty.tar", b""), ("flipped.tgz", bytes(flipped)),
-                          ("header.tar", bytes(plain)), ("cut.tar", plain[:1024]),
+                          ("header.tar", bytes(plain)), ("cut.tar", plain[:512]),
                           ("random.tar", os.urandom(4096)), ("sparse.tar", sparse)):
         (tmp_path / name).write_bytes(content)
         message = refused("run", "--rootfs", tmp_path / name, "/bin/true")
@@ -5164,6 +5180,14 @@ def test_a_lie_about_what_is_inside_a_layer_is_found_out(images, rootfs_tar, tmp
     make_tar(path, ("0/layer.tar", packed), *documents.items())
     forked_mini("load", "-i", path)
     assert m.find_image("old:1").diff_ids == m.find_image("true:1").diff_ids
+
+
+@root
+def test_a_layer_of_no_byte_at_all_is_one_too(images):
+    manifest, blobs = an_image(small_layer(), b"")
+    with fake_registry(serving(manifest, blobs)) as (host, _):
+        assert "Downloaded newer image" in forked_mini("pull", f"{host}/x:1")
+    assert os.listdir(m.layer_path(m.find_image(f"{host}/x:1").diff_ids[1])) == []
 
 
 @root
