@@ -1612,6 +1612,41 @@ def test_a_kernel_without_mount_setattr_gets_the_hosts_user_namespace(volume):
 
 # ══ 5. PRIVILEGES ══
 
+@pytest.fixture
+def profile(tmp_path):
+    """A profile of AppArmor's that forbids one file, while the test runs."""
+    modules = "/sys/kernel/security/lsm"
+    if not os.path.exists(modules) or "apparmor" not in open(modules).read().split(","):
+        pytest.skip("the kernel runs without AppArmor")
+    name = f"minicontainer-test-{os.getpid()}"
+    rules = "file, capability, network, mount, signal, ptrace, deny /etc/hostname r,"
+    (tmp_path / "profile").write_text(
+        f"profile {name} flags=(attach_disconnected) {{ {rules} }}\n")
+    command = ["apparmor_parser", "--skip-cache", str(tmp_path / "profile")]
+    subprocess.run([*command, "--replace"], check=True)
+    yield name
+    subprocess.run([*command, "--remove"], check=True)
+
+
+@root
+@pytest.mark.parametrize("options", [[], ["--init"], ["--userns", "host"]])
+def test_a_profile_of_apparmor_holds_the_program_and_what_is_executed_later(profile,
+                                                                            options):
+    script, enforced = "cat /proc/self/attr/current /etc/hostname", f"{profile} (enforce)"
+    options = [*options, "--security-opt", f"apparmor={profile}"]
+    result = mini("run", "--rm", *options, "/bin/sh", "-c", script)
+    assert result.returncode == 1 and result.stdout.strip() == enforced, result.stderr
+    assert "Permission denied" in result.stderr
+    mini("run", "-d", "--name", "profiled", *options, "/bin/sleep", "1000")
+    try:
+        result = mini("exec", "profiled", "/bin/sh", "-c", script)
+        assert result.stdout.strip() == enforced and result.returncode == 1
+    finally:
+        mini("rm", "-f", "profiled")
+    assert "AppArmor does not know 'nosuch'" in refused(
+        "run", "--rm", *options[:-1], "apparmor=nosuch", "/bin/true")
+
+
 BEFORE_WALLS = set(globals())
 
 
