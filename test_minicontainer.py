@@ -1003,6 +1003,34 @@ def test_a_device_is_throttled_or_the_controller_named():
 
 
 @root
+def test_huge_pages_are_limited_those_in_use_and_those_reserved():
+    needs_controller("hugetlb")
+    group = m.Cgroup(f"/minicontainer-{'f' * 64}")
+    try:
+        group.create({"hugepageLimits": {"2MB": 4 << 20}})
+        for kind in ("", "rsvd."):
+            file = f"hugetlb.2MB.{kind}" + ("max" if V2 else "limit_in_bytes")
+            assert group.read(file, "hugetlb") == f"{4 << 20}\n"
+    finally:
+        group.remove()
+
+
+@root
+def test_a_class_of_network_traffic_is_set_where_there_are_such():
+    group = m.Cgroup(f"/minicontainer-{'f' * 64}")
+    try:
+        if "net_cls" in m.cgroup_trees():
+            group.create({"network": {"classID": 0x100001}})
+            assert group.read("net_cls.classid", "net_cls") == f"{0x100001}\n"
+        else:
+            with pytest.raises(m.Fail, match="network.classID: its net_cls controller has "
+                               f"no {'such setting in version 2' if V2 else 'net_cls.c'}"):
+                group.create({"network": {"classID": 0x100001}})
+    finally:
+        group.remove()
+
+
+@root
 def test_a_limit_that_the_host_cannot_set_names_its_controller():
     result = mini("run", "--rm", "--blkio-weight", "300", "/bin/sh", "-c",
                   "cat /sys/fs/cgroup/io.*weight /sys/fs/cgroup/blkio/*weight "
