@@ -205,6 +205,8 @@ class Place(str):
 
 def c_argument(value):
     """The form for C of one argument of a system call."""
+    if isinstance(value, int):  # most are
+        return c_long(value)
     if isinstance(value, Place):
         return c_char_p(b"/proc/self/fd/%d" % value.fd)
     if isinstance(value, str):
@@ -212,8 +214,6 @@ def c_argument(value):
     if isinstance(value, list):  # argv and envp end in a null pointer
         strings = [os.fsencode(item) for item in value]
         return (c_char_p * (len(strings) + 1))(*strings)
-    if isinstance(value, int):
-        return c_long(value)
     return byref(value) if isinstance(value, Structure) else value
 
 
