@@ -10939,7 +10939,7 @@ def detach_keys(text):
 #       /var/lib/minicontainer/            (or $MINICONTAINER_ROOT)
 #           rootfs/default                 what `run` uses when no other is named
 #           layers/DIGEST/                 tarballs, unpacked
-#           ids/SLOT                       a range of 65536 ids: a link to its owner
+#           ids/SLOT, ids/SLOT.ID          a range of 65536 ids: links to who has it
 #           names/NAME                     the same for a name
 #           containers/ID/record.json      what is kept of it: see Record, exchange
 #                         config.json      the spec that chapter 6 obeys
@@ -11510,6 +11510,11 @@ def owner_of(path):
         return ""
 
 
+def slot_of(first_id):
+    """The name in ids/ of the range of user ids that begins there."""
+    return str((first_id - CONTAINER_IDS[0]) // CONTAINER_IDS[1])
+
+
 def discard(record, volumes=True):
     """Remove a container that has ended, with its ids, its name, and the volumes that
     nobody has named.
@@ -11522,17 +11527,10 @@ def discard(record, volumes=True):
                 NAMELESS in volume_facts(name)["Labels"]):
             remove_volume(name)
     announce(record, "destroy")
-    slot = (record.first_id - CONTAINER_IDS[0]) // CONTAINER_IDS[1]
-    heir = next((other.id for other in known() if record.first_id and
-                 other.first_id == record.first_id), "")  # it shares our network
-    for kind, name in (("ids", str(slot)), ("names", record.name)):
-        path = store(kind, name)
-        if owner_of(path) != record.id:
-            continue
-        if heir and kind == "ids":
-            os.symlink(heir, f"{path}.new")
-            os.rename(f"{path}.new", path)
-        else:
+    slot = slot_of(record.first_id)
+    for path in (store("ids", slot), store("ids", f"{slot}.{record.id}"),
+                 store("names", record.name)):
+        if owner_of(path) == record.id:
             take_away_file(path)
 
 
@@ -11649,16 +11647,31 @@ def find_volumes(options):
 def take_ids(id):
     """A range of user ids that no other container has: the first of them."""
     base, count, slots = CONTAINER_IDS
-    taken = set(os.listdir(os.path.dirname(store("ids", "x"))))
-    for slot in range(slots):
-        if str(slot) not in taken:
+
+    def taken():
+        return [name.partition(".")[0] for name in os.listdir(store("ids", ""))]
+    before = set(taken())
+    for slot in map(str, range(slots)):
+        if slot not in before:
             try:
-                os.symlink(id, store("ids", str(slot)))
-                return base + slot * count
+                os.symlink(id, store("ids", slot))
             except FileExistsError:
-                pass
+                continue
+            if taken().count(slot) == 1:  # or it was shared just before it was left
+                return base + int(slot) * count
+            take_away_file(store("ids", slot))
     raise Fail(f"all {slots} ranges of user ids are taken",
                "remove containers that have ended: system prune")
+
+
+def share_ids(id, other):
+    """Have another container's range of user ids be this one's, too.
+
+    A link SLOT.ID keeps it when its owner has gone.  Who removes a container removes
+    its directory first: if that is there, our link came before its own has gone."""
+    os.symlink(id, store("ids", f"{slot_of(other.first_id)}.{id}"))
+    if not os.path.isdir(other.path()):
+        raise NoContainer(other.name)
 
 
 def host_resolv_conf():
@@ -11902,6 +11915,8 @@ def create(options, args):
         base = 0
         if namespace_flags(spec) & CLONE_NEWUSER:
             base = record.first_id = other.first_id if other else take_ids(id)
+            if other:
+                share_ids(id, other)
             maps = [{"containerID": 0, "hostID": base, "size": CONTAINER_IDS[1]}]
             spec["linux"].update(uidMappings=maps, gidMappings=maps)
         make_files(record, options, spec, base)
@@ -15094,7 +15109,7 @@ LIMITS_OF_RUN = tuple(option for option in OF_CREATE if {*option[0]} & {*"""
     --pids-limit --ulimit --add-host --dns --network --security-opt""".split()})
 
 
-MOUNT_WORDS = {  # of --mount of RUN: the keys that each type may have
+RUN_MOUNT_WORDS = {  # of --mount of RUN: the keys that each type may have
     "bind": "target from source rw", "tmpfs": "target size",
     "cache": "target id ro sharing mode uid gid",
     "secret": "target id required mode uid gid env"}
@@ -15112,12 +15127,12 @@ def mount_words(step, text):
         words[SAME_WORDS.get(key, key)] = value if equals else "true"
     kind = words.setdefault("type", "bind")
     at = step.whole.find("--mount")
-    if kind not in MOUNT_WORDS:
+    if kind not in RUN_MOUNT_WORDS:
         raise step.fail(f"unsupported mount type {kind!r}",
-                        f"known are {', '.join(MOUNT_WORDS)}", at)
-    for key in set(words) - {"type", "ro"} - set(MOUNT_WORDS[kind].split()):
+                        f"known are {', '.join(RUN_MOUNT_WORDS)}", at)
+    for key in set(words) - {"type", "ro"} - set(RUN_MOUNT_WORDS[kind].split()):
         raise step.fail(f"unexpected key {key!r} for mount type {kind!r}",
-                        f"it has {MOUNT_WORDS[kind].replace(' ', ', ')}", at)
+                        f"it has {RUN_MOUNT_WORDS[kind].replace(' ', ', ')}", at)
     for key in {"mode", "uid", "gid"} & {*words}:
         if not words[key].isdecimal() or key == "mode" and {*words[key]} & {*"89"}:
             raise step.fail(f"invalid {key} of a mount: {words[key]!r}", "a number", at)

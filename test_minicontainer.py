@@ -482,6 +482,13 @@ def test_help_is_there_for_every_command_and_every_option():
             assert names[-1] in shown.stdout or "metavar" in dict(options)[names]
 
 
+def test_no_name_is_given_twice():
+    """The later one would count for what stands between them, too."""
+    given = [name for statement in m.statements_of(SOURCE) for name in statement.gives
+             if not SOURCE.startswith("if", SOURCE.index(statement.text))]
+    assert len(given) > 1000 and [n for n in given if given.count(n) > 1] == []
+
+
 def test_the_readme_tells_where_each_chapter_begins():
     with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
         text = file.read()
@@ -6470,8 +6477,23 @@ def test_a_container_shares_the_network_of_another_and_root_is_root_in_it(networ
                 "run", "--network", "container:web-1", "--dns", "1.1.1.1", "/x")
             slot = str((own.first_id - m.CONTAINER_IDS[0]) // m.CONTAINER_IDS[1])
             assert mini("rm", "web-1").returncode == 0
-            assert os.readlink(f"{STORE}/ids/{slot}") == own.id  # its ids are not free
+            assert own.id in map(m.owner_of, glob.glob(f"{STORE}/ids/{slot}.*"))
+            assert not os.path.lexists(f"{STORE}/ids/{slot}")
+            free = m.take_ids("nobody")
+            os.unlink(f"{STORE}/ids/{m.slot_of(free)}")
+            assert free != own.first_id  # they are not free
             mini("run", "-d", "--name", "web-1", "/bin/true")
+
+
+@root
+def test_ids_are_not_shared_with_a_container_that_has_just_been_removed(tmp_path):
+    gone = types.SimpleNamespace(first_id=m.CONTAINER_IDS[0], name="gone",
+                                 path=lambda: f"{tmp_path}/gone")
+    with pytest.raises(m.NoContainer):
+        m.share_ids("late", gone)
+    assert m.take_ids("next") != gone.first_id  # what the late one has begun counts
+    assert mini("gc").stdout.count("of no container") == 2  # and is cleared away
+    assert os.listdir(f"{STORE}/ids") == []
 
 
 @root
