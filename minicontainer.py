@@ -14382,12 +14382,12 @@ def file_entry(fd):
     return entry
 
 
-def text_entry(text, mode=0o644):
+def text_entry(text, when):
     """The Entry of a file with that text."""
     import io
 
     data = text.encode("utf-8", "surrogateescape")
-    entry = Entry(".", stat.S_IFREG | mode, (0, 0), len(data), time.time_ns())
+    entry = Entry(".", stat.S_IFREG | 0o644, (0, 0), len(data), when)
     entry.stream = io.BytesIO(data)
     return entry
 
@@ -14476,7 +14476,8 @@ class Tree:
         return os.path.relpath(there, top)
 
     def matching(self, above, parts):
-        """The paths that a pattern means, name by name; ** is any number of names."""
+        """The paths that a pattern means, name by name; ** is any number of names.  A
+        symlink that only a wildcard has found is not followed on the way."""
         if not parts:
             yield above
             return
@@ -14487,7 +14488,9 @@ class Tree:
         yield from self.matching(above, rest) if name == "**" else ()
         try:
             fd = self.open(above, os.O_RDONLY | O_DIRECTORY)
-        except OSError:
+        except OSError as error:
+            if error.errno == errno.EXDEV:
+                yield above  # find() refuses what leads out
             return
         try:
             names = sorted((entry.name, entry.is_dir(follow_symlinks=False))
@@ -14495,10 +14498,10 @@ class Tree:
         finally:
             os.close(fd)
         pattern = compiled(name)
+        below = parts if name == "**" else rest
         for found, goes_on in names:
-            if goes_on if name == "**" else pattern.fullmatch(found):
-                yield from self.matching(os.path.join(above, found),
-                                         parts if name == "**" else rest)
+            if (name == "**" or pattern.fullmatch(found)) and (goes_on or not below):
+                yield from self.matching(os.path.join(above, found), below)
 
     def entries(self, path, excluding=()):
         """An Entry for each file at a place, in the order of their names."""
@@ -14563,12 +14566,31 @@ class Item:
         self.is_tree = is_tree  # a directory, of which the content is copied
         self.open_archive = open_archive  # a function, if its content is unpacked
 
+    def times(self, entries):
+        """The entries, one by one; from then on is_as_it_was() knows of what time and
+        size each file was, before anybody has read it."""
+        import hashlib
+
+        seen = hashlib.sha256()
+        for entry in entries:
+            if stat.S_ISREG(entry.mode):
+                seen.update(to_json([entry.name, entry.size, entry.when]).encode())
+            yield entry
+        self.seen = seen.hexdigest()
+
+    def is_as_it_was(self):
+        """Whether nobody has written to it since digest()."""
+        before = self.seen
+        for _ in self.times(self.entries()):
+            pass
+        return self.seen == before
+
     def digest(self):
         """A digest of all that matters of it: no times."""
         import hashlib
 
         found = hashlib.sha256()
-        for entry in self.entries():
+        for entry in self.times(self.entries()):
             found.update(to_json([
                 entry.name, entry.mode, entry.uid, entry.gid, entry.size, entry.link,
                 entry.hard, entry.device, {key: value.hex() for key, value in sorted(
@@ -15451,9 +15473,13 @@ class Worker:
         state.key = digest_of([state.key, state.config, state.settings])
         self.note(f"{step.name} {meaning}")
 
-    def change(self, words, parts, make, alone=False):
+    def change(self, words, parts, make, items=(), alone=False):
         """Take the step's layer from the cache, or from what make() leaves; one that
-        stands `alone` is the same whatever is below it."""
+        stands `alone` is the same whatever is below it.
+
+        The key tells of the items as they were when they were read for it.  If somebody
+        has written to them since, the layer is of another content than that: then it
+        gets a key that nobody will ever ask for."""
         build, parent = self.build, "" if alone else self.state.key
         parts = {"parent": parent, "instruction": f"{words[0]} {to_json(words[1:])}",
                  **parts}
@@ -15469,8 +15495,12 @@ class Worker:
                 "what it builds on has changed")  # the cache need not be read for that
             self.missed = True
             layer = make()
-            save(store("steps", f"{key}.json"), {
-                "parts": parts, "layer": layer, "seen": layer and seen_of(layer)})
+            if all(item.is_as_it_was() for item in items):
+                save(store("steps", f"{key}.json"), {
+                    "parts": parts, "layer": layer, "seen": layer and seen_of(layer)})
+            else:
+                say("what was copied has changed meanwhile: the cache does not keep it")
+                key = digest_of([key, os.urandom(16).hex()])
         self.state.key = digest_of([self.state.key, key]) if alone else key
         self.note(" ".join(words), layer, key)
         size_ = f", {decimal(layer[2])}" if layer else ""
@@ -15696,7 +15726,8 @@ def run_step(w, step):
     return w.change(["RUN", *seen * bool(used), *args], {
         **mounts.digests(), "the network": options.network, "the here-document": script,
         "the mounts": [value for name, value in step.flags if name == "mount"]},
-        lambda: layer_of_run(w, step, options, args, script, mounts))
+        lambda: layer_of_run(w, step, options, args, script, mounts),
+        [item for item in mounts.items if item])
 
 
 def remote_item(w, step, at, url):
@@ -15732,7 +15763,7 @@ def remote_item(w, step, at, url):
 
 def items_of(w, step, sources):
     """The Items that the sources of a COPY or ADD mean."""
-    documents, items = [*step.documents], []
+    documents, items, now = [*step.documents], [], time.time_ns()
     rules = rules_of("\n".join(w.word(step, step.at, value)
                                for name, value in step.flags if name == "exclude"))
     tree = None
@@ -15743,7 +15774,7 @@ def items_of(w, step, sources):
         if documents and text in (f"<<{documents[0][0]}", f"<<-{documents[0][0]}"):
             name, data, expands = documents.pop(0)
             data = expand(step, at, data, w.known(), True) if expands else data
-            items.append(Item(name, lambda data=data: [text_entry(data)]))
+            items.append(Item(name, lambda data=data: [text_entry(data, now)]))
             continue
         if step.name == "ADD" and "://" in text or text.startswith("git@"):
             items.append(remote_item(w, step, at, text))
@@ -15751,7 +15782,7 @@ def items_of(w, step, sources):
         tree = tree or w.tree(step, w.flag(step, "from"))
         text, _, below = text.partition("/./") if w.yes(step, "parents") else (
             text, "", "")
-        for path, is_tree in tree.find(step, at, os.path.join(text, below)):
+        for path, is_tree in tree.find(step, at, text + f"/{below}" * bool(below)):
             name = os.path.relpath(f"/{path}", f"/{text}") if below else path
             items.append(tree_item(tree, path, is_tree, name * w.yes(step, "parents"),
                                    rules, step.name == "ADD"))
@@ -15785,7 +15816,7 @@ def copy_(w, step):
     content = {f"source {number}, {item.name or '.'},": item.digest()
                for number, item in enumerate(items, 1)}
     return w.change(words, content, lambda: with_files(
-        w.state, copying.write, w.build.epoch, alone), alone)
+        w.state, copying.write, w.build.epoch, alone), items, alone)
 
 
 # ── all stages ──

@@ -8214,6 +8214,10 @@ OURS = {
         "sub/deep/d.txt": ("0o100604", 0, 0, "d\n")}),
     "a wildcard may match nothing (buildah refuses that)": ("COPY f.txt n*such /d/\nCOPY n*such /n",
         {"d": ("0o40755", 0, 0, ""), "d/f.txt": ("0o100644", 0, 0, "f\n")}),
+    "a symlink is not followed where a wildcard has found it (buildah does so)":
+        ("COPY */f*e */s.txt l*/*.txt /d/", {
+            "d": ("0o40755", 0, 0, ""), "d/file": ("0o100644", 0, 0, "f\n"),
+            "d/s.txt": ("0o100644", 0, 0, "s\n")}),
     "--exclude": ("COPY --exclude=deep --exclude=*.md sub *.md /d/", {
         "d": ("0o40755", 0, 0, ""), "d/s.txt": ("0o100644", 0, 0, "s\n")}),
     "--link": ("COPY --link f.txt /d/e", {"d": ("0o40755", 0, 0, ""),
@@ -8314,6 +8318,26 @@ def test_a_step_is_done_again_only_if_something_of_it_differs(base):
     assert told(base, link.format(1)).count("CACHED") == 0
     assert told(base, link.format(2)).count("CACHED") == 1
     (base / "sub/s.txt").write_text("s\n")
+
+
+@root
+@pytest.mark.parametrize("step, makes", [("COPY f.txt sub /x/", "with_files"),
+                                         ("RUN --mount=target=/c cp /c/f.txt /x", "layer_of_run")])
+def test_what_changes_while_it_is_copied_is_not_taken_from_the_cache(step, makes, base, monkeypatch):
+    real, text = getattr(m, makes), f"{step}\nRUN cat /x/f.txt /x > /y; true"
+
+    def change_and_make(*words):
+        (base / "f.txt").write_text("changed\n")
+        monkeypatch.undo()
+        return real(*words)
+    for said in ("changed\n", "f\n", "f\n"):
+        if said == "changed\n":
+            monkeypatch.setattr(m, makes, change_and_make)
+        id = build(base, text)
+        monkeypatch.undo()
+        (base / "f.txt").write_text("f\n")
+        assert run(id, "cat", "/y") == said
+    assert told(base, text).count("CACHED") == 2
 
 
 @root
@@ -8805,6 +8829,8 @@ def test_no_dockerfile_makes_a_traceback(seed):
     ("COPY links/../../Dockerfile /", "forbidden path outside the build context"),
     ("COPY out /", "forbidden path outside the build context: out"),
     ("COPY outdir/Dockerfile /", "forbidden path outside the build context"),
+    ("COPY f.txt outdir/* /", "forbidden path outside the build context: outdir"),
+    ("COPY --parents ./outdir/./*/x /", "forbidden path outside the build context: outdir"),
     ("ADD out /", "forbidden path outside the build context"),
     ("RUN --mount=source=out,target=/x true", "forbidden path outside the build context"),
     ("COPY f.txt x.sh /name", "must be a directory and end with a /"),
