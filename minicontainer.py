@@ -1319,8 +1319,10 @@ def named_limits(resources):
     """Rows like those above, for what the spec itself names: sizes of huge pages, and
     files of version 2."""
     for page in resources.get("hugepageLimits", ()):
-        yield (f"hugepageLimits {page}", "hugetlb", {f"hugetlb.{page}.max": None},
-               {f"hugetlb.{page}.limit_in_bytes": None})
+        for kind in ("", "rsvd."):  # taken, and reserved to be
+            yield (f"hugepageLimits {page}", "hugetlb",
+                   {f"hugetlb.{page}.{kind}max": None},
+                   {f"hugetlb.{page}.{kind}limit_in_bytes": None})
     for file in resources.get("unified", ()):
         yield f"unified {file}", file.partition(".")[0], {file: None}, {}
 
@@ -1544,7 +1546,8 @@ class Cgroup:
             if what in implied:
                 say(f"this host cannot limit {what}: limited without it")
                 return
-            files = " or ".join(forms) or f"such setting in version {1 + (not v1)}"
+            files = " or ".join(forms) or (
+                f"such setting in version {1 if self.trees else 2}")
             raise Fail(f"this host cannot set {section}.{key}: its {controller} "
                        f"controller has no {files}",
                        "leave the option out, or enable the controller in the kernel")
@@ -13934,7 +13937,8 @@ class Instruction:
         return self.whole[self.at:].strip()
 
     def fail(self, message, hint="", at=0):
-        """A Fail that shows the place: where in the text something is wrong."""
+        """A Fail that shows the place: where in the text, or which flag, is wrong."""
+        at = self.whole.find(at) if isinstance(at, str) else at
         start, line, column = [spot for spot in self.spots if spot[0] <= at][-1]
         return self.file.fail(message, hint, line, column + at - start)
 
@@ -15159,21 +15163,25 @@ def mount_words(step, text):
         key, equals, value = part.partition("=")
         words[SAME_WORDS.get(key, key)] = value if equals else "true"
     kind = words.setdefault("type", "bind")
-    at = step.whole.find("--mount")
-    if kind not in MOUNT_WORDS:
-        raise step.fail(f"unsupported mount type {kind!r}",
-                        f"known are {', '.join(MOUNT_WORDS)}", at)
-    for key in set(words) - {"type", "ro"} - set(MOUNT_WORDS[kind].split()):
-        raise step.fail(f"unexpected key {key!r} for mount type {kind!r}",
-                        f"it has {MOUNT_WORDS[kind].replace(' ', ', ')}", at)
-    if kind == "cache" and "source" in words and "from" not in words:
-        raise step.fail("source= of a cache mount needs from=", "from=STAGE", at)
-    for key in {"mode", "uid", "gid"} & {*words}:
-        if not words[key].isdecimal() or key == "mode" and {*words[key]} & {*"89"}:
-            raise step.fail(f"invalid {key} of a mount: {words[key]!r}", "a number", at)
-    if "target" not in words and kind != "secret" or not (
-            words.get("target") or words.get("id") or words.get("env")):
-        raise step.fail(f"invalid mount: {text!r} has no target", "target=/DIR", at)
+
+    def refuse(wrong, message, hint):
+        if wrong:
+            raise step.fail(message, hint, "--mount")
+    refuse(kind not in MOUNT_WORDS, f"unsupported mount type {kind!r}",
+           f"known are {', '.join(MOUNT_WORDS)}")
+    known = MOUNT_WORDS[kind].split()
+    odd = sorted({*words} - {"type", "ro", *known})
+    refuse(odd, f"unexpected key {odd[0]!r} for mount type {kind!r}" if odd else "",
+           f"it has {', '.join(known)}")
+    refuse(kind == "cache" and "source" in words and "from" not in words,
+           "source= of a cache mount needs from=", "from=STAGE")
+    for key in sorted({"mode", "uid", "gid"} & {*words}):
+        digits = {*"01234567"} if key == "mode" else {*"0123456789"}
+        refuse({*words[key]} - digits or not words[key],
+               f"invalid {key} of a mount: {words[key]!r}", "a number")
+    refuse(not words.get("target") and not (kind == "secret" and (
+        words.get("id") or words.get("env"))), f"invalid mount: {text!r} has no target",
+        "target=/DIR")
     return words
 
 
@@ -15292,10 +15300,11 @@ class Mounts:
     def item(self, words):
         """What a bind shows, or a new cache begins with."""
         tree = self.worker.tree(self.step, words.get("from"))
-        at, source = self.step.whole.find("--mount"), words.get("source", ".")
-        (path, is_tree), = tree.find(self.step, at, source, wild=False)
+        source = words.get("source", ".")
+        (path, is_tree), = tree.find(self.step, "--mount", source, wild=False)
         if words["type"] == "cache" and not is_tree:
-            raise self.step.fail(f"{source}: Not a directory", "a cache is one", at)
+            raise self.step.fail(f"{source}: Not a directory", "a cache is one",
+                                 "--mount")
         return tree_item(tree, path, is_tree)
 
     def digests(self):
@@ -15354,9 +15363,7 @@ class Mounts:
 
         def make(top):
             os.mkdir(f"{top}/{name}")
-            os.chmod(f"{top}/{name}", int(words.get("mode", "755"), 8))
-            os.chown(f"{top}/{name}", int(words.get("uid", 0)),
-                     int(words.get("gid", 0)))
+            self.set_owner(f"{top}/{name}", words, "755")
             if item:
                 self.fill(f"{top}/{name}", item)
         if not os.path.isdir(path):
@@ -15373,7 +15380,7 @@ class Mounts:
         if value is None:
             if words.get("required") in ("true", "1"):
                 raise self.step.fail(f"secret {id}: not found", f"--secret id={id},"
-                                     "src=FILE", self.step.whole.find("--mount"))
+                                     "src=FILE", "--mount")
             return None
         if "env" in words:
             options.like["env"].append(
@@ -15382,10 +15389,14 @@ class Mounts:
                 return None
         fd = os.open(place, O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         write_all(fd, value)
-        os.fchown(fd, int(words.get("uid", 0)), int(words.get("gid", 0)))
-        os.fchmod(fd, int(words.get("mode", "400"), 8))
         os.close(fd)
+        self.set_owner(place, words, "400")
         return place
+
+    def set_owner(self, path, words, mode):
+        """Give a cache or a secret the owner and the mode that were asked for."""
+        os.chmod(path, int(words.get("mode", mode), 8))
+        os.chown(path, int(words.get("uid", 0)), int(words.get("gid", 0)))
 
 
 # ── a stage, step by step ──
@@ -15670,11 +15681,11 @@ def network_for(w, step):
     """The network that a RUN asks for, or that the build was given."""
     if w.flag(step, "security", "sandbox") != "sandbox":
         raise step.fail(f"--security={w.flag(step, 'security')} is not allowed",
-                        "no build step is privileged here", step.whole.find("--sec"))
+                        "no build step is privileged here", "--security")
     network = w.flag(step, "network", "default")
     if network not in ("default", "none", "host"):
         raise step.fail(f"unsupported network mode {network!r}",
-                        "default, none or host", step.whole.find("--network"))
+                        "default, none or host", "--network")
     return w.build.options.network if network == "default" else network
 
 
@@ -15769,7 +15780,7 @@ def items_of(w, step, sources):
     tree = None
     if w.flag(step, "checksum") and (len(sources) > 1 or "://" not in sources[0][1]):
         raise step.fail("checksum can't be specified for non-HTTP(S) sources",
-                        "it is that of one URL", step.whole.find("--checksum"))
+                        "it is that of one URL", "--checksum")
     for at, text in sources:
         if documents and text in (f"<<{documents[0][0]}", f"<<-{documents[0][0]}"):
             name, data, expands = documents.pop(0)
@@ -15799,13 +15810,13 @@ def copy_(w, step):
     items = items_of(w, step, sources)
     if mode is not None and not mode_change(mode):
         raise step.fail(f"invalid chmod parameter: {mode!r}", "octal digits, as in "
-                        "755, or as in u=rwX,go=rX", step.whole.find("--chmod"))
+                        "755, or as in u=rwX,go=rX", "--chmod")
     if alone:  # it must not depend on what is below it, so not on a passwd there
         owner = ":".join("0" if part == "root" else part for part in owner.split(":"))
         if owner.strip("0123456789:"):
             raise step.fail(f"--chown={owner} is not possible with --link: no passwd "
                             "is looked at", "numbers, or no --link",
-                            step.whole.find("--chown"))
+                            "--chown")
     parents = w.yes(step, "parents")
     if len(sources) > 1 and not target.endswith("/") and not parents and target != "/":
         raise step.fail(f"When using {step.name} with more than one source file, the "
@@ -16007,7 +16018,7 @@ class Build:
             return self.state_of(found)
         if text.isdecimal():
             raise step.fail(f"invalid from flag value {text}: no such stage", "a stage "
-                            "that stands above, or an image", step.whole.find("--"))
+                            "that stands above, or an image", "--")
         return self.image_state(text, stage.platform)
 
     def image(self, text, platform=None):
