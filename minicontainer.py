@@ -15640,6 +15640,9 @@ def set_healthcheck(w, step):
         value, key = w.word(step, step.at, value), name.title().replace("-", "")
         found[key] = whole(f"--{name}", value, 0) if name == "retries" else (
             nanoseconds(f"--{name}", value))
+        if name != "retries" and 0 < found[key] < 10 ** 6:
+            raise step.fail(f"--{name}={value} cannot be less than 1ms", "30s",
+                            f"--{name}")
     w.set("Healthcheck", found)
     w.say_that(step, to_json(found))
 
