@@ -14253,7 +14253,7 @@ class Expansion:
             raise ValueError("syntax error: missing '}'")
         if sign.lstrip(":") not in ("+", "-", "?", "#", "##", "%", "%%"):
             raise ValueError(f"unsupported modifier ({sign}) in substitution")
-        word = self.part("}", "\\" * (sign[-1] in "#%"))  # it tells \\* from a wildcard
+        word = self.part("}", "\\" * (sign[-1] in "#%"))  # it tells \* from a wildcard
         if sign[-1] in "#%":
             return self.trimmed(value or "", sign.lstrip(":"), word)
         if sign[-1] == "?" and value is None:
@@ -15836,8 +15836,9 @@ def copy_(w, step):
 # ── all stages ──
 #
 # A stage needs the stage it begins with and those that it copies or mounts from.  So
-# what the target needs is found by following the names, and is built in waves: all
-# stages whose needs are met, each in a process of its own, then the next ones.
+# what the target needs is found by following the names; that is why a name in --from
+# has no variables.  A stage is begun when the last one that it needs is done, in a
+# process of its own if others run then.
 
 
 def stage_named(text, stages, by_number=True):
