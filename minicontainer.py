@@ -13969,7 +13969,8 @@ class Instruction:
         return self.whole[self.at:].strip()
 
     def fail(self, message, hint="", at=0):
-        """A Fail that shows the place: where in the text something is wrong."""
+        """A Fail that shows the place: where in the text, or which flag, is wrong."""
+        at = self.whole.find(at) if isinstance(at, str) else at
         start, line, column = [spot for spot in self.spots if spot[0] <= at][-1]
         return self.file.fail(message, hint, line, column + at - start)
 
@@ -14284,7 +14285,7 @@ class Expansion:
             raise ValueError("syntax error: missing '}'")
         if sign.lstrip(":") not in ("+", "-", "?", "#", "##", "%", "%%"):
             raise ValueError(f"unsupported modifier ({sign}) in substitution")
-        word = self.part("}", "\\" * (sign[-1] in "#%"))  # it tells \\* from a wildcard
+        word = self.part("}", "\\" * (sign[-1] in "#%"))  # it tells \* from a wildcard
         if sign[-1] in "#%":
             return self.trimmed(value or "", sign.lstrip(":"), word)
         if sign[-1] == "?" and value is None:
@@ -14417,12 +14418,12 @@ def file_entry(fd):
     return entry
 
 
-def text_entry(text, mode=0o644):
+def text_entry(text, when):
     """The Entry of a file with that text."""
     import io
 
     data = text.encode("utf-8", "surrogateescape")
-    entry = Entry(".", stat.S_IFREG | mode, (0, 0), len(data), time.time_ns())
+    entry = Entry(".", stat.S_IFREG | 0o644, (0, 0), len(data), when)
     entry.stream = io.BytesIO(data)
     return entry
 
@@ -14511,7 +14512,8 @@ class Tree:
         return os.path.relpath(there, top)
 
     def matching(self, above, parts):
-        """The paths that a pattern means, name by name; ** is any number of names."""
+        """The paths that a pattern means, name by name; ** is any number of names.  A
+        symlink that only a wildcard has found is not followed on the way."""
         if not parts:
             yield above
             return
@@ -14522,7 +14524,9 @@ class Tree:
         yield from self.matching(above, rest) if name == "**" else ()
         try:
             fd = self.open(above, os.O_RDONLY | O_DIRECTORY)
-        except OSError:
+        except OSError as error:
+            if error.errno == errno.EXDEV:
+                yield above  # find() refuses what leads out
             return
         try:
             names = sorted((entry.name, entry.is_dir(follow_symlinks=False))
@@ -14530,10 +14534,10 @@ class Tree:
         finally:
             os.close(fd)
         pattern = compiled(name)
+        below = parts if name == "**" else rest
         for found, goes_on in names:
-            if goes_on if name == "**" else pattern.fullmatch(found):
-                yield from self.matching(os.path.join(above, found),
-                                         parts if name == "**" else rest)
+            if (name == "**" or pattern.fullmatch(found)) and (goes_on or not below):
+                yield from self.matching(os.path.join(above, found), below)
 
     def entries(self, path, excluding=()):
         """An Entry for each file at a place, in the order of their names."""
@@ -14598,12 +14602,31 @@ class Item:
         self.is_tree = is_tree  # a directory, of which the content is copied
         self.open_archive = open_archive  # a function, if its content is unpacked
 
+    def times(self, entries):
+        """The entries, one by one; from then on is_as_it_was() knows of what time and
+        size each file was, before anybody has read it."""
+        import hashlib
+
+        seen = hashlib.sha256()
+        for entry in entries:
+            if stat.S_ISREG(entry.mode):
+                seen.update(to_json([entry.name, entry.size, entry.when]).encode())
+            yield entry
+        self.seen = seen.hexdigest()
+
+    def is_as_it_was(self):
+        """Whether nobody has written to it since digest()."""
+        before = self.seen
+        for _ in self.times(self.entries()):
+            pass
+        return self.seen == before
+
     def digest(self):
         """A digest of all that matters of it: no times."""
         import hashlib
 
         found = hashlib.sha256()
-        for entry in self.entries():
+        for entry in self.times(self.entries()):
             found.update(to_json([
                 entry.name, entry.mode, entry.uid, entry.gid, entry.size, entry.link,
                 entry.hard, entry.device, {key: value.hex() for key, value in sorted(
@@ -15172,21 +15195,25 @@ def mount_words(step, text):
         key, equals, value = part.partition("=")
         words[SAME_WORDS.get(key, key)] = value if equals else "true"
     kind = words.setdefault("type", "bind")
-    at = step.whole.find("--mount")
-    if kind not in RUN_MOUNT_WORDS:
-        raise step.fail(f"unsupported mount type {kind!r}",
-                        f"known are {', '.join(RUN_MOUNT_WORDS)}", at)
-    for key in set(words) - {"type", "ro"} - set(RUN_MOUNT_WORDS[kind].split()):
-        raise step.fail(f"unexpected key {key!r} for mount type {kind!r}",
-                        f"it has {RUN_MOUNT_WORDS[kind].replace(' ', ', ')}", at)
-    if kind == "cache" and "source" in words and "from" not in words:
-        raise step.fail("source= of a cache mount needs from=", "from=STAGE", at)
-    for key in {"mode", "uid", "gid"} & {*words}:
-        if not words[key].isdecimal() or key == "mode" and {*words[key]} & {*"89"}:
-            raise step.fail(f"invalid {key} of a mount: {words[key]!r}", "a number", at)
-    if "target" not in words and kind != "secret" or not (
-            words.get("target") or words.get("id") or words.get("env")):
-        raise step.fail(f"invalid mount: {text!r} has no target", "target=/DIR", at)
+
+    def refuse(wrong, message, hint):
+        if wrong:
+            raise step.fail(message, hint, "--mount")
+    refuse(kind not in RUN_MOUNT_WORDS, f"unsupported mount type {kind!r}",
+           f"known are {', '.join(RUN_MOUNT_WORDS)}")
+    known = RUN_MOUNT_WORDS[kind].split()
+    odd = sorted({*words} - {"type", "ro", *known})
+    refuse(odd, f"unexpected key {odd[0]!r} for mount type {kind!r}" if odd else "",
+           f"it has {', '.join(known)}")
+    refuse(kind == "cache" and "source" in words and "from" not in words,
+           "source= of a cache mount needs from=", "from=STAGE")
+    for key in sorted({"mode", "uid", "gid"} & {*words}):
+        digits = {*"01234567"} if key == "mode" else {*"0123456789"}
+        refuse({*words[key]} - digits or not words[key],
+               f"invalid {key} of a mount: {words[key]!r}", "a number")
+    refuse(not words.get("target") and not (kind == "secret" and (
+        words.get("id") or words.get("env"))), f"invalid mount: {text!r} has no target",
+        "target=/DIR")
     return words
 
 
@@ -15305,10 +15332,11 @@ class Mounts:
     def item(self, words):
         """What a bind shows, or a new cache begins with."""
         tree = self.worker.tree(self.step, words.get("from"))
-        at, source = self.step.whole.find("--mount"), words.get("source", ".")
-        (path, is_tree), = tree.find(self.step, at, source, wild=False)
+        source = words.get("source", ".")
+        (path, is_tree), = tree.find(self.step, "--mount", source, wild=False)
         if words["type"] == "cache" and not is_tree:
-            raise self.step.fail(f"{source}: Not a directory", "a cache is one", at)
+            raise self.step.fail(f"{source}: Not a directory", "a cache is one",
+                                 "--mount")
         return tree_item(tree, path, is_tree)
 
     def digests(self):
@@ -15367,9 +15395,7 @@ class Mounts:
 
         def make(top):
             os.mkdir(f"{top}/{name}")
-            os.chmod(f"{top}/{name}", int(words.get("mode", "755"), 8))
-            os.chown(f"{top}/{name}", int(words.get("uid", 0)),
-                     int(words.get("gid", 0)))
+            self.set_owner(f"{top}/{name}", words, "755")
             if item:
                 self.fill(f"{top}/{name}", item)
         if not os.path.isdir(path):
@@ -15386,7 +15412,7 @@ class Mounts:
         if value is None:
             if words.get("required") in ("true", "1"):
                 raise self.step.fail(f"secret {id}: not found", f"--secret id={id},"
-                                     "src=FILE", self.step.whole.find("--mount"))
+                                     "src=FILE", "--mount")
             return None
         if "env" in words:
             options.like["env"].append(
@@ -15395,10 +15421,14 @@ class Mounts:
                 return None
         fd = os.open(place, O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         write_all(fd, value)
-        os.fchown(fd, int(words.get("uid", 0)), int(words.get("gid", 0)))
-        os.fchmod(fd, int(words.get("mode", "400"), 8))
         os.close(fd)
+        self.set_owner(place, words, "400")
         return place
+
+    def set_owner(self, path, words, mode):
+        """Give a cache or a secret the owner and the mode that were asked for."""
+        os.chmod(path, int(words.get("mode", mode), 8))
+        os.chown(path, int(words.get("uid", 0)), int(words.get("gid", 0)))
 
 
 # ── a stage, step by step ──
@@ -15486,9 +15516,13 @@ class Worker:
         state.key = digest_of([state.key, state.config, state.settings])
         self.note(f"{step.name} {meaning}")
 
-    def change(self, words, parts, make, alone=False):
+    def change(self, words, parts, make, items=(), alone=False):
         """Take the step's layer from the cache, or from what make() leaves; one that
-        stands `alone` is the same whatever is below it."""
+        stands `alone` is the same whatever is below it.
+
+        The key tells of the items as they were when they were read for it.  If somebody
+        has written to them since, the layer is of another content than that: then it
+        gets a key that nobody will ever ask for."""
         build, parent = self.build, "" if alone else self.state.key
         parts = {"parent": parent, "instruction": f"{words[0]} {to_json(words[1:])}",
                  **parts}
@@ -15504,8 +15538,12 @@ class Worker:
                 "what it builds on has changed")  # the cache need not be read for that
             self.missed = True
             layer = make()
-            save(store("steps", f"{key}.json"), {
-                "parts": parts, "layer": layer, "seen": layer and seen_of(layer)})
+            if all(item.is_as_it_was() for item in items):
+                save(store("steps", f"{key}.json"), {
+                    "parts": parts, "layer": layer, "seen": layer and seen_of(layer)})
+            else:
+                say("what was copied has changed meanwhile: the cache does not keep it")
+                key = digest_of([key, os.urandom(16).hex()])
         self.state.key = digest_of([self.state.key, key]) if alone else key
         self.note(" ".join(words), layer, key)
         size_ = f", {decimal(layer[2])}" if layer else ""
@@ -15634,6 +15672,9 @@ def set_healthcheck(w, step):
         value, key = w.word(step, step.at, value), name.title().replace("-", "")
         found[key] = whole(f"--{name}", value, 0) if name == "retries" else (
             nanoseconds(f"--{name}", value))
+        if name != "retries" and 0 < found[key] < 10 ** 6:
+            raise step.fail(f"--{name}={value} cannot be less than 1ms", "30s",
+                            f"--{name}")
     w.set("Healthcheck", found)
     w.say_that(step, to_json(found))
 
@@ -15675,11 +15716,11 @@ def network_for(w, step):
     """The network that a RUN asks for, or that the build was given."""
     if w.flag(step, "security", "sandbox") != "sandbox":
         raise step.fail(f"--security={w.flag(step, 'security')} is not allowed",
-                        "no build step is privileged here", step.whole.find("--sec"))
+                        "no build step is privileged here", "--security")
     network = w.flag(step, "network", "default")
     if network not in ("default", "none", "host"):
         raise step.fail(f"unsupported network mode {network!r}",
-                        "default, none or host", step.whole.find("--network"))
+                        "default, none or host", "--network")
     return w.build.options.network if network == "default" else network
 
 
@@ -15731,7 +15772,8 @@ def run_step(w, step):
     return w.change(["RUN", *seen * bool(used), *args], {
         **mounts.digests(), "the network": options.network, "the here-document": script,
         "the mounts": [value for name, value in step.flags if name == "mount"]},
-        lambda: layer_of_run(w, step, options, args, script, mounts))
+        lambda: layer_of_run(w, step, options, args, script, mounts),
+        [item for item in mounts.items if item])
 
 
 def remote_item(w, step, at, url):
@@ -15767,18 +15809,18 @@ def remote_item(w, step, at, url):
 
 def items_of(w, step, sources):
     """The Items that the sources of a COPY or ADD mean."""
-    documents, items = [*step.documents], []
+    documents, items, now = [*step.documents], [], time.time_ns()
     rules = rules_of("\n".join(w.word(step, step.at, value)
                                for name, value in step.flags if name == "exclude"))
     tree = None
     if w.flag(step, "checksum") and (len(sources) > 1 or "://" not in sources[0][1]):
         raise step.fail("checksum can't be specified for non-HTTP(S) sources",
-                        "it is that of one URL", step.whole.find("--checksum"))
+                        "it is that of one URL", "--checksum")
     for at, text in sources:
         if documents and text in (f"<<{documents[0][0]}", f"<<-{documents[0][0]}"):
             name, data, expands = documents.pop(0)
             data = expand(step, at, data, w.known(), True) if expands else data
-            items.append(Item(name, lambda data=data: [text_entry(data)]))
+            items.append(Item(name, lambda data=data: [text_entry(data, now)]))
             continue
         if step.name == "ADD" and "://" in text or text.startswith("git@"):
             items.append(remote_item(w, step, at, text))
@@ -15786,7 +15828,7 @@ def items_of(w, step, sources):
         tree = tree or w.tree(step, w.flag(step, "from"))
         text, _, below = text.partition("/./") if w.yes(step, "parents") else (
             text, "", "")
-        for path, is_tree in tree.find(step, at, os.path.join(text, below)):
+        for path, is_tree in tree.find(step, at, text + f"/{below}" * bool(below)):
             name = os.path.relpath(f"/{path}", f"/{text}") if below else path
             items.append(tree_item(tree, path, is_tree, name * w.yes(step, "parents"),
                                    rules, step.name == "ADD"))
@@ -15803,13 +15845,13 @@ def copy_(w, step):
     items = items_of(w, step, sources)
     if mode is not None and not mode_change(mode):
         raise step.fail(f"invalid chmod parameter: {mode!r}", "octal digits, as in "
-                        "755, or as in u=rwX,go=rX", step.whole.find("--chmod"))
+                        "755, or as in u=rwX,go=rX", "--chmod")
     if alone:  # it must not depend on what is below it, so not on a passwd there
         owner = ":".join("0" if part == "root" else part for part in owner.split(":"))
         if owner.strip("0123456789:"):
             raise step.fail(f"--chown={owner} is not possible with --link: no passwd "
                             "is looked at", "numbers, or no --link",
-                            step.whole.find("--chown"))
+                            "--chown")
     parents = w.yes(step, "parents")
     if len(sources) > 1 and not target.endswith("/") and not parents and target != "/":
         raise step.fail(f"When using {step.name} with more than one source file, the "
@@ -15820,14 +15862,15 @@ def copy_(w, step):
     content = {f"source {number}, {item.name or '.'},": item.digest()
                for number, item in enumerate(items, 1)}
     return w.change(words, content, lambda: with_files(
-        w.state, copying.write, w.build.epoch, alone), alone)
+        w.state, copying.write, w.build.epoch, alone), items, alone)
 
 
 # ── all stages ──
 #
 # A stage needs the stage it begins with and those that it copies or mounts from.  So
-# what the target needs is found by following the names, and is built in waves: all
-# stages whose needs are met, each in a process of its own, then the next ones.
+# what the target needs is found by following the names; that is why a name in --from
+# has no variables.  A stage is begun when the last one that it needs is done, in a
+# process of its own if others run then.
 
 
 def stage_named(text, stages, by_number=True):
@@ -16011,7 +16054,7 @@ class Build:
             return self.state_of(found)
         if text.isdecimal():
             raise step.fail(f"invalid from flag value {text}: no such stage", "a stage "
-                            "that stands above, or an image", step.whole.find("--"))
+                            "that stands above, or an image", "--")
         return self.image_state(text, stage.platform)
 
     def image(self, text, platform=None):
