@@ -6753,22 +6753,30 @@ class changed_index(held):
         way, and must not be in the way of all other images for ever."""
         super().__enter__()
         self.entries = read_index()
+        lost = {}
         for entry in self.entries[:]:
             try:
                 Image(entry)
             except FileNotFoundError as error:
-                lost, = error.filename.args
-                say(f"{lost} is missing: so the image {name_of(entry)} is forgotten")
+                lost[error.filename.args[0]] = name_of(entry) or entry["digest"]
                 self.entries.remove(entry)
+        if lost:
+            self.write()
+        for path, name in lost.items():
+            say(f"{path} is missing: so the image {name} is forgotten")
         return self.entries
+
+    def write(self):
+        """Make it so."""
+        save(store("images", "oci-layout"), {"imageLayoutVersion": "1.0.0"})
+        save(store("images", "index.json"), {
+            "schemaVersion": 2, "mediaType": OCI_INDEX,
+            "manifests": list(map(as_oci, self.entries))}, lasting=True)
 
     def __exit__(self, failed, *_):
         try:
             if not failed:
-                save(store("images", "oci-layout"), {"imageLayoutVersion": "1.0.0"})
-                save(store("images", "index.json"), {
-                    "schemaVersion": 2, "mediaType": OCI_INDEX,
-                    "manifests": list(map(as_oci, self.entries))}, lasting=True)
+                self.write()
         finally:
             super().__exit__()
 
@@ -7779,7 +7787,7 @@ def sweep(all_of_it=False):
         if alone is None:
             return 0
         keep_, freed = {hex_of(entry["digest"]) for entry in index_entries()}, 0
-        for image in map(Image, read_index()):
+        for image in indexed_images():
             keep_.update(map(hex_of, [*image.blobs(), *image.diff_ids]))
         for _, notes in containers():
             keep_.update(map(os.path.basename, from_json(notes.get(OF_LAYERS, "[]"))))

@@ -5063,9 +5063,13 @@ def test_what_was_lost_of_one_image_is_told_and_is_not_in_the_way_of_others_for_
     said = forked_mini("run", "other:1", "/bin/true", code=125)
     assert f"an image in the store is damaged: {lost} is missing\n  hint: `image prune`" in said
     m.SAID.clear()
-    code, out, err = forked(main("image", "prune", "-f"))
-    assert code == 0 and "so the image docker.io/library/thing:1 is forgotten" in err
+    said = forked_mini("rmi", "thing:1", code=1)
+    assert "so the image docker.io/library/thing:1 is forgotten" in said and "No such image: thing:1" in said
     assert list(index()) == ["docker.io/library/other:1"]
+    os.unlink(m.blob_path(m.find_image("other:1").id))
+    code, out, err = forked(main("image", "prune", "-f"))
+    assert code == 0 and "other:1 is forgotten" in err and "reclaimed" in out and index() == {}
+    forked_mini("import", rootfs_tar, "other:1")
     assert run("other:1", "/bin/echo", "hello") == "hello\n"
     with open(f"{images}/index.json", "r+") as file:
         text = file.read()
