@@ -5543,27 +5543,30 @@ def begin_job(job):
         os._exit(0)
 
 
-def in_parallel(jobs, show, at_once=3, tick=None):
+def in_parallel(jobs, show, at_once=3, tick=None, ended=None):
     """Do every job in a process of its own, some at a time: their results, in order.
 
     A job is a function that is given one to tell how it gets on, which ends in show(id,
-    …), and tick() is called ten times a second.  Unpacking is mostly Python, where
-    threads would have to take turns.
+    …), and tick() is called ten times a second.  Whoever has jobs that wait for others
+    gives them when ended(number, result) tells of one.  Unpacking is mostly Python,
+    where threads would have to take turns.
     """
-    results, running, waiting = {}, {}, list(enumerate(jobs))
+    results, running, jobs = {}, {}, list(jobs)
+    waiting = list(enumerate(jobs))
     try:
         while waiting or running:
             while waiting and len(running) < at_once:
                 number, (id, job) = waiting.pop(0)
                 pid, fd = begin_job(job)
-                running[fd] = number, id, pid
+                running[fd] = [number, id, pid, b""]
             ready = select.select(list(running), [], [], tick and 0.1)[0]
             if tick:
                 tick()
             for fd in ready:
-                number, id, pid = running[fd]
-                text = os.read(fd, 1 << 16)  # whole lines: each was one write
-                for news in map(from_json, text.splitlines()):
+                number, id, pid, rest = running[fd]
+                text = os.read(fd, 1 << 16)
+                *lines, running[fd][3] = (rest + text).split(b"\n")
+                for news in map(from_json, lines):
                     if "fail" in news:
                         raise Fail(*news["fail"])
                     if "show" in news:
@@ -5576,8 +5579,11 @@ def in_parallel(jobs, show, at_once=3, tick=None):
                     os.waitpid(pid, 0)
                     if number not in results:
                         raise Fail(f"the process for {id} was killed", "see `dmesg`")
+                    for more in ended(number, results[number]) if ended else ():
+                        waiting.append((len(jobs), more))
+                        jobs.append(more)
     finally:
-        for fd, (_, _, pid) in running.items():
+        for fd, (_, _, pid, _) in running.items():
             os.kill(pid, signal.SIGTERM)
             os.waitpid(pid, 0)
             os.close(fd)
@@ -6304,6 +6310,9 @@ def pack(top, file, base=0, when=None):
                 above, _, name = entry.name.rpartition("/")
                 out.addfile(tarfile.TarInfo(os.path.join(above, f".wh.{name}")))
                 continue
+            if os.path.basename(entry.name).startswith(".wh."):
+                raise Fail(f"{entry.name}: a name that layers keep to themselves",
+                           "it says that a file is gone: call it otherwise", 1)
             out.addfile(tar_header(entry), entry.stream)
             if opaque:
                 out.addfile(tarfile.TarInfo(f"{entry.name}/.wh..wh..opq"))
@@ -13960,7 +13969,8 @@ class Instruction:
         return self.whole[self.at:].strip()
 
     def fail(self, message, hint="", at=0):
-        """A Fail that shows the place: where in the text something is wrong."""
+        """A Fail that shows the place: where in the text, or which flag, is wrong."""
+        at = self.whole.find(at) if isinstance(at, str) else at
         start, line, column = [spot for spot in self.spots if spot[0] <= at][-1]
         return self.file.fail(message, hint, line, column + at - start)
 
@@ -14010,6 +14020,12 @@ def exec_form(step, at=None):
     return words
 
 
+def sources_in(name, value):
+    """The stages, or images, that a flag copies or mounts from."""
+    return [word.removeprefix("from=") for word in value.split(",") if name == "from" or
+            name == "mount" and word.startswith("from=")]
+
+
 def understand(step):
     """Take an instruction apart, as the table says; or say where it is wrong."""
     form, least, flags, _ = INSTRUCTIONS[step.name]
@@ -14023,11 +14039,16 @@ def understand(step):
                             f"{step.name} has --{', --'.join(known)}", at)
         if not equals and not known[name]:
             raise step.fail(f"missing a value on flag: --{name}", f"--{name}=…", at)
+        if "$" in "".join(sources_in(name, value)):
+            raise step.fail("variable expansion is not supported for --from", "which "
+                            "stages are needed has to be known before any is built: "
+                            "FROM $NAME AS x, and --from=x", at)
         step.flags.append((name, value or "true" * known[name]))
         step.at = at + len(word)
         step.at += len(step.whole[step.at:]) - len(step.whole[step.at:].lstrip())
     step.value = form(step) if step.text else []
-    if not step.text or least > 1 and len(step.value) < least:
+    if not step.text or least > 1 and len(step.value) < least or (
+            step.name == "RUN" and not step.value):
         raise step.fail(f"{step.name} requires at least {least} argument"
                         f"{'s' * (least > 1)}", "", step.at)
 
@@ -14196,9 +14217,9 @@ class Expansion:
         """The same, without taking it."""
         return self.text[self.at:self.at + 1]
 
-    def word(self, stop="", pattern=False):
-        """What it means up to a character of `stop` that is in no quotes.  In a pattern
-        escapes stay: they tell \\* from a wildcard."""
+    def word(self, stop="", kept=""):
+        """What it means up to a character of `stop` that is in no quotes.  An escape
+        goes, or is `kept` as what is to stand there."""
         found = []
         while (letter := self.ahead()) and letter not in stop:
             self.take()
@@ -14214,7 +14235,7 @@ class Expansion:
             elif letter == "$":
                 found.append(self.variable())
             elif letter == self.escape:
-                found.append("\\" * pattern + self.take())
+                found.append(kept + self.take())
             else:
                 found.append(letter)
         return "".join(found)
@@ -14234,13 +14255,13 @@ class Expansion:
         return "".join(found)
 
     def name(self):
-        """The name that begins here: a variable's, a number, or a sign of a shell's."""
-        begin = self.at
-        if self.ahead().isdecimal() or self.ahead() in tuple("@*#?-!"):
-            return self.take()
-        while self.ahead() == "_" or self.ahead().isalnum() and self.ahead().isascii():
-            self.at += 1
-        return self.text[begin:self.at]
+        """The name that begins here: a variable's, a number, or a sign that to a shell
+        is one, as $$, and has no value here."""
+        import re
+
+        found = re.compile(r"\d+|[@*#?$!-]|\w*").match(self.text, self.at)
+        self.at = found.end()
+        return found[0]
 
     def variable(self):
         """The value of what stands after a dollar."""
@@ -14248,50 +14269,67 @@ class Expansion:
             name = self.name()
             return self.known.get(name, "") if name else "$"
         self.take()
-        name = self.name()
-        if not name:
+        if (after := self.ahead()) and after in "{}:":
             raise ValueError("bad substitution")
+        name = self.name()
         value, sign = self.known.get(name), self.take()
         if sign == "}":
             return value or ""
+        if sign == "/":
+            return self.replaced(value or "")
         if sign == ":":
-            sign, value = self.take(), value or None  # empty is as good as unset
-        elif sign and sign in "#%/" and self.ahead() == sign:
+            sign, value = ":" + self.take(), value or None  # empty is as good as unset
+        if sign[-1:] in ("#", "%") and self.ahead() == sign[-1]:
             sign += self.take()
-        if not sign:
+        if sign in ("", ":"):
             raise ValueError("syntax error: missing '}'")
-        if sign not in ("+", "-", "?", "#", "##", "%", "%%", "/", "//"):
+        if sign.lstrip(":") not in ("+", "-", "?", "#", "##", "%", "%%"):
             raise ValueError(f"unsupported modifier ({sign}) in substitution")
-        word = self.word("/" if sign[0] == "/" else "}", sign[0] in "#%/")
-        if sign[0] == "/" and not self.take():
-            raise ValueError("syntax error: missing '/' in ${}")
-        other = self.word("}") if sign[0] == "/" else ""
-        if self.take() != "}":
-            raise ValueError("syntax error: missing '}'")
-        if sign == "?" and value is None:
-            raise ValueError(f"{name}: {word or 'not allowed to be unset'}")
-        return self.changed(value, sign, word, other)
+        word = self.part("}", "\\" * (sign[-1] in "#%"))  # it tells \* from a wildcard
+        if sign[-1] in "#%":
+            return self.trimmed(value or "", sign.lstrip(":"), word)
+        if sign[-1] == "?" and value is None:
+            raise ValueError(f"{name}: " + (word or "is not allowed to be " + (
+                "empty" if name in self.known else "unset")))
+        return (word if value is not None else "") if sign[-1] == "+" else (
+            word if value is None else value)
 
-    def changed(self, value, sign, word, other):
-        """A value with a modifier applied."""
+    def part(self, end, kept):
+        """A part of what stands in braces, up to the sign that ends it."""
+        found = self.word(end, kept)
+        if self.take() != end:
+            raise ValueError(f"syntax error: missing {end!r} in ${{}}")
+        return found
+
+    def regex(self, word):
+        """The regular expression of a pattern: * is any text, ? any character."""
         import re
 
-        if sign in "+-?":
-            return (word if value is not None else "") if sign == "+" else (
-                word if value is None else value)
-        pattern = re.sub(r"\\?[\s\S]", lambda match: {"*": "[\\s\\S]*", "?": "[\\s\\S]"}
-                         .get(match[0], re.escape(match[0][-1])), word)
-        value = value or ""
-        if sign[0] == "/":
-            return re.sub(pattern, lambda _: other, value, count=2 - len(sign)
-                          ) if word else value
+        if odd := re.search(r"\\([^*?\\/}]|$)", re.sub(r"\\\\", "", word)):
+            raise ValueError(f"invalid pattern ({word}) in substitution: "
+                             f"invalid escape '{odd[0]}'")
+        return re.compile(re.sub(r"\\?[\s\S]", lambda match: {
+            "*": "[\\s\\S]*", "?": "[\\s\\S]"}.get(match[0], re.escape(match[0][-1])),
+            word))
+
+    def replaced(self, value):
+        """A value with one text in place of another, of the first or of each.  Escapes
+        in the new text stay there, as with BuildKit."""
+        once = self.ahead() != "/"
+        self.at += not once
+        pattern, other = self.regex(self.part("/", "\\")), self.part("}", self.escape)
+        return pattern.sub(lambda _: other, value, count=once)
+
+    def trimmed(self, value, sign, word):
+        """A value without what a pattern matches at one of its ends."""
+        pattern = self.regex(word)
         ends = range(len(value) + 1)  # # and %: the shortest; ## and %%: the longest
         ends = ends if (sign in ("#", "%%")) else reversed(ends)
         if sign[0] == "#":
             return next((value[end:] for end in ends
-                         if re.fullmatch(pattern, value[:end])), value)
+                         if pattern.fullmatch(value, 0, end)), value)
         return next((value[:end] for end in ends
-                     if re.fullmatch(pattern, value[end:])), value)
+                     if pattern.fullmatch(value, end)), value)
 
 
 def expand(step, at, text, known, document=False):
@@ -14380,12 +14418,12 @@ def file_entry(fd):
     return entry
 
 
-def text_entry(text, mode=0o644):
+def text_entry(text, when):
     """The Entry of a file with that text."""
     import io
 
     data = text.encode("utf-8", "surrogateescape")
-    entry = Entry(".", stat.S_IFREG | mode, (0, 0), len(data), time.time_ns())
+    entry = Entry(".", stat.S_IFREG | 0o644, (0, 0), len(data), when)
     entry.stream = io.BytesIO(data)
     return entry
 
@@ -14394,6 +14432,8 @@ def is_archive(fd):
     """Whether ADD unpacks a file: a tarball, compressed or not."""
     path = f"/proc/self/fd/{fd}"
     try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):  # a pipe would be waited for
+            return False
         parts = plain_pieces(path, path)
         head = next(parts, b"")[:512]
         parts.close()
@@ -14472,7 +14512,8 @@ class Tree:
         return os.path.relpath(there, top)
 
     def matching(self, above, parts):
-        """The paths that a pattern means, name by name; ** is any number of names."""
+        """The paths that a pattern means, name by name; ** is any number of names.  A
+        symlink that only a wildcard has found is not followed on the way."""
         if not parts:
             yield above
             return
@@ -14483,7 +14524,9 @@ class Tree:
         yield from self.matching(above, rest) if name == "**" else ()
         try:
             fd = self.open(above, os.O_RDONLY | O_DIRECTORY)
-        except OSError:
+        except OSError as error:
+            if error.errno == errno.EXDEV:
+                yield above  # find() refuses what leads out
             return
         try:
             names = sorted((entry.name, entry.is_dir(follow_symlinks=False))
@@ -14491,10 +14534,10 @@ class Tree:
         finally:
             os.close(fd)
         pattern = compiled(name)
+        below = parts if name == "**" else rest
         for found, goes_on in names:
-            if goes_on if name == "**" else pattern.fullmatch(found):
-                yield from self.matching(os.path.join(above, found),
-                                         parts if name == "**" else rest)
+            if (name == "**" or pattern.fullmatch(found)) and (goes_on or not below):
+                yield from self.matching(os.path.join(above, found), below)
 
     def entries(self, path, excluding=()):
         """An Entry for each file at a place, in the order of their names."""
@@ -14559,12 +14602,31 @@ class Item:
         self.is_tree = is_tree  # a directory, of which the content is copied
         self.open_archive = open_archive  # a function, if its content is unpacked
 
+    def times(self, entries):
+        """The entries, one by one; from then on is_as_it_was() knows of what time and
+        size each file was, before anybody has read it."""
+        import hashlib
+
+        seen = hashlib.sha256()
+        for entry in entries:
+            if stat.S_ISREG(entry.mode):
+                seen.update(to_json([entry.name, entry.size, entry.when]).encode())
+            yield entry
+        self.seen = seen.hexdigest()
+
+    def is_as_it_was(self):
+        """Whether nobody has written to it since digest()."""
+        before = self.seen
+        for _ in self.times(self.entries()):
+            pass
+        return self.seen == before
+
     def digest(self):
         """A digest of all that matters of it: no times."""
         import hashlib
 
         found = hashlib.sha256()
-        for entry in self.entries():
+        for entry in self.times(self.entries()):
             found.update(to_json([
                 entry.name, entry.mode, entry.uid, entry.gid, entry.size, entry.link,
                 entry.hard, entry.device, {key: value.hex() for key, value in sorted(
@@ -14748,6 +14810,20 @@ def mode_change(text):
     return change
 
 
+def check_kind(entry, path, parent=None, name=""):
+    """Refuse to put a file in place of a directory, or the reverse."""
+    try:
+        there = os.stat(name or path, dir_fd=parent, follow_symlinks=False).st_mode
+    except FileNotFoundError:
+        return
+    if stat.S_ISDIR(entry.mode) and not stat.S_ISDIR(there):
+        raise Fail(f"cannot copy to non-directory: {path}",
+                   "remove it; if it is a symlink, name where it leads", 1)
+    if stat.S_ISDIR(there) and not stat.S_ISDIR(entry.mode):
+        raise Fail(f"cannot overwrite directory with non-directory: {path}",
+                   "remove the directory, or choose another target", 1)
+
+
 class Target(Layer):
     """A directory of the image that entries are copied into.  On their way symlinks
     lead where they do inside, and nowhere else (P4)."""
@@ -14766,17 +14842,7 @@ class Target(Layer):
 
     def check(self, entry):
         """Refuse what would put a file in place of a directory, or the reverse."""
-        parent, name = self.parent(entry.name)
-        try:
-            there = os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode
-        except FileNotFoundError:
-            return
-        path = os.path.join(self.path, entry.name)
-        if stat.S_ISDIR(entry.mode) and not stat.S_ISDIR(there):
-            raise Fail(f"cannot copy to non-directory: {path}",
-                       "a symlink there leads to where it could go", 1)
-        if stat.S_ISDIR(there) and not stat.S_ISDIR(entry.mode):
-            raise Fail(f"cannot overwrite directory with non-directory: {path}", "", 1)
+        check_kind(entry, os.path.join(self.path, entry.name), *self.parent(entry.name))
 
 
 class Copying:
@@ -15114,7 +15180,7 @@ LIMITS_OF_RUN = tuple(option for option in OF_CREATE if {*option[0]} & {*"""
 
 RUN_MOUNT_WORDS = {  # of --mount of RUN: the keys that each type may have
     "bind": "target from source rw", "tmpfs": "target size",
-    "cache": "target id ro sharing mode uid gid",
+    "cache": "target id ro sharing mode uid gid from source",
     "secret": "target id required mode uid gid env"}
 
 
@@ -15129,19 +15195,25 @@ def mount_words(step, text):
         key, equals, value = part.partition("=")
         words[SAME_WORDS.get(key, key)] = value if equals else "true"
     kind = words.setdefault("type", "bind")
-    at = step.whole.find("--mount")
-    if kind not in RUN_MOUNT_WORDS:
-        raise step.fail(f"unsupported mount type {kind!r}",
-                        f"known are {', '.join(RUN_MOUNT_WORDS)}", at)
-    for key in set(words) - {"type", "ro"} - set(RUN_MOUNT_WORDS[kind].split()):
-        raise step.fail(f"unexpected key {key!r} for mount type {kind!r}",
-                        f"it has {RUN_MOUNT_WORDS[kind].replace(' ', ', ')}", at)
-    for key in {"mode", "uid", "gid"} & {*words}:
-        if not words[key].isdecimal() or key == "mode" and {*words[key]} & {*"89"}:
-            raise step.fail(f"invalid {key} of a mount: {words[key]!r}", "a number", at)
-    if "target" not in words and kind != "secret" or not (
-            words.get("target") or words.get("id") or words.get("env")):
-        raise step.fail(f"invalid mount: {text!r} has no target", "target=/DIR", at)
+
+    def refuse(wrong, message, hint):
+        if wrong:
+            raise step.fail(message, hint, "--mount")
+    refuse(kind not in RUN_MOUNT_WORDS, f"unsupported mount type {kind!r}",
+           f"known are {', '.join(RUN_MOUNT_WORDS)}")
+    known = RUN_MOUNT_WORDS[kind].split()
+    odd = sorted({*words} - {"type", "ro", *known})
+    refuse(odd, f"unexpected key {odd[0]!r} for mount type {kind!r}" if odd else "",
+           f"it has {', '.join(known)}")
+    refuse(kind == "cache" and "source" in words and "from" not in words,
+           "source= of a cache mount needs from=", "from=STAGE")
+    for key in sorted({"mode", "uid", "gid"} & {*words}):
+        digits = {*"01234567"} if key == "mode" else {*"0123456789"}
+        refuse({*words[key]} - digits or not words[key],
+               f"invalid {key} of a mount: {words[key]!r}", "a number")
+    refuse(not words.get("target") and not (kind == "secret" and (
+        words.get("id") or words.get("env"))), f"invalid mount: {text!r} has no target",
+        "target=/DIR")
     return words
 
 
@@ -15202,8 +15274,9 @@ def clear_stubs(upper, mounts, layers, base):
 def run_in(options, args, report, when):
     """Run a command in a container: (exit code, the layer that it leaves or None).
 
-    There will be more after it, so signals are as they were before in the end."""
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    There will be more after it, so we stand where we stood before in the end, and
+    signals are as they were."""
+    mask, home = signal.pthread_sigmask(signal.SIG_BLOCK, ()), open_fd(".", O_PATH)
     record, spec, held_ = create(options, args)
     try:
         listener = Listener(report)
@@ -15224,6 +15297,8 @@ def run_in(options, args, report, when):
         clear_stubs(record.path("upper"), spec["mounts"], layers, record.first_id)
         return 0, keep_changes(record.path("upper"), record.first_id, when)
     finally:
+        os.fchdir(home)  # a shim goes to /, and PATH, -o and --iidfile may be relative
+        os.close(home)
         discard(record)
         os.close(held_)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -15231,12 +15306,9 @@ def run_in(options, args, report, when):
 
 def tree_item(tree, path, is_tree, name="", excluding=(), unpacks=False):
     """The Item of a place in a Tree."""
-    def read():
-        return tree.open(path, os.O_RDONLY | O_NONBLOCK)
-
-    archive = unpacks and not is_tree and is_archive(read())
+    archive = unpacks and not is_tree and is_archive(tree.open(path))
     return Item(name or os.path.basename(path), lambda: tree.with_parents(
-        path, name, excluding), is_tree, read if archive else None)
+        path, name, excluding), is_tree, (lambda: tree.open(path)) if archive else None)
 
 
 class Mounts:
@@ -15246,8 +15318,8 @@ class Mounts:
         self.worker, self.step = worker, step
         self.wanted = [mount_words(step, worker.word(step, step.at, value))
                        for name, value in step.flags if name == "mount"]
-        self.items = [self.item(words) if words["type"] == "bind" else None
-                      for words in self.wanted]
+        self.items = [self.item(words) if words["type"] == "bind" or "from" in words
+                      else None for words in self.wanted]
         self.caches = {}  # path: whether others may have it at the same time
         self.locks, self.top = [], ""
 
@@ -15258,10 +15330,14 @@ class Mounts:
             self.worker.state.settings.get("WorkingDir") or "/", path))
 
     def item(self, words):
-        """What a bind shows."""
+        """What a bind shows, or a new cache begins with."""
         tree = self.worker.tree(self.step, words.get("from"))
-        found = tree.find(self.step, self.step.at, words.get("source", "."), wild=False)
-        return tree_item(tree, *found[0])
+        source = words.get("source", ".")
+        (path, is_tree), = tree.find(self.step, "--mount", source, wild=False)
+        if words["type"] == "cache" and not is_tree:
+            raise self.step.fail(f"{source}: Not a directory", "a cache is one",
+                                 "--mount")
+        return tree_item(tree, path, is_tree)
 
     def digests(self):
         """What of them decides about the result."""
@@ -15293,15 +15369,18 @@ class Mounts:
 
     def bind(self, options, words, place, number):
         """A copy: what is written there is of no consequence."""
-        item = self.items[number]
         os.mkdir(place)
+        self.fill(place, self.items[number])
+        return place if self.items[number].is_tree else f"{place}/file"
+
+    def fill(self, place, item):
+        """Copy what an item is into a directory."""
+        def placed():
+            for entry in item.entries():
+                entry.name = entry.name if item.is_tree else "file"
+                yield entry
         with Layer(place) as layer:
-            def placed():
-                for entry in item.entries():
-                    entry.name = entry.name if item.is_tree else "file"
-                    yield entry
             layer.add_all(placed(), item.name)
-        return place if item.is_tree else f"{place}/file"
 
     def tmpfs(self, options, words, place, number):
         """Nothing of the host's."""
@@ -15310,14 +15389,15 @@ class Mounts:
 
     def cache(self, options, words, place, number):
         """A directory that stays; `locked` and `private` wait for who has it."""
-        name = digest_of(words.get("id") or self.target(words))
+        item, name = self.items[number], words.get("id") or self.target(words)
+        name = digest_of([name, item.digest()] if item else name)
         path = store("mounts", name)
 
         def make(top):
             os.mkdir(f"{top}/{name}")
-            os.chmod(f"{top}/{name}", int(words.get("mode", "755"), 8))
-            os.chown(f"{top}/{name}", int(words.get("uid", 0)),
-                     int(words.get("gid", 0)))
+            self.set_owner(f"{top}/{name}", words, "755")
+            if item:
+                self.fill(f"{top}/{name}", item)
         if not os.path.isdir(path):
             new_directories("mounts", make)
         self.caches[path] = self.caches.get(path, True) and (
@@ -15332,7 +15412,7 @@ class Mounts:
         if value is None:
             if words.get("required") in ("true", "1"):
                 raise self.step.fail(f"secret {id}: not found", f"--secret id={id},"
-                                     "src=FILE", self.step.whole.find("--mount"))
+                                     "src=FILE", "--mount")
             return None
         if "env" in words:
             options.like["env"].append(
@@ -15341,10 +15421,14 @@ class Mounts:
                 return None
         fd = os.open(place, O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         write_all(fd, value)
-        os.fchown(fd, int(words.get("uid", 0)), int(words.get("gid", 0)))
-        os.fchmod(fd, int(words.get("mode", "400"), 8))
         os.close(fd)
+        self.set_owner(place, words, "400")
         return place
+
+    def set_owner(self, path, words, mode):
+        """Give a cache or a secret the owner and the mode that were asked for."""
+        os.chmod(path, int(words.get("mode", mode), 8))
+        os.chown(path, int(words.get("uid", 0)), int(words.get("gid", 0)))
 
 
 # ── a stage, step by step ──
@@ -15432,9 +15516,13 @@ class Worker:
         state.key = digest_of([state.key, state.config, state.settings])
         self.note(f"{step.name} {meaning}")
 
-    def change(self, words, parts, make, alone=False):
+    def change(self, words, parts, make, items=(), alone=False):
         """Take the step's layer from the cache, or from what make() leaves; one that
-        stands `alone` is the same whatever is below it."""
+        stands `alone` is the same whatever is below it.
+
+        The key tells of the items as they were when they were read for it.  If somebody
+        has written to them since, the layer is of another content than that: then it
+        gets a key that nobody will ever ask for."""
         build, parent = self.build, "" if alone else self.state.key
         parts = {"parent": parent, "instruction": f"{words[0]} {to_json(words[1:])}",
                  **parts}
@@ -15450,8 +15538,12 @@ class Worker:
                 "what it builds on has changed")  # the cache need not be read for that
             self.missed = True
             layer = make()
-            save(store("steps", f"{key}.json"), {
-                "parts": parts, "layer": layer, "seen": layer and seen_of(layer)})
+            if all(item.is_as_it_was() for item in items):
+                save(store("steps", f"{key}.json"), {
+                    "parts": parts, "layer": layer, "seen": layer and seen_of(layer)})
+            else:
+                say("what was copied has changed meanwhile: the cache does not keep it")
+                key = digest_of([key, os.urandom(16).hex()])
         self.state.key = digest_of([self.state.key, key]) if alone else key
         self.note(" ".join(words), layer, key)
         size_ = f", {decimal(layer[2])}" if layer else ""
@@ -15580,6 +15672,9 @@ def set_healthcheck(w, step):
         value, key = w.word(step, step.at, value), name.title().replace("-", "")
         found[key] = whole(f"--{name}", value, 0) if name == "retries" else (
             nanoseconds(f"--{name}", value))
+        if name != "retries" and 0 < found[key] < 10 ** 6:
+            raise step.fail(f"--{name}={value} cannot be less than 1ms", "30s",
+                            f"--{name}")
     w.set("Healthcheck", found)
     w.say_that(step, to_json(found))
 
@@ -15621,11 +15716,11 @@ def network_for(w, step):
     """The network that a RUN asks for, or that the build was given."""
     if w.flag(step, "security", "sandbox") != "sandbox":
         raise step.fail(f"--security={w.flag(step, 'security')} is not allowed",
-                        "no build step is privileged here", step.whole.find("--sec"))
+                        "no build step is privileged here", "--security")
     network = w.flag(step, "network", "default")
     if network not in ("default", "none", "host"):
         raise step.fail(f"unsupported network mode {network!r}",
-                        "default, none or host", step.whole.find("--network"))
+                        "default, none or host", "--network")
     return w.build.options.network if network == "default" else network
 
 
@@ -15677,16 +15772,24 @@ def run_step(w, step):
     return w.change(["RUN", *seen * bool(used), *args], {
         **mounts.digests(), "the network": options.network, "the here-document": script,
         "the mounts": [value for name, value in step.flags if name == "mount"]},
-        lambda: layer_of_run(w, step, options, args, script, mounts))
+        lambda: layer_of_run(w, step, options, args, script, mounts),
+        [item for item in mounts.items if item])
 
 
 def remote_item(w, step, at, url):
     """What ADD gets from elsewhere; its digest is checked if --checksum has one."""
     if not url.startswith(("http://", "https://")) or url.endswith(".git"):
         raise step.fail(f"ADD {url}: only http and https", "git clone, then COPY", at)
+    from email.utils import parsedate_to_datetime
+
     with open_import(url) as stream:
         path, digest = spool(pieces(stream))
+        changed = stream.headers.get("Last-Modified", "")  # the file's time, to Docker
     w.build.spooled.append(path)
+    try:
+        os.utime(path, (parsedate_to_datetime(changed).timestamp(),) * 2)
+    except (ValueError, TypeError, OverflowError):  # a server may say anything
+        pass
     wanted = w.flag(step, "checksum", digest)
     if wanted != digest:
         raise step.fail(f"ADD {url}: wrong digest, what has come is {digest}",
@@ -15706,18 +15809,18 @@ def remote_item(w, step, at, url):
 
 def items_of(w, step, sources):
     """The Items that the sources of a COPY or ADD mean."""
-    documents, items = [*step.documents], []
+    documents, items, now = [*step.documents], [], time.time_ns()
     rules = rules_of("\n".join(w.word(step, step.at, value)
                                for name, value in step.flags if name == "exclude"))
     tree = None
     if w.flag(step, "checksum") and (len(sources) > 1 or "://" not in sources[0][1]):
         raise step.fail("checksum can't be specified for non-HTTP(S) sources",
-                        "it is that of one URL", step.whole.find("--checksum"))
+                        "it is that of one URL", "--checksum")
     for at, text in sources:
         if documents and text in (f"<<{documents[0][0]}", f"<<-{documents[0][0]}"):
             name, data, expands = documents.pop(0)
             data = expand(step, at, data, w.known(), True) if expands else data
-            items.append(Item(name, lambda data=data: [text_entry(data)]))
+            items.append(Item(name, lambda data=data: [text_entry(data, now)]))
             continue
         if step.name == "ADD" and "://" in text or text.startswith("git@"):
             items.append(remote_item(w, step, at, text))
@@ -15725,7 +15828,7 @@ def items_of(w, step, sources):
         tree = tree or w.tree(step, w.flag(step, "from"))
         text, _, below = text.partition("/./") if w.yes(step, "parents") else (
             text, "", "")
-        for path, is_tree in tree.find(step, at, os.path.join(text, below)):
+        for path, is_tree in tree.find(step, at, text + f"/{below}" * bool(below)):
             name = os.path.relpath(f"/{path}", f"/{text}") if below else path
             items.append(tree_item(tree, path, is_tree, name * w.yes(step, "parents"),
                                    rules, step.name == "ADD"))
@@ -15742,13 +15845,13 @@ def copy_(w, step):
     items = items_of(w, step, sources)
     if mode is not None and not mode_change(mode):
         raise step.fail(f"invalid chmod parameter: {mode!r}", "octal digits, as in "
-                        "755, or as in u=rwX,go=rX", step.whole.find("--chmod"))
+                        "755, or as in u=rwX,go=rX", "--chmod")
     if alone:  # it must not depend on what is below it, so not on a passwd there
         owner = ":".join("0" if part == "root" else part for part in owner.split(":"))
         if owner.strip("0123456789:"):
             raise step.fail(f"--chown={owner} is not possible with --link: no passwd "
                             "is looked at", "numbers, or no --link",
-                            step.whole.find("--chown"))
+                            "--chown")
     parents = w.yes(step, "parents")
     if len(sources) > 1 and not target.endswith("/") and not parents and target != "/":
         raise step.fail(f"When using {step.name} with more than one source file, the "
@@ -15759,14 +15862,15 @@ def copy_(w, step):
     content = {f"source {number}, {item.name or '.'},": item.digest()
                for number, item in enumerate(items, 1)}
     return w.change(words, content, lambda: with_files(
-        w.state, copying.write, w.build.epoch, alone), alone)
+        w.state, copying.write, w.build.epoch, alone), items, alone)
 
 
 # ── all stages ──
 #
 # A stage needs the stage it begins with and those that it copies or mounts from.  So
-# what the target needs is found by following the names, and is built in waves: all
-# stages whose needs are met, each in a process of its own, then the next ones.
+# what the target needs is found by following the names; that is why a name in --from
+# has no variables.  A stage is begun when the last one that it needs is done, in a
+# process of its own if others run then.
 
 
 def stage_named(text, stages, by_number=True):
@@ -15791,20 +15895,19 @@ class Stage:
             raise step.fail("base name should not be blank", "an ARG is empty", step.at)
         self.base, self.number = words[0], number
         self.name = words[2].lower() if len(words) == 3 else ""
-        if words[2:] and not re.fullmatch(r"[a-z][a-z0-9_.-]*", self.name):
-            raise step.fail(f"invalid name for build stage: {words[2]!r}", "it "
-                            "begins with a letter; then also digits - _ .", step.at)
+        if words[2:] and (self.name == "scratch" or not re.fullmatch(
+                r"[a-z][a-z0-9_.-]*", self.name)):
+            raise step.fail(f"invalid name for build stage: {words[2]!r}",
+                            "it begins with a letter; then also digits - _ .; scratch "
+                            "is what is empty", step.at)
         self.platform = next((expand(step, step.at, value, args)
                               for _, value in step.flags), None)
         self.steps = [step]
 
     def needs(self, stages):
         """The earlier stages that it is made of."""
-        texts = [self.base] + [value for step in self.steps
-                               for name, value in step.flags if name == "from"]
-        texts += [word[5:] for step in self.steps for name, value in step.flags
-                  for word in value.split(",") * (name == "mount")
-                  if word.startswith("from=")]
+        texts = [self.base] + [text for step in self.steps for flag in step.flags
+                               for text in sources_in(*flag)]
         found = [stage_named(text, stages[:self.number], text != self.base)
                  for text in texts]
         return {stage.number for stage in found if stage}
@@ -15885,7 +15988,8 @@ class Build:
             found |= {f"{name}PLATFORM": "/".join(filter(None, parts)),
                       f"{name}OS": parts[0], f"{name}ARCH": parts[1],
                       f"{name}VARIANT": parts[2]}
-        return found
+        return found | {name: self.given_args[name] for name in found
+                        if name in self.given_args}
 
     def proxies(self):
         """Those of --build-arg that need no ARG and are in no history, in both of the
@@ -15950,7 +16054,7 @@ class Build:
             return self.state_of(found)
         if text.isdecimal():
             raise step.fail(f"invalid from flag value {text}: no such stage", "a stage "
-                            "that stands above, or an image", step.whole.find("--"))
+                            "that stands above, or an image", "--")
         return self.image_state(text, stage.platform)
 
     def image(self, text, platform=None):
@@ -16000,33 +16104,52 @@ class Build:
             wanted.add(number)
             waiting += self.stages[number].needs(self.stages) - wanted
         self.total = sum(len(self.stages[number].steps) for number in wanted)
-        while left := wanted - set(self.done):
-            ready = [self.stages[n] for n in sorted(left)
-                     if not self.stages[n].needs(self.stages) - set(self.done)]
-            self.build_all(ready)
+        while wanted - set(self.done):
+            if len(ready := self.ready(wanted)) == 1:
+                self.state_of(ready[0])
+            else:
+                self.build_all(wanted)
         return self.state_of(target)
 
-    def build_all(self, stages):
-        """Build stages that do not need each other: several at the same time."""
+    def ready(self, wanted):
+        """The stages that can be built now: what they need is there."""
+        return [stage for stage in self.stages if stage.number in wanted - set(
+            self.done) and not stage.needs(self.stages) - set(self.done)]
+
+    def build_all(self, wanted):
+        """Build stages that do not need each other at the same time, and as soon as one
+        has ended those that have waited for it; what comes alone is left to be done."""
+        begun = []
+
         def job(stage, number):
             def work(tell):
                 self.report.prefix = f"[{stage.name or stage.number}] "
-                self.report.hear, self.number = tell, number
-                return vars(self.state_of(stage))
-            return work
-        if len(stages) == 1:
-            self.state_of(stages[0])
-            return
-        numbers = [self.number + sum(len(s.steps) for s in stages[:n])
-                   for n in range(len(stages))]
-        states = in_parallel([(stage.name or str(stage.number), job(stage, number))
-                              for stage, number in zip(stages, numbers, strict=True)],
-                             lambda id, news, text, _: self.report.view.hear(
-                                 id, news, text), tick=self.report.view.draw if
-                             self.report.style == "tty" else None)
-        for stage, known in zip(stages, states, strict=True):
-            self.done[stage.number] = State(**known)
-            self.number += len(stage.steps)
+                self.report.hear, self.number, self.spooled = tell, number, []
+                try:
+                    return vars(self.state_of(stage))
+                finally:
+                    self.close()
+            return stage.name or str(stage.number), work
+
+        def jobs():
+            ready = self.ready(wanted)
+            fresh = [stage for stage in ready if stage not in begun]
+            for stage in fresh if len(ready) > 1 else ():
+                begun.append(stage)
+                yield job(stage, self.number)
+                self.number += len(stage.steps)
+
+        def ended(number, known):
+            self.done[begun[number].number] = State(**known)
+            return list(jobs())
+        in_parallel(list(jobs()), lambda id, news, text, _: self.report.view.hear(
+            id, news, text), tick=self.report.view.draw if self.report.style == "tty"
+            else None, ended=ended)
+
+    def close(self):
+        """Remove what was fetched."""
+        for path in self.spooled:
+            take_away_file(path)
 
     def finish(self, state, refs):
         """Make an image of a State; its id."""
@@ -16069,6 +16192,8 @@ def export_files(state, text, when):
         copy_layers(state.directories(), path, 0)
         if kind == "local":  # what a layer says is gone may be the user's own there
             os.makedirs(place, exist_ok=True)
+            for entry in layer_entries(path, 0):  # before anything is written
+                check_kind(entry, os.path.join(place, entry.name))
             with Layer(place) as target:
                 target.add_all((entry for entry in layer_entries(path, 0)
                                 if entry.name != "."), place)
@@ -16121,32 +16246,58 @@ class Context:
         """The Dockerfile, read.  In an archive it is one of its files; else one that is
         named is a path like any other, in the context or not."""
         name = self.file or "Dockerfile"
-        if name == "-" or self.text and not self.file:
-            return Dockerfile("Dockerfile", self.text or sys.stdin.read())
+        if name == "-":
+            return Dockerfile("Dockerfile", os.fsdecode(sys.stdin.buffer.read()))
+        if self.text and not self.file:
+            return Dockerfile("Dockerfile", self.text)
+        if not self.file or self.temporary:
+            text = self.text_inside(name)
+        else:
+            name, text = os.path.basename(name), self.text_at(name)
+        if text is None:
+            raise Fail(f"failed to read {self.file or name}: No such file or directory",
+                       "-f FILE names another", 1)
+        return Dockerfile(name, text)
+
+    def text_at(self, path):
+        """The text of a file that the user has named, or None."""
         try:
-            if self.file and not self.temporary:
-                return Dockerfile(os.path.basename(name), read_file(name))
-            top = os.open(self.path, O_PATH)
-            try:
-                fd = Tree(top).open(name, os.O_RDONLY)
-            finally:
-                os.close(top)
-            with open(fd, errors="surrogateescape") as file:
-                return Dockerfile(name, file.read())
+            return read_file(path)
+        except FileNotFoundError:
+            return None
         except OSError as error:
-            raise Fail(f"failed to read dockerfile: open {name}: {error.strerror}",
-                       "-f FILE names another", 1) from None
+            raise Fail(f"failed to read {path}: {error.strerror}", "", 1) from None
+
+    def text_inside(self, name):
+        """The text of a file of the context, or None.  A symlink of it may lead to no
+        other place of the host: who has sent a tarball is not who runs this (P4)."""
+        top, fd = os.open(self.path, O_PATH | O_CLOEXEC), -1
+        try:
+            fd = Tree(top).open(name)
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise Fail(f"failed to read {name}: it is no file", "", 1)
+            return read_file(f"/proc/self/fd/{fd}")
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            out = error.errno == errno.EXDEV
+            raise Fail(f"failed to read {name}: " + (
+                "it leads out of the context" if out else error.strerror),
+                "-f FILE may be anywhere" if out else "", 1) from None
+        finally:
+            for fd_ in {top, fd} - {-1}:
+                os.close(fd_)
 
     def open(self):
         """The Tree, without what .dockerignore leaves out; a Dockerfile may have one of
-        its own beside it."""
+        its own beside it, that counts instead."""
         if not self.tree:
-            fd, text = os.open(self.path, O_PATH | O_DIRECTORY | O_CLOEXEC), ""
-            file, inside = self.file or "Dockerfile", self.temporary or not self.file
-            for name in (f"{self.path}/{file}.dockerignore" if inside else
-                         f"{file}.dockerignore", f"{self.path}/.dockerignore"):
-                if os.path.isfile(name) and not text:
-                    text = read_file(name)
+            own = f"{self.file or 'Dockerfile'}.dockerignore"
+            text = self.text_inside(own) if self.temporary or not self.file else (
+                self.text_at(own))
+            if text is None:
+                text = self.text_inside(".dockerignore") or ""
+            fd = os.open(self.path, O_PATH | O_DIRECTORY | O_CLOEXEC)
             self.tree = Tree(fd, rules_of(text))
         return self.tree
 
@@ -16202,8 +16353,8 @@ def build_command(options):
             id = build.finish(state, refs)
         finally:
             context.close()
-            for path in build.spooled if build else ():
-                take_away_file(path)
+            if build:
+                build.close()
     if options.iidfile:
         write_file(options.iidfile, id, create=0o644)
     if options.quiet:
