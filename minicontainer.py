@@ -15753,7 +15753,6 @@ def remote_item(w, step, at, url):
     with open_import(url) as stream:
         path, digest = spool(pieces(stream))
         changed = stream.headers.get("Last-Modified", "")  # the file's time, to Docker
-    w.build.spooled.append(path)
     try:
         os.utime(path, (parsedate_to_datetime(changed).timestamp(),) * 2)
     except (ValueError, TypeError, OverflowError):  # a server may say anything
@@ -15906,6 +15905,16 @@ def secret_of(text):
                    ) from None
 
 
+def remove_unfinished():
+    """Remove what this process has in the store that has no name yet: what ADD fetched,
+    and what a Ctrl-C has kept from being removed where it was made."""
+    for parent in ("ingest", "layers"):
+        for name in os.listdir(store(parent, "")):
+            if name.startswith(f".new-{os.getpid()}-"):
+                path = store(parent, name)
+                (remove_tree if os.path.isdir(path) else take_away_file)(path)
+
+
 class Build:
     """One build: what the command line asked, and how far it has come."""
 
@@ -15921,7 +15930,6 @@ class Build:
         self.epoch = whole("SOURCE_DATE_EPOCH", epoch, 0) * 10 ** 9 if epoch else None
         self.created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(
             time.time() if self.epoch is None else self.epoch // 10 ** 9))
-        self.spooled = []  # files in ingest/ that are ours
         self.done = {}  # number of a stage: its State
         self.divide()
         self.total, self.number = 0, 0
@@ -16092,11 +16100,11 @@ class Build:
         def job(stage, number):
             def work(tell):
                 self.report.prefix = f"[{stage.name or stage.number}] "
-                self.report.hear, self.number, self.spooled = tell, number, []
+                self.report.hear, self.number = tell, number
                 try:
                     return vars(self.state_of(stage))
                 finally:
-                    self.close()
+                    remove_unfinished()
             return stage.name or str(stage.number), work
 
         def jobs():
@@ -16113,11 +16121,6 @@ class Build:
         in_parallel(list(jobs()), lambda id, news, text, _: self.report.view.hear(
             id, news, text), tick=self.report.view.draw if self.report.style == "tty"
             else None, ended=ended)
-
-    def close(self):
-        """Remove what was fetched."""
-        for path in self.spooled:
-            take_away_file(path)
 
     def finish(self, state, refs):
         """Make an image of a State; its id."""
@@ -16308,7 +16311,6 @@ def build_command(options):
         style = "tty" if os.isatty(2) else "plain"
     with adding():
         context = Context(options.path, options.file)
-        build = None
         try:
             build = Build(options, context.dockerfile(), context.open,
                           Report(style, bool(options.explain)))
@@ -16321,8 +16323,7 @@ def build_command(options):
             id = build.finish(state, refs)
         finally:
             context.close()
-            if build:
-                build.close()
+            remove_unfinished()
     if options.iidfile:
         write_file(options.iidfile, id, create=0o644)
     if options.quiet:
