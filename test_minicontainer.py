@@ -8,9 +8,11 @@ mounts, control groups, network links, processes, and the store.
 """
 import ast
 import base64
+import builtins
 import concurrent.futures
 import contextlib
 import ctypes
+import dis
 import errno
 import fcntl
 import functools
@@ -478,6 +480,13 @@ def test_help_is_there_for_every_command_and_every_option():
         assert shown.returncode == 0
         for names, _ in options:
             assert names[-1] in shown.stdout or "metavar" in dict(options)[names]
+
+
+def test_no_name_is_given_twice():
+    """The later one would count for what stands between them, too."""
+    given = [name for statement in m.statements_of(SOURCE) for name in statement.gives
+             if not SOURCE.startswith("if", SOURCE.index(statement.text))]
+    assert len(given) > 1000 and [n for n in given if given.count(n) > 1] == []
 
 
 def test_the_readme_tells_where_each_chapter_begins():
@@ -6534,8 +6543,23 @@ def test_a_container_shares_the_network_of_another_and_root_is_root_in_it(networ
                 "run", "--network", "container:web-1", "--dns", "1.1.1.1", "/x")
             slot = str((own.first_id - m.CONTAINER_IDS[0]) // m.CONTAINER_IDS[1])
             assert mini("rm", "web-1").returncode == 0
-            assert os.readlink(f"{STORE}/ids/{slot}") == own.id  # its ids are not free
+            assert own.id in map(m.owner_of, glob.glob(f"{STORE}/ids/{slot}.*"))
+            assert not os.path.lexists(f"{STORE}/ids/{slot}")
+            free = m.take_ids("nobody")
+            os.unlink(f"{STORE}/ids/{m.slot_of(free)}")
+            assert free != own.first_id  # they are not free
             mini("run", "-d", "--name", "web-1", "/bin/true")
+
+
+@root
+def test_ids_are_not_shared_with_a_container_that_has_just_been_removed(tmp_path):
+    gone = types.SimpleNamespace(first_id=m.CONTAINER_IDS[0], name="gone",
+                                 path=lambda: f"{tmp_path}/gone")
+    with pytest.raises(m.NoContainer):
+        m.share_ids("late", gone)
+    assert m.take_ids("next") != gone.first_id  # what the late one has begun counts
+    assert mini("gc").stdout.count("of no container") == 2  # and is cleared away
+    assert os.listdir(f"{STORE}/ids") == []
 
 
 @root
@@ -7555,11 +7579,25 @@ def test_a_health_check_finds_out_whether_a_container_is_well():
         until(lambda: m.load(id).checked["Status"] == "healthy")
         (*_, last) = json.loads(quietly("inspect", id))[0]["State"]["Health"]["Log"]
         assert (last["ExitCode"], last["Output"]) == (0, "fine\n")
+        spaces = f"/proc/{parent_of(m.load(id).pid)}/ns"  # only its checks go inside
+        assert until(lambda: os.readlink(f"{spaces}/pid_for_children") == os.readlink(
+            f"{spaces}/pid"))
     with detached("--health-cmd", "sleep 9", "--health-interval", "1ms",
                   "--health-timeout", "50ms", "--health-retries", "1") as id:
         until(lambda: m.load(id).checked["Log"])
         assert m.load(id).checked["Status"] == "unhealthy"
         assert "exceeded timeout (0.05s)" in m.load(id).checked["Log"][0]["Output"]
+
+
+@root
+def test_what_exec_sends_in_is_hidden_from_its_first_moment_on():
+    with detached() as id:
+        told = mini("--explain", "exec", id, "/bin/true").stderr.splitlines()
+        parent = [line for line in told if "parent" in line]
+        at = {what: next(n for n, line in enumerate(parent) if what in line) for what in (
+            "prctl(PR_SET_DUMPABLE, 0", ", CLONE_NEWPID)", "clone3(")}
+        assert [*at] == sorted(at, key=at.get)
+        assert sum("clone3(" in line for line in told) == 1
 
 
 @root
@@ -9425,7 +9463,7 @@ def installed(prefix):
     (prefix / "bin").mkdir(parents=True, exist_ok=True)
     done = mini("install", "--prefix", prefix)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.count("installed ") == 10
+    assert done.stdout.count("installed ") == 12
     return f"{prefix}/bin/minicontainer"
 
 
@@ -9439,32 +9477,77 @@ def test_what_install_puts_under_a_prefix_uninstall_takes_away(tmp_path):
     gone = subprocess.run([tmp_path / "a prefix/bin/minicontainer", "uninstall",
                            "--prefix", tmp_path / "a prefix"],
                           capture_output=True, text=True)
-    assert (gone.returncode, gone.stderr, gone.stdout.count("removed ")) == (0, "", 10)
+    assert (gone.returncode, gone.stderr, gone.stdout.count("removed ")) == (0, "", 12)
     assert tree(tmp_path) == [f"{tmp_path}/a prefix", f"{tmp_path}/a prefix/bin"]
     assert "nothing is installed" in refused("uninstall", "--prefix",
                                              tmp_path / "a prefix", code=1)
 
 
-def chapters_of(text):
-    """The numbers of the chapters in a text."""
-    return [int(line.split()[2][:-1]) for line in text.splitlines()
-            if line.startswith("# ══")]
+def nested(code):
+    """A code object and all that are in it."""
+    yield code
+    for const in code.co_consts:
+        if isinstance(const, types.CodeType):
+            yield from nested(const)
 
 
-def test_what_is_started_often_loads_no_chapter_that_it_has_no_use_of(tmp_path):
+def unknown_names(text):
+    """The global names that a module asks for anywhere, and nobody gives it."""
+    module = compile(text, "cut", "exec")
+    asked, given = {"__file__"}, {*vars(builtins), *vars(types.ModuleType("m")), "__file__"}
+    for code in nested(module):
+        words = [(i.opname, i.argval) for i in dis.get_instructions(code)]
+        stored = {name for op, name in words if op in ("STORE_NAME", "STORE_GLOBAL")}
+        own = set() if code is module else {*stored, "__name__", "__qualname__"}
+        given |= stored if code is module else set()
+        asked |= {name for op, name in words if op in (
+            "LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS")} - own
+    return asked - given
+
+
+CUT_FILES = dict(zip(m.CUTS, m.installed("/")[0][1:], strict=True))
+
+
+@pytest.mark.parametrize("cut", CUT_FILES)
+def test_a_cut_file_has_all_that_its_commands_can_reach(cut):
+    with open(STORE + CUT_FILES[cut]) as file:
+        text = file.read()
+    assert unknown_names(text) == set() and len(text) < 0.6 * len(SOURCE)
+    assert set(text.splitlines()) < set(SOURCE.splitlines())
+    part = types.ModuleType("cut")
+    part.__file__ = PROGRAM
+    exec(compile(text, "cut", "exec"), vars(part))
+    words = {words for words in m.COMMANDS if words in m.CUTS[cut]
+             or words[:4] == "oci " and "oci" in m.CUTS[cut]}
+    assert words and words <= set(part.COMMANDS)
+    for each in words:
+        assert part.command_usage(each) == m.command_usage(each)
+        assert not any(other.startswith(f"{each} ") for other in m.COMMANDS) or each == "oci"
+    for table in "ANSWERS", "STYLES", "ADVICE", "CALLS":
+        assert len(getattr(part, table)) == len(getattr(m, table))
+    assert {name: value for name, value in vars(part).items() if type(value) is int} == {
+        name: value for name, value in vars(m).items()
+        if type(value) is int and name != "PAUSE"}  # which is these tests'
+
+
+def test_a_name_that_a_cut_file_lacks_would_be_seen():
+    with open(STORE + CUT_FILES["minirunc"]) as file:
+        text = file.read()
+    assert text.count("\n\ndef be_born_again(c):") == 1
+    assert unknown_names(text.replace("\n\ndef be_born_again(c):", "\n\ndef other(c):")
+                         ) == {"be_born_again"}
+
+
+def test_what_is_started_often_loads_no_line_that_it_cannot_reach():
     if not shutil.which("strace"):
         pytest.skip("strace is not installed")
-    launcher = installed(tmp_path)
-    whole = tmp_path / "lib/minicontainer/minicontainer.py"
-    cut = whole.with_name("minicontainer.run.py")
-    assert chapters_of(whole.read_text()) == chapters_of(SOURCE)
-    assert chapters_of(cut.read_text()) == [n for n in chapters_of(SOURCE) if n != 13]
-    for word, loaded in (("run", cut), ("ps", cut), ("build", whole), ("images", whole)):
-        seen = subprocess.run(["strace", "-qq", "-e", "openat", launcher, word, "--help"],
+    loads = {word: cut for cut, words in m.CUTS.items() for word in words}
+    for word in ("build", "images", "run", "exec", "ps", "oci"):
+        seen = subprocess.run(["strace", "-qq", "-e", "openat", LAUNCHER, word, "--help"],
                               capture_output=True, text=True)
-        names = re.findall(r"/(minicontainer[.a-z]*)\.cpython", seen.stderr)
+        names = re.findall(r"/(mini[.a-z]*)\.cpython", seen.stderr)
         assert f"Usage: minicontainer {word} " in seen.stdout
-        assert names == [loaded.stem], seen.stderr
+        assert names == [loads.get(word, "minicontainer")], seen.stderr
 
 
 def test_a_launcher_never_compiles_whoever_starts_it(tmp_path):
@@ -9525,14 +9608,11 @@ def test_minirunc_is_the_oci_runtime(tmp_path):
     said = subprocess.run([tmp_path / "bin/minirunc", "--version"],
                           capture_output=True, text=True)
     assert said.stdout.startswith("minirunc version") and "spec: 1.2" in said.stdout
-    part = (tmp_path / "lib/minicontainer/minirunc.py").read_text()
-    assert chapters_of(part) == [*range(1, 8), 16]
     for words in [*(words.split()[1:] for words in m.COMMANDS if words[:4] == "oci "), []]:
         shown = subprocess.run([tmp_path / "bin/minirunc", *words, "--help"],
                                capture_output=True, text=True)
         assert shown.stdout.startswith("Usage: minicontainer oci"), shown
         assert shown.stdout == m.command_usage(" ".join(["oci", *words])) + "\n"
-    assert (set(part.splitlines()) < set(SOURCE.splitlines()))
 
 
 @root
