@@ -14810,20 +14810,6 @@ def mode_change(text):
     return change
 
 
-def check_kind(entry, path, parent=None, name=""):
-    """Refuse to put a file in place of a directory, or the reverse."""
-    try:
-        there = os.stat(name or path, dir_fd=parent, follow_symlinks=False).st_mode
-    except FileNotFoundError:
-        return
-    if stat.S_ISDIR(entry.mode) and not stat.S_ISDIR(there):
-        raise Fail(f"cannot copy to non-directory: {path}",
-                   "remove it; if it is a symlink, name where it leads", 1)
-    if stat.S_ISDIR(there) and not stat.S_ISDIR(entry.mode):
-        raise Fail(f"cannot overwrite directory with non-directory: {path}",
-                   "remove the directory, or choose another target", 1)
-
-
 class Target(Layer):
     """A directory of the image that entries are copied into.  On their way symlinks
     lead where they do inside, and nowhere else (P4)."""
@@ -14840,9 +14826,20 @@ class Target(Layer):
         except OSError:
             return super().walk(parts)
 
-    def check(self, entry):
-        """Refuse what would put a file in place of a directory, or the reverse."""
-        check_kind(entry, os.path.join(self.path, entry.name), *self.parent(entry.name))
+
+def check_kind(entry, path, parent=None, name=""):
+    """Refuse to put a file in place of a directory, or the reverse; what is there has
+    that path, or that name in a directory that is open."""
+    try:
+        there = os.stat(name or path, dir_fd=parent, follow_symlinks=False).st_mode
+    except FileNotFoundError:
+        return
+    if stat.S_ISDIR(entry.mode) and not stat.S_ISDIR(there):
+        raise Fail(f"cannot copy to non-directory: {path}",
+                   "remove it; if it is a symlink, name where it leads", 1)
+    if stat.S_ISDIR(there) and not stat.S_ISDIR(entry.mode):
+        raise Fail(f"cannot overwrite directory with non-directory: {path}",
+                   "remove the directory, or choose another target", 1)
 
 
 class Copying:
@@ -14904,7 +14901,8 @@ class Copying:
                     raise Fail(f"{entry.name}: a name that layers keep to themselves",
                                "it says that a file is gone: call it otherwise", 1)
                 if not item.open_archive:
-                    target.check(entry)
+                    check_kind(entry, os.path.join(target.path, entry.name),
+                               *target.parent(entry.name))
                 yield entry
         if not item.open_archive:
             target.add_all(placed(item.entries()), item.name)
@@ -16286,7 +16284,7 @@ class Context:
             out = error.errno == errno.EXDEV
             raise Fail(f"failed to read {name}: " + (
                 "it leads out of the context" if out else error.strerror),
-                "-f FILE may be anywhere" if out else "", 1) from None
+                "what belongs to it has to be in it" if out else "", 1) from None
         finally:
             for fd_ in {top, fd} - {-1}:
                 os.close(fd_)
