@@ -14810,20 +14810,6 @@ def mode_change(text):
     return change
 
 
-def check_kind(entry, path, parent=None, name=""):
-    """Refuse to put a file in place of a directory, or the reverse."""
-    try:
-        there = os.stat(name or path, dir_fd=parent, follow_symlinks=False).st_mode
-    except FileNotFoundError:
-        return
-    if stat.S_ISDIR(entry.mode) and not stat.S_ISDIR(there):
-        raise Fail(f"cannot copy to non-directory: {path}",
-                   "remove it; if it is a symlink, name where it leads", 1)
-    if stat.S_ISDIR(there) and not stat.S_ISDIR(entry.mode):
-        raise Fail(f"cannot overwrite directory with non-directory: {path}",
-                   "remove the directory, or choose another target", 1)
-
-
 class Target(Layer):
     """A directory of the image that entries are copied into.  On their way symlinks
     lead where they do inside, and nowhere else (P4)."""
@@ -14840,9 +14826,20 @@ class Target(Layer):
         except OSError:
             return super().walk(parts)
 
-    def check(self, entry):
-        """Refuse what would put a file in place of a directory, or the reverse."""
-        check_kind(entry, os.path.join(self.path, entry.name), *self.parent(entry.name))
+
+def check_kind(entry, path, parent=None, name=""):
+    """Refuse to put a file in place of a directory, or the reverse; what is there has
+    that path, or that name in a directory that is open."""
+    try:
+        there = os.stat(name or path, dir_fd=parent, follow_symlinks=False).st_mode
+    except FileNotFoundError:
+        return
+    if stat.S_ISDIR(entry.mode) and not stat.S_ISDIR(there):
+        raise Fail(f"cannot copy to non-directory: {path}",
+                   "remove it; if it is a symlink, name where it leads", 1)
+    if stat.S_ISDIR(there) and not stat.S_ISDIR(entry.mode):
+        raise Fail(f"cannot overwrite directory with non-directory: {path}",
+                   "remove the directory, or choose another target", 1)
 
 
 class Copying:
@@ -14904,7 +14901,8 @@ class Copying:
                     raise Fail(f"{entry.name}: a name that layers keep to themselves",
                                "it says that a file is gone: call it otherwise", 1)
                 if not item.open_archive:
-                    target.check(entry)
+                    check_kind(entry, os.path.join(target.path, entry.name),
+                               *target.parent(entry.name))
                 yield entry
         if not item.open_archive:
             target.add_all(placed(item.entries()), item.name)
@@ -15785,7 +15783,6 @@ def remote_item(w, step, at, url):
     with open_import(url) as stream:
         path, digest = spool(pieces(stream))
         changed = stream.headers.get("Last-Modified", "")  # the file's time, to Docker
-    w.build.spooled.append(path)
     try:
         os.utime(path, (parsedate_to_datetime(changed).timestamp(),) * 2)
     except (ValueError, TypeError, OverflowError):  # a server may say anything
@@ -15938,6 +15935,16 @@ def secret_of(text):
                    ) from None
 
 
+def remove_unfinished():
+    """Remove what this process has in the store that has no name yet: what ADD fetched,
+    and what a Ctrl-C has kept from being removed where it was made."""
+    for parent in ("ingest", "layers"):
+        for name in os.listdir(store(parent, "")):
+            if name.startswith(f".new-{os.getpid()}-"):
+                path = store(parent, name)
+                (remove_tree if os.path.isdir(path) else take_away_file)(path)
+
+
 class Build:
     """One build: what the command line asked, and how far it has come."""
 
@@ -15953,7 +15960,6 @@ class Build:
         self.epoch = whole("SOURCE_DATE_EPOCH", epoch, 0) * 10 ** 9 if epoch else None
         self.created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(
             time.time() if self.epoch is None else self.epoch // 10 ** 9))
-        self.spooled = []  # files in ingest/ that are ours
         self.done = {}  # number of a stage: its State
         self.divide()
         self.total, self.number = 0, 0
@@ -16124,11 +16130,11 @@ class Build:
         def job(stage, number):
             def work(tell):
                 self.report.prefix = f"[{stage.name or stage.number}] "
-                self.report.hear, self.number, self.spooled = tell, number, []
+                self.report.hear, self.number = tell, number
                 try:
                     return vars(self.state_of(stage))
                 finally:
-                    self.close()
+                    remove_unfinished()
             return stage.name or str(stage.number), work
 
         def jobs():
@@ -16145,11 +16151,6 @@ class Build:
         in_parallel(list(jobs()), lambda id, news, text, _: self.report.view.hear(
             id, news, text), tick=self.report.view.draw if self.report.style == "tty"
             else None, ended=ended)
-
-    def close(self):
-        """Remove what was fetched."""
-        for path in self.spooled:
-            take_away_file(path)
 
     def finish(self, state, refs):
         """Make an image of a State; its id."""
@@ -16283,7 +16284,7 @@ class Context:
             out = error.errno == errno.EXDEV
             raise Fail(f"failed to read {name}: " + (
                 "it leads out of the context" if out else error.strerror),
-                "-f FILE may be anywhere" if out else "", 1) from None
+                "what belongs to it has to be in it" if out else "", 1) from None
         finally:
             for fd_ in {top, fd} - {-1}:
                 os.close(fd_)
@@ -16340,7 +16341,6 @@ def build_command(options):
         style = "tty" if os.isatty(2) else "plain"
     with adding():
         context = Context(options.path, options.file)
-        build = None
         try:
             build = Build(options, context.dockerfile(), context.open,
                           Report(style, bool(options.explain)))
@@ -16353,8 +16353,7 @@ def build_command(options):
             id = build.finish(state, refs)
         finally:
             context.close()
-            if build:
-                build.close()
+            remove_unfinished()
     if options.iidfile:
         write_file(options.iidfile, id, create=0o644)
     if options.quiet:

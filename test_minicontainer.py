@@ -9017,6 +9017,24 @@ def test_ctrl_c_in_a_run_leaves_nothing(base):
 
 
 @root
+@pytest.mark.parametrize("text, code, said", [
+    ("COPY f.txt /f", 130, "interrupted"),
+    ("FROM base AS a\nCOPY f.txt /f\nFROM base AS b\nCOPY f.txt /f\nFROM base\nCOPY --from=a /f /\n"
+     "COPY --from=b /f /", 125, "was killed")])  # in a process of its own
+def test_ctrl_c_while_something_is_removed_leaves_nothing(text, code, said, base, monkeypatch):
+    def interrupted(path, real=m.remove_tree):
+        monkeypatch.setattr(m, "remove_tree", real)
+        raise SystemExit(code)
+    monkeypatch.setattr(m, "remove_tree", interrupted)
+    try:
+        assert said in build(base, text, code=code)
+    finally:
+        monkeypatch.undo()
+    assert [name for top in ("ingest", "layers") for name in os.listdir(f"{STORE}/{top}")
+            if name.startswith(".")] == []
+
+
+@root
 def test_what_a_killed_build_has_left_is_pruned(base):
     file = base.parent / "Dockerfile"
     file.write_text("FROM base\nCOPY f.txt /f\nRUN echo begun; sleep 100")
