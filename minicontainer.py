@@ -144,9 +144,14 @@ SAID = set(os.environ.pop("MINICONTAINER_SAID", "").split("\n"))  # to the perso
 
 
 def say(message):
-    """One line from us to the person, on standard error, and each only once."""
+    """One line from us to the person, on standard error, and each only once.
+
+    It may quote a file's name, or a registry: a terminal must not obey what that says.
+    """
     if message not in SAID:
         SAID.add(message)
+        message = "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1]
+                          for c in message)
         lines = f"minicontainer: {message}".splitlines()
         if narration.style == "json":
             lines = [f'{{"say": {quote_ascii(message)}}}']
@@ -2278,16 +2283,21 @@ def hold_rootfs(c):
     c.root_fd = open_fd("rootfs", O_PATH | O_DIRECTORY, "paths inside start here")
 
 
-def open_inside(c, path, flags=os.O_PATH):
-    """A descriptor of a path of the container, resolved as if / were its root (P4)."""
+def open_in_root(root, path, flags=os.O_PATH):
+    """A descriptor of a path, resolved as if `root`, another one, were / (P4)."""
     how = open_how(flags=flags | os.O_CLOEXEC,
                    resolve=RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS)
     for left in reversed(range(128)):
         try:
-            return syscall("openat2", c.root_fd, path, how, sizeof(how))
+            return syscall("openat2", root, path, how, sizeof(how))
         except BlockingIOError:  # a rename, anywhere, while there was a ".." on the way
             if not left:
                 raise
+
+
+def open_inside(c, path, flags=os.O_PATH):
+    """A descriptor of a path of the container."""
+    return open_in_root(c.root_fd, path, flags)
 
 
 def inside(c, path, make="", links=0):
@@ -3096,7 +3106,7 @@ def check_form(value, form, place):
             raise Fail(f"{place}.{key[:-1]} is missing", "it has to be there")
         key, wanted = key.rstrip("!"), form[key]
         if value.get(key) is not None or isinstance(wanted, tuple):
-            check_form(value.get(key), wanted, f"{place}.{key}")
+            check_form(value.get(key), wanted, f"{place}.{key:.80}")
 
 
 def read_json(path, form, place, what="", hint="JSON as the OCI specifies it"):
@@ -5359,12 +5369,13 @@ def features_command_oci(options):
 # A layer is a tarball on its way, and a directory at rest: every container that uses
 # it sees that directory through an id-mapped mount, with the image's own owners and
 # modes.  A tarball is hostile until shown otherwise: names with "..", a symlink and
-# then a file written through it, a hard link to outside.  So what it names is made
-# below a descriptor of the layer, with openat2 and RESOLVE_BENEATH |
-# RESOLVE_NO_SYMLINKS; and as a few kilobytes can mean a petabyte of zeros, of entries
-# or of headers, each of the three is bounded.  And a layer can take away: an entry
-# `.wh.NAME` says that NAME of the layers below is gone, `.wh..wh..opq` that its
-# directory hides all of them; overlay says it with a device 0,0 and an attribute.
+# then a file written through it, a hard link to outside.  So what it names is reached
+# from a descriptor of the layer, with openat2 and RESOLVE_IN_ROOT: a symlink to /etc
+# leads to the layer's own, which is what it means, and what others make of it.  And as
+# a few kilobytes can mean a petabyte of zeros, of entries or of headers, each of the
+# three is bounded.  And a layer can take away: an entry `.wh.NAME` says that NAME of
+# the layers below is gone, `.wh..wh..opq` that its directory hides all of them; overlay
+# says it with a device 0,0 and an attribute.
 #
 # The default root file system needs no tarball and no network: it is made of what the
 # host has, a static busybox or else its shell and common tools, with the libraries
@@ -5745,6 +5756,8 @@ def layer_bytes():
 class TarReader:
     """The entries of a tarball that is read from a file, each before the next."""
 
+    may_end = False  # whether it may end here; before the first header is unusual
+
     def __init__(self, file, title):
         self.file, self.title = file, title
         self.common = {}  # what a header of kind g has said
@@ -5765,10 +5778,20 @@ class TarReader:
             raise ValueError("its size and its holes do not agree")
         return self.exactly(length)
 
+    def header(self):
+        """The next header; at the end b"".  That should be a block of zeros, but some
+        end right behind a file's content (`umoci insert`), and everybody takes that."""
+        head = self.file.read(512)
+        if 0 < len(head) < 512 or not head and not self.may_end:
+            raise EOFError("it ends too early")
+        self.may_end = True
+        return head if head != ZEROS[:512] else b""
+
     def skip(self, length):
         """Pass over some bytes."""
-        if self.file.seekable():
-            self.file.seek(length, os.SEEK_CUR)
+        if self.file.seekable() and length:
+            self.file.seek(length - 1, os.SEEK_CUR)
+            self.exactly(1)  # or it would end beyond its end
         else:
             for at in range(0, length, BLOCK):
                 self.exactly(min(BLOCK, length - at))
@@ -5786,7 +5809,7 @@ class TarReader:
         at_most = f"unpacks to more than {human(most)}"
         entries = whole("$MINICONTAINER_LAYER_ENTRIES", os.environ.get(
             "MINICONTAINER_LAYER_ENTRIES") or f"{LAYER_ENTRIES}", 1)
-        while (head := self.exactly(512)) != ZEROS[:512]:
+        while head := self.header():
             field = dict(zip(FIELDS, FIELD_BYTES.unpack(head), strict=True))
             if tar_number(field["sum"]) != sum(head) - sum(field["sum"]) + 8 * 32:
                 raise ValueError("bad checksum")
@@ -5806,7 +5829,8 @@ class TarReader:
             self.bounded(count > entries, f"has more than {entries} entries")
             padding = -self.left % 512
             yield entry
-            self.skip(self.left + padding)
+            self.skip(self.left)
+            self.file.read(padding)  # at the end there may be none
 
     def look_ahead(self, entries):
         """Refuse what has more entries than that before so many have been made."""
@@ -6029,26 +6053,33 @@ class Layer:
         return self.fd, name
 
     def walk(self, parts):
-        """A descriptor of a directory; what is missing on the way is made, and what is
-        in the way and no directory is replaced by one."""
+        """A descriptor of a directory.  Symlinks lead where they would with the layer
+        as root, what is missing is made, and a file in the way replaced by a directory.
+        """
+        def reach(count):
+            return open_in_root(self.top, "/".join(parts[:count]) or ".",
+                                os.O_RDONLY | O_DIRECTORY)
         try:
-            return open_beneath(self.top, "/".join(parts) or ".")
+            return reach(len(parts))
         except OSError:
-            fd = os.dup(self.top)  # name by name, then
-        for part in parts:
-            when = os.fstat(fd).st_mtime_ns
+            fd = reach(0)  # name by name, then
+        for count, part in enumerate(parts, 1):
             try:
-                below = open_beneath(fd, part)
+                below = reach(count)
             except OSError as error:
-                gone = False
-                if error.errno in (errno.ENOTDIR, errno.ELOOP):
-                    gone = is_whiteout(os.lstat(part, dir_fd=fd))
+                gone, when = False, os.fstat(fd).st_mtime_ns
+                if error.errno != errno.ENOENT:
+                    there = os.lstat(part, dir_fd=fd)
+                    if error.errno != errno.ENOTDIR or stat.S_ISLNK(there.st_mode):
+                        raise
+                    gone = is_whiteout(there)
                     os.unlink(part, dir_fd=fd)
-                elif error.errno != errno.ENOENT:
-                    raise
-                os.mkdir(part, 0o755, dir_fd=fd)
+                try:
+                    os.mkdir(part, 0o755, dir_fd=fd)
+                except FileExistsError:  # a symlink that leads to nothing
+                    raise error from None
                 os.utime(fd, ns=(when, when))
-                below = open_beneath(fd, part)
+                below = reach(count)
                 if gone:
                     self.hide_below(fd, part)
             os.close(fd)
@@ -6154,17 +6185,18 @@ class Layer:
             try:
                 self.add(entry)
             except (ValueError, OverflowError, OSError) as error:
-                reason = getattr(error, "strerror", None) or error
-                raise Fail(f"{title}: {entry.name!r}: {reason}", "is the disk full, or "
-                           "the tarball damaged or hostile?") from None
+                reason = getattr(error, "strerror", None) or str(error)
+                raise Fail(f"{title}: {entry.name!r:.200}: {reason:.200}", "is the "
+                           "disk full, or the tarball damaged or hostile?") from None
 
 
-def unpack(path, top, title=None):
+def unpack(path, top, title=None, may_end=False):
     """Unpack a tarball as a layer into the directory `top`: the digest of its plain
     form, and the bytes of its files.  Errors call it by its title."""
     title = title or path
     os.makedirs(top, exist_ok=True)
     with Layer(top) as layer, Tarball(path, title) as tarball:
+        tarball.may_end = may_end
         try:
             layer.add_all(tarball, title)
         except (ValueError, EOFError) as error:
@@ -6599,10 +6631,14 @@ def bare(entry):
 
 def index_entries():
     """The entries of index.json, as they stand there."""
+    path = store("images", "index.json")
     try:
-        return from_json(read_file(store("images", "index.json")))["manifests"]
+        return from_json(read_file(path))["manifests"]
     except FileNotFoundError:
         return []
+    except (ValueError, LookupError, TypeError):
+        raise Fail(f"{path} is damaged", "move it away, and pull or load anew what it "
+                   "named") from None
 
 
 def read_index():
@@ -6630,28 +6666,6 @@ def as_oci(entry):
     return {**entry, "mediaType": OCI_MANIFEST, "digest": digest, "size": len(raw),
             "annotations": {**entry.get("annotations", {}),
                             AS_IT_CAME: to_json(bare(entry))}}
-
-
-class changed_index(held):
-    """A context that gives those entries to be changed, by nobody else meanwhile."""
-
-    def __init__(self):
-        super().__init__("images", fcntl.LOCK_EX)
-
-    def __enter__(self):
-        super().__enter__()
-        self.entries = read_index()
-        return self.entries
-
-    def __exit__(self, failed, *_):
-        try:
-            if not failed:
-                save(store("images", "oci-layout"), {"imageLayoutVersion": "1.0.0"})
-                save(store("images", "index.json"), {
-                    "schemaVersion": 2, "mediaType": OCI_INDEX,
-                    "manifests": list(map(as_oci, self.entries))}, lasting=True)
-        finally:
-            super().__exit__()
 
 
 def name_of(entry):
@@ -6728,6 +6742,45 @@ class Image:
         return [self.entry["digest"], self.id, *(d["digest"] for d in self.layers)]
 
 
+class changed_index(held):
+    """A context that gives those entries to be changed, by nobody else meanwhile."""
+
+    def __init__(self):
+        super().__init__("images", fcntl.LOCK_EX)
+
+    def __enter__(self):
+        """Nobody sweeps what the index names, so what is missing was lost in another
+        way, and must not be in the way of all other images for ever."""
+        super().__enter__()
+        self.entries = read_index()
+        lost = {}
+        for entry in self.entries[:]:
+            try:
+                Image(entry)
+            except FileNotFoundError as error:
+                lost[error.filename.args[0]] = name_of(entry) or entry["digest"]
+                self.entries.remove(entry)
+        if lost:
+            self.write()
+        for path, name in lost.items():
+            say(f"{path} is missing: so the image {name} is forgotten")
+        return self.entries
+
+    def write(self):
+        """Make it so."""
+        save(store("images", "oci-layout"), {"imageLayoutVersion": "1.0.0"})
+        save(store("images", "index.json"), {
+            "schemaVersion": 2, "mediaType": OCI_INDEX,
+            "manifests": list(map(as_oci, self.entries))}, lasting=True)
+
+    def __exit__(self, failed, *_):
+        try:
+            if not failed:
+                self.write()
+        finally:
+            super().__exit__()
+
+
 def indexed_images():
     """An Image for each entry of the index, with all names that have its id.
 
@@ -6736,9 +6789,11 @@ def indexed_images():
     entries, names = read_index(), {}
     try:
         images = list(map(Image, entries))
-    except FileNotFoundError:
+    except FileNotFoundError as error:
         if read_index() == entries:
-            raise
+            lost, = error.filename.args
+            raise Fail(f"an image in the store is damaged: {lost} is missing",
+                       "`image prune` forgets it; then pull or load it again") from None
         return indexed_images()
     for image in images:
         image.names = names.setdefault(image.id, image.names)
@@ -6856,13 +6911,43 @@ def fetch_small(source, descriptor, what):
         return file.read()
 
 
+ARCHITECTURES = {  # other names of some: (architecture, variant)
+    "x86_64": ("amd64", ""), "x86-64": ("amd64", ""), "i386": ("386", ""),
+    "aarch64": ("arm64", ""), "armhf": ("arm", "v7"), "armel": ("arm", "v6")}
+VARIANTS = {"amd64": 1, "arm64": 8, "arm": 5}  # the first of those with numbers
+
+
+def normal_platform(system, architecture, variant=""):
+    """(system, architecture, variant) as containerd writes them: arm64/v8 is arm64,
+    and arm is arm/v7."""
+    architecture, own = ARCHITECTURES.get(architecture, (architecture, ""))
+    variant = variant or own or "v7" * (architecture == "arm")
+    variant = f"v{variant}" if variant.isdecimal() else variant
+    plain = (architecture, variant) in (("arm64", "v8"), ("amd64", "v1"))
+    return system, architecture, "" if plain else variant
+
+
 def platform_of(text=None):
-    """[os, architecture, variant if asked for] of Docker's --platform, or our own."""
+    """[system, architecture, variant if there is one] of Docker's --platform, or our
+    own."""
     ours = ["linux", MACHINES[os.uname().machine][1]]
-    parts = text.split("/") if text else ours
+    parts = text.lower().split("/") if text else ours
     if len(parts) > 3 or not all(parts):
         raise Fail(f"invalid platform: {text!r}", "linux/arm64 or linux/arm/v7")
-    return parts if len(parts) > 1 else ["linux", *parts]
+    return list(filter(None, normal_platform(
+        *parts if len(parts) > 1 else ["linux", *parts])))
+
+
+def platforms_for(platform):
+    """What runs on a platform, in their normal form, the best first, as containerd has
+    it: older variants too, and what its 32-bit brother does."""
+    system, architecture, variant = normal_platform(*platform)
+    found, first = [(system, architecture, variant)], VARIANTS.get(architecture, 0)
+    number = variant[1:] or f"{first}"
+    for older in reversed(range(first, int(number) if number.isdecimal() else 0)):
+        found.append(normal_platform(system, architecture, f"v{older}"))
+    return found + {"amd64": [(system, "386", "")], "arm64": platforms_for(
+        (system, "arm", "v8")) if architecture == "arm64" else []}.get(architecture, [])
 
 
 def pick(source, raw, platform, depth=0):
@@ -6881,14 +6966,17 @@ def pick(source, raw, platform, depth=0):
                    "is it the image of a container, or of something else?", 1)
     if not listed:
         return raw
+    offers = {}
     for entry in document["manifests"]:
         have = entry.get("platform") or {}
-        have = [have.get(key) for key in ("os", "architecture", "variant")]
-        if have[:len(platform)] == platform and depth < 2:
-            return pick(source, fetch_small(source, entry, "manifest"), platform,
-                        depth + 1)
-    raise Fail(f"no matching manifest for {'/'.join(platform)} in the manifest list "
-               "entries", "--platform names another; it may be listed as another", 1)
+        offers.setdefault(normal_platform(*(
+            have.get(key) or "" for key in ("os", "architecture", "variant"))), entry)
+    found = next(filter(None, map(offers.get, platforms_for(platform))), None)
+    if not found or depth > 1:
+        raise Fail(f"no matching manifest for {'/'.join(platform)} in the manifest "
+                   "list entries", "--platform names another; it may be listed as "
+                   "another", 1)
+    return pick(source, fetch_small(source, found, "manifest"), platform, depth + 1)
 
 
 def check_layers(manifest, diff_ids):
@@ -6914,7 +7002,8 @@ def unpack_layer(diff_id, blob, top=""):
     the bytes of its files."""
     if not top:
         return new_directories("layers", lambda top: unpack_layer(diff_id, blob, top))
-    found, bytes_ = unpack(blob, f"{top}/{hex_of(diff_id)}")
+    # Some builders have made layers of no byte at all.
+    found, bytes_ = unpack(blob, f"{top}/{hex_of(diff_id)}", may_end=True)
     if found != diff_id:
         raise Fail(f"{blob}: unpacked it is {found}, not the {diff_id} that the "
                    "image's config promises", "the image is damaged or hostile")
@@ -7562,17 +7651,25 @@ def take_change(settings, text):
         settings[key] = rest
 
 
-def open_import(text):
-    """What `import` is to read: a file, standard input, or what a URL leads to."""
-    import urllib.error
+def import_pieces(text, headers=None):
+    """What `import` is to read, piece by piece: a file, standard input, or what a URL
+    leads to, whose answer's headers `headers` gets, in lower case."""
+    import http.client
     import urllib.request
 
     try:
-        if text.startswith(("http://", "https://")):
-            return urllib.request.urlopen(text, timeout=60)
-        return open(0 if text == "-" else text, "rb", closefd=text != "-")
-    except OSError as error:  # urllib's errors are that too
-        raise Fail(f"{text}: {getattr(error, 'reason', None) or error.strerror}",
+        with urllib.request.urlopen(text, timeout=60) if text.startswith(
+                ("http://", "https://")) else open(
+                0 if text == "-" else text, "rb", closefd=text != "-") as stream:
+            if headers is not None:
+                headers.update((key.lower(), value) for key, value in
+                               stream.headers.items())
+            yield from pieces(stream)
+            if getattr(stream, "length", None):
+                raise ConnectionError("the connection was cut")
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", None) or getattr(error, "strerror", None)
+        raise Fail(f"{text}: {str(reason or error or repr(error)):.200}",
                    "FILE, URL, or - for standard input", 1) from None
 
 
@@ -7637,8 +7734,7 @@ def import_command(options):
     for text in options.change:
         take_change(settings, text)
     with adding():
-        with open_import(options.file) as stream:
-            made = keep_layer(*spool(pieces(stream)), options.file)
+        made = keep_layer(*spool(import_pieces(options.file)), options.file)
         config = dict(zip(("os", "architecture", "variant"),
                           platform_of(options.platform), strict=False))
         print(new_image({**config, "config": settings}, [], made, refs, {
@@ -7691,7 +7787,7 @@ def sweep(all_of_it=False):
         if alone is None:
             return 0
         keep_, freed = {hex_of(entry["digest"]) for entry in index_entries()}, 0
-        for image in map(Image, read_index()):
+        for image in indexed_images():
             keep_.update(map(hex_of, [*image.blobs(), *image.diff_ids]))
         for _, notes in containers():
             keep_.update(map(os.path.basename, from_json(notes.get(OF_LAYERS, "[]"))))
@@ -7799,6 +7895,8 @@ def remove_idle(named, wanted):
     as well: what is said of each, with no size of its own, and the bytes of them all.
     """
     used, gone = {notes.get(OF_IMAGE) for _, notes in containers()}, {}
+    with changed_index():
+        pass  # so that it has only what is there
     for image in all_images():
         if (named or not image.names) and image.id not in used and passes(
                 image, IMAGE_FILTERS, wanted):
@@ -7851,9 +7949,9 @@ def load_command(options):
     with adding():
         try:
             path = options.input
-            if not path:
-                with open(0, "rb", closefd=False) as stdin:
-                    path = spool(pieces(stdin))[0]
+            with open(path or 0, "rb", closefd=bool(path)) as file:
+                if not path or not file.seekable():  # each blob is read where it lies
+                    path = spool(pieces(file))[0]
                     temporary.append(path)
             with open(path, "rb") as file:
                 packed = compression(file.read(512))
@@ -7967,6 +8065,13 @@ CHUNK = 64 << 20  # bytes: a larger blob is uploaded in pieces
 # ── who we are ──
 
 
+def login_host(server):
+    """The host that names its images, of what `login` and `logout` are given."""
+    host = (server or "docker.io").partition("://")[2] or server or "docker.io"
+    host = host.partition("/")[0]
+    return "docker.io" if host in ("index.docker.io", HUB) else host
+
+
 def docker_config(host):
     """Docker's config.json, where logins are kept: (its path, its content, the key that
     it has for a registry, the credential helper for that or "")."""
@@ -7975,7 +8080,7 @@ def docker_config(host):
     if os.path.exists(path):
         with open(path, "rb") as file:
             config = parsed(file.read(), path, {
-                "auths": {}, "credHelpers": {}, "credsStore": str})
+                "auths": {}, "credHelpers": {str: str}, "credsStore": str})
     key = HUB_KEY if host == "docker.io" else host
     return path, config, key, (config.get("credHelpers") or {}).get(key) or config.get(
         "credsStore") or ""
@@ -8008,14 +8113,16 @@ def credentials(host):
         said = parsed(ask_helper(helper, "get", key) or "{}",
                       f"docker-credential-{helper}", {"Username": str, "Secret": str})
         return [said["Username"], said["Secret"]] if said.get("Secret") else None
+    auths = config.get("auths") or {}
+    kept = auths.get(key) or next(  # older ones have a whole URL
+        (kept for name, kept in auths.items() if login_host(name) == host), None)
     try:
-        kept = config["auths"][key]
-        if token := kept.get("identitytoken"):
+        if token := kept and kept.get("identitytoken"):
             return ["<token>", token]
+        if not kept or not kept.get("auth"):
+            return None
         name, secret = base64.b64decode(kept["auth"]).decode().split(":", 1)
         return [name, secret]
-    except KeyError:
-        return None
     except (ValueError, TypeError, AttributeError):
         raise Fail(f"{path}: no name and password for {key}", "log in again", 1
                    ) from None
@@ -8029,8 +8136,10 @@ def keep_credentials(host, user):
     # An absolute path is none in the store, but the directory is made in the same way.
     with held(os.path.dirname(docker_config(host)[0]), fcntl.LOCK_EX):
         path, config, key, helper = docker_config(host)
-        auths = {**(config.get("auths") or {})}
-        known = auths.pop(key, None) is not None or bool(helper)
+        before = config.get("auths") or {}
+        auths = {name: kept for name, kept in before.items() if login_host(name) != host
+                 }
+        known = auths != before or bool(helper)
         if helper:
             ask_helper(helper, *("store", to_json({
                 "ServerURL": key, "Username": user[0], "Secret": user[1]})
@@ -8084,13 +8193,82 @@ def tls_context(host):
     return context
 
 
+def needs_no_proxy(host, port, rules):
+    """Whether it is this machine, or NO_PROXY names it, which Go and so Docker reads in
+    another way than urllib: 10.0.0.0/8, a.b (and all below it), .a.b (only these), each
+    of the latter also with a port."""
+    import ipaddress
+    import re
+
+    def address(text):
+        try:
+            return ipaddress.ip_address(text)
+        except ValueError:
+            return None
+
+    numeric = address(host)
+    if host == "localhost" or numeric and numeric.is_loopback:
+        return True
+    for rule in rules.lower().replace(" ", "").split(","):
+        found = re.fullmatch(r"(\[.*\]|[^:]*):(\d*)", rule)
+        name, number = found.groups() if found else (rule, "")
+        name = name.strip("[]").removeprefix("*" * (name != "*"))
+        if "/" in rule:
+            try:
+                found = numeric and numeric in ipaddress.ip_network(rule, strict=False)
+            except ValueError:
+                continue
+        elif (number or f"{port}") != f"{port}" or not name:
+            continue
+        elif address(name):
+            found = numeric == address(name)
+        else:
+            found = name in ("*", host) or host.endswith(f".{name.lstrip('.')}")
+        if found:
+            return True
+    return False
+
+
+def proxy_for(url):
+    """(address, name and password if there are any) of the proxy that the environment
+    names for a URL; or None."""
+    from urllib.parse import unquote, urlsplit
+    from urllib.request import getproxies_environment
+
+    to, known = urlsplit(url), getproxies_environment()
+    proxy = known.get(to.scheme)
+    if not proxy or needs_no_proxy(to.hostname, to.port or {"http": 80}.get(
+            to.scheme, 443), known.get("no", "")):
+        return None
+    at = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    if at.scheme != "http" or not at.hostname:
+        raise Fail(f"the proxy {at.scheme}://{at.hostname}: not possible",
+                   f"{to.scheme.upper()}_PROXY=http://HOST:PORT", 1)
+    user = at.username and unquote(f"{at.username}:{at.password or ''}")
+    return at.netloc.rpartition("@")[2], user
+
+
 def http_opener(host):
     """urllib's opener for a registry: http and https alone, a proxy if the environment
     names one, and nothing that proves who we are along a redirect to another host.
 
     urllib would read a redirect's body to its end, which it need not have; and make a
     GET of HEAD, while a storage behind a registry signs the one that was asked for."""
+    import base64
     from urllib import request
+    from urllib.parse import urlsplit
+
+    class Proxies(request.BaseHandler):
+        handler_order = 100  # before those that connect
+
+        def http_open(self, req):
+            if found := proxy_for(req.full_url):
+                if found[1]:
+                    req.add_unredirected_header("Proxy-authorization", "Basic " + (
+                        base64.b64encode(found[1].encode()).decode()))
+                req.set_proxy(found[0], "http")
+
+        https_open = http_open
 
     class Redirects(request.HTTPRedirectHandler):
         def redirect_request(self, req, fp, code, msg, headers, newurl):
@@ -8100,15 +8278,15 @@ def http_opener(host):
                 raise Fail(f"{host} redirects to {new.type}, which is not safe", "")
             if req.get_method() == "HEAD":
                 new.method = "HEAD"
-            if (new.type, new.host) == (req.type, req.host):
+            # Not req.host: that is the proxy's.
+            if urlsplit(newurl)[:2] == urlsplit(req.full_url)[:2]:
                 for name, value in req.unredirected_hdrs.items():
                     if name == "Authorization":
                         new.add_unredirected_header(name, value)
             return new
 
     opener = request.OpenerDirector()
-    for handler in (request.ProxyHandler({} if is_loopback(host) else None), Redirects,
-                    request.HTTPHandler, request.UnknownHandler,
+    for handler in (Proxies, Redirects, request.HTTPHandler, request.UnknownHandler,
                     request.HTTPSHandler(context=tls_context(host)),
                     request.HTTPDefaultErrorHandler, request.HTTPErrorProcessor):
         opener.add_handler(handler() if isinstance(handler, type) else handler)
@@ -8121,6 +8299,11 @@ class Refused(Fail):
     status = 0
 
 
+def in_one_line(text):
+    """What the other side says, however long and in however many lines."""
+    return f"{' '.join(str(text).split()):.300}"
+
+
 def refusal(error, host):
     """urllib's HTTPError as a Refused, or Broken if it may pass."""
     try:
@@ -8128,6 +8311,7 @@ def refusal(error, host):
         text = f"{said['code'].lower().replace('_', ' ')}: {said.get('message')}"
     except (Fail, KeyError, IndexError, OSError, TypeError):
         text = f"{error.code} {error.reason}"
+    text = in_one_line(text)
     if error.code == 429 or error.code >= 500:
         broken, after = Broken(text), error.headers.get("Retry-After", "")
         broken.pause = min(int(after), PATIENCE) if after.isdecimal() else 0
@@ -8169,11 +8353,15 @@ class Registry:
             try:
                 return do(*args)
             except (Broken, ConnectionError, TimeoutError, ssl.SSLError,
-                    http.client.HTTPException) as error:
-                if attempt == ATTEMPTS - 1:
-                    raise Fail(f"{self.host}: {str(error) or repr(error)}", "the last "
-                               f"of {ATTEMPTS} attempts; what has come is kept", 1
+                    http.client.HTTPException, ValueError) as error:
+                if isinstance(error, ValueError) and not isinstance(error, OSError):
+                    raise Fail(f"{self.host}: {in_one_line(error)}", "it sends us to "
+                               "what is no address, or gives what is no token", 1
                                ) from None
+                if attempt == ATTEMPTS - 1:
+                    raise Fail(f"{self.host}: {in_one_line(error) or repr(error)}",
+                               f"the last of {ATTEMPTS} attempts; what has come is "
+                               "kept", 1) from None
                 time.sleep(max(PAUSE * 2 ** attempt, getattr(error, "pause", 0)))
 
     def find_scheme(self):
@@ -8222,7 +8410,8 @@ class Registry:
                 if error.code != 401 or known or not error.filename.startswith(home):
                     raise refusal(error, self.host) from None
                 error.close()
-            self.authorize(challenge[0])
+            self.authorize(sorted(
+                challenge, key=lambda text: text[:6].lower() != "bearer")[0])
 
     def open_url(self, asked):
         """What the opener gives for a request; Broken where another try may help."""
@@ -8254,7 +8443,8 @@ class Registry:
         import urllib.request
 
         kind = challenge.partition(" ")[0].lower()
-        fields = dict(re.findall(r'(\w+)="([^"]*)"', challenge))
+        fields = {key.lower(): quoted or plain for key, quoted, plain in re.findall(
+            r'(\w+)=(?:"([^"]*)"|([^\s,"]+))', challenge)}
         name, secret = self.user or ("", "")
         basic = name not in ("", "<token>") and "Basic " + base64.b64encode(
             f"{name}:{secret}".encode()).decode()
@@ -8436,7 +8626,7 @@ def push_image(image, ref, out):
         if "@" in name_of(entry) and split_name(name_of(entry))[0] == host:
             others.update(dict.fromkeys(Image(entry).blobs(),
                                         split_name(name_of(entry))[1]))
-    registry.find_scheme()
+    registry.patiently(registry.find_scheme)
     layers = {layer["digest"]: layer for layer in image.layers}
     in_parallel([(digest[7:19], lambda tell, layer=layer: registry.put(
         layer, others.get(layer["digest"], ""), tell))
@@ -8463,13 +8653,6 @@ def push_command(options):
         push_image(find_image(ref), ref, out)
     if options.quiet:
         print(short_name(ref))
-
-
-def login_host(server):
-    """The host that names its images, of what `login` and `logout` are given."""
-    host = (server or "docker.io").partition("://")[2] or server or "docker.io"
-    host = host.partition("/")[0]
-    return "docker.io" if host in ("index.docker.io", HUB) else host
 
 
 @command("login", arg("-u", "--username", metavar="NAME", help="else it is asked for"),
@@ -11969,8 +12152,9 @@ def image_for(text, platform):
     for, if any was, is as good as none."""
     image, wanted = find_image(text, 125), platform_of(platform)
     actual = list(map(image.config.get, ("os", "architecture", "variant")))
-    if platform and any(is_ not in (None, name) for is_, name in zip(
-            actual, wanted, strict=False)):
+    if platform and normal_platform(*(  # what it does not say may be right
+            said or asked for said, asked in zip(actual, [*wanted, ""], strict=False))
+            ) not in platforms_for(wanted):
         raise NoImage(f"image with reference {text} was found but does not match the "
                       f"specified platform: wanted {'/'.join(wanted)}, actual: "
                       f"{'/'.join(filter(None, actual))}", "--platform names another",
@@ -15780,9 +15964,9 @@ def remote_item(w, step, at, url):
         raise step.fail(f"ADD {url}: only http and https", "git clone, then COPY", at)
     from email.utils import parsedate_to_datetime
 
-    with open_import(url) as stream:
-        path, digest = spool(pieces(stream))
-        changed = stream.headers.get("Last-Modified", "")  # the file's time, to Docker
+    headers = {}
+    path, digest = spool(import_pieces(url, headers))
+    changed = headers.get("last-modified", "")  # the file's time, to Docker
     try:
         os.utime(path, (parsedate_to_datetime(changed).timestamp(),) * 2)
     except (ValueError, TypeError, OverflowError):  # a server may say anything

@@ -4219,6 +4219,9 @@ def test_a_whiteout_takes_away_what_is_below_and_nothing_of_its_own_layer(tmp_pa
     [("n", binary(b"", pax_headers={"mtime": "9" * 30}))], [("n\0/../../x", b"x")],
     [("d", {"type": tarfile.DIRTYPE}), ("d/f", b"x"),
      ("d", {"type": tarfile.SYMTYPE, "linkname": "OUTSIDE"}), ("d/escaped", b"x")],
+    [("l", {"type": tarfile.SYMTYPE, "linkname": "l"}), ("l/escaped", b"x")],
+    [("l", {"type": tarfile.SYMTYPE, "linkname": "../../../../OUTSIDE/victim"}), ("l/x", b"x")],
+    [("../\x1b[2J\n" + "long" * 9999, b"x")],
 ])
 def test_a_hostile_tarball_reaches_nothing_outside_its_layer(tmp_path, members):
     outside = tmp_path / "outside"
@@ -4233,13 +4236,57 @@ def test_a_hostile_tarball_reaches_nothing_outside_its_layer(tmp_path, members):
     try:
         made = m.layer_of(str(path))
     except m.Fail as fail:
-        assert "evil.tar" in fail.message and "\n" not in fail.message and fail.code == 125
+        assert "evil.tar" in fail.message and fail.message.isprintable() and fail.code == 125
+        assert len(fail.message) < 1000
         assert "internal error" not in fail.message
     assert os.listdir(outside) == ["victim"]
     assert (outside / "victim").read_text() == "untouched"
     assert not os.path.exists(tmp_path / "escaped")
     if made:
         m.remove_tree(made)
+
+
+@root
+def test_a_symlink_in_a_layer_leads_where_it_would_with_the_layer_as_root(tmp_path):
+    """As podman, umoci and Docker have it."""
+    link = {"type": tarfile.SYMTYPE}
+    path = make_tar(
+        tmp_path / "x.tar", ("usr/lib", {"type": tarfile.DIRTYPE, "mtime": 1000}),
+        ("lib", {**link, "linkname": "usr/lib"}), ("lib/a", b"a"), ("lib/deep/b", b"b"),
+        ("far/up", {**link, "linkname": "/../../lib"}), ("far/up/c", b"c"),
+        ("hard", {"type": tarfile.LNKTYPE, "linkname": "lib/a"}),
+        ("other", {**link, "linkname": "nowhere"}), ("other", b"now a file"))
+    top = m.layer_of(str(path))
+    try:
+        assert sorted(os.listdir(f"{top}/usr/lib")) == ["a", "c", "deep"]
+        assert [os.readlink(f"{top}/{name}") for name in ("lib", "far/up")] == [
+            "usr/lib", "/../../lib"]
+        assert open(f"{top}/usr/lib/deep/b").read() == "b"
+        assert os.path.samefile(f"{top}/hard", f"{top}/usr/lib/a")
+        assert os.stat(f"{top}/usr/lib").st_mtime == 1000
+    finally:
+        m.remove_tree(top)
+    for target, reason in (("nowhere", "No such file"), ("f", "Not a directory"),
+                           ("l", "symbolic links")):
+        make_tar(path, ("f", b"x"), ("l", {**link, "linkname": target}), ("l/x", b"x"))
+        with pytest.raises(m.Fail, match=f"x.tar: 'l/x': .*{reason}"):
+            m.layer_of(str(path))
+
+
+@root
+def test_a_tarball_may_end_with_its_file_but_not_within_an_entry(tmp_path):
+    whole = make_tar(tmp_path / "x.tar", ("a", binary(b"x" * 600)), ("b", b"")).read_bytes()
+    for length in (512 + 600, 512 + 1024, 512 + 1024 + 512, 512 + 1024 + 1024):
+        (tmp_path / "x.tar").write_bytes(whole[:length])
+        top = m.layer_of(str(tmp_path / "x.tar"))
+        assert os.path.getsize(f"{top}/a") == 600 and os.path.exists(f"{top}/b") == (length > 1536)
+        m.remove_tree(top)
+    for length in (0, 100, 512, 1000, 512 + 599, 1600):
+        (tmp_path / "x.tar").write_bytes(whole[:length])
+        with pytest.raises(m.Fail, match="x.tar: not a tarball, or a damaged one: it ends too early"):
+            m.layer_of(str(tmp_path / "x.tar"))
+        with open(tmp_path / "x.tar", "rb") as file, pytest.raises(EOFError):
+            list(m.TarReader(file, "x"))
 
 
 @root
@@ -4473,7 +4520,7 @@ def test_a_missing_or_damaged_tarball_is_refused_and_nothing_stays(tmp_path):
     flipped[50000] ^= 0xFF
     for name, content in (("short.tgz", data[:5000]), ("text.tar", b"not a tarball"),
                           ("empty.tar", b""), ("flipped.tgz", bytes(flipped)),
-                          ("header.tar", bytes(plain)), ("cut.tar", plain[:1024]),
+                          ("header.tar", bytes(plain)), ("cut.tar", plain[:512]),
                           ("random.tar", os.urandom(4096)), ("sparse.tar", sparse)):
         (tmp_path / name).write_bytes(content)
         message = refused("run", "--rootfs", tmp_path / name, "/bin/true")
@@ -5000,6 +5047,40 @@ def test_what_is_saved_is_loaded_with_every_digest_and_by_others(image, images, 
 
 
 @root
+def test_an_archive_is_loaded_from_what_cannot_be_rewound(image, tmp_path):
+    forked_mini("save", "-o", tmp_path / "x.tar", "thing:1")
+    os.mkfifo(tmp_path / "fifo")
+    with subprocess.Popen(f"cat {tmp_path}/x.tar > {tmp_path}/fifo", shell=True):
+        assert forked_mini("load", "-i", tmp_path / "fifo") == "Loaded image: thing:1\n"
+    assert os.listdir(m.store("ingest", "")) == []
+
+
+@root
+def test_what_was_lost_of_one_image_is_told_and_is_not_in_the_way_of_others_for_ever(
+        image, images, rootfs_tar):
+    forked_mini("import", "-m", "another", rootfs_tar, "other:1")
+    os.unlink(lost := m.blob_path(index()["docker.io/library/thing:1"]))
+    said = forked_mini("run", "other:1", "/bin/true", code=125)
+    assert f"an image in the store is damaged: {lost} is missing\n  hint: `image prune`" in said
+    m.SAID.clear()
+    said = forked_mini("rmi", "thing:1", code=1)
+    assert "so the image docker.io/library/thing:1 is forgotten" in said and "No such image: thing:1" in said
+    assert list(index()) == ["docker.io/library/other:1"]
+    os.unlink(m.blob_path(m.find_image("other:1").id))
+    code, out, err = forked(main("image", "prune", "-f"))
+    assert code == 0 and "other:1 is forgotten" in err and "reclaimed" in out and index() == {}
+    forked_mini("import", rootfs_tar, "other:1")
+    assert run("other:1", "/bin/echo", "hello") == "hello\n"
+    with open(f"{images}/index.json", "r+") as file:
+        text = file.read()
+        file.truncate(9)
+        assert f"{images}/index.json is damaged" in forked_mini("images", code=1)
+        file.write("")
+    with open(f"{images}/index.json", "w") as file:
+        file.write(text)
+
+
+@root
 def test_skopeo_reads_and_writes_both_forms_of_archive(image, images, tmp_path):
     ours, want = tmp_path / "ours.tar", index()["docker.io/library/thing:1"]
     forked_mini("save", "-o", ours, "thing:1")
@@ -5181,6 +5262,14 @@ def test_a_lie_about_what_is_inside_a_layer_is_found_out(images, rootfs_tar, tmp
 
 
 @root
+def test_a_layer_of_no_byte_at_all_is_one_too(images):
+    manifest, blobs = an_image(small_layer(), b"")
+    with fake_registry(serving(manifest, blobs)) as (host, _):
+        assert "Downloaded newer image" in forked_mini("pull", f"{host}/x:1")
+    assert os.listdir(m.layer_path(m.find_image(f"{host}/x:1").diff_ids[1])) == []
+
+
+@root
 def test_a_layer_that_comes_twice_in_two_packings_keeps_both(images):
     layer = small_layer()
     manifest, blobs = an_image(layer, layer)
@@ -5248,7 +5337,7 @@ def test_an_image_that_goes_while_it_is_looked_at_is_not_there_and_no_error(imag
     id = forked_mini("import", rootfs_tar, "thing:1").strip()
     forked_mini("save", "-o", tmp_path / "x.tar", "thing:1")
     os.unlink(m.blob_path(id))
-    with pytest.raises(FileNotFoundError):  # but what is lost is, until it comes again
+    with pytest.raises(m.Fail, match="damaged"):  # but what is lost is, until it comes again
         m.all_images()
     forked_mini("load", "-i", tmp_path / "x.tar")
     assert m.find_image("thing:1").id == id
@@ -5737,6 +5826,15 @@ def lies():
         "the digest in the header is another": (
             same, lambda request, number: "/manifests/" in request.path and (
                 200, {"Docker-Content-Digest": "sha256:" + "0" * 64}, b"{}"), "wrong digest"),
+        "it talks to the terminal": (same, of_all(404, {}, json.dumps({"errors": [{
+            "code": "X\x1b[2J", "message": "a\nb" + "c" * 9000}]}).encode()), "not found: x"),
+        "it redirects to no address": (same, of_all(302, {"Location": "http://[::1"}), "no address"),
+        "its realm is no address": (same, of_all(401, {
+            "WWW-Authenticate": 'Bearer realm="http://[::1"'}), "no address"),
+        "its token is no header": (
+            same, lambda request, number: (200, {}, b'{"token": "a\\nb"}') if "token" in request.path else (
+                401, {"WWW-Authenticate": f'Bearer realm="http://{request.headers["Host"]}/token"'}, b""),
+            "no token"),
         "it redirects in a circle": (same, of_all(302, {"Location": "/v2/x/manifests/1"}), "302"),
         "it redirects with a body without end": (same, of_all(302, {
             "Location": "/v2/x/manifests/1", "Content-Length": 1 << 49}), "302"),
@@ -5767,6 +5865,7 @@ def test_a_registry_that_lies_is_caught_and_leaves_nothing(images, what):
     code, out, err = results
     assert code == 1 and "Traceback" not in err and "internal error" not in err, err
     assert any(w in err for w in ([words] if isinstance(words, str) else words)), err
+    assert err.count("\n") <= 2 and err.replace("\n", "").isprintable() and len(err) < 1000
     assert index() == {} and "Status" not in out
 
 
@@ -5845,6 +5944,35 @@ def test_of_a_list_the_platform_is_chosen(images):
         assert "no matching manifest for linux/mips" in forked_mini(
             "pull", "--platform", "mips", f"{host}/x:1", code=1)
         assert "invalid platform" in forked_mini("pull", "--platform", "a/b/c/d", f"{host}/x", code=1)
+
+
+@pytest.mark.parametrize("platform, names", [
+    ("linux/arm/v7", "arm/v7 arm/v6 arm/v5"), ("arm", "arm/v7 arm/v6 arm/v5"), ("armel", "arm/v6 arm/v5"),
+    ("linux/arm64/v8", "arm64 arm/v8 arm/v7 arm/v6 arm/v5"), ("aarch64", "arm64 arm/v8 arm/v7 arm/v6 arm/v5"),
+    ("x86_64", "amd64 386"), ("linux/amd64/v1", "amd64 386"), ("linux/amd64/v3", "amd64/v3 amd64/v2 amd64 386"),
+    ("linux/s390x", "s390x"), ("linux/arm/7", "arm/v7 arm/v6 arm/v5"), ("linux/arm/odd", "arm/odd"),
+])
+def test_what_runs_on_a_platform_is_known_as_containerd_knows_it(platform, names):
+    assert ["/".join(filter(None, found[1:])) for found in m.platforms_for(
+        m.platform_of(platform))] == names.split()
+
+
+@root
+def test_of_several_variants_the_best_that_runs_is_taken(images):
+    parts, entries = {}, []
+    for variant in ("amd64/v3", "arm/v5", "arm/v8", "386/", "arm/v6", "amd64/", "arm64/v8"):
+        arch, _, variant_ = variant.partition("/")
+        manifest, blobs = an_image(small_layer(), config={"User": variant})
+        raw = json.dumps(manifest).encode()
+        entries.append({**described(raw, m.OCI_MANIFEST), "platform": {
+            "os": "linux", "architecture": arch, "variant": variant_}})
+        parts.update({**blobs, digest_of(raw): raw})
+    with fake_registry(serving({"manifests": entries}, parts)) as (host, _):
+        for platform, taken in (("amd64", "amd64/"), ("linux/amd64/v3", "amd64/v3"), ("linux/amd64/v2", "amd64/"),
+                                ("linux/arm/v7", "arm/v6"), ("linux/arm64", "arm64/v8"),
+                                ("linux/arm64/v9", "arm64/v8"), ("i386", "386/")):
+            forked_mini("pull", "-q", "--platform", platform, f"{host}/x:1")
+            assert m.find_image(f"{host}/x:1").settings["User"] == taken, platform
 
 
 @root
@@ -5941,19 +6069,76 @@ def test_an_identity_token_is_exchanged_for_a_token_and_no_password_is_sent(imag
         assert not any("Basic" in headers.get("Authorization", "") for _, _, headers in asked())
 
 
+@pytest.mark.parametrize("host, rules, direct", [
+    ("localhost", "", True), ("127.9.9.9", "", True), ("::1", "", True), ("a.b", "", False),
+    ("a.b", "x, A.B ,y", True), ("c.a.b", "a.b", True), ("ca.b", "a.b", False), ("a.b", "*", True),
+    ("a.b", ".a.b", False), ("c.a.b", ".a.b", True), ("c.a.b", "*.a.b", True), ("a.b", "*.a.b", False),
+    ("a.b", "a.b:443", True), ("a.b", "a.b:80", False), ("a.b", "a.b:", True), ("a.b", ":443", False),
+    ("10.1.2.3", "10.0.0.0/8", True), ("11.1.2.3", "10.0.0.0/8", False), ("10.1.2.3", "10.1.2.3", True),
+    ("10.1.2.3", "10.1.2.3:443", True), ("10.1.2.3", "10.1.2.3:80", False), ("a.b", "10.0.0.0/8", False),
+    ("fd00::7", "fd00::/8", True), ("fd00::7", "10.0.0.0/8", False), ("fd00::7", "[fd00::7]:443", True),
+    ("fd00::7", "[fd00::7]:80", False), ("fd00::7", "fd00::7", True), ("10.1.2.3", "x/y,1.2", False),
+])
+def test_what_needs_no_proxy_is_read_as_go_reads_it(host, rules, direct):
+    assert m.needs_no_proxy(host, 443, rules) == direct
+
+
+@root
+def test_a_proxy_hears_its_own_password_and_whoever_is_asked_directly_does_not(
+        images, tmp_path, monkeypatch, docker_config):
+    manifest, blobs = an_image(small_layer())
+    layer = manifest["layers"][0]["digest"]
+    monkeypatch.setattr(m, "DOCKER_ETC", str(tmp_path))
+    (tmp_path / "daemon.json").write_text('{"insecure-registries": ["far.example"]}')
+    docker_config.parent.mkdir()
+    docker_config.write_text(json.dumps({"auths": {"https://far.example/v1/": {
+        "auth": "YWxpY2U6c2VjcmV0"}, "near": None, "empty": {"auth": ""}}}))
+
+    with fake_registry(serving(manifest, blobs)) as (near, asked_near):
+        def far(request, number):
+            if request.headers.get("Authorization") != "Basic YWxpY2U6c2VjcmV0":
+                return 401, {"WWW-Authenticate": 'Basic realm=x'}, b""
+            if "moved" not in request.path:
+                return 307, {"Location": request.path.replace("/v2/x", "/v2/moved/x")}, b""
+            if layer in request.path:
+                return 307, {"Location": f"http://{near}/v2/x/blobs/{layer}"}, b""
+            request.path = request.path.partition("example")[2].replace("/moved", "")
+
+        with fake_registry(serving(manifest, blobs, far)) as (proxy, asked):
+            monkeypatch.setenv("http_proxy", f"http://bob:p%40ss@{proxy}")
+            monkeypatch.setenv("https_proxy", "http://127.0.0.1:1")  # so it talks http
+            assert "Downloaded newer image" in forked_mini("pull", "far.example/x:1")
+            assert all(headers.get("Proxy-Authorization") == "Basic Ym9iOnBAc3M="
+                       for _, _, headers in asked())
+        assert asked_near() and not any(name.endswith("Authorization") for _, _, headers in asked_near()
+                                        for name in headers)
+        monkeypatch.setenv("http_proxy", "socks5://u:pass@far:1080")
+        with pytest.raises(m.Fail, match="the proxy socks5://far: not possible"):
+            m.proxy_for("http://a.b/")
+        assert (m.credentials("near"), m.credentials("empty")) == (None, None)
+        assert m.credentials("far.example") == ["alice", "secret"]
+        assert "Removing" in forked_mini("logout", "far.example")
+        docker_config.write_text('{"auths": null}')
+        assert m.credentials("far.example") is None
+
+
 @root
 def test_an_image_is_imported_from_a_url(images, rootfs_tar):
     def web(request, number):
-        return (200, {}, rootfs_tar.read_bytes()) if request.path == "/rootfs.tar" else (
-            404, {}, b"no")
+        return {"/rootfs.tar": (200, {}, rootfs_tar.read_bytes()),
+                "/cut.tar": (200, {"Content-Length": 1 << 30}, rootfs_tar.read_bytes()),
+                "/away": (302, {"Location": "http://[::1"}, b"")}.get(
+                    request.path, (404, {}, b"no"))
 
     with fake_registry(web) as (host, _):
         forked_mini("import", f"http://{host}/rootfs.tar", "web:1")
         assert run("web:1", "/bin/echo", "hello") == "hello\n"
         assert m.find_image("web:1").config["history"][0]["comment"] == (
             f"Imported from http://{host}/rootfs.tar")
-        assert f"http://{host}/none: Not Found" in forked_mini(
-            "import", f"http://{host}/none", "web:2", code=1)
+        for name, words in (("none", "Not Found"), ("cut.tar", "cut"), ("away", "Invalid IPv6")):
+            assert words in forked_mini("import", f"http://{host}/{name}", "web:2", code=1)
+    assert "http://[::1: Invalid IPv6 URL" in forked_mini("import", "http://[::1", code=1)
+    assert "control characters" in forked_mini("import", "http://a b/", code=1)
     assert "refused" in forked_mini("import", f"http://127.0.0.1:{free_port()}/x", code=1)
 
 
