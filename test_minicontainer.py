@@ -4698,15 +4698,81 @@ def test_sizes_and_ages_are_written_as_docker_writes_them():
     assert m.seconds_of("") == m.seconds_of("0001") == 0
 
 
+TEMPLATES = (  # what Go's text/template and Docker's functions make of them
+    ("{{.A.B}}", "[x 1 true]"), ("{{json .A}}", '{"B":["x",1,true]}'), ("{{.Map}}", "map[a:b k:v]"),
+    ("{{index .A.B 0}}\t{{len .A.B}}", "x\t3"), ("{{ .None }}!", "<no value>!"), ("{{.Labels}}", "k=v,a.b-c=d"),
+    ('{{index .Map "k"}}{{index .Map "nosuch"}}', "v"), ('{{.Label "k"}}{{.Label "nosuch"}}', "v"),
+    ("{{if .Up}}yes{{else}}no{{end}}", "yes"), ("{{if .None}}yes{{end}}", ""),
+    ("{{if eq .N 0}}a{{else if eq .N 1 3}}b{{else}}c{{end}}", "b"), ("{{with .None}}x{{else}}none{{end}}", "none"),
+    ("{{with .A}}{{index .B 1}}{{$.N}}{{end}}", "13"), ("{{range .Cmd}}{{.}};{{end}}", "a;b;"),
+    ("{{range $i, $e := .Cmd}}{{if $i}}, {{end}}{{$e}}{{end}}", "a, b"), ("{{range .None}}x{{else}}-{{end}}", "-"),
+    ("{{range $k, $v := .Networks}}{{$k}}={{$v.IP}} {{end}}", "n1=1.2 n2=1.3 "),
+    ("{{$x := 1}}{{range $v := .Cmd}}{{$x = $v}}{{end}}{{$x}}", "b"), ("{{.Networks.nosuch}}", "<no value>"),
+    ('{{(index (index .Ports "80/tcp") 0).HostPort}}', "8080"), ("a {{- .N -}} \n b", "a3b"), ("{{/* why */}}x", "x"),
+    ("{{and .Up 0}}{{or .None 5}}{{not .None}}", "05true"), ("{{if and .Health .Health.Status}}x{{end}}", ""),
+    ("{{lt 1 2}}{{le 2 2}}{{gt 1 2}}{{ge 1 2}}{{ne 1 2}}", "truetruefalsefalsetrue"), ('{{print 1 2 "a" 3}}', "1 2a3"),
+    ('{{printf "%q %-4d|%v %05.1f %x %%" .Name 3 .Cmd 2.5 255}}', '"foo bar" 3   |[a b] 002.5 ff %'),
+    ('{{printf "%d" "x"}} {{printf "%s"}} {{printf "x" 1}}', "%!d(string=x) %!s(MISSING) x%!(EXTRA int=1)"),
+    ('{{.Name | upper | printf "%s!"}}', "FOO BAR!"), ('{{println "a" 1}}', "a 1\n"), ('{{"}}\\t\\"" }}', '}}\t"'),
+    ('{{join (split "a,b" ",") "-"}} {{title .Name}} {{truncate .Name 2}}', "a-b Foo Bar fo"),
+    ('{{lower "AbC"}}|{{pad .Name 1 2}}|{{slice .Name 4 7}}', "abc| foo bar  |bar"), ("{{len .Name}}{{len .None}}", "70"))
+NO_TEMPLATES = (  # the code, what the error says of it
+    (64, "{{.A", "unclosed action"), (64, "{{end}}", "unexpected {{end}}"), (64, "{{if .A}}", "{{end}} is missing"),
+    (64, "{{if}}x{{end}}", "missing value"), (64, "{{nosuch .A}}", "'nosuch' not defined"), (64, "{{}}", "missing value"),
+    (64, "{{(.A}}", "unclosed left paren"), (64, "{{if .A)}}{{end}}", "unexpected ')'"), (64, "{{.A-b}}", "unexpected '-'"),
+    (64, "{{if 1}}{{else}}{{else}}{{end}}", "unexpected {{else}}"), (64, "{{else if}}", "unexpected"),
+    (64, "{{" + "(" * 60 + "1" + ")" * 60 + "}}", "levels"), (64, "{{1" + "|print" * 5000 + "}}", "levels"),
+    (64, "{{if 1}}" * 5000, "levels"), (64, "{{if 1}}" + "{{else if 1}}" * 5000, "levels"),
+    (64, '{{template "x"}}', "not defined"), (1, "{{.Nosuch}}", "no field 'Nosuch'"), (1, "{{.None.X}}", "nothing has"),
+    (1, "{{.A.B.C}}", "no field 'C'"), (1, "{{.Name.__class__}}", "no field"), (1, "{{.__class__}}", "no field"),
+    (1, "{{index .Cmd 7}}", "out of range"), (1, "{{upper 3}}", "type of args for upper"), (1, "{{and}}", "number of args"),
+    (1, '{{eq 1 "a"}}', "incompatible types"), (1, "{{$u}}", "undefined variable"), (1, "{{range 3}}{{end}}", "iterate over 3"),
+    (1, '{{printf "%99999999d" 1}}', "too wide"), (1, "{{1 2}}", "can't give argument"), (1, "{{.Name 1}}", "no arguments"))
+
+
+def template_row():
+    return {"A": {"B": ["x", 1, True]}, "Map": {"k": "v", "a": "b"}, "None": None, "Up": True, "N": 3,
+            "Labels": m.label_text({"k": "v", "a.b-c": "d"}), "Networks": {"n1": {"IP": "1.2"}, "n2": {"IP": "1.3"}},
+            "Cmd": ["a", "b"], "Name": "foo bar", "Ports": {"80/tcp": [{"HostPort": "8080"}]}}
+
+
 def test_a_template_prints_what_go_would():
-    value = {"A": {"B": ["x", 1, True]}, "Labels": {"k": "v", "a": "b"}, "None": None}
-    for template, text in (("{{.A.B}}", "[x 1 true]"), ("{{json .A}}", '{"B": ["x", 1, true]}'),
-                           ("{{index .A.B 0}}\\t{{len .A.B}}", "x\t3"), ("{{.Labels}}", "map[a:b k:v]"),
-                           ('{{index .Labels "k"}}{{index .Labels "nosuch"}}', "v"), ("{{ .None }}!", "<no value>!")):
-        assert m.from_template(template, value) == text
-    for template in ("{{.C}}", "{{range .A}}", "{{index .A.B 9}}", "{{index .A.B}"[:-1] + "x}}"):
-        with pytest.raises(m.Fail, match="template"):
-            m.from_template(template, value)
+    for template, text in TEMPLATES:
+        assert m.Template(template)(template_row()) == text, template
+
+
+def test_what_is_no_template_is_refused_in_one_line_that_names_the_action():
+    for code, template, what in NO_TEMPLATES:
+        with pytest.raises(m.Fail) as failed:
+            m.Template(template)(template_row())
+        message = failed.value.message
+        assert failed.value.code == code and what in message, (template, message)
+        assert message.startswith("template parsing error: {{") and "\n" not in message and len(message) < 500
+
+
+def test_no_random_template_makes_a_traceback_or_lasts():
+    source = random.Random(5)
+    words = [*"()|.$", "$x", ":=", "=", ",", ".A.B", ".Cmd", "$x.A", '"%d"', "0", "1", "-1", "if", "range", "with",
+             "else", "end", "nil", *m.TEMPLATE_FUNCTIONS, "}}", "{{", "{{-", "-}}", "/*", "*/", "`", '"']
+    for _ in range(3000):
+        text = "{{" + " ".join(source.choices(words, k=source.randrange(1, 9))) + "}}"
+        with contextlib.suppress(m.Fail):
+            m.Template(text)(template_row())
+
+
+def test_a_list_takes_a_template_and_knows_its_fields_also_without_rows(capsys):
+    def shown(form, rows):
+        m.print_list({"NAMES": "Name", "N": "N"}, rows, form, more="Labels")
+        return capsys.readouterr().out
+
+    rows = [template_row()]
+    assert shown('table {{upper .Name}}\t{{.Label "a.b-c"}}\t{{.N}}', rows) == (
+        "NAMES     b c       N\nFOO BAR   d         3\n")
+    assert shown("table {{.N}}{{if ne .Name \"NAMES\"}}\t{{.Name}}{{end}}", rows) == "N\n3         foo bar\n"
+    assert shown("table {{.Labels}}", []) == "LABELS\n" and shown("{{.Name}}", []) == ""
+    for form in ("{{.Nosuch}}", "table {{.Nosuch}}", "{{if .Up}}{{.Nosuch}}{{end}}"):
+        with pytest.raises(m.Fail, match="no field 'Nosuch'; there are Name, N, Labels"):
+            shown(form, [])
 
 
 @root
@@ -7539,6 +7605,43 @@ def test_events_tell_what_has_happened_and_what_does():
     past = quietly("events", "--since", "10m", "--until", "0s", "--filter", f"container={id}",
                    "--format", "{{.Action}}")
     assert past.split() == [row[2] for row in seen]
+
+
+@root
+def test_events_tell_of_images_networks_and_volumes_too(image, tmp_path):
+    before = f"{time.time():.9f}"
+    quietly("tag", "thing:1", "other:2")
+    quietly("save", "-o", tmp_path / "i.tar", "other:2")
+    quietly("load", "-i", tmp_path / "i.tar")
+    quietly("rmi", "other:2")
+    quietly("network", "create", "talk")
+    with detached("--name", "told", "-v", "kept:/data", "--network", "talk") as id:
+        quietly("top", id)
+        (tmp_path / "f").write_text("x")
+        quietly("cp", tmp_path / "f", f"{id}:/data")
+        quietly("cp", f"{id}:/data/f", tmp_path / "g")
+    for kind, *more in (("container",), ("network",), ("volume", "-a"), ("image",)):
+        quietly(kind, "prune", "-f", *more)
+
+    def seen(kind, *more):
+        return quietly("events", "--since", before, "--until", "0s", "--filter", f"type={kind}", *more,
+                       "--format", "{{.Action}} {{.Actor.Attributes.name}}").split("\n")[:-1]
+
+    of_image = m.find_image("thing:1").id
+    assert seen("image") == ["tag other:2", f"save {of_image}", f"load {of_image}",
+                             f"untag {of_image}", "prune <no value>"]
+    assert seen("network") == [f"{action} talk" for action in (
+        "create", "connect", "disconnect", "destroy")] + ["prune <no value>"]
+    assert [row.split()[0] for row in seen("volume")] == [
+        "create", "mount", "unmount", "destroy", "prune"]
+    assert [row.split()[0] for row in seen("container")] == [
+        "create", "start", "top", "extract-to-dir", "archive-path", "kill", "die", "destroy", "prune"]
+    mount = json.loads(quietly("events", "--since", before, "--until", "0s", "--filter", "event=mount",
+                               "--filter", "volume=kept", "--format", "{{json .}}"))
+    assert mount["Actor"] == {"ID": "kept", "Attributes": {
+        "container": id, "destination": "/data", "driver": "local", "propagation": "",
+        "read/write": "true"}}
+    assert len(seen("image", "--filter", "image=other")) == 1
 
 
 @root
