@@ -1192,10 +1192,12 @@ def throttle(option, text):
 def resources_spec(o):
     """linux.resources of the spec, as the options ask; sizes in bytes."""
     memory, cpu, pids, block = {}, {}, {}, {}
-    if o.memory:
+    for what, text in (("limit", o.memory), ("reservation", o.memory_reservation)):
+        if text and 0 < size(text) < 6 << 20:
+            raise Fail(f"Minimum memory {what} allowed is 6MB, and not {text}",
+                       "a program and its files in memory take as much")
+    if o.memory and size(o.memory):
         memory["limit"] = size(o.memory)
-        if memory["limit"] < 6 << 20:
-            raise Fail(f"--memory {o.memory} is too small", "6m is the least")
         memory["swap"] = 2 * memory["limit"]  # Docker's: as much swap as memory
     if o.memory_swap:
         if "limit" not in memory:
@@ -1212,11 +1214,13 @@ def resources_spec(o):
         try:
             quota = round(float(o.cpus) * 100_000)
         except (ValueError, OverflowError):
-            quota = 0
-        if not 1000 <= quota <= 100_000 * os.cpu_count():
-            raise Fail(f"invalid value for --cpus: {o.cpus!r}",
-                       f"a number from 0.01 to {os.cpu_count()}, the host's")
-        cpu.update(quota=quota, period=100_000)
+            raise Fail(f"invalid argument {o.cpus!r} for --cpus",
+                       "a number of processors, as 1.5") from None
+        there = os.cpu_count()
+        if quota and not 1000 <= quota <= 100_000 * there:
+            raise Fail(f"Range of CPUs is from 0.01 to {there}.00, as there are only "
+                       f"{there} CPUs available: not {o.cpus}", "0 is no limit")
+        cpu.update({"quota": quota, "period": 100_000} if quota else {})
     if o.cpu_shares and o.cpu_shares != "0":
         cpu["shares"] = whole("--cpu-shares", o.cpu_shares, 2, 262144)
     for key, value in (("cpus", o.cpuset_cpus), ("mems", o.cpuset_mems)):
@@ -2301,7 +2305,7 @@ def inside(c, path, make="", links=0):
         name = os.path.basename(path)
         try:
             if make == "dir":
-                syscall("mkdirat", above.fd, name, 0o755, why="a place to mount on")
+                syscall("mkdirat", above.fd, name, 0o755, why="it was missing")
             else:
                 syscall("mknodat", above.fd, name, stat.S_IFREG | 0o644, 0,
                         why="a file to mount on")
@@ -2583,6 +2587,14 @@ def mask_paths(c):
                 why="a mount of its own, so that it can be read-only")
     for place in existing(c, paths):
         set_attributes(place.fd, MOUNT_ATTR_RDONLY, what=place)
+
+
+def make_cwd(c):
+    """Step: the working directory, if the root file system has none, as everywhere."""
+    try:
+        inside(c, c.spec["process"]["cwd"], "dir").close()
+    except OSError:
+        pass  # what is in the way is told by enter_cwd
 
 
 def pivot(c):
@@ -4002,6 +4014,7 @@ BIRTH = (               # init, from "go" until it is your program
     set_names, loopback_up,  # any time will do: each has a namespace of its own
     set_sysctls,        # while the host's /proc is there
     mask_paths,         # after all mounts that could lie on top of a mask
+    make_cwd,           # after all mounts that it could lie in
     pivot,              # after every step that needs a path of the host
     seal_root,          # after every step that makes a place to mount on
     *(TAIL := (         # what `exec` does too
@@ -4672,15 +4685,6 @@ def tell_runs(c):
     c.tell_parent()
 
 
-def make_cwd(c):
-    """Step: the working directory, if the root file system has none such, as runc does;
-    of a `run` of ours it is the person's mistake."""
-    try:
-        inside(c, c.spec["process"]["cwd"], "dir").close()
-    except OSError:
-        pass  # what is in the way is told by enter_cwd
-
-
 def replace_steps(steps, instead):
     """Steps, with others in place of some."""
     return [new for step in steps for new in instead.get(step, (step,))]
@@ -4691,8 +4695,9 @@ def oci_steps(steps, last, options=None):
     program die with us."""
     return replace_steps(steps, {
         die_with_parent: (find_program, last),  # `create` tells if there is none
-        pivot: (run_create_hooks, move_root if options and options.no_pivot else pivot,
-                make_cwd, share_root),
+        make_cwd: (), pivot: (  # hooks may mount something where it is to be
+            run_create_hooks, move_root if options and options.no_pivot else pivot,
+            make_cwd, share_root),
         new_keyring: () if options and options.no_new_keyring else (new_keyring,),
         become_user: (own_stdio, become_user)})
 
@@ -5036,9 +5041,9 @@ def exec_command_oci(options):
 # that began: if a later process has got the number since, the container has stopped.
 
 
-def signal_number(text):
+def signal_number(text, wrong=""):
     """The signal that TERM, SIGTERM, RTMIN+3 or 15 means; 0 asks whether there is a
-    process."""
+    process.  `wrong` is how Docker says that it is none, with exit code 1."""
     name = text.upper().removeprefix("SIG")
     number = getattr(signal, f"SIG{name}", None)
     if number is None or "_" in name:  # SIG_IGN and its like are none
@@ -5046,7 +5051,8 @@ def signal_number(text):
                   **{f"RTMIN+{n}": signal.SIGRTMIN + n for n in range(1, 16)},
                   **{f"RTMAX-{n}": signal.SIGRTMAX - n for n in range(1, 15)}}.get(name)
     if number is None:
-        raise Fail(f"unknown signal {text!r}", "a name or a number, see `kill -l`")
+        raise Fail(f"{wrong}{text}" if wrong else f"unknown signal {text!r}",
+                   "a name or a number, see `kill -l`", 1 if wrong else 125)
     return number
 
 
@@ -7923,17 +7929,19 @@ def inspected(image):
         "Descriptor": bare(image.entry)}
 
 
-def for_each(names, do):
-    """Do something with each of several, also if it fails with some of them."""
-    failed = []
+def for_each(names, do, all_failed=""):
+    """Do something with each of several, also if it fails with some of them, which are
+    then told once more where that `all_failed`, as it is called."""
+    failed = {}
     for name in names:
         try:
             do(name)
         except Fail as fail:
-            failed.append(fail)
+            failed[name] = fail
     if failed:
-        raise Fail("\nminicontainer: ".join(fail.message for fail in failed),
-                   failed[-1].hint, 1)
+        lines = [fail.message for fail in failed.values()]
+        lines += [f"{all_failed}: {', '.join(failed)}"] * bool(all_failed)
+        raise Fail("\nminicontainer: ".join(lines), [*failed.values()][-1].hint, 1)
 
 
 def show_facts(names, look, form):
@@ -10257,9 +10265,14 @@ def host_lines(texts, gateway):
     """[name, address] of each --add-host."""
     found = []
     for text in texts:
-        host, _, address = text.partition(":")
+        host, colon, address = text.partition(":")
         address = gateway if address == "host-gateway" else address
-        packed(address)
+        try:
+            packed(address)
+        except Fail:
+            raise Fail(f"invalid IP address in add-host: {address!r}" if colon else
+                       f"bad format for add-host: {text!r}", "--add-host NAME:ADDRESS"
+                       ) from None
         found.append([host, address])
     return found
 
@@ -11763,13 +11776,18 @@ def note_mounts(action, record, spec):
             note_volume(action, facts["Name"], container=record.id, **more)
 
 
+def no_volume_name(name, code=125):
+    """What to raise of a name that no volume may have."""
+    return Fail(f'create {name}: "{name}" includes invalid characters for a local '
+                'volume name, only "[a-zA-Z0-9][a-zA-Z0-9_.-]" are allowed. If you '
+                "intended to pass a host directory, use absolute path",
+                "-v /SRC:/DST", code)
+
+
 def make_volume(name, labels=None, anonymous=False):
     """Make a volume, unless there is one of that name."""
     if not is_word(name):
-        raise Fail(f'create {name}: "{name}" includes invalid characters for a local '
-                   'volume name, only "[a-zA-Z0-9][a-zA-Z0-9_.-]" are allowed. If you '
-                   "intended to pass a host directory, use absolute path",
-                   "-v /SRC:/DST")
+        raise no_volume_name(name)
     with held("volumes", fcntl.LOCK_EX):
         if not is_volume(name):
             note_volume("create", name)
@@ -11902,6 +11920,8 @@ def fill_volume(record, spec, name, target):
 def volume_create_command(options):
     """Make a volume."""
     name = options.name or os.urandom(32).hex()
+    if not is_word(name):
+        raise no_volume_name(name, 1)
     make_volume(name, dict(text.partition("=")[::2] for text in options.label),
                 not options.name)
     print(name)
@@ -12955,9 +12975,9 @@ def do_to(name, act):
     print(name, flush=True)
 
 
-def for_containers(names, act):
+def for_containers(names, act, all_failed=""):
     """Do act(record) to each container and print its name, also if some fail."""
-    for_each(names, lambda name: do_to(name, act))
+    for_each(names, lambda name: do_to(name, act), all_failed)
 
 
 def on_each(words, *options):
@@ -13043,9 +13063,9 @@ def send_signal(record, number):
     return fd
 
 
-def not_running(record, what=""):
+def not_running(record):
     """What to raise of a container that does not run."""
-    return Fail(f"{what}Container {record.id} is not running", "`start` starts it", 1)
+    return Fail(f"Container {record.id} is not running", "`start` starts it", 1)
 
 
 def set_frozen(record, frozen):
@@ -13133,11 +13153,15 @@ STOP_OPTIONS = (
     arg("-s", "--signal", metavar="SIGNAL", help="what to send first"))
 
 
-@on_each("stop", *STOP_OPTIONS)
+def take_time(options):
+    """Read --time, before anything is done."""
+    if options.time is not None:
+        options.time = whole("--time", options.time, -1)
+
+
 def stop_it(record, options):
-    """Ask containers to end, and kill those that do not."""
-    seconds = record.stop_timeout if options.time is None else whole(
-        "--time", options.time, -1)
+    """Ask a container to end, and kill it if it does not."""
+    seconds = record.stop_timeout if options.time is None else options.time
     lived = record.status in LIVE
     end_it(record, signal_number(options.signal or record.stop_signal),
            seconds if seconds >= 0 else 1 << 20)
@@ -13145,9 +13169,17 @@ def stop_it(record, options):
         announce(record, "stop")
 
 
+@command("stop", *STOP_OPTIONS, CONTAINERS)
+def stop_command(options):
+    """Ask containers to end, and kill those that do not."""
+    take_time(options)
+    for_containers(options.containers, lambda record: stop_it(record, options))
+
+
 @command("restart", *STOP_OPTIONS, CONTAINERS)
 def restart_command(options):
     """Stop containers and start them again."""
+    take_time(options)
     sealed(options.containers)
 
     def restart(record):
@@ -13157,17 +13189,31 @@ def restart_command(options):
     for_containers(options.containers, restart)
 
 
-@on_each("kill", arg("-s", "--signal", metavar="SIGNAL", default="KILL",
-                     help="another signal than KILL"))
-def kill_it(record, options):
+@command("kill", arg("-s", "--signal", metavar="SIGNAL", default="KILL",
+                     help="another signal than KILL"), CONTAINERS)
+def kill_command(options):
     """Send a signal to process 1 of containers."""
-    number = signal_number(options.signal)
+    number = signal_number(options.signal, "Invalid signal: ")
+    if not number:
+        raise Fail("Invalid signal: 0", "`inspect` tells whether it runs", 1)
+
+    def kill(name):
+        try:
+            do_to(name, lambda record: kill_it(record, number))
+        except Fail as fail:
+            fail.message = f"Cannot kill container: {name}: {fail.message}"
+            raise
+    for_each(options.containers, kill)
+
+
+def kill_it(record, number):
+    """Send a signal to process 1 of a container."""
     if number in (signal.SIGKILL, signal_number(record.stop_signal)):
         with changing(record.id) as record:
             record.stopped = True
     fd = send_signal(record, number)
     if fd is None:
-        raise not_running(record, f"Cannot kill container: {record.name}: ")
+        raise not_running(record)
     if number == signal.SIGKILL:
         thaw(record)
         await_end(record)
@@ -13656,8 +13702,12 @@ def stats_command(options):
 def update_command(options):
     """Change the limits of containers, also of those that run."""
     options.rm = False
-    resources = {key: section for key, section in resources_spec(options).items()
-                 if section and key != "devices"}
+    try:
+        resources = {key: section for key, section in resources_spec(options).items()
+                     if section and key != "devices"}
+    except Fail as fail:
+        fail.code = 1  # no container was to be started
+        raise
     if not resources and not options.restart:
         raise Fail("you must provide one or more flags when using this command",
                    options.hint, 1)
@@ -13820,7 +13870,13 @@ def rm_command(options):
 @command("rename", CONTAINER, arg("name", metavar="NAME", help="its new name"))
 def rename_command(options):
     """Give a container another name."""
-    record, name = find(options.container), options.name.removeprefix("/")
+    for_each([options.container], lambda old: rename(find(old), options.name),
+             "failed to rename container")
+
+
+def rename(record, name):
+    """Give a container another name, in its record and where its networks know it."""
+    name = name.removeprefix("/")
     if name == record.name:
         raise Fail("Renaming a container with the same name as its current name", "", 1)
     with changing(record.id) as record:
@@ -13862,7 +13918,8 @@ def start_command(options):
     sealed(options.containers)
     keys = detach_keys(options.detach_keys)
     if not (options.attach or options.interactive):
-        return for_containers(options.containers, start_it)
+        return for_containers(options.containers, start_it,
+                              "failed to start containers")
     if len(options.containers) > 1:
         raise Fail("you cannot start and attach multiple containers at once", "", 1)
     record = find(options.containers[0])

@@ -1088,12 +1088,17 @@ def test_the_oom_killer_is_named_in_plain_words():
 
 @pytest.mark.parametrize("option, value", [
     ("--memory", "12q"), ("--memory", "-1"), ("--memory", "1k"), ("--cpus", "many"),
-    ("--cpus", "0"), ("--cpus", "nan"), ("--pids-limit", "few"), ("--cpu-shares", "1"),
+    ("--cpus", "1000"), ("--cpus", "0.001"), ("--cpus", "nan"), ("--memory-reservation", "5m"), ("--pids-limit", "few"), ("--cpu-shares", "1"),
     ("--blkio-weight", "5000"), ("--memory", "9" * 400), ("--device-read-bps", "/nosuch:1mb")])
 def test_a_limit_that_makes_no_sense_is_refused(option, value):
     with pytest.raises(m.Fail) as caught:
         spec_for(f"{option}={value}", "/bin/true")
     assert value.split(":")[0] in caught.value.message and caught.value.hint
+
+
+def test_no_limit_can_be_asked_for_in_words():
+    spec = spec_for("--cpus=0", "--memory=0", "/bin/true")
+    assert not {"cpu", "memory"} & spec["linux"]["resources"].keys()
 
 
 def test_sizes_are_read_as_docker_reads_them():
@@ -2610,11 +2615,11 @@ def test_nothing_is_imported_from_the_image(tmp_path):
     assert sh("echo é; ls /poisoned 2>/dev/null || true", *base, "-u", "é", "-e",
               "LANG=de_DE.ISO-8859-1") == "é\n"
     for how in (["/nosuch"], ["nosuch"], ["-u", "nosuch", "/bin/true"],
-                ["-u", "\udcff", "/bin/true"], ["-w", "/nosuch", "/bin/true"]):
+                ["-u", "\udcff", "/bin/true"], ["-w", "/etc/passwd", "/bin/true"]):
         result = subprocess.run([PYTHON, PROGRAM, "run", *base, *how], text=True,
                                 capture_output=True,  # with all that is on sys.path there
                                 env={**os.environ, "LC_ALL": "de_DE.ISO-8859-1"})
-        assert result.returncode in (125, 127) and "internal" not in result.stderr
+        assert result.returncode in (125, 126, 127) and "internal" not in result.stderr
         assert not os.listdir(f"{STORE}/containers")
 
 
@@ -2802,12 +2807,21 @@ for name in set(globals()) - BEFORE_WALLS:
     (["/bin/nosuch"], 127, "no such file"),
     (["/etc"], 126, "is a directory"),
     (["/etc/passwd"], 126, "permission denied"),
-    (["-w", "/nosuch", "/bin/true"], 127, "working directory /nosuch"),
     (["-w", "/etc/passwd", "/bin/true"], 126, "working directory"),
 ])
 def test_a_program_that_cannot_be_executed_is_named(args, code, words):
     message = refused("run", "--rm", *args, code=code)
     assert words in message and "hint:" in message
+
+
+@root
+def test_a_working_directory_that_is_missing_is_made_as_the_containers_root():
+    assert sh("pwd; stat -c '%u %a' . ..", "-w", "/made/here", "-u", "12").split("\n")[:3] == [
+        "/made/here", "0 755", "0 755"]
+    assert sh("pwd; touch x", "-w", "/made", "--tmpfs", "/made:mode=777", "-u", "12") == "/made\n"
+    assert sh("pwd", "--read-only", "-w", "/made/here") == "/made/here\n"
+    with running() as (_, id, _):
+        assert "working directory /nosuch: No such" in refused("exec", "-w", "/nosuch", id, "/bin/pwd", code=127)
 
 
 def elf(machine=62, interpreter=b"/lib64/ld-nosuch.so.2"):
