@@ -7931,7 +7931,7 @@ def inspected(image):
 
 def for_each(names, do, all_failed=""):
     """Do something with each of several, also if it fails with some of them, which are
-    then told once more where that `all_failed`, as it is called."""
+    then named once more after the words `all_failed`, if there are any."""
     failed = {}
     for name in names:
         try:
@@ -7940,7 +7940,7 @@ def for_each(names, do, all_failed=""):
             failed[name] = fail
     if failed:
         lines = [fail.message for fail in failed.values()]
-        lines += [f"{all_failed}: {', '.join(failed)}"] * bool(all_failed)
+        lines += [all_failed + ", ".join(failed)] * bool(all_failed)
         raise Fail("\nminicontainer: ".join(lines), [*failed.values()][-1].hint, 1)
 
 
@@ -13283,13 +13283,18 @@ def port_bindings(ports):
     return found
 
 
-def network_settings(record):
+UNCONNECTED = {"NetworkID": "", "MacAddress": "", "Aliases": None, "Gateway": "",
+               "IPAddress": "", "IPPrefixLen": 0, "IPv6Gateway": "",
+               "GlobalIPv6Address": "", "GlobalIPv6PrefixLen": 0}
+
+
+def network_settings(record, spec):
     """The part of `inspect` that is about the network."""
-    settings = {}
+    settings = dict.fromkeys(network_names(record, spec), UNCONNECTED)
     for endpoint in endpoints_of(record.id) if record.status in LIVE else ():
         network = from_json(read_file(store("networks", f"{endpoint['network']}.json")))
-        found = {"NetworkID": network["id"], "MacAddress": endpoint["mac"],
-                 "Aliases": endpoint["names"][1:]}
+        found = {**UNCONNECTED, "NetworkID": network["id"],
+                 "MacAddress": endpoint["mac"], "Aliases": endpoint["names"][1:]}
         for six, pool, address in zip(("", "v6"), network["pools"],
                                       endpoint["addresses"], strict=False):
             bits = int(pool["subnet"].partition("/")[2])
@@ -13298,17 +13303,16 @@ def network_settings(record):
                          {"Gateway": pool["gateway"], "IPAddress": address,
                           "IPPrefixLen": bits})
         settings[endpoint["network"]] = found
-    first = next(iter(settings.values()), {})
+    first = next(iter(settings.values()))
     return {"Ports": port_bindings(ports_of(record)),
-            "IPAddress": first.get("IPAddress", ""),
-            "Gateway": first.get("Gateway", ""),
-            "GlobalIPv6Address": first.get("GlobalIPv6Address", ""),
-            "Networks": settings or {record.asked["network"]: {}}}
+            **{key: first[key] for key in (
+                "IPAddress", "Gateway", "GlobalIPv6Address")},
+            "Networks": settings}
 
 
-def container_row(record, options, with_size):
+def container_row(record, whole_=False, with_size=False):
     """What `ps` shows of a container."""
-    spec, whole_ = record.spec(), options.no_trunc
+    spec = record.spec()
 
     def short(text, length):
         return text if whole_ or len(text) <= length else f"{text[:length - 1]}…"
@@ -13391,7 +13395,7 @@ def ps_command(options):
     any_state = options.all or last >= 0 or wanted.keys() & {"status", "exited"}
     found = (record for record in records() if any_state or record.status in LIVE)
     rows = of_those_there(found, lambda record: passes(record, FILTERS, wanted)
-                          and container_row(record, options, with_size))
+                          and container_row(record, options.no_trunc, with_size))
     columns = {"CONTAINER ID": "ID", "IMAGE": "Image", "COMMAND": "Command",
                "CREATED": "RunningFor", "STATUS": "Status", "PORTS": "Ports",
                "NAMES": "Names", **({"SIZE": "Size"} if options.size else {})}
@@ -13478,7 +13482,7 @@ def container_facts(record, with_sizes=False):
             "Cmd": process["args"][len(entry):], "Image": record.image,
             "WorkingDir": process["cwd"], "Labels": record.labels,
             "StopSignal": record.stop_signal, "StopTimeout": record.stop_timeout},
-        "NetworkSettings": network_settings(record)}
+        "NetworkSettings": network_settings(record, spec)}
     if with_sizes:
         found["SizeRw"], found["SizeRootFs"] = sizes(record, spec)
     return found
@@ -13871,7 +13875,7 @@ def rm_command(options):
 def rename_command(options):
     """Give a container another name."""
     for_each([options.container], lambda old: rename(find(old), options.name),
-             "failed to rename container")
+             "failed to rename container named ")
 
 
 def rename(record, name):
@@ -13919,7 +13923,7 @@ def start_command(options):
     keys = detach_keys(options.detach_keys)
     if not (options.attach or options.interactive):
         return for_containers(options.containers, start_it,
-                              "failed to start containers")
+                              "failed to start containers: ")
     if len(options.containers) > 1:
         raise Fail("you cannot start and attach multiple containers at once", "", 1)
     record = find(options.containers[0])
@@ -14320,17 +14324,83 @@ def volume_prune_command(options):
         tell_gone({"Volumes": remove_idle_volumes(options.all, wanted)})
 
 
-@command("system df", FORMAT)
+def cache_usage():
+    """(what it is called, its kind, whether an image has it, bytes, when it was made)
+    of all that `build` keeps: layers of steps, and what its RUNs have mounted."""
+    of_images = {hex_of(diff_id) for image in all_images() for diff_id in
+                 image.diff_ids}
+    steps = {layer[1]: (name, parts, layer) for name, parts, layer in cached_steps()
+             if layer}
+    for name, parts, layer in steps.values():
+        made = os.stat(store("steps", name)).st_mtime
+        yield name[:12], parts["instruction"].split()[0], layer[1] in of_images, layer[
+            2], made
+    for name in os.listdir(store("mounts", "")):
+        path = store("mounts", name)
+        yield name[:12], "mount", False, bytes_in(path), os.stat(path).st_mtime
+
+
+USAGE_COLUMNS = {  # of the lists of `system df -v`, under Docker's titles
+    "Images": {"REPOSITORY": "Repository", "TAG": "Tag", "IMAGE ID": "ID",
+               "CREATED": "CreatedSince", "SIZE": "Size", "SHARED SIZE": "SharedSize",
+               "UNIQUE SIZE": "UniqueSize", "CONTAINERS": "Containers"},
+    "Containers": {"CONTAINER ID": "ID", "IMAGE": "Image", "COMMAND": "Command",
+                   "LOCAL VOLUMES": "LocalVolumes", "SIZE": "Size",
+                   "CREATED": "RunningFor", "STATUS": "Status", "NAMES": "Names"},
+    "Volumes": {"VOLUME NAME": "Name", "LINKS": "Links", "SIZE": "Size"},
+    "BuildCache": {"CACHE ID": "ID", "CACHE TYPE": "CacheType", "SIZE": "Size",
+                   "CREATED": "CreatedSince", "SHARED": "Shared"}}
+
+
+def usage_rows():
+    """What `system df -v` shows, a list for each kind of thing."""
+    there, images = all_images(), []
+    used = [notes.get(OF_IMAGE) for _, notes in containers()]
+    layers = [diff_id for image in there for diff_id in image.diff_ids]
+    for image in there:
+        shared = sum(length for diff_id, length in zip(
+            image.diff_ids, image.sizes, strict=False) if layers.count(diff_id) > 1)
+        images += [{**row, "SharedSize": decimal(shared), "UniqueSize": decimal(sum(
+            image.sizes) - shared), "Containers": str(used.count(image.id))}
+            for row in image_rows(image, False)]
+    return {
+        "Images": images,
+        "Containers": list(of_those_there(records(), lambda record: {
+            **container_row(record), "Size": decimal(
+                sizes(record, record.spec())[0])})),
+        "Volumes": [{"Name": facts["Name"], "Links": str(len(users_of(facts["Name"]))),
+                     "Size": decimal(bytes_in(facts["Mountpoint"]))}
+                    for facts in all_volumes()],
+        "BuildCache": [{"ID": id, "CacheType": kind, "Size": decimal(length),
+                        "CreatedSince": ago(made), "Shared": str(shared).lower()}
+                       for id, kind, shared, length, made in cache_usage()]}
+
+
+def show_usage(form):
+    """Print what `system df -v` shows."""
+    found = usage_rows()
+    if form:
+        print(to_json(found) if form == "json" else Template(form, 1)(found))
+        return
+    total = sum(length for _, _, _, length, _ in cache_usage())
+    for kind, title in (("Images", "Images space usage:"),
+                        ("Containers", "Containers space usage:"),
+                        ("Volumes", "Local Volumes space usage:"),
+                        ("BuildCache", f"Build cache usage: {decimal(total)}")):
+        print(f"{title}\n")
+        print_list(USAGE_COLUMNS[kind], found[kind], "")
+        print("\n" * (kind != "BuildCache"), end="")
+
+
+@command("system df", FORMAT,
+         arg("-v", "--verbose", action="store_true", help="one line for each thing"))
 def system_df_command(options):
     """Show what takes how much of the disk."""
+    if options.verbose:
+        return show_usage(options.format)
     rows, used = [], {notes.get(OF_IMAGE) for _, notes in containers()}
-    there = all_images()
-    images = [(image.id in used, sum(image.sizes)) for image in there]
-    of_images = {hex_of(diff_id) for image in there for diff_id in image.diff_ids}
-    steps = {layer[1]: layer[2] for _, _, layer in cached_steps() if layer}
-    cache = [(diff_id in of_images, length) for diff_id, length in steps.items()] + [
-        (False, bytes_in(store("mounts", name))) for name in os.listdir(
-            store("mounts", ""))]
+    images = [(image.id in used, sum(image.sizes)) for image in all_images()]
+    cache = [(shared, length) for _, _, shared, length, _ in cache_usage()]
     own = list(of_those_there(records(), lambda record: (
         record.status in LIVE, sizes(record, record.spec())[0])))
     volumes = [(bool(users_of(facts["Name"])), bytes_in(facts["Mountpoint"]))

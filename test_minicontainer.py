@@ -7850,6 +7850,58 @@ def test_prune_and_df_count_what_nobody_uses(image):
 
 
 @root
+def test_df_tells_of_each_thing_what_it_takes(image, tmp_path):
+    (tmp_path / "Dockerfile").write_text("FROM thing:1\nUSER 0\nRUN head -c 3000 /dev/zero > /more\n")
+    quietly("build", "-q", "-t", "more:1", tmp_path)
+    id = quietly("run", "-d", "--name", "wrote", "-v", "kept:/data", "/bin/sh", "-c",
+                 "head -c 5000 /dev/zero > /tmp/x; head -c 7000 /dev/zero > /data/x").strip()
+    quietly("wait", id)
+    facts = json.loads(quietly("system", "df", "-v", "--format", "{{json .}}"))
+    sizes = {row["Repository"]: (row["SharedSize"], row["UniqueSize"], row["Containers"])
+             for row in facts["Images"]}
+    assert sizes["thing"][0] == sizes["more"][0] != "0B" and sizes["thing"][1:] == ("0B", "0")
+    assert sizes["more"][1:] == ("3kB", "0")
+    assert [(row["Names"], row["Size"], row["LocalVolumes"]) for row in facts["Containers"]] == [
+        ("wrote", "5kB", "1")]
+    assert facts["Volumes"] == [{"Name": "kept", "Links": "1", "Size": "7kB"}]
+    assert [row["CacheType"] for row in facts["BuildCache"]] == ["RUN"]
+    shown = quietly("system", "df", "-v").split("\n\n")
+    assert [part.splitlines()[0] for part in shown[::2]] == [
+        "Images space usage:", "Containers space usage:", "Local Volumes space usage:",
+        "Build cache usage: 3kB"]
+    assert quietly("system", "df", "-v", "--format", "{{range .Volumes}}{{.Name}}{{end}}") == "kept\n"
+    quietly("rm", "-v", id)
+    quietly("rmi", "more:1")
+    quietly("volume", "prune", "-a", "-f")
+    quietly("builder", "prune", "-f", "-a")
+
+
+@root
+def test_what_cannot_be_done_is_told_in_dockers_words_and_codes():
+    with detached("--name", "told") as id, detached("--name", "other"):
+        for args, code, words in (
+                (["kill", "nosuch"], 1, "Cannot kill container: nosuch: No such container: nosuch"),
+                (["kill", "-s", "0", id], 1, "Invalid signal: 0"), (["kill", "-s", "FOO", "nosuch"], 1, "Invalid signal: FOO"),
+                (["start", "x1", "x2"], 1, "container: x1\nminicontainer: No such container: x2\n"
+                 "minicontainer: failed to start containers: x1, x2\n"),
+                (["rename", "nosuch", "x"], 1, "failed to rename container named nosuch"),
+                (["rename", "told", "other"], 1, "already in use"),
+                (["stop", "-t", "x", id], 125, "--time: 'x'"), (["restart", "-t", "x", id], 125, "--time: 'x'"),
+                (["update", "-m", "5m", id], 1, "Minimum memory limit allowed is 6MB"),
+                (["update", "--cpus", "1000", id], 1, "Range of CPUs is from 0.01 to"),
+                (["run", "--add-host", "foo", "/bin/true"], 125, "bad format for add-host: 'foo'"),
+                (["run", "--add-host", "a:b", "/bin/true"], 125, "invalid IP address in add-host: 'b'"),
+                (["volume", "create", "a b"], 1, "invalid characters for a local volume name"),
+                (["ps", "--format", "{{.Nosuch}}", "--filter", "name=nosuch"], 1, "no field 'Nosuch'"),
+                (["inspect", "-f", "{{.Id", id], 64, "unclosed action"), (["inspect", "-f", "{{.X}}", id], 1, "no field 'X'")):
+            assert words in refused(*args, code=code), args
+        assert m.load(id).status == "running" and m.load(id).name == "told"
+        form = "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}|{{.State.Health}}"
+        assert quietly("inspect", "-f", form, id) == "|<no value>\n"
+        quietly("kill", "-s", "TERM", id)
+
+
+@root
 @pytest.mark.timeout(3600)
 def test_whoever_is_killed_at_whatever_moment_the_records_tell_the_truth():
     # FAULT_ROUNDS=500 is what the bench says of it; here a taste.
