@@ -17301,9 +17301,13 @@ COMMON_OPTIONS = (
 
 COMPLETION = {
     "bash": """\
-_minicontainer() {
-    mapfile -t COMPREPLY < <(minicontainer completion words \
-        "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null)
+_minicontainer() {  # to bash a word ends at a colon, to us it does not
+    local words
+    read -ra words <<<"${COMP_LINE:0:COMP_POINT}"
+    [[ ${COMP_LINE:COMP_POINT-1:1} == " " ]] && words+=("")
+    mapfile -t COMPREPLY < <(minicontainer completion words "${words[@]:1}" 2>/dev/null)
+    local begun=${words[-1]}
+    COMPREPLY=("${COMPREPLY[@]#"${begun%"${begun##*:}"}"}")
 }
 complete -o bashdefault -o default -F _minicontainer minicontainer
 """,

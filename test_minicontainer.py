@@ -245,12 +245,13 @@ def main(*args):
 
 
 class Terminal:
-    """minicontainer on a terminal of its own, typed at and read from by a test."""
+    """minicontainer, or another program, on a terminal of its own, typed at and read from
+    by a test."""
 
-    def __init__(self, *args):
+    def __init__(self, *args, program=None):
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
-            os.execv(LAUNCHER, command(*args))
+            os.execvp(program[0] if program else LAUNCHER, program or command(*args))
         self.seen = ""
 
     def expect(self, pattern, seconds=30):
@@ -9341,12 +9342,32 @@ def test_tab_offers_what_the_table_of_commands_has():
         assert "completion words" in text
         if shutil.which(shell) and shell != "fish":
             subprocess.run([shell, "-n"], input=text, text=True, check=True)
-    script = (f"PATH={os.path.dirname(LAUNCHER)}:$PATH; eval \"$(minicontainer completion "
-              "bash)\"; COMP_WORDS=(minicontainer system d); COMP_CWORD=2; _minicontainer; "
-              "echo ${COMPREPLY[*]}")
-    assert subprocess.run(["bash", "-c", script], capture_output=True,
-                          text=True).stdout == "df\n"
     assert "no completion for" in refused("completion", "ksh", code=1)
+
+
+@root
+@pytest.mark.parametrize("program, setup", [
+    (["bash", "--norc", "-i"], 'eval "$(minicontainer completion bash)"'),
+    (["zsh", "-f", "-i"], 'autoload -U compinit; compinit -u -D; eval "$(minicontainer completion zsh)"'),
+    (["fish", "--no-config", "-i"], "minicontainer completion fish | source")], ids=["bash", "zsh", "fish"])
+def test_the_tab_key_completes_in_a_real_shell(image, monkeypatch, tmp_path, program, setup):
+    if not shutil.which(program[0]):
+        pytest.skip(f"{program[0]} is not installed")
+    for key, value in (("PATH", f"{os.path.dirname(LAUNCHER)}:{os.environ['PATH']}"), ("TERM", "xterm"),
+                       ("HOME", str(tmp_path)), ("XDG_DATA_HOME", str(tmp_path))):
+        monkeypatch.setenv(key, value)
+    quietly("tag", "thing:1", "thing:other")
+    shell = Terminal(program=program)
+    shell.type(f"{setup}; echo re''ady\n")
+    shell.expect("ready")
+    for typed, rest in (("volume pr", "une"), ("ps --no-tr", "unc"), ("rmi thing:oth", "er"),
+                        ("rmi th", "ing:")):
+        shell.type(f"minicontainer {typed}\t")
+        shell.expect(rest)
+        shell.type("\x15")
+    shell.type("exit\n")
+    shell.end()
+    quietly("rmi", "thing:other")
 
 
 def test_a_mistake_of_ours_is_no_traceback_either(monkeypatch, capsys):
