@@ -17530,7 +17530,7 @@ After=network.target
 [Service]
 Type=oneshot
 RemainAfterExit=yes
-KillMode=none
+KillMode=process
 ExecStart={launcher} system start-restart-policies
 [Install]
 WantedBy=multi-user.target

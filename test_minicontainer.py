@@ -9382,12 +9382,12 @@ def test_a_processor_that_is_not_known_is_named(monkeypatch, capsys):
     assert "system calls" in capsys.readouterr().err
 
 
-def installed(prefix):
+def installed(prefix, *more):
     """Install below a directory with a bin of its own; the launcher's path."""
     (prefix / "bin").mkdir(parents=True, exist_ok=True)
-    done = mini("install", "--prefix", prefix)
+    done = mini("install", "--prefix", prefix, *more)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.count("installed ") == 10
+    assert done.stdout.count("installed ") == 10 + len(more)
     return f"{prefix}/bin/minicontainer"
 
 
@@ -9397,14 +9397,42 @@ def test_what_install_puts_under_a_prefix_uninstall_takes_away(tmp_path):
              if os.path.isfile(p)}
     assert {"bin/minicontainer", "bin/minirunc",
             "lib/minicontainer/minicontainer.py"} < files
-    installed(tmp_path / "a prefix")  # over itself
+    installed(tmp_path / "a prefix", "--unit")  # over itself
+    unit = tmp_path / "a prefix/lib/systemd/system/minicontainer.service"
+    assert unit.read_text() == m.UNIT.format(launcher=f"{tmp_path}/a prefix/bin/minicontainer")
     gone = subprocess.run([tmp_path / "a prefix/bin/minicontainer", "uninstall",
                            "--prefix", tmp_path / "a prefix"],
                           capture_output=True, text=True)
-    assert (gone.returncode, gone.stderr, gone.stdout.count("removed ")) == (0, "", 10)
+    assert (gone.returncode, gone.stderr, gone.stdout.count("removed ")) == (0, "", 11)
     assert tree(tmp_path) == [f"{tmp_path}/a prefix", f"{tmp_path}/a prefix/bin"]
     assert "nothing is installed" in refused("uninstall", "--prefix",
                                              tmp_path / "a prefix", code=1)
+
+
+@root
+def test_the_unit_that_install_writes_starts_what_its_policy_wants(tmp_path):
+    unit = tmp_path / "minicontainer.service"
+    unit.write_text(m.UNIT.format(launcher=LAUNCHER))
+    if shutil.which("systemd-analyze"):
+        seen = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True)
+        assert str(unit) not in seen.stderr and seen.returncode == 0, seen.stderr
+    id = quietly("run", "-d", "--name", "back", "--restart", "always", "/bin/sleep", "100").strip()
+    end_as_a_power_cut_would(id)
+    assert quietly("ps", "-a", "--format", "{{.Names}} {{.State}}") == "back exited\n"
+    (start,) = re.findall(r"^ExecStart=(.*)$", unit.read_text(), re.M)
+    assert subprocess.run(start.split(), capture_output=True, text=True).stdout == "back\n"
+    assert quietly("ps", "--format", "{{.Names}} {{.State}}") == "back running\n"
+    quietly("rm", "-f", id)
+
+
+def end_as_a_power_cut_would(id):
+    """Nothing of a container is left but what is on the disk."""
+    kill_shim(id)
+    group = m.Cgroup(f"/minicontainer-{id}")
+    for pid in group.pids():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    until(lambda: not group.pids())
 
 
 def chapters_of(text):
