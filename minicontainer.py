@@ -11766,16 +11766,6 @@ def note_volume(action, name, **more):
     note_event("volume", name, action, {**more, "driver": "local"})
 
 
-def note_mounts(action, record, spec):
-    """Note that a container has, or has no more, the volumes that it is given."""
-    for facts in mount_facts(record, spec["mounts"]) if record.volumes else ():
-        if "Name" in facts:
-            more = {} if action == "unmount" else {
-                "destination": facts["Destination"], "propagation": "",
-                "read/write": str(facts["RW"]).lower()}
-            note_volume(action, facts["Name"], container=record.id, **more)
-
-
 def no_volume_name(name, code=125):
     """What to raise of a name that no volume may have."""
     return Fail(f'create {name}: "{name}" includes invalid characters for a local '
@@ -11851,6 +11841,16 @@ def mount_facts(record, mounts):
                    "Destination": target, "Mode": "", "RW": "rro" not in words,
                    "Propagation": next((word for word in words
                                         if word.endswith(PROPAGATION)), "rprivate")}
+
+
+def note_mounts(action, record, spec):
+    """Note that a container has, or has no more, the volumes that it is given."""
+    for facts in mount_facts(record, spec["mounts"]) if record.volumes else ():
+        if "Name" in facts:
+            more = {} if action == "unmount" else {
+                "destination": facts["Destination"], "propagation": "",
+                "read/write": str(facts["RW"]).lower()}
+            note_volume(action, facts["Name"], container=record.id, **more)
 
 
 def container_of(record, spec=None):
@@ -12069,13 +12069,17 @@ def settle(record):
         Cgroup(f"/minicontainer-{record.id}").remove()
         leave_networks(record.id)
         with changing(record.id, lasting=True) as record:
-            if record.status in RUNNING:
+            ran = record.status in RUNNING
+            if ran:
                 record.exit_code, record.error = (
                     (255, "the machine was switched off") if record.started < booted()
                     else (137, "its shim was killed"))
                 record.finished = time.time_ns()
             if record.status in LIVE:
                 record.status, record.pid = "exited", 0
+        if ran:  # which nobody has told yet
+            announce(record, "die", exitCode=str(record.exit_code))
+            note_mounts("unmount", record, record.spec())
         if record.throw_away:
             discard(record)
         return record
@@ -13491,27 +13495,32 @@ def container_facts(record, with_sizes=False):
 INSPECT_OPTIONS = (
     arg("-f", "--format", metavar="FORM", help="'{{.A.B}}'"),
     arg("-s", "--size", action="store_true", help="add up the files of containers"),
-    arg("--type", choices=["container", "image"], help="what it is"),
+    arg("--type", choices=["container", "image", "network", "volume"],
+        help="what it is"),
     arg("names", nargs="+", metavar="NAME", help="names or ids"))
 
 
 @command("inspect", *INSPECT_OPTIONS)
 def inspect_command(options):
-    """Show all that is known of containers and images, as JSON."""
+    """Show all that is known of containers, images, networks and volumes, as JSON."""
+    def network(name):
+        with held("networks", fcntl.LOCK_EX):
+            return network_document(find_network(name), endpoints())
+
     kinds = {"container": lambda name: container_facts(find(name), options.size),
-             "image": lambda name: inspected(find_image(name))}
+             "image": lambda name: inspected(find_image(name)),
+             "network": network, "volume": volume_facts}
 
     def look(name):
         for kind in [options.type] if options.type else kinds:
             try:
                 return kinds[kind](name)
-            except (NoContainer, NoImage):
-                pass
             except Fail as fail:  # what cannot be the name of an image is none
-                if not fail.message.startswith("invalid reference"):
+                if not fail.message.startswith(("No such ", "invalid reference ", (
+                        f"network {name} not found"))):
                     raise
         raise Fail(f"No such {options.type or 'object'}: {name}",
-                   "`ps -a` and `images` list them", 1)
+                   "`ps -a`, `images`, `network ls` and `volume ls` list them", 1)
     show_facts(options.names, look, options.format)
 
 

@@ -7642,6 +7642,11 @@ def test_events_tell_of_images_networks_and_volumes_too(image, tmp_path):
         return quietly("events", "--since", before, "--until", "0s", "--filter", f"type={kind}", *more,
                        "--format", "{{.Action}} {{.Actor.Attributes.name}}").split("\n")[:-1]
 
+    with detached("--name", "alone") as other:
+        kill_shim(other)
+        assert quietly("ps", "-a", "--format", "{{.State}}") == "exited\n"
+        assert quietly("events", "--since", before, "--until", "0s", "--filter", "event=die", "--filter",
+                       "container=alone", "--format", "{{.Actor.Attributes.exitCode}}") == "137\n"
     of_image = m.find_image("thing:1").id
     assert seen("image") == ["tag other:2", f"save {of_image}", f"load {of_image}",
                              f"untag {of_image}", "prune <no value>"]
@@ -7650,7 +7655,8 @@ def test_events_tell_of_images_networks_and_volumes_too(image, tmp_path):
     assert [row.split()[0] for row in seen("volume")] == [
         "create", "mount", "unmount", "destroy", "prune"]
     assert [row.split()[0] for row in seen("container")] == [
-        "create", "start", "top", "extract-to-dir", "archive-path", "kill", "die", "destroy", "prune"]
+        "create", "start", "top", "extract-to-dir", "archive-path", "kill", "die", "destroy", "prune",
+        "create", "start", "die", "destroy"]
     mount = json.loads(quietly("events", "--since", before, "--until", "0s", "--filter", "event=mount",
                                "--filter", "volume=kept", "--format", "{{json .}}"))
     assert mount["Actor"] == {"ID": "kept", "Attributes": {
@@ -7897,6 +7903,10 @@ def test_what_cannot_be_done_is_told_in_dockers_words_and_codes():
                 (["inspect", "-f", "{{.Id", id], 64, "unclosed action"), (["inspect", "-f", "{{.X}}", id], 1, "no field 'X'")):
             assert words in refused(*args, code=code), args
         assert m.load(id).status == "running" and m.load(id).name == "told"
+        quietly("volume", "create", "box")
+        assert quietly("inspect", "-f", "{{.Driver}}", "box", "bridge") == "local\nbridge\n"
+        assert "No such volume: told" in refused("inspect", "--type", "volume", "told", code=1)
+        quietly("volume", "rm", "box")
         form = "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}|{{.State.Health}}"
         assert quietly("inspect", "-f", form, id) == "|<no value>\n"
         quietly("kill", "-s", "TERM", id)
