@@ -1324,8 +1324,10 @@ def named_limits(resources):
     """Rows like those above, for what the spec itself names: sizes of huge pages, and
     files of version 2."""
     for page in resources.get("hugepageLimits", ()):
-        yield (f"hugepageLimits {page}", "hugetlb", {f"hugetlb.{page}.max": None},
-               {f"hugetlb.{page}.limit_in_bytes": None})
+        for kind in ("", "rsvd."):  # taken, and reserved to be
+            yield (f"hugepageLimits {page}", "hugetlb",
+                   {f"hugetlb.{page}.{kind}max": None},
+                   {f"hugetlb.{page}.{kind}limit_in_bytes": None})
     for file in resources.get("unified", ()):
         yield f"unified {file}", file.partition(".")[0], {file: None}, {}
 
@@ -1549,7 +1551,8 @@ class Cgroup:
             if what in implied:
                 say(f"this host cannot limit {what}: limited without it")
                 return
-            files = " or ".join(forms) or f"such setting in version {1 + (not v1)}"
+            files = " or ".join(forms) or (
+                f"such setting in version {1 if self.trees else 2}")
             raise Fail(f"this host cannot set {section}.{key}: its {controller} "
                        f"controller has no {files}",
                        "leave the option out, or enable the controller in the kernel")
