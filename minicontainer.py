@@ -7951,7 +7951,7 @@ def show_facts(names, look, form):
     """Print what look(name) finds of each, as `inspect` does."""
     import json
 
-    found, show = [], to_json if form == "json" else Template(form or "")
+    found, show = [], to_json if form in (None, "json") else Template(form)
     try:
         for_each(names, lambda name: found.append(look(name)))
     finally:
@@ -10604,6 +10604,7 @@ class Peer:
 # are at the moment, up to 64 kB or 1 MB, are made into text or into objects by one.
 
 NEWLINE = "\udc0a"  # in a text that was decoded, nothing else is this
+ORDINARY = bytes({*range(32, 127), 10} - {*b'"\\'})  # what JSON does not quote
 BETWEEN = b'"}\n{"log":"'  # two objects of a log
 OF_STDOUT = b'","stream":"stdout","time":"'  # in an object; in a line quotes have a \
 
@@ -10659,13 +10660,15 @@ class Log:
         """The objects of some lines: all of them are spelled at once, for speed."""
         begin = '{"log":"'
         end = f'","stream":"{stream}","time":"{timestamp(time.time_ns())}"}}\n'
-        text, newline = data.decode("utf-8", "replace"), "\\n"
-        whole_ = text.endswith("\n")
-        if "\\" in text:  # else a \\n in what is quoted can only be a newline
-            text, newline = text.replace("\n", NEWLINE), NEWLINE
-        body = quote(text[:len(text) - whole_])[1:-1]
-        body = body.replace(newline, "\\n" + end + begin)
-        return (begin + body + "\\n" * whole_ + end).encode()
+        whole_ = data.endswith(b"\n")
+        if not data.translate(None, ORDINARY):  # as mostly, and 6 times as fast
+            body = data.removesuffix(b"\n").replace(
+                b"\n", ("\\n" + end + begin).encode())
+        else:
+            text = data.decode("utf-8", "replace").replace("\n", NEWLINE)
+            body = quote(text[:len(text) - whole_])[1:-1].replace(
+                NEWLINE, "\\n" + end + begin).encode()
+        return begin.encode() + body + ("\\n" * whole_ + end).encode()
 
     def write(self, data):
         """Append to the file; of what does not fit nothing stays, not half a line."""
@@ -13196,6 +13199,20 @@ def restart_command(options):
     for_containers(options.containers, restart)
 
 
+def kill_it(record, number):
+    """Send a signal to process 1 of a container."""
+    if number in (signal.SIGKILL, signal_number(record.stop_signal)):
+        with changing(record.id) as record:
+            record.stopped = True
+    fd = send_signal(record, number)
+    if fd is None:
+        raise not_running(record)
+    if number == signal.SIGKILL:
+        thaw(record)
+        await_end(record)
+    os.close(fd)
+
+
 @command("kill", arg("-s", "--signal", metavar="SIGNAL", default="KILL",
                      help="another signal than KILL"), CONTAINERS)
 def kill_command(options):
@@ -13211,20 +13228,6 @@ def kill_command(options):
             fail.message = f"Cannot kill container: {name}: {fail.message}"
             raise
     for_each(options.containers, kill)
-
-
-def kill_it(record, number):
-    """Send a signal to process 1 of a container."""
-    if number in (signal.SIGKILL, signal_number(record.stop_signal)):
-        with changing(record.id) as record:
-            record.stopped = True
-    fd = send_signal(record, number)
-    if fd is None:
-        raise not_running(record)
-    if number == signal.SIGKILL:
-        thaw(record)
-        await_end(record)
-    os.close(fd)
 
 
 @on_each("pause")
@@ -13398,7 +13401,8 @@ def ps_command(options):
 
     last = 1 if options.latest else whole("--last", options.last or "-1", -1)
     wanted = filters_of(options.filter, FILTERS)
-    with_size = options.size or "Size" in Template(options.format or "", 1).fields
+    with_size = options.size or options.format and (
+        "Size" in Template(options.format, 1).fields)
     any_state = options.all or last >= 0 or wanted.keys() & {"status", "exited"}
     found = (record for record in records() if any_state or record.status in LIVE)
     rows = of_those_there(found, lambda record: passes(record, FILTERS, wanted)
@@ -13883,13 +13887,6 @@ def rm_command(options):
     for_each(options.containers, remove)
 
 
-@command("rename", CONTAINER, arg("name", metavar="NAME", help="its new name"))
-def rename_command(options):
-    """Give a container another name."""
-    for_each([options.container], lambda old: rename(find(old), options.name),
-             "failed to rename container named ")
-
-
 def rename(record, name):
     """Give a container another name, in its record and where its networks know it."""
     name = name.removeprefix("/")
@@ -13907,6 +13904,13 @@ def rename(record, name):
         save(record.path("config.json"), spec)
     os.unlink(store("names", old))
     announce(record, "rename", oldName=f"/{old}")
+
+
+@command("rename", CONTAINER, arg("name", metavar="NAME", help="its new name"))
+def rename_command(options):
+    """Give a container another name."""
+    for_each([options.container], lambda old: rename(find(old), options.name),
+             "failed to rename container named ")
 
 
 def attach_to(record, keys, typing):

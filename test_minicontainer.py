@@ -7240,6 +7240,19 @@ def test_logs_follow_a_container_until_it_ends():
         assert quietly("logs", "-f", id) == "a\nb\n"
 
 
+def test_lines_of_a_log_are_json_whatever_is_written():
+    source = random.Random(5)
+    words = [b"plain", b"\n", b"\n\n", b'"', b"\\", b"\\n", b"\t", b"\x1b[1m", b"\0", b"\x7f", "é".encode(),
+             "\u2028".encode(), b"\xff", b"\xed\xb0\x8a", b"\xe2\x82", b" "]
+    for ordinary in (True, False):
+        for _ in range(500):
+            data = b"".join(source.choices(words[:3] if ordinary else words, k=source.randrange(1, 12)))
+            entries = [json.loads(line) for line in m.Log.lines("stderr", data).splitlines()]
+            assert [entry["log"] for entry in entries] == re.findall(
+                r"[^\n]*\n|[^\n]+", data.decode("utf-8", "replace"))
+            assert {entry["stream"] for entry in entries} == {"stderr"}
+
+
 @root
 def test_a_reader_of_the_log_that_never_reads_does_not_stop_the_container():
     script = ("until [ -e /tmp/go ]; do sleep 0.02; done; i=0; "
