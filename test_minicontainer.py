@@ -3788,7 +3788,7 @@ def test_hooks_hear_the_state_and_a_failing_one_undoes_the_container(tmp_path):
     hooks["startContainer"] = hook("cat > /tmp/hook")
     base = {"mounts": [*m.example_spec()["mounts"], {
         "destination": "/tmp", "type": "tmpfs", "options": ["rw"]}]}
-    assert '"status": "created"' in oci_run("cat /tmp/hook", hooks=hooks, **base)
+    assert '"status":"created"' in oci_run("cat /tmp/hook", hooks=hooks, **base)
     log = (tmp_path / "log").read_text()
     kinds = [kind for kind in m.HOOKS if kind in log]
     assert kinds == ["prestart", "createRuntime", "poststart", "poststop"]
@@ -5604,7 +5604,7 @@ case $1 in get) [ "$line" = some.host ] && echo '{{"Username": "u", "Secret": "p
     assert json.loads(docker_config.read_text())["auths"] == {"some.host": {}}
     m.keep_credentials("some.host", None)
     assert (tmp_path / "log").read_text().splitlines()[2:] == [
-        'store {"ServerURL": "some.host", "Username": "u", "Secret": "new"}', "erase some.host"]
+        'store {"ServerURL":"some.host","Username":"u","Secret":"new"}', "erase some.host"]
     assert json.loads(docker_config.read_text())["more"] == 1
     helper.unlink()
     with pytest.raises(m.Fail, match="docker-credential-mine"):
@@ -7656,7 +7656,7 @@ def test_a_health_check_finds_out_whether_a_container_is_well():
 @root
 def test_top_shows_the_numbers_outside_and_inside():
     with detached(script="sleep 1000 & exec sleep 2000") as id:
-        until(lambda: "sleep 2000" in quietly("top", id))
+        until(lambda: "sh -c" not in quietly("top", id))  # both have become what they run
         rows = [row.split(None, 5) for row in quietly("top", id).splitlines()[1:]]
         assert {(row[0], row[2], row[5]) for row in rows} == {
             ("0", "1", "sleep 2000"), ("0", "2", "sleep 1000")}
@@ -8558,7 +8558,7 @@ def test_a_step_is_done_again_only_if_something_of_it_differs(base):
     assert changed.count("CACHED") == 2 and "not in the cache: source 1, sub, has changed" in changed
     assert "what it builds on has changed" not in changed  # for the last step alone was done
     both = told(base, text.replace("sub /b", "sub f.txt /b/"))
-    assert "was 'COPY [\"sub\", \"/b\"]'; source 2, f.txt, has changed\n" in both
+    assert "was 'COPY [\"sub\",\"/b\"]'; source 2, f.txt, has changed\n" in both
     other = told(base, text.replace("built", "again"))
     assert "\n ---> not in the cache: what it builds on has changed\n" in other
     assert other.count("CACHED") == 1 and "the instruction was 'RUN" in other
