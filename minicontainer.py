@@ -6950,7 +6950,7 @@ def fetch_small(source, descriptor, what):
         return file.read()
 
 
-OTHER_NAMES = {  # of architectures: (architecture, variant)
+ARCHITECTURE_ALIASES = {  # other names of some: (architecture, variant)
     "x86_64": ("amd64", ""), "x86-64": ("amd64", ""), "i386": ("386", ""),
     "aarch64": ("arm64", ""), "armhf": ("arm", "v7"), "armel": ("arm", "v6")}
 VARIANTS = {"amd64": 1, "arm64": 8, "arm": 5}  # the first of those with numbers
@@ -6959,7 +6959,7 @@ VARIANTS = {"amd64": 1, "arm64": 8, "arm": 5}  # the first of those with numbers
 def normal_platform(system, architecture, variant=""):
     """(system, architecture, variant) as containerd writes them: arm64/v8 is arm64,
     and arm is arm/v7."""
-    architecture, own = OTHER_NAMES.get(architecture, (architecture, ""))
+    architecture, own = ARCHITECTURE_ALIASES.get(architecture, (architecture, ""))
     variant = variant or own or "v7" * (architecture == "arm")
     variant = f"v{variant}" if variant.isdecimal() else variant
     plain = (architecture, variant) in (("arm64", "v8"), ("amd64", "v1"))
