@@ -606,6 +606,7 @@ class Container:
         self.root_fd = -1  # in init: the container's root, for openat2
         self.inner = []  # init's ends of the pipes that become its 0, 1 and 2
         self.outer = {}  # the parent's: "stdin", "stdout", "stderr", or "console"
+        self.guard = 0  # who ends the program that is its network, see PROGRAMS
         self.news, self.orders = (-1, -1), (-1, -1)  # pipes: init's, the parent's
 
     def open_pipes(self):
@@ -908,6 +909,9 @@ def map_ids(c):
     if new_namespaces(c.spec) & CLONE_NEWUSER:
         linux = c.spec["linux"]
         c.users = write_maps(c.pid, linux["uidMappings"], linux["gidMappings"])
+        if all(m["containerID"] == m["hostID"] for m in linux["uidMappings"]):
+            os.close(c.users)  # an ordinary user's: the same ids, and nothing to map
+            c.users = -1
 
 
 def user_namespace(uids, gids):
@@ -1092,6 +1096,151 @@ def ns_command(options):
                    "only root may look at another user's process", 1) from None
     print("\n".join(lines))
 
+
+# ── without root ──
+#
+# Whoever is not root of the host can be root of a user namespace of his own: the kernel
+# lets anybody make one.  So for an ordinary user the whole engine first goes there, and
+# into a mount namespace that belongs to it, and from then on takes the same steps as
+# root does, with what that root may:
+#
+#       the host       user 1000 "ann"      100000 … 165535, hers by /etc/subuid
+#       the engine       0                       1 … 65536
+#       a container      0                       1 … 65536
+#
+# Anybody may map one id, his own.  To have more, which files of an image belong to, and
+# services run as, takes newuidmap and newgidmap: setuid programs of the host's (package
+# uidmap) that map what root has granted.  Without them root is the only user inside.
+#
+# Each container has a user namespace of its own below that one, so that its root has no
+# power over what the engine owns; with the same ids, as only the host's root may mount
+# a file system of the host with ids that are mapped, and a volume shall belong to who
+# is root inside.  So that root may do to the host what its user may, and nothing more.
+#
+# Only who is in the engine's namespace, or owns it, may signal a container, join it,
+# and remove files of its other ids.  It is there while somebody is in it, such as a
+# shim, and a later command has to come to the same one.  The file `users` of the store
+# shows where that is: all who are inside have a lock on it, and the kernel tells who.
+#
+#       works as for root                not for an ordinary user
+#       run create start exec stop …     networks of bridges, --explain=sh, minirunc
+#       images, registries, build        limits, pause, stats: only with a control group
+#       --network none, host                of his own (v2: systemd-run --user --scope)
+#       --network pasta, slirp4netns     -p: only with pasta; --pid host
+#       -v, --device (by the nodes'      nodes of devices that an image brings are left
+#           modes), --privileged         out; --blkio … of what he may not open
+#
+# Until execve a process of ours cannot be hidden from its parent, who is not root of
+# the host, so for that while who has CAP_SYS_PTRACE inside, as by --cap-add, could look
+# into one that `exec` brings in (see hide_memory).
+#
+# Man pages: user_namespaces(7), newuidmap(1), subuid(5), fcntl(2) on F_GETLK.
+
+
+class rootless:
+    """What is known of an ordinary user who runs us; nothing of this is for root."""
+
+    uid = 0  # his id on the host; 0: we are root of the host
+    fd = -1  # the file `users` of his store, locked for as long as we live
+    maps = {}  # "uid", "gid": the rows of the engine's map, the inner side twice
+    group = ""  # the control group, of version 2, that is his to divide; "": none
+
+
+def on_path(name):
+    """Where a program of the host's is; "" if it is not installed."""
+    paths = [f"{top}/{name}" for top in (*os.get_exec_path(), "/usr/sbin", "/sbin")]
+    return next((path for path in paths if os.access(path, os.X_OK)), "")
+
+
+def granted(file, uid):
+    """[first, count] of each range that /etc/subuid or subgid grants to a user."""
+    try:
+        import pwd
+
+        names = {str(uid), pwd.getpwuid(uid).pw_name}
+    except KeyError:  # a user without a name
+        names = {str(uid)}
+    rows = read_file(file).splitlines() if os.path.exists(file) else []
+    return [list(map(int, row.split(":")[1:])) for row in rows
+            if row.count(":") == 2 and row.split(":")[0] in names]
+
+
+def map_from_outside(pid, uid, gid, grants):
+    """In a process outside: have newuidmap and newgidmap write both maps of `pid`; its
+    exit code."""
+    for kind, own in (("uid", uid), ("gid", gid)):
+        words, inner = [on_path(f"new{kind}map"), str(pid), "0", str(own), "1"], 1
+        for first, count in grants[kind]:
+            words += [str(inner), str(first), str(count)]
+            inner += count
+        if code := os.spawnv(os.P_WAIT, words[0], words):
+            return code
+    return 0
+
+
+def make_users():
+    """Go to a new user namespace, as its root, with all ids that may be had."""
+    pid, uid, gid = os.getpid(), os.getuid(), os.getgid()
+    grants = {kind: granted(f"/etc/sub{kind}", uid) for kind in ("uid", "gid")}
+    many = all(grants.values()) and on_path("newuidmap") and on_path("newgidmap")
+    stays, goes = os.pipe()
+    helper = os.fork() if many else 0
+    if many and not helper:
+        os.close(goes)
+        os._exit(os.read(stays, 1) != b"!" or map_from_outside(pid, uid, gid, grants))
+    syscall("unshare", CLONE_NEWUSER | CLONE_NEWNS, why="root in here, nowhere else")
+    if many:
+        os.write(goes, b"!")
+        if os.waitpid(helper, 0)[1]:
+            raise Fail("newuidmap or newgidmap has refused the ids that /etc/subuid "
+                       "and /etc/subgid grant", "what it says is above; are they "
+                       "setuid, and the ranges nobody else's?")
+    else:
+        write_file("/proc/self/setgroups", "deny", why="the price of the next line: "
+                   "who is kept out by a group may not leave it")
+        for kind, own in (("uid", uid), ("gid", gid)):
+            write_file(f"/proc/self/{kind}_map", f"0 {own} 1", why="the one id that "
+                       "anybody may map is his own")
+    os.close(stays)
+    os.close(goes)
+
+
+def visit_users(pid):
+    """Go to the user namespace that a process of ours is in, and be root there; the
+    mounts are our own."""
+    fd = open_fd(f"/proc/{pid}/ns/user", os.O_RDONLY, "where our containers are")
+    syscall("setns", fd, CLONE_NEWUSER, why="who has made it may come in")
+    os.close(fd)
+    syscall("unshare", CLONE_NEWNS, why="mounts that root in here may change")
+
+
+def look_at_maps():
+    """Take note of the ids that there are in the engine's user namespace."""
+    for kind in ("uid", "gid"):
+        rows = [row.split() for row in read_file(f"/proc/self/{kind}_map").splitlines()]
+        rootless.maps[kind] = [{"containerID": int(row[0]), "hostID": int(row[0]),
+                                "size": int(row[2])} for row in rows]
+
+
+def has_one_id():
+    """Whether root is the only user that there can be inside."""
+    return rootless.uid and min(sum(row["size"] for row in rows)
+                                for rows in rootless.maps.values()) == 1
+
+
+def say_one_id():
+    """Tell, once, what an ordinary user's containers lack."""
+    if has_one_id():
+        say("only one id is yours, so root is the only user inside: files of others are "
+            "root's, and -u, su and services with users of their own fail\n  hint: the "
+            "package uidmap, and as root: usermod --add-subuids 100000-165535 "
+            "--add-subgids 100000-165535 USER")
+
+
+def born(pid):
+    """When a process began, in clock ticks: with its number, it is nobody else."""
+    return int(read_file(f"/proc/{pid}/stat").rpartition(")")[2].split()[19])
+
 # ══ 3. CONTROL GROUPS ═════════════════════════════════════════════════════════════
 #
 # Namespaces limit what a process sees; a control group limits what it uses.  It is a
@@ -1123,6 +1272,8 @@ def ns_command(options):
 
 CGROUP_ROOT = "/sys/fs/cgroup"
 IMPLIED = "minicontainer.implied"  # annotation: the limits that nobody asked for
+OF_HIS_OWN = ("with control groups of version 2, `systemd-run --user --scope -p "
+              "Delegate=yes …` gives you one; or leave it out, or sudo")
 
 V1_CONTROLLERS = ("memory", "cpu", "cpuacct", "cpuset", "blkio", "pids", "freezer",
                   "devices")
@@ -1436,6 +1587,10 @@ def attach_device_filter(directory, rules_):
     os.close(group)
 
 
+MEASURED = ("cpu_usec", "cpu_throttled_usec", "memory", "memory_peak", "memory_limit",
+            "pids", "pids_limit", "io_read", "io_written", "oom_kills")
+
+
 class Cgroup:
     """The control group of one container, in whichever version the host has."""
 
@@ -1448,10 +1603,13 @@ class Cgroup:
     def directory(self, controller=""):
         """Where the group is, in the tree of a version 1 controller or of version 2."""
         root = self.trees.get(controller) if self.trees else CGROUP_ROOT
-        return f"{root}/{self.path}" if root else None
+        return f"{root}/{self.path}" if root and self.path else None
 
     def directories(self):
-        """All directories that make up the group: one, or one for each v1 tree."""
+        """All directories that make up the group: one, or one for each v1 tree; none
+        for an ordinary user who has no group to make it in."""
+        if not self.path:
+            return []
         if not self.trees:
             return [self.directory()]
         return sorted({self.directory(name) for name in self.trees})
@@ -1518,7 +1676,8 @@ class Cgroup:
         that it cannot is missed when a limit asks for it."""
         have = read_file(f"{directory}/cgroup.controllers").split()
         on = read_file(f"{directory}/cgroup.subtree_control").split()
-        for name in ("memory", "cpu", "cpuset", "io", "pids", "hugetlb"):
+        mine = os.access(f"{directory}/cgroup.subtree_control", os.W_OK)
+        for name in ("memory", "cpu", "cpuset", "io", "pids", "hugetlb") * mine:
             if name in have and name not in on:
                 try:
                     write_file(f"{directory}/cgroup.subtree_control", f"+{name}",
@@ -1558,6 +1717,9 @@ class Cgroup:
                 return
             files = " or ".join(forms) or (
                 f"such setting in version {1 if self.trees else 2}")
+            if rootless.uid:
+                raise Fail(f"{section}.{key}: the {controller} controller is not yours",
+                           OF_HIS_OWN)
             raise Fail(f"this host cannot set {section}.{key}: its {controller} "
                        f"controller has no {files}",
                        "leave the option out, or enable the controller in the kernel")
@@ -1572,7 +1734,7 @@ class Cgroup:
 
     def open_doors(self):
         """Open what a process needs to be born in the group, or to enter it."""
-        if not self.trees:
+        if not self.trees and self.path:
             self.birth_fd = open_fd(self.directory(), O_PATH, "to be born in")
         for directory in self.directories() if self.trees else ():
             self.task_fds.append(open_fd(f"{directory}/tasks", O_WRONLY,
@@ -1580,7 +1742,8 @@ class Cgroup:
 
     def pids(self):
         """The processes in the group and in the groups below it."""
-        found, start = set(), self.directory("freezer") or self.directories()[0]
+        found = set()
+        start = self.directory("freezer") or next(iter(self.directories()), "")
         for top, _, files in os.walk(start):
             if "cgroup.procs" in files:
                 try:
@@ -1593,6 +1756,7 @@ class Cgroup:
     def freeze(self, frozen=True):
         """Stop everything in the group where it stands, or let it go on; returns
         when that is so."""
+        self.must_be("freezing")
         if self.trees:
             file, want = f"{self.directory('freezer')}/freezer.state", "FROZEN"
             write_file(file, want if frozen else "THAWED", why="freeze or thaw, v1")
@@ -1601,6 +1765,11 @@ class Cgroup:
             write_file(f"{self.directory()}/cgroup.freeze", str(int(frozen)),
                        why="freeze or thaw everything in the group")
             wait_for(lambda: self.table("cgroup.events")["frozen"] == int(frozen))
+
+    def must_be(self, what):
+        """Refuse, in words, what takes a control group where there is none."""
+        if not self.path:
+            raise Fail(f"{what} takes a control group, and none is yours", OF_HIS_OWN)
 
     def is_frozen(self):
         """Whether everything in the group has been stopped where it stands."""
@@ -1642,6 +1811,8 @@ class Cgroup:
     def measure(self):
         """What the group has used, in bytes and microseconds, and where it hit a
         limit; None where this host does not count something."""
+        if not self.path:
+            return {**dict.fromkeys(MEASURED), "pressure": {}}
         if self.trees:
             return self.measure_v1()
         cpu, events = self.table("cpu.stat"), self.table("memory.events")
@@ -1702,6 +1873,27 @@ def show_stats(used):
         yield f"{kind} pressure: {line}"
 
 
+def group_of_his_own():
+    """The group nearest to ours that this user may divide, and in which there is no
+    process, as version 2 wants it; or ""."""
+    path = next((line[3:] for line in read_file("/proc/self/cgroup").splitlines()
+                 if line.startswith("0::") and not cgroup_trees()), "/")
+    while path != "/":
+        top = CGROUP_ROOT + path
+        if all(os.access(f"{top}/{file}", os.W_OK) for file in (
+                "", "cgroup.procs", "cgroup.subtree_control")) and not read_file(
+                f"{top}/cgroup.procs"):
+            return path
+        path = os.path.dirname(path)
+    return ""
+
+
+def group_path(id):
+    """Where a container's control group is to be; "": it can have none."""
+    own = f"/minicontainer-{id}"
+    return own if not rootless.uid else rootless.group and rootless.group + own
+
+
 def cgroup_of(spec):
     """The control group that a spec names."""
     linux = spec["linux"]
@@ -1711,7 +1903,8 @@ def cgroup_of(spec):
 def make_cgroup(c):
     """Outside: the container's control group, limits and all, still empty."""
     cgroup = cgroup_of(c.spec)
-    if not cgroup.path or cgroup.pids():  # at the end we kill all that is in it
+    if not (cgroup.path or rootless.uid) or (
+            cgroup.pids()):  # at the end we kill all that is in it
         raise Fail(f"the control group /{cgroup.path} has processes already",
                    "each container needs one of its own")
     c.cgroup = cgroup
@@ -2003,8 +2196,9 @@ def devices_spec(options):
             raise Fail(f"{what}: bad mode specified: {access!r}", "HOST[:INSIDE[:rwm]]")
         for path in parts:
             check_target(what, path)
-        if not {"r", "w"} <= set(access) and options.userns == "host":
-            raise Fail(f"{what}: root of the host's user namespace cannot be kept to "
+        if not {"r", "w"} <= set(access) and (options.userns == "host" or rootless.uid):
+            whose = "the host's" if not rootless.uid else "an ordinary user's"
+            raise Fail(f"{what}: root of {whose} user namespace cannot be kept to "
                        f"{access!r}", "give it rwm, or leave out what makes it root")
         try:
             source, target = parts[0].rstrip("/"), os.path.normpath(parts[-1])
@@ -2020,8 +2214,15 @@ def devices_spec(options):
                 "path": path, "type": kinds[stat.S_IFMT(status.st_mode)],
                 "major": major, "minor": minor, "uid": status.st_uid,
                 "gid": status.st_gid, "fileMode": stat.S_IMODE(status.st_mode),
-                "access": access}
+                "access": access, "source": source + path[len(target):]}
     return list(found.values())
+
+
+def device_mounts(devices):
+    """The same as bind mounts, for who may not make nodes: the host's own, with the
+    rights that their modes give him."""
+    return [{"destination": device["path"], "type": "bind", "source": device["source"],
+             "options": ["bind", "nosuid", "noexec"]} for device in devices]
 
 
 def usual_mounts():
@@ -2060,6 +2261,10 @@ def mounts_spec(options):
             mount.update(type="bind", source=path, options=["rbind", *words[:3]])
         elif path == "/dev/shm" and shm_size:
             words[-1] = f"size={shm_size}"
+        elif shared.get(path) == "host" and rootless.uid:
+            # To who is not the host's root a mount shows all that is mounted on it.
+            mount.update(type="bind", source=path,
+                         options=["rbind", *(f"r{word}" for word in words)])
         elif shared.get(path) == "host" and options.userns != "host":
             mount.update(type="bind", source=path, options=["bind", *words])
     asked = [volume_mount(text) for text in options.volume]
@@ -2263,6 +2468,8 @@ def build_rootfs(c):
     options = f"lowerdir={lower},upperdir=changes/upper,workdir=changes/work"
     if c.throw_away:
         options += ",volatile"  # not synced to disk at the end: it is removed then
+    if rootless.uid:
+        options += ",userxattr"  # its notes on directories are a user's attributes
     syscall("mount", "overlay", "rootfs", "overlay", MS_NODEV, options,
             why="layers below, changes on top; device nodes in it are inert")
 
@@ -3342,7 +3549,10 @@ def seal_interpreter(spec):
     who have no user namespace, in which its owner is nobody.
     """
     sealed = os.statvfs("/proc/self/exe").f_flag & os.ST_RDONLY
-    if sealed or namespace_flags(spec) & CLONE_NEWUSER:
+    own = namespace_flags(spec) & CLONE_NEWUSER
+    if rootless.uid:  # is it a Python of his own, in his home directory?
+        own = os.stat("/proc/self/exe").st_uid != 0
+    if sealed or own:
         return
     directory, name = os.path.split(os.readlink("/proc/self/exe"))
     attr = mount_attr(attr_set=MOUNT_ATTR_RDONLY)
@@ -3376,7 +3586,12 @@ def no_more_imports(c):
 def hide_memory(c=None):
     """Step: nobody in the container may look into this process through /proc.
 
-    A change of ids may undo it (fs.suid_dumpable), so it is said again after each."""
+    A change of ids may undo it (fs.suid_dumpable), so it is said again after each.
+    It would be hidden from an ordinary user's engine as well, who has yet to write its
+    id maps and take its terminal: there this is done when the user changes.  Until then
+    it has all capabilities, which keeps out who is inside and has not CAP_SYS_PTRACE."""
+    if c and rootless.uid:
+        return
     syscall("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0,
             why="our memory, our descriptors and our interpreter are the host's")
 
@@ -3416,15 +3631,16 @@ def wait_for_go(c):
 def set_ids(uid, gid, groups):
     """Become a user for good: real, effective and saved ids, and just these groups."""
     array = (c_uint32 * len(groups))(*groups)
-    syscall("setgroups", len(groups), array, why=f"groups {groups}")
+    if not has_one_id():  # else he keeps his own groups, and nothing may change that
+        syscall("setgroups", len(groups), array, why=f"groups {groups}")
     syscall("setresgid", gid, gid, gid)
     syscall("setresuid", uid, uid, uid, why=f"it runs as {uid}:{gid}")
-    hide_memory()
 
 
 def become_root(c):
     """Step: root of the user namespace; until the maps were there it was nobody."""
     set_ids(0, 0, [])
+    hide_memory(c)
 
 
 def new_session(c):
@@ -3498,7 +3714,9 @@ def resolve_names(c, user, users):
     count = sum(m["size"] for m in c.spec["linux"].get("uidMappings", ())) or 1 << 31
     if max(user["uid"], *user["additionalGids"]) >= count:
         raise Fail(f"user {user['uid']} with groups {user['additionalGids']}: beyond "
-                   f"the container's {count} ids", "a smaller number, or --userns host")
+                   f"the container's {count} ids", "a smaller number, or --userns host"
+                   if not rootless.uid else "more ids: see subuid(5), and the package "
+                   "uidmap for newuidmap and newgidmap")
     return row
 
 
@@ -3602,6 +3820,7 @@ def become_user(c):
     syscall("umask", user.get("umask", 0o022), why="Docker's mask for new files")
     syscall("prctl", PR_SET_KEEPCAPS, 1, 0, 0, 0, why="one is needed until execve")
     set_ids(user["uid"], user["gid"], user.get("additionalGids", []))
+    hide_memory()
 
 
 def set_capabilities(c):
@@ -3903,7 +4122,7 @@ def exec_refused(error):
 
 def refused_to_root(error):
     """EPERM: that we are not root; or although we are, the power or the switch."""
-    if os.geteuid() and narration.who == "parent":
+    if os.geteuid() and narration.who == "parent" and not rootless.uid:
         return "it takes root: sudo"
     status = dict(line.split(":\t", 1)
                   for line in read_file("/proc/self/status").splitlines())
@@ -3911,7 +4130,7 @@ def refused_to_root(error):
                if name in ("CAP_SYS_ADMIN", "CAP_SETUID", "CAP_SETFCAP")
                and not int(status["CapEff"], 16) >> number & 1]
     around = "is there a container around us? It needs docker's --privileged"
-    if missing:
+    if missing and not rootless.uid:
         return f"we lack {', '.join(missing)}: {around}"
     for file, bad in (("kernel/apparmor_restrict_unprivileged_userns", "1"),
                       ("kernel/unprivileged_userns_clone", "0"),
@@ -3919,7 +4138,8 @@ def refused_to_root(error):
                       ("user/max_mnt_namespaces", "0")):
         path = f"/proc/sys/{file}"
         if os.path.exists(path) and read_file(path).strip() == bad:
-            return f"the sysctl {file.replace('/', '.')} is {bad}; or --userns host"
+            return f"the sysctl {file.replace('/', '.')} is {bad}; or " + (
+                "sudo" if rootless.uid else "--userns host")
     if status.get("Seccomp", "0").strip() != "0":
         return f"a seccomp filter is upon us: {around}"
     return around if len(read_file("/proc/self/uid_map").split()[2]) < 10 else ""
@@ -3960,8 +4180,9 @@ def holders(error):
 ADVICE = (
     ("execve", (), exec_refused),
     ("pivot_root", (errno.EINVAL,), shared_mounts),
-    ("clone3 clone unshare", (errno.ENOSPC, errno.EUSERS),
-     "the sysctls user.max_*_namespaces allow no more here; or --userns host"),
+    ("clone3 clone unshare", (errno.ENOSPC, errno.EUSERS), lambda _:
+     "the sysctls user.max_*_namespaces allow no more here; or "
+     + ("sudo" if rootless.uid else "--userns host")),
     ("mount move_mount openat2 mkdirat mknodat",
      (errno.ENOTDIR, errno.ENOENT, errno.ELOOP, errno.EEXIST),
      "what is there already is in the way: a directory goes on a directory, a file on "
@@ -5392,8 +5613,11 @@ def features_command_oci(options):
 
 calls(syncfs=(306, 267, "fd"))
 
+DATA_HOME = ("/var/lib" if os.geteuid() == 0 else os.environ.get("XDG_DATA_HOME")
+             or os.path.expanduser("~/.local/share"))  # "~/…" if nobody knows his home
 STORE = os.path.abspath(os.environ.get("MINICONTAINER_ROOT")
-                        or "/var/lib/minicontainer")
+                        or f"{DATA_HOME}/minicontainer")
+OPAQUE = "trusted.overlay.opaque"  # overlay's note on a directory that hides all below
 PARENTS = set()  # directories of the store that are there
 FOLDER = os.O_RDONLY | O_DIRECTORY | os.O_NOFOLLOW | O_CLOEXEC
 
@@ -5411,11 +5635,70 @@ def store(*names):
     return path
 
 
-def need_root():
+def need_root(what):
     """Refuse, in words, to begin what only root can finish."""
-    if os.geteuid() != 0:
+    if os.geteuid() != 0 or rootless.uid:
         python = "python3 " * sys.argv[0].endswith(".py")
-        raise Fail("only root can make containers", f"sudo {python}{sys.argv[0]} …")
+        raise Fail(f"only root can {what}", f"sudo {python}{sys.argv[0]} …")
+
+
+def check_store(uid):
+    """Make an ordinary user's store, and refuse one that somebody else could have put
+    something into."""
+    cure = "MINICONTAINER_ROOT=/DIRECTORY names another place"
+    if not (os.path.isabs(DATA_HOME) or os.environ.get("MINICONTAINER_ROOT")):
+        raise Fail("there is no home directory for the store: set HOME", cure)
+    try:
+        os.makedirs(STORE, mode=0o700, exist_ok=True)
+        status = os.lstat(STORE)
+    except OSError as error:
+        raise Fail(f"the store {STORE}: {error.strerror}", cure) from None
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != uid:
+        raise Fail(f"the store {STORE} is not a directory of yours", cure)
+    if status.st_mode & 0o077:
+        raise Fail(f"others may look into the store {STORE}", f"chmod 700 {STORE}")
+
+
+def holder(fd):
+    """A process that has locked an open file, or 0; fcntl(2)."""
+    form, F_WRLCK, F_UNLCK = "hhqqi4x", 1, 2  # struct flock
+    found = fcntl.fcntl(fd, fcntl.F_GETLK, struct.pack(form, F_WRLCK, 0, 0, 0, 0))
+    kind, *_, pid = struct.unpack(form, found)
+    return 0 if kind == F_UNLCK else pid
+
+
+def stay_in_users():
+    """Show all who come later that this process is in the engine's namespace."""
+    if rootless.uid:
+        fcntl.lockf(rootless.fd, fcntl.LOCK_SH)
+
+
+def be_root():
+    """Be root: of the host, or, for an ordinary user, of the namespace that his engine
+    has (chapter 2), with a store of his own."""
+    global OPAQUE
+    uid, inside = os.geteuid(), "MINICONTAINER_UID" in os.environ and (
+        read_file("/proc/self/uid_map").split()[1] != "0")  # have we started anew?
+    if uid == 0 and not inside:
+        return
+    rootless.uid = uid or int(os.environ["MINICONTAINER_UID"])
+    if uid:
+        check_store(uid)
+    rootless.fd = os.open(store("users"), O_RDWR | os.O_CREAT | O_CLOEXEC, 0o600)
+    fcntl.flock(rootless.fd, fcntl.LOCK_EX)  # one after the other, or there were two
+    while uid:
+        try:
+            pid = holder(rootless.fd)
+            visit_users(pid) if pid else make_users()
+            break
+        except (FileNotFoundError, ProcessLookupError):  # it has just ended
+            if not pid:
+                raise
+    stay_in_users()
+    fcntl.flock(rootless.fd, fcntl.LOCK_UN)
+    look_at_maps()
+    rootless.group, OPAQUE = group_of_his_own(), "user.overlay.opaque"
+    os.environ.update(MINICONTAINER_UID=str(rootless.uid), MINICONTAINER_ROOT=STORE)
 
 
 def lock(path, how, kind=O_DIRECTORY):
@@ -6110,14 +6393,14 @@ class Layer:
             fd = open_beneath(parent, name)
         except OSError:
             return
-        os.setxattr(fd, "trusted.overlay.opaque", b"y")
+        os.setxattr(fd, OPAQUE, b"y")
         os.close(fd)
 
     def add(self, entry):
         """Make the file that an entry tells of."""
         parent, name = self.parent(entry.name)
         if name == ".wh..wh..opq":
-            os.setxattr(parent, "trusted.overlay.opaque", b"y")
+            os.setxattr(parent, OPAQUE, b"y")
         elif name.startswith(".wh."):
             if name[4:] in ("", ".", ".."):
                 raise ValueError(f"a whiteout of {name[4:]!r}")
@@ -6127,19 +6410,21 @@ class Layer:
                 self.hide_below(parent, name[4:])
         elif entry.hard or stat.S_IFMT(entry.mode):
             try:
-                self.create(entry, parent, name)
+                made = self.create(entry, parent, name)
             except FileExistsError:
                 there = os.stat(name, dir_fd=parent, follow_symlinks=False)
+                made = True
                 if not stat.S_ISDIR(entry.mode) or not stat.S_ISDIR(there.st_mode):
                     self.clear(parent, name)
-                    self.create(entry, parent, name)
+                    made = self.create(entry, parent, name)
                     if is_whiteout(there):
                         self.hide_below(parent, name)
-            if not entry.hard:
+            if made and not entry.hard:
                 self.set_metadata(entry, parent, name)
 
     def create(self, entry, parent, name):
-        """Make a file of an entry's kind, with its content; never one that exists."""
+        """Make a file of an entry's kind, with its content; never one that exists.
+        Whether there is one now: an ordinary user makes no devices."""
         kind = stat.S_IFMT(entry.mode)
         if entry.hard:
             *above, old = parts_of(entry.hard)
@@ -6160,8 +6445,12 @@ class Layer:
                 write_content(entry, fd)
             finally:
                 os.close(fd)
+        elif rootless.uid and kind in (stat.S_IFCHR, stat.S_IFBLK) and entry.device:
+            say("devices that the image brings are left out: only root may make any")
+            return False
         else:
             os.mknod(name, kind | 0o600, entry.device, dir_fd=parent)
+        return True
 
     def set_metadata(self, entry, parent, name):
         """Owner, mode, extended attributes and times, in the order that keeps them all:
@@ -6170,7 +6459,14 @@ class Layer:
         An attribute that the file system does not take is left out, as Docker does, but
         for capabilities: a program that was to have them would fail later, and oddly.
         """
-        os.chown(name, entry.uid, entry.gid, dir_fd=parent, follow_symlinks=False)
+        owner = (0, 0) if has_one_id() else (entry.uid, entry.gid)
+        try:
+            os.chown(name, *owner, dir_fd=parent, follow_symlinks=False)
+        except OSError as error:
+            if error.errno != errno.EINVAL or not rootless.uid:
+                raise
+            raise ValueError(f"its owner {entry.uid}:{entry.gid} is beyond the ids "
+                             "that /etc/subuid and /etc/subgid grant you") from None
         if not stat.S_ISLNK(entry.mode):
             os.chmod(name, entry.mode & 0o7777, dir_fd=parent)
             for key, value in entry.xattrs.items():
@@ -6201,6 +6497,7 @@ def unpack(path, top, title=None, may_end=False):
     """Unpack a tarball as a layer into the directory `top`: the digest of its plain
     form, and the bytes of its files.  Errors call it by its title."""
     title = title or path
+    say_one_id()
     os.makedirs(top, exist_ok=True)
     with Layer(top) as layer, Tarball(path, title) as tarball:
         tarball.may_end = may_end
@@ -6300,7 +6597,7 @@ def uncovered(copy, entries):
     """The entries of a layer for a copy of those below it, from which what this one
     says is gone has been taken away."""
     for entry in entries:
-        if entry.xattrs.pop("trusted.overlay.opaque", entry.is_gone()):
+        if entry.xattrs.pop(OPAQUE, entry.is_gone()):
             copy.clear(*copy.parent(entry.name))
         if not entry.is_gone():
             yield entry
@@ -6339,10 +6636,10 @@ def pack(top, file, base=0, when=None):
 
     with tarfile.open(fileobj=file, mode="w|", format=tarfile.PAX_FORMAT) as out:
         for entry in layer_entries(top, 0):
-            opaque = entry.xattrs.get("trusted.overlay.opaque")
+            opaque = entry.xattrs.get(OPAQUE)
             entry.when = entry.when if when is None else when
             entry.xattrs = {key: value for key, value in entry.xattrs.items()
-                            if not key.startswith("trusted.overlay.")}
+                            if not key.startswith(OPAQUE[:-6])}
             entry.uid, entry.gid = (id - base * (id >= base)
                                     for id in (entry.uid, entry.gid))
             if entry.is_gone():
@@ -10065,7 +10362,7 @@ def forward_for(networks, others):
 
 def wants_of(spec):
     """What a spec says of networks."""
-    nothing = {"names": [], "hosts": [], "of": "", "networks": []}
+    nothing = {"names": [], "hosts": [], "of": "", "networks": [], "program": ""}
     notes = spec.get("annotations", {})
     return from_json(notes[NETWORK]) if NETWORK in notes else nothing
 
@@ -10198,8 +10495,9 @@ def is_taken(kind, address, port, there):
         probe(kind, address, port)
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
-            raise Fail(f"-p {address}:{port}: {error.strerror}",
-                       "an address of this host") from None
+            raise Fail(f"-p {address}:{port}: {error.strerror}", "an address of this "
+                       "host; to who is not root the sysctl net.ipv4."
+                       "ip_unprivileged_port_start says from which port on") from None
         return True
     return False
 
@@ -10396,19 +10694,121 @@ def rename_there(id, spec, name):
     return wants
 
 
+# An ordinary user has no power over the host's network, so no cable can lead there.
+# But he may open sockets; and pasta and slirp4netns, programs of the host's, are who
+# does that for what a container sends: they hold the other end of a tap, an interface
+# whose cable ends in a process, and speak TCP and UDP with the world in its name.
+#
+# Such a program is in a namespace of the container's, whose end it does not see, so it
+# has a guard, who ends it when the shim has closed a pipe, or has died.
+
+PR_SET_CHILD_SUBREAPER = 36
+LOWEST_PORT = "/proc/sys/net/ipv4/ip_unprivileged_port_start"
+PROGRAMS = {  # the address at which it answers what names mean; how it is called
+    "pasta": ("169.254.1.1", "--quiet --config-net --ns-ifname eth0 --no-map-gw "
+              "--dns-forward 169.254.1.1 -T none -U none"),
+    "slirp4netns": ("10.0.2.3", "--configure --mtu=65520 --disable-host-loopback "
+                    "--enable-sandbox --enable-seccomp --ready-fd={ready} {pid} eth0")}
+
+
+def program_words(name, pid, ports, ready):
+    """The command line that puts the network of process `pid` into a program's hands;
+    pasta is ready when it has gone to the background, the other says so."""
+    words = PROGRAMS[name][1].format(ready=ready, pid=pid).split()
+    if name == "slirp4netns":
+        return [on_path(name), *words]
+    for kind, option in (("tcp", "-t"), ("udp", "-u")):
+        found = {f"{outer}:{inner}" if address in ("0.0.0.0", "::") else
+                 f"{address}/{outer}:{inner}"
+                 for k, address, outer, inner in ports if k == kind}
+        for port in sorted(found) or ["none"]:
+            words += [option, port]
+    return [on_path(name), *words, str(pid)]
+
+
+def guard_program(name, c, ports, stays, told):
+    """Be the guard of such a program: start it, say what is wrong with it in `told`, or
+    close that when it is ready, and end it when `stays` ends; never returns."""
+    syscall("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0, why="pasta's parent leaves it")
+    close_all_but(3, stays, told, narration.fd)
+    (heard, output), (ready, sign) = os.pipe(), os.pipe()
+    words = program_words(name, c.pid, ports, sign)
+    program = os.fork()
+    if program == 0:
+        reset_signals(c)
+        os.set_inheritable(sign, name == "slirp4netns")
+        for fd in (1, 2):
+            os.dup2(output, fd)
+        syscall("execve", words[0], words, [], why="the container's way out")
+    os.close(sign)
+    os.close(output)
+    works = os.read(ready, 1) == b"1" if name == "slirp4netns" else (
+        os.waitpid(program, 0)[1] == 0)
+    if works:
+        fd = open_fd(f"/proc/{c.pid}/ns/net", os.O_RDONLY)
+        syscall("setns", fd, CLONE_NEWNET, why="for what is set there")
+        write_file(LOWEST_PORT, "0", why="in there port 80 is anybody's")
+        os.close(told)
+        os.read(stays, 1)
+    else:
+        os.write(told, os.read(heard, 4096).strip() or b"it failed")
+    for child in read_file(f"/proc/self/task/{os.getpid()}/children").split():
+        os.kill(int(child), signal.SIGKILL)
+        os.waitpid(int(child), 0)
+
+
+def start_program(c, name, ports):
+    """Outside: give the container a way out through a program."""
+    (stays, goes), (heard, told) = os.pipe(), os.pipe()
+    c.guard = os.fork()
+    if c.guard == 0:
+        try:
+            os.close(goes)
+            os.setsid()
+            guard_program(name, c, ports, stays, told)
+        except (OSError, Fail) as error:
+            os.write(told, diagnose(error).message.encode())
+        finally:
+            os._exit(0)
+    os.close(stays)
+    os.close(told)
+    c.outer["network"] = goes  # closed with all the others
+    wrong = b"".join(iter(lambda: os.read(heard, 4096), b""))
+    os.close(heard)
+    if wrong:
+        lines = [line for line in wrong.decode("utf-8", "replace").splitlines()
+                 if not line.startswith("WARNING")]
+        raise Fail(f"{name}: {'; '.join(lines)}", "has the host a way out itself, and "
+                   "may you open /dev/net/tun? or --network none")
+
+
+def end_program(c):
+    """Outside: end the program that was the container's way out."""
+    if "network" in c.outer:
+        os.close(c.outer.pop("network"))
+    if c.guard:
+        try:
+            os.waitpid(c.guard, 0)
+        except ChildProcessError:  # it was reaped when it died
+            pass
+        c.guard = 0
+
+
 def connect(c):
     """Outside: put the container on the networks that its spec names."""
     wants = wants_of(c.spec)
+    if wants["program"]:
+        start_program(c, wants["program"], wants["ports"])
     if not wants["networks"]:
         return
     with held("networks", fcntl.LOCK_EX):
         free_places(c.id)
         for wish in wants["networks"]:
             join_network(c.id, c.pid, wants, wish)
-    path = "/proc/sys/net/ipv4/ip_unprivileged_port_start"
-    if os.path.exists(path):
+    if os.path.exists(LOWEST_PORT):
         with network_of(c.pid):
-            write_file(path, "0", why="in there port 80 is anybody's, as with Docker")
+            write_file(LOWEST_PORT, "0", why="in there port 80 is anybody's, as with "
+                       "Docker")
 
 
 # ── the spec: what the options mean ──
@@ -10459,6 +10859,27 @@ def wish_for(network, options, ports=(), aliases=()):
             "aliases": list(aliases)}
 
 
+def choose_program(name, asked):
+    """The program that is to be an ordinary user's network `name`, of which some
+    options were asked for."""
+    if name not in ("bridge", *PROGRAMS):
+        raise Fail(f"network {name}: only root can make bridges",
+                   "--network pasta or slirp4netns, none, host or container:NAME")
+    wanted = PROGRAMS if name == "bridge" else [name]
+    program = next(filter(on_path, wanted), "")
+    if not program:
+        raise Fail(f"--network {name}: not root, so it takes {' or '.join(wanted)}, "
+                   "which is not installed", "as root: apt install passt (which has "
+                   "pasta) or slirp4netns; or --network none or host")
+    for word in asked:
+        if word not in ("-p", "-P"):
+            raise Fail(f"{word}: {program} has nothing of that", "a bridge has: sudo")
+        if program == "slirp4netns":
+            raise Fail(f"{word}: {program} publishes no ports here", "pasta does: as "
+                       "root, apt install passt; or sudo")
+    return program
+
+
 def choose_network(options):
     """The network that `run` means if it names none: of what is asked for only one of
     ours can do, `bridge`; else `none`, which is safer and quicker."""
@@ -10471,6 +10892,10 @@ def choose_network(options):
     elif asked and (options.network in ("none", "host") or ":" in options.network):
         raise Fail(f"{asked[0]} without a network of its own",
                    "--network bridge, or one that `network create` has made")
+    if rootless.uid and options.network not in ("none", "host") and (
+            ":" not in options.network):
+        options.network = choose_program(options.network, asked)
+        options.dns = options.dns or [PROGRAMS[options.network][0]]
 
 
 def host_lines(texts, gateway):
@@ -10491,18 +10916,20 @@ def host_lines(texts, gateway):
 
 def network_spec(options, id, name, hostname):
     """What a container wants of its networks, for the spec's annotation."""
-    gateway, wishes = "127.0.0.1", []
-    if options.network not in ("none", "host") and ":" not in options.network:
+    gateway, wishes, program = "127.0.0.1", [], ""
+    exposed = options.exposed if options.publish_all else ()
+    ports = [port for option in (*options.publish, *exposed)
+             for port in published(option)]
+    if rootless.uid and options.network in PROGRAMS:
+        program, ports = options.network, host_ports(ports, [])
+    elif options.network not in ("none", "host") and ":" not in options.network:
         with held("networks", fcntl.LOCK_EX):
             network = find_network(options.network, 125)
         gateway = network["pools"][0]["gateway"]
-        exposed = options.exposed if options.publish_all else ()
-        ports = [port for option in (*options.publish, *exposed)
-                 for port in published(option)]
         wishes = [wish_for(network["name"], options, ports, options.network_alias)]
     return {"names": list(dict.fromkeys(filter(None, (name, id[:12], hostname)))),
             "hosts": host_lines(options.add_host, gateway), "networks": wishes,
-            "of": options.network.partition(":")[2]}
+            "of": options.network.partition(":")[2], "program": program, "ports": ports}
 
 
 # ── its commands ──
@@ -10698,7 +11125,6 @@ calls(
 )
 IN_MODIFY, IN_MOVED_TO, IN_CREATE, IN_DELETE_SELF = 2, 0x80, 0x100, 0x400
 AF_UNIX, MESSAGES = 1, 5 | O_CLOEXEC | O_NONBLOCK  # SOCK_SEQPACKET
-PR_SET_CHILD_SUBREAPER = 36
 MOST = 1 << 16  # bytes read at once
 TROUBLE = select.POLLHUP | select.POLLERR | select.POLLNVAL
 
@@ -11234,6 +11660,7 @@ def leave_to(shim):
         c.lock = -1
         return ours
     try:
+        stay_in_users()
         os.close(ours.fd)
         os.setsid()  # Ctrl-C and a hang-up are for the client
         shim.live(theirs)
@@ -11775,6 +12202,7 @@ class Record:
         self.stopped = False  # by a person, who does not want it to start again
         self.restarts = 0  # since a person started it
         self.pid = 0  # of process 1, while it lives
+        self.born = 0  # when that began, see born()
         self.started = 0  # when it did, last
         self.finished = 0  # when it ended, last
         self.exit_code = 0  # how; or why it did not start
@@ -12270,6 +12698,16 @@ def booted():
     return time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
 
 
+def group_of(id):
+    """The control group of a container of ours."""
+    if not rootless.uid:
+        return Cgroup(f"/minicontainer-{id}")
+    try:  # it is where its shim's session was
+        return cgroup_of(from_json(read_file(store("containers", f"{id}/config.json"))))
+    except FileNotFoundError:
+        return Cgroup(group_path(id))
+
+
 def settle(record):
     """The record as it is true: a container whose shim was killed, or whose machine was
     switched off, has ended with it; nobody can say when, or how."""
@@ -12279,7 +12717,7 @@ def settle(record):
     if guard is None:  # its shim has it
         return record
     try:
-        Cgroup(f"/minicontainer-{record.id}").remove()
+        group_of(record.id).remove()
         leave_networks(record.id)
         with changing(record.id, lasting=True) as record:
             ran = record.status in RUNNING
@@ -12454,6 +12892,20 @@ def etc_files(spec, options):
     }
 
 
+def fit_to_user(spec, options):
+    """Change what a spec says to what an ordinary user may have."""
+    linux, mounts = spec["linux"], spec["mounts"]
+    mounts += device_mounts(linux.pop("devices"))
+    linux["devices"] = []
+    for mount in mounts if has_one_id() else ():  # no gid=5, the group of terminals
+        mount["options"] = [word for word in mount["options"] if word != "gid=5"]
+    if not rootless.group:
+        if options.pid == "host":
+            raise Fail("--pid host takes a control group, by which its processes are "
+                       "found, and none is yours", OF_HIS_OWN)
+        mounts[:] = [mount for mount in mounts if mount["type"] != "cgroup"]
+
+
 def make_spec(options, id, args):
     """The OCI runtime spec of a container, as the options describe it."""
     if options.privileged:
@@ -12468,7 +12920,7 @@ def make_spec(options, id, args):
         "process": {**process_spec(options, args, options.like), **privileges},
         "linux": {
             "namespaces": namespaces,
-            "cgroupsPath": f"/minicontainer-{id}",
+            "cgroupsPath": group_path(id),
             "resources": resources_spec(options),
             "devices": devices_spec(options),
             "sysctl": sysctl_spec(options, namespaces),
@@ -12477,6 +12929,8 @@ def make_spec(options, id, args):
             **seccomp_spec(options, privileges["capabilities"]["bounding"]),
         },
     }
+    if rootless.uid:
+        fit_to_user(spec, options)
     spec["process"]["user"]["umask"] = whole("--umask", options.umask, 0, 0o777, 8)
     if options.uts != "host":
         spec["hostname"] = options.hostname or id[:12]
@@ -12606,7 +13060,8 @@ def share_network(options):
             raise Fail(f"conflicting options: --{option.replace('_', '-')} and the "
                        "network of another container", "it has that one's")
     options.network = f"container:{other.id}"
-    options.userns = options.userns or (None if other.first_id else "host")
+    own = namespace_flags(other.spec()) & CLONE_NEWUSER
+    options.userns = options.userns or (None if own else "host")
     return other
 
 
@@ -12636,6 +13091,7 @@ def create(options, args):
     spec, record = make_spec(wish, id, args), new_record(options, id)
     record.volumes = volumes
     seal_interpreter(spec)
+    say_one_id()
     hold_signals()
     guard = lock(os.path.dirname(record.path()), fcntl.LOCK_SH)  # prune waits for us
     try:
@@ -12649,11 +13105,13 @@ def create(options, args):
         record.name = options.name or take_any_name(id)
         base = 0
         if namespace_flags(spec) & CLONE_NEWUSER:
-            base = record.first_id = other.first_id if other else take_ids(id)
-            if other:
-                share_ids(id, other)
+            if not rootless.uid:
+                base = record.first_id = other.first_id if other else take_ids(id)
+                if other:
+                    share_ids(id, other)
             maps = [{"containerID": 0, "hostID": base, "size": CONTAINER_IDS[1]}]
-            spec["linux"].update(uidMappings=maps, gidMappings=maps)
+            spec["linux"].update({f"{kind}Mappings": rootless.maps.get(kind, maps)
+                                  for kind in ("uid", "gid")})
         make_files(record, options, spec, base)
         wants = network_spec(options, id, record.name, spec.get("hostname", ""))
         spec["annotations"] = {**spec["annotations"], NETWORK: to_json(wants)}
@@ -12952,6 +13410,9 @@ class Life(Shim):
         c, (before, outside, birth) = self.c, self.steps
         syscall("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0,
                 why="what is left of it without a parent is ours to reap")
+        if rootless.uid and c.spec["linux"]["cgroupsPath"] != group_path(c.id):
+            c.spec["linux"]["cgroupsPath"] = group_path(c.id)  # this session's
+            save(self.record.path("config.json"), c.spec)
         try:
             if of := wants_of(c.spec)["of"]:
                 join_container(c, of)
@@ -12962,6 +13423,7 @@ class Life(Shim):
                 end(c)
                 raise
         except BaseException:
+            end_program(c)
             leave_networks(c.id)
             raise
 
@@ -12979,6 +13441,7 @@ class Life(Shim):
             self.close("stdin")
         with changing(record.id) as now:
             now.status, now.pid, now.started = "running", self.c.pid, time.time_ns()
+            now.born = born(now.pid)
             # How the last life ended is no news of this one.
             now.exit_code, now.oom_killed, now.error = 0, False, ""
             now.checked = {"Status": "starting", "FailingStreak": 0, "Log": []} if (
@@ -13008,7 +13471,8 @@ class Life(Shim):
         c, record, code, used = self.c, self.record, self.c.wait(), {}
         for do in (lambda: used.update(c.cgroup.measure()),  # while there is something
                    lambda: self.write_end(code, used),
-                   self.close_relay, lambda: end(c), lambda: leave_unseen(c.id, c.pid),
+                   self.close_relay, lambda: end_program(c), lambda: end(c),
+                   lambda: leave_unseen(c.id, c.pid),
                    lambda: record.throw_away and discard(record)):
             try:
                 do()
@@ -13188,8 +13652,8 @@ def create_command(options):
 # ── containers by name ──
 #
 # Each of these finds the record, and then works on what lives: a signal goes to a pidfd
-# that was compared with the container's control group, for a number alone may be
-# somebody else's by now; "has ended" is the lock that can be had; and what a person has
+# of a process that began when process 1 did, for a number alone may be somebody else's
+# by now; "has ended" is the lock that can be had; and what a person has
 # stopped is marked so before it is stopped, or its policy would start it again.
 
 CONTAINERS = arg("containers", nargs="+", metavar="CONTAINER…",
@@ -13238,7 +13702,7 @@ def claim(record):
         return got[-1] is not None or load(record.id).status in LIVE
     wait_for(settled)  # that it has started, or that its end is over
     if got[-1] is not None:
-        Cgroup(f"/minicontainer-{record.id}").remove()  # of a shim that was killed
+        group_of(record.id).remove()  # of a shim that was killed
     return got[-1]
 
 
@@ -13279,7 +13743,7 @@ def pidfd_of(record):
     if record.status in RUNNING:
         fd = syscall("pidfd_open", record.pid, 0, why="its process 1")
         try:
-            if f"minicontainer-{record.id}" in read_file(f"/proc/{record.pid}/cgroup"):
+            if born(record.pid) == record.born:
                 return fd
         except FileNotFoundError:
             pass
@@ -13311,7 +13775,7 @@ def set_frozen(record, frozen):
         if (now.status == "paused") == frozen:
             raise Fail(f"Container {now.id} is {'already' if frozen else 'not'} paused",
                        "", 1)
-        Cgroup(f"/minicontainer-{now.id}").freeze(frozen)
+        group_of(now.id).freeze(frozen)
         now.status = "paused" if frozen else "running"
     announce(record, "pause" if frozen else "unpause")
 
@@ -13505,6 +13969,8 @@ def network_names(record, spec):
 
 def ports_of(record):
     """[protocol, address, port of the host, port inside] of what leads to it."""
+    if rootless.uid:
+        return wants_of(record.spec())["ports"] if record.status in LIVE else []
     return [port for endpoint in (endpoints_of(record.id) if record.status in LIVE else
                                   ()) for port in endpoint["ports"]]
 
@@ -13865,6 +14331,22 @@ def process_row(pid, record):
             f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"}
 
 
+def processes_of(record):
+    """The processes of a container; who has no control group is found by its pid
+    namespace."""
+    group = cgroup_of(record.spec())
+    if group.path:
+        return group.pids()
+    where, found = os.stat(f"/proc/{record.pid}/ns/pid").st_ino, []
+    for pid in filter(str.isdecimal, os.listdir("/proc")):
+        try:
+            if os.stat(f"/proc/{pid}/ns/pid").st_ino == where:
+                found.append(int(pid))
+        except (FileNotFoundError, PermissionError):  # gone, or somebody else's
+            pass
+    return found
+
+
 @command("top", CONTAINER, arg("words", nargs="A*", metavar="PS-OPTIONS",
                                help="show what the host's `ps` shows, with these"))
 def top_command(options):
@@ -13872,7 +14354,7 @@ def top_command(options):
     record, rows = find(options.container), []
     if record.status not in RUNNING:
         raise not_running(record)
-    pids = cgroup_of(record.spec()).pids()
+    pids = processes_of(record)
     announce(record, "top")
     if options.words:
         print("\n".join(shown_by_ps(pids, ["-A", *options.words])))
@@ -13888,7 +14370,9 @@ def top_command(options):
 
 def sample(record):
     """What a container has used until now, and when that was."""
-    used = cgroup_of(record.spec()).measure()
+    cgroup = cgroup_of(record.spec())
+    cgroup.must_be("measuring")
+    used = cgroup.measure()
     traffic = [0, 0]
     try:
         for line in read_file(f"/proc/{record.pid}/net/dev").splitlines()[2:]:
@@ -14306,7 +14790,11 @@ def commit_command(options):
     for text in options.change:
         take_change(settings, text)
     with adding():
-        if still := options.pause != "false" and record.status == "running":
+        still = options.pause != "false" and record.status == "running"
+        if still and not cgroup_of(spec).path:
+            say("not paused meanwhile: that takes a control group, and none is yours")
+            still = False
+        if still:
             set_frozen(record, True)
         try:  # the default root file system is no image: all of it is one layer
             spooled = spool((), lambda file: pack(record.path("upper"), file,
@@ -14686,7 +15174,7 @@ def leftovers():
                 continue
         except FileNotFoundError:  # has just been removed
             continue
-        if (group := Cgroup(f"/minicontainer-{id}")).exists():
+        if (group := group_of(id)).exists():
             yield (f"control group {group.path}, with {len(group.pids())} processes",
                    group.remove)
         try:
@@ -14704,8 +15192,8 @@ def leftovers():
             yield f"mount {place}", lambda at=place: syscall(
                 "umount2", at, MNT_DETACH, why="it is nobody's")
     with held("endpoints", fcntl.LOCK_EX):  # who leaves just now has left
-        with held("networks", fcntl.LOCK_EX):
-            places, bridges = all_endpoints(), idle_bridges()
+        with held("networks", fcntl.LOCK_EX):  # an ordinary user's has none
+            places, bridges = all_endpoints(), [] if rootless.uid else idle_bridges()
     for what in (*(f"endpoint of {place['id']} on network {place['network']}"
                    for place in places if place["id"] not in alive),
                  *(f"bridge {bridge}: nobody is on it" for bridge in bridges)):
@@ -16100,7 +16588,7 @@ def clear_stubs(upper, mounts, layers, base):
                 break
             try:
                 facts = os.stat(name, dir_fd=parent, follow_symlinks=False)
-                hides = stat.S_ISDIR(facts.st_mode) and "trusted.overlay.opaque" in (
+                hides = stat.S_ISDIR(facts.st_mode) and OPAQUE in (
                     os.listxattr(f"/proc/self/fd/{parent}/{name}"))  # what is below
                 if stat.S_ISREG(facts.st_mode) and not facts.st_size:
                     os.unlink(name, dir_fd=parent)
@@ -18288,12 +18776,15 @@ def dispatch(argv):
     if style not in ("", *STYLES):
         raise Fail(f"invalid argument {style!r} for --explain",
                    "one of: " + ", ".join(STYLES))
-    if words.split()[0] not in FOR_ANYBODY and not options.help:
-        need_root()
     if style == "sh":
         check_script(words, options)
+        need_root("run what such a script asks for")
+    if words.startswith("network ") and not options.help:
+        need_root("make networks, and see them")
     if style:
         start_narration(style)
+    if words.split()[0] not in FOR_ANYBODY and not options.help:
+        be_root()
     try:
         return function(options) or 0
     except Fail as fail:

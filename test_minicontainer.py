@@ -29,6 +29,7 @@ import mmap
 import multiprocessing
 import os
 import pty
+import pwd
 import random
 import re
 import resource
@@ -2941,13 +2942,15 @@ def test_the_exit_code_is_the_programs():
 
 
 @root
-def test_only_root_can_make_containers():
+@pytest.mark.parametrize("words", [["network", "create", "x"], ["network", "ls"],
+                                   ["--explain=sh", "run", "/bin/true"]])
+def test_what_only_root_can_do_is_refused_to_others_with_a_hint(words):
     def as_nobody():
         os.setresgid(65534, 65534, 65534)
         os.setresuid(65534, 65534, 65534)
-        return m.main(["run", "/bin/true"])
+        return m.main(words)
     code, _, err = forked(as_nobody)
-    assert code == 125 and "only root" in err and "sudo" in err
+    assert code == 125 and "only root can" in err and "sudo" in err
 
 
 def test_an_unknown_command_or_flag_is_refused_in_one_line():
@@ -8371,6 +8374,382 @@ def test_no_free_range_of_ids_is_an_error_in_words():
         return m.main(["run", "/bin/true"])
     code, _, err = forked(full)
     assert code == 125 and "system prune" in err
+
+
+# ── without root ──
+
+PERSON = next((row for row in pwd.getpwall() if row.pw_uid == 1000),
+              pwd.getpwnam("daemon"))
+GRANTED = 300_000, 65536  # what /etc/subuid and /etc/subgid grant, in these tests
+AS_PERSON = """
+for file in subuid subgid; do mount --bind "$1" /etc/$file; done
+[ -z "$2" ] || mount --bind "$2" /dev/net/tun
+uid=$3 gid=$4; shift 4
+exec setpriv --reuid "$uid" --regid "$gid" --clear-groups "$@"
+"""
+
+
+class Person:
+    """An ordinary user, with a home directory, and perhaps with ids granted by root."""
+
+    def __init__(self, granted=True):
+        self.home = tempfile.mkdtemp(prefix="minicontainer-home-")
+        os.chown(self.home, PERSON.pw_uid, PERSON.pw_gid)
+        os.chmod(self.home, 0o755)
+        self.store = f"{self.home}/.local/share/minicontainer"
+        self.grants, self.tun = f"{self.home}.ids", f"{self.home}.tun"
+        with open(self.grants, "w") as file:
+            file.write(f"{PERSON.pw_name}:{GRANTED[0]}:{GRANTED[1]}\n" * granted)
+        os.mknod(self.tun, stat.S_IFCHR, os.makedev(10, 200))
+        os.chmod(self.tun, 0o666)  # as udev has it
+        self.env = {"HOME": self.home, "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
+        self.processes = self.running()
+
+    @staticmethod
+    def running():
+        """The processes of the user, and of who the user is inside."""
+        found, own = set(), {PERSON.pw_uid, *range(GRANTED[0], sum(GRANTED))}
+        for pid in filter(str.isdecimal, os.listdir("/proc")):
+            with contextlib.suppress(OSError):
+                if os.stat(f"/proc/{pid}").st_uid in own and "\nState:\tZ" not in (
+                        m.read_file(f"/proc/{pid}/status")):
+                    found.add(pid)
+        return found
+
+    def mini(self, *args, **env):
+        """What Popen takes to run minicontainer as the user."""
+        tun = self.tun if os.path.exists("/dev/net/tun") else ""
+        env = {**self.env, **env}
+        words = ["unshare", "-m", "sh", "-euc", AS_PERSON, "sh", self.grants, tun,
+                 PERSON.pw_uid, PERSON.pw_gid, "/usr/bin/env", "-i",
+                 *(f"{name}={text}" for name, text in env.items() if text is not None),
+                 launcher_for_all(), *args]
+        return {"args": list(map(str, words)), "text": True, "cwd": "/",
+                "stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE,
+                "stderr": subprocess.PIPE}
+
+    def __call__(self, *args, code=0, **env):
+        """Run it; what it printed, if its exit code is as it should be; or else what it
+        said."""
+        how = self.mini(*args, **env)
+        with subprocess.Popen(how.pop("args"), **how) as process:
+            out, err = process.communicate(timeout=60)
+        assert process.returncode == code and "Traceback" not in err, (
+            process.returncode, out, err)
+        self.said = err
+        return out if code == 0 else err
+
+    def run(self, *args, **how):
+        return self("run", "--rm", *args, **how)
+
+    def sh(self, script, *options, **how):
+        return self.run(*options, "/bin/sh", "-c", script, **how)
+
+    def close(self):
+        until(lambda: self.running() <= self.processes)
+        for path in (self.grants, self.tun):
+            os.unlink(path)
+        shutil.rmtree(self.home)
+
+
+@functools.cache
+def launcher_for_all():
+    """An installed minicontainer, of a Python that an ordinary user may run."""
+    how = ["setpriv", "--clear-groups", "--reuid", str(PERSON.pw_uid), "--regid",
+           str(PERSON.pw_gid), "/usr/bin/env"]  # setpriv itself still may
+    python = next(python for python in (PYTHON, "/usr/bin/python3") if not subprocess.run(
+        [*how, python, "-c", "import sys; sys.exit(sys.version_info < (3, 10))"],
+        cwd="/", stderr=subprocess.DEVNULL).returncode)
+    subprocess.run([python, PROGRAM, "install", "--prefix", f"{STORE}/for-all"],
+                   check=True, stdout=subprocess.DEVNULL)
+    return f"{STORE}/for-all/bin/minicontainer"
+
+
+@pytest.fixture
+def person(request):
+    """An ordinary user, to whom root has granted ids unless the test says otherwise,
+    and of whom nothing is left: no process, and no container that cannot be removed."""
+    user = Person(getattr(request, "param", True))
+    user.run("/bin/true")  # or the first root file system would be told about later
+    yield user
+    try:
+        user("gc", "--check")
+        assert os.listdir(f"{user.store}/containers") == []
+    finally:
+        user("system", "prune", "-f")
+        user.close()
+
+
+@root
+@pytest.mark.parametrize("person", [True, False], indirect=True)
+def test_an_ordinary_user_makes_a_container_and_is_root_in_there(person):
+    granted = os.path.getsize(person.grants) > 0
+    out = person.sh("id -u; cat /proc/self/uid_map; hostname >/etc/new; ls /new /etc/new; "
+                    "ls /sys/class/net; grep Cap /proc/self/status; echo $$", code=0)
+    assert out.startswith("0\n         0          0          1\n" + granted *
+                          f"         1          1      {GRANTED[1]}\n")
+    assert "/etc/new\nlo\n" in out and out.endswith("\n1\n")
+    assert "CapEff:\t00000000a80425fb\n" in out  # Docker's fourteen
+    assert ("only one id is yours" in person.said) == (not granted)
+    assert person.sh("exit 7", code=7) is not None
+    assert "not found" in person.run("/bin/nosuch", code=127) + "not found"
+    said = person.run("-u", "33:33", "/bin/sh", "-c", "id -u; id -g; id -G; echo >/tmp/x",
+                      code=0 if granted else 125)
+    assert said == "33\n33\n33\n" if granted else "beyond the container's 1 ids" in said
+    # Outside, it is the user, or one of the ids that were granted.
+    person("run", "-d", "--name", "web", "/bin/sh", "-c", "echo >/f; chown 33 /f; echo up; "
+           "sleep 1000")
+    until(lambda: "up" in person("logs", "web"))
+    (id,) = os.listdir(f"{person.store}/containers")
+    pid = json.loads(m.read_file(f"{person.store}/containers/{id}/record.json"))["pid"]
+    assert os.stat(f"/proc/{pid}").st_uid == PERSON.pw_uid
+    owner = os.stat(f"{person.store}/containers/{id}/upper/f").st_uid
+    assert owner == (GRANTED[0] + 32 if granted else PERSON.pw_uid)
+    assert os.readlink(f"/proc/{pid}/ns/user") != os.readlink("/proc/self/ns/user")
+    person("rm", "-f", "web")
+
+
+@root
+def test_later_commands_find_the_namespace_of_an_ordinary_users_containers(person):
+    names = ["one", "two", "three"]
+    with contextlib.ExitStack() as stack:
+        for process in [stack.enter_context(subprocess.Popen(how.pop("args"), **how))
+                        for how in (person.mini("run", "-d", "--name", name, "/bin/sh", "-c",
+                                                "echo up; exec sleep 1000")
+                                    for name in names)]:
+            assert process.wait(60) == 0, process.stderr.read()
+    assert sorted(person("ps", "--format", "{{.Names}}").split()) == sorted(names)
+    for name in names:
+        until(lambda: person("logs", name) == "up\n")
+    assert person("exec", "-u", "7:8", "-w", "/tmp", "two", "/bin/sh", "-c",
+                  "echo >x; ls -n x; id -u").split()[2:4] == ["7", "8"]
+    assert "sleep 1000" in person("top", "one")
+    assert person("exec", "one", "/bin/sh", "-c", "exit 5", code=5) == ""
+    person("cp", "two:/tmp/x", "/tmp/minicontainer-copied", HOME=person.home)
+    os.unlink("/tmp/minicontainer-copied")
+    person("kill", "-s", "KILL", "three")
+    assert person("wait", "three") == "137\n"
+    person("stop", "-t", "0", "one", "two")
+    person("start", "one")
+    assert person("inspect", "--format", "{{.State.Status}}", *names).split() == [
+        "running", "exited", "exited"]
+    person("restart", "-t", "0", "one")
+    # Whoever is killed: with its shim a container ends, and that is seen.
+    pid = json.loads(person("inspect", "one"))[0]["State"]["Pid"]
+    shim = m.read_file(f"/proc/{pid}/stat").rpartition(")")[2].split()[1]
+    os.kill(int(shim), signal.SIGKILL)
+    until(lambda: not os.path.exists(f"/proc/{pid}"))
+    assert "Exited (137)" in person("ps", "-a", "--filter", "name=one")
+    person("rm", *names)
+
+
+@root
+def test_an_ordinary_user_has_a_terminal_inside(person):
+    def at_a_terminal(*args):
+        t = Terminal.__new__(Terminal)
+        t.seen, (t.pid, t.fd) = "", pty.fork()
+        if t.pid == 0:
+            words = person.mini(*args)["args"]
+            os.chdir("/")
+            os.execvp(words[0], words)
+        return t
+    t = at_a_terminal("run", "--rm", "--name", "term", "/bin/sh")
+    t.expect("# ")
+    other = at_a_terminal("exec", "-it", "term", "/bin/sh")
+    other.expect("# ")
+    other.type("tty; id -u; exit 4\n")
+    other.expect("/dev/pts/1\r\n0\r\n")
+    assert other.end() == 4
+    t.type("tty; exit 3\n")
+    t.expect("/dev/pts/0")
+    assert t.end() == 3
+
+
+@root
+def test_an_ordinary_users_store_is_nobody_elses(person, tmp_path):
+    def said(store, **env):
+        return person("ps", code=125, MINICONTAINER_ROOT=store, **env)
+    theirs = tempfile.mkdtemp(prefix="minicontainer-theirs-")
+    mine = f"{person.home}/mine"
+    try:
+        assert "not a directory of yours" in said(theirs)
+        os.chmod(theirs, 0o777)
+        assert "not a directory of yours" in said(theirs)
+        assert os.listdir(theirs) == []
+        os.mkdir(mine)
+        os.chown(mine, PERSON.pw_uid, PERSON.pw_gid)
+        for mode in (0o755, 0o770, 0o701):
+            os.chmod(mine, mode)
+            assert f"chmod 700 {mine}" in said(mine)
+        os.chmod(mine, 0o700)
+        os.symlink(mine, f"{person.home}/link")
+        assert "not a directory of yours" in said(f"{person.home}/link")
+        person("ps", MINICONTAINER_ROOT=mine)
+        assert stat.S_IMODE(os.stat(person.store).st_mode) == 0o700
+        os.chmod(theirs, 0o755)
+        for home in (theirs, "/nosuch", "/proc"):
+            text = said(None, HOME=home)
+            assert f"the store {home}/.local" in text and "MINICONTAINER_ROOT" in text
+        assert "set HOME" in said(None, XDG_DATA_HOME="relative")
+        person("ps", XDG_DATA_HOME=f"{person.home}/data")
+        assert os.path.isdir(f"{person.home}/data/minicontainer/containers")
+    finally:
+        shutil.rmtree(theirs)
+
+
+@root
+def test_what_an_ordinary_user_cannot_have_is_refused_in_words(person):
+    for words, text in ((["--network", "mine"], "only root can make bridges"),
+                        (["--ip", "10.1.2.3"], "a bridge has"),
+                        (["--device", "/dev/null:/dev/x:r"], "cannot be kept to 'r'")):
+        assert text in person.run(*words, "/bin/true", code=125)
+    if not V2:
+        for words, text in ((["-m", "64m"], "the memory controller is not yours"),
+                            (["--cpus", "1"], "the cpu controller is not yours"),
+                            (["--pids-limit", "9"], "the pids controller is not yours"),
+                            (["--pid", "host"], "takes a control group")):
+            said = person.run(*words, "/bin/true", code=125)
+            assert text in said and "Delegate" in said
+        person("run", "-d", "--name", "web", "/bin/sleep", "1000")
+        assert "freezing takes a control group" in person("pause", "web", code=1)
+        assert "measuring takes a control group" in person("stats", "--no-stream", code=125)
+        person("rm", "-f", "web")
+    nothing = {"PATH": f"{person.home}"}
+    for network in ("bridge", "pasta", "slirp4netns"):
+        said = person.run("--network", network, "/bin/true", code=125, **nothing)
+        assert "not installed" in said and "apt install" in said
+    assert "not installed" in person.run("-p", "80", "/bin/true", code=125, **nothing)
+
+
+@root
+def test_an_ordinary_user_is_told_what_switches_user_namespaces_off(person, monkeypatch):
+    path = "/proc/sys/user/max_user_namespaces"
+    before = m.read_file(path)
+    try:
+        m.write_file(path, "0")
+        said = person("ps", code=125)
+    finally:
+        m.write_file(path, before)
+    assert "unshare(CLONE_NEW" in said and "max_*_namespaces" in said and "sudo" in said
+
+
+@root
+@pytest.mark.parametrize("person", [True, False], indirect=True)
+def test_an_ordinary_user_has_images_and_builds_them(person):
+    granted = os.path.getsize(person.grants) > 0
+    busybox = shutil.which("busybox")
+    context = f"{person.home}/context"
+    os.makedirs(f"{context}/d")
+    shutil.copy(busybox, f"{context}/busybox")
+    make_tar(f"{context}/base.tar", ("etc", {"type": tarfile.DIRTYPE, "mode": 0o755}),
+             ("old", {"type": tarfile.DIRTYPE, "mode": 0o755}), ("old/f", b"x"),
+             ("data", {"data": b"x", "uid": 33, "gid": 34}),
+             ("null", {"type": tarfile.CHRTYPE, "devmajor": 1, "devminor": 3}))
+    with open(f"{context}/Dockerfile", "w") as file:
+        file.write("FROM scratch\nADD base.tar /\nCOPY busybox /bin/busybox\n"
+                   "RUN [\"/bin/busybox\", \"--install\", \"-s\", \"/bin\"]\n"
+                   "RUN rm -r /data /old; mkdir /old; echo y > /old/g\n"
+                   "RUN echo 1 > /mine" + "; chown 7:8 /mine" * granted +
+                   "\nCMD [\"cat\", \"/old/g\"]\n")
+    subprocess.run(["chown", "-R", str(PERSON.pw_uid), context], check=True)
+    person("build", "-q", "-t", "made", context)
+    assert "devices that the image brings are left out" in person.said
+    assert person.run("made") == "y\n"
+    owner = "7 8" if granted else "0 0"
+    assert person.run("made", "sh", "-c", "ls /; ls /old; stat -c '%u %g' /mine") == (
+        f"bin\ndev\netc\nmine\nold\nproc\nsys\ng\n{owner}\n")
+    person("save", "-o", f"{context}/made.tar", "made")
+    person("rmi", "made")
+    person("load", "-i", f"{context}/made.tar")
+    assert person.run("made", "ls", "/old") == "g\n"
+    person("image", "prune", "-af")
+
+
+@root
+@pytest.mark.parametrize("program", [
+    pytest.param(name, marks=pytest.mark.skipif(
+        not shutil.which(name), reason=f"{name} is not installed"))
+    for name in ("pasta", "slirp4netns")])
+def test_an_ordinary_user_reaches_the_world_through_a_program(person, program):
+    if NO_NETWORK:
+        pytest.skip(NO_NETWORK)
+    with World() as world:
+        world.ip(None, "route add default via 198.18.1.1")
+        ask = f"nc {FAR[0]} 80 </dev/null; cat /sys/class/net/eth0/operstate"
+        assert person.sh(ask, "--network", program).startswith("198.18.1.2")
+        ports = ["-p", "18080:80", "-p", "127.0.0.1:18081:81"]
+        if program == "slirp4netns":
+            assert "publishes no ports" in person.run(
+                *ports, "--network", program, "/bin/true", code=125)
+            ports = []
+        person("run", "-d", "--name", "web", "--network", program, *ports, "/bin/sh", "-c",
+               "while :; do echo hello from web | nc -l -p 80; done")
+        def of_program():
+            return [pid for pid in person.running() - person.processes
+                    if program in m.read_file(f"/proc/{pid}/cmdline")]
+        until(lambda: "nc" in person("top", "web"))
+        assert of_program()
+        if ports:
+            assert "0.0.0.0:18080->80/tcp" in person("ps")
+            assert person("port", "web", "81") == "127.0.0.1:18081\n"
+            for address in ("127.0.0.1", "198.18.1.2"):
+                assert fetched(address, 18080) == "hello from web"
+            assert "already allocated" in person.run("-p", "18080:80", "/bin/true", code=125)
+        # What listens on the host's loopback addresses is not the container's.
+        with served("self", "127.0.0.1", 18090, lambda peer: "secret"):
+            assert "secret" not in person("exec", "web", "/bin/sh", "-c",
+                "for a in 127.0.0.1 10.0.2.2 198.18.1.1 169.254.1.1; do "
+                "timeout 1 nc $a 18090 </dev/null; done; true")
+        # It ends with the container, also if the shim is killed.
+        person("restart", "-t", "0", "web")
+        assert len(of_program()) == 1 + (program == "nosuch")
+        pid = json.loads(person("inspect", "web"))[0]["State"]["Pid"]
+        shim = m.read_file(f"/proc/{pid}/stat").rpartition(")")[2].split()[1]
+        os.kill(int(shim), signal.SIGKILL)
+        until(lambda: not of_program())
+        person("rm", "-f", "web")
+        world.ip(None, "route del default via 198.18.1.1")
+    assert "Network is unreachable" in person.sh(f"nc {FAR[0]} 80", code=1)
+
+
+@root
+@pytest.mark.skipif(not V2, reason="only version 2 of control groups can be delegated")
+def test_an_ordinary_user_limits_with_a_control_group_of_his_own(person):
+    top = "/sys/fs/cgroup/minicontainer-test-delegated"
+    m.Cgroup("/x").enable_controllers("/sys/fs/cgroup")
+    os.makedirs(f"{top}/session")
+    try:
+        for group in (top, f"{top}/session"):
+            for file in ("", "/cgroup.procs", "/cgroup.subtree_control"):
+                os.chown(group + file, PERSON.pw_uid, PERSON.pw_gid)
+        def mini_(*args, code=0):
+            how = person.mini(*args)
+            how["args"] = ["sh", "-c", f'echo $$ > {top}/session/cgroup.procs; exec "$@"',
+                           "sh", *how["args"]]
+            done = subprocess.run(**{k: v for k, v in how.items() if k not in (
+                "stdout", "stderr")}, capture_output=True)
+            assert done.returncode == code, done.stderr
+            return done.stdout
+        mini_("run", "-d", "--name", "web", "-m", "64m", "--pids-limit", "20", "/bin/sleep",
+              "1000")
+        (group,) = glob.glob(f"{top}/minicontainer-*")
+        assert m.read_file(f"{group}/memory.max") == f"{64 << 20}\n"
+        assert m.read_file(f"{group}/pids.max") == "20\n"
+        assert "64MiB" in mini_("stats", "--no-stream")
+        person("pause", "web")  # of another session
+        assert m.read_file(f"{group}/cgroup.freeze") == "1\n"
+        person("unpause", "web")
+        mini_("update", "-m", "70m", "--memory-swap", "70m", "web")
+        assert m.read_file(f"{group}/memory.max") == f"{70 << 20}\n"
+        assert mini_("run", "--rm", "/bin/cat", "/sys/fs/cgroup/pids.max") == "max\n"
+        person("rm", "-f", "web")
+        assert not glob.glob(f"{top}/minicontainer-*")
+        person("create", "--name", "late", "-m", "64m", "/bin/true")  # from no such session
+        mini_("start", "late")
+        person("rm", "-f", "late")
+    finally:
+        for group in (f"{top}/session", top):
+            os.rmdir(group)
 
 
 # ══ 13. BUILD ══
