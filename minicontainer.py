@@ -1231,10 +1231,10 @@ def has_one_id():
 def say_one_id():
     """Tell, once, what an ordinary user's containers lack."""
     if has_one_id():
-        say("only one id is yours, so root is the only user inside: files of others are "
-            "root's, and -u, su and services with users of their own fail\n  hint: the "
-            "package uidmap, and as root: usermod --add-subuids 100000-165535 "
-            "--add-subgids 100000-165535 USER")
+        say("only one id is yours, so root is the only user inside: files of others "
+            "are root's, and -u, su and services with users of their own fail\n"
+            "  hint: the package uidmap, and as root: usermod "
+            "--add-subuids 100000-165535 --add-subgids 100000-165535 USER")
 
 
 def born(pid):
@@ -3588,8 +3588,8 @@ def hide_memory(c=None):
 
     A change of ids may undo it (fs.suid_dumpable), so it is said again after each.
     It would be hidden from an ordinary user's engine as well, who has yet to write its
-    id maps and take its terminal: there this is done when the user changes.  Until then
-    it has all capabilities, which keeps out who is inside and has not CAP_SYS_PTRACE."""
+    id maps and take its terminal: there this is done when the user changes.  Till then
+    it has all capabilities, which keeps out who is inside without CAP_SYS_PTRACE."""
     if c and rootless.uid:
         return
     syscall("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0,
