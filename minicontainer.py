@@ -606,7 +606,7 @@ class Container:
         self.root_fd = -1  # in init: the container's root, for openat2
         self.inner = []  # init's ends of the pipes that become its 0, 1 and 2
         self.outer = {}  # the parent's: "stdin", "stdout", "stderr", or "console"
-        self.guard = 0  # who ends the program that is its network, see PROGRAMS
+        self.guard = 0  # a process of the parent's, see set_guard
         self.news, self.orders = (-1, -1), (-1, -1)  # pipes: init's, the parent's
 
     def open_pipes(self):
@@ -1006,6 +1006,14 @@ def follow(c, pid):
     c.pid, c.pidfd = pid, syscall("pidfd_open", pid, 0, why="the program, for us")
 
 
+def signal_by(pidfd, number, why):
+    """Send a signal by a pidfd, to who may have ended."""
+    try:
+        syscall("pidfd_send_signal", pidfd, number, None, 0, why=why)
+    except ProcessLookupError:
+        pass
+
+
 def kill_and_wait(c):
     """Outside: end init, and with it its whole pid namespace."""
     if c.pid > 0 and c.status is None:
@@ -1161,8 +1169,9 @@ def granted(file, uid):
     except KeyError:  # a user without a name
         names = {str(uid)}
     rows = read_file(file).splitlines() if os.path.exists(file) else []
-    return [list(map(int, row.split(":")[1:])) for row in rows
-            if row.count(":") == 2 and row.split(":")[0] in names]
+    cells = [row.split(":") for row in rows]
+    return [list(map(int, numbers)) for name, *numbers in cells if name in names
+            and len(numbers) == 2 and all(map(str.isdecimal, numbers))]
 
 
 def map_from_outside(pid, uid, gid, grants):
@@ -3882,6 +3891,15 @@ def close_all_but(low, *wanted):
                     raise
                 os.closerange(low, min(kept, 1 << 20))  # Linux before 5.9
         low = max(low, kept + 1)
+
+
+def let_go():
+    """Hold nothing of what a command was given as 0, 1 and 2: whoever reads its output
+    would wait for us to end."""
+    null = os.open("/dev/null", os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    os.close(null)
 
 
 def close_descriptors(c):
@@ -10700,7 +10718,14 @@ def rename_there(id, spec, name):
 # whose cable ends in a process, and speak TCP and UDP with the world in its name.
 #
 # Such a program is in a namespace of the container's, whose end it does not see, so it
-# has a guard, who ends it when the shim has closed a pipe, or has died.
+# has a guard: a process that looks at the container from outside, ends the program
+# after it, and is looked after by nobody.
+#
+# A guard does one thing more.  If a shim is killed, the kernel kills process 1, but it
+# forgets that it should when process 1 changes its user, as su and gosu do; who has a
+# control group is then found through it.  An ordinary user's container without one has
+# a guard, with a program or not, who kills process 1 if its shim has died.  Both are
+# watched by pidfds: the end of a pipe, which a health check inherits, stays open.
 
 PR_SET_CHILD_SUBREAPER = 36
 LOWEST_PORT = "/proc/sys/net/ipv4/ip_unprivileged_port_start"
@@ -10726,11 +10751,23 @@ def program_words(name, pid, ports, ready):
     return [on_path(name), *words, str(pid)]
 
 
-def guard_program(name, c, ports, stays, told):
+def see_it_end(c, shim, heard=()):
+    """In a guard: return when process 1 has ended; it is killed if its shim, who is at
+    the other end of the pidfd `shim`, has.  What is `heard` of a program is let go: it
+    would stop if a pipe were full."""
+    wanted = [c.pidfd, shim, *heard]
+    while c.pidfd not in (ready := select.select(wanted, [], [])[0]):
+        for fd in ready:
+            if fd == shim:
+                signal_by(c.pidfd, signal.SIGKILL, "nobody stays with it")
+            if fd == shim or not os.read(fd, 1 << 16):
+                wanted.remove(fd)
+
+
+def guard_program(name, c, ports, shim, told):
     """Be the guard of such a program: start it, say what is wrong with it in `told`, or
-    close that when it is ready, and end it when `stays` ends; never returns."""
+    close that when it is ready, and end it when the container has ended."""
     syscall("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0, why="pasta's parent leaves it")
-    close_all_but(3, stays, told, narration.fd)
     (heard, output), (ready, sign) = os.pipe(), os.pipe()
     words = program_words(name, c.pid, ports, sign)
     program = os.fork()
@@ -10749,7 +10786,7 @@ def guard_program(name, c, ports, stays, told):
         syscall("setns", fd, CLONE_NEWNET, why="for what is set there")
         write_file(LOWEST_PORT, "0", why="in there port 80 is anybody's")
         os.close(told)
-        os.read(stays, 1)
+        see_it_end(c, shim, [heard])
     else:
         os.write(told, os.read(heard, 4096).strip() or b"it failed")
     for child in read_file(f"/proc/self/task/{os.getpid()}/children").split():
@@ -10757,39 +10794,59 @@ def guard_program(name, c, ports, stays, told):
         os.waitpid(int(child), 0)
 
 
-def start_program(c, name, ports):
-    """Outside: give the container a way out through a program."""
-    (stays, goes), (heard, told) = os.pipe(), os.pipe()
+def be_guard(c, name, ports, shim, told):
+    """Be a container's guard, and of a program if it has one; never returns.
+
+    It is seen to be in the user namespace: who comes later is to come to the same, from
+    where process 1 can be killed, for as long as that may live."""
+    try:
+        os.setsid()  # Ctrl-C is not for us
+        stay_in_users()
+        leave_workshop(c)
+        os.chdir("/")
+        let_go()
+        close_all_but(3, shim, c.pidfd, told, *[rootless.fd] * (rootless.fd >= 0))
+        if name:
+            guard_program(name, c, ports, shim, told)
+        else:
+            os.close(told)
+            see_it_end(c, shim)
+    except (OSError, Fail) as error:
+        os.write(told, diagnose(error).message.encode())
+    finally:
+        os._exit(0)
+
+
+def set_guard(c):
+    """Outside: give the container a guard if it needs one, and with it, perhaps, a way
+    out through a program."""
+    wants = wants_of(c.spec)
+    name = wants["program"]
+    if not name and c.cgroup.path:
+        return
+    shim = syscall("pidfd_open", os.getpid(), 0, why="so that our own end is seen")
+    heard, told = os.pipe()
     c.guard = os.fork()
     if c.guard == 0:
-        try:
-            os.close(goes)
-            os.setsid()
-            guard_program(name, c, ports, stays, told)
-        except (OSError, Fail) as error:
-            os.write(told, diagnose(error).message.encode())
-        finally:
-            os._exit(0)
-    os.close(stays)
+        be_guard(c, name, wants.get("ports"), shim, told)
+    os.close(shim)
     os.close(told)
-    c.outer["network"] = goes  # closed with all the others
     wrong = b"".join(iter(lambda: os.read(heard, 4096), b""))
     os.close(heard)
     if wrong:
         lines = [line for line in wrong.decode("utf-8", "replace").splitlines()
                  if not line.startswith("WARNING")]
-        raise Fail(f"{name}: {'; '.join(lines)}", "has the host a way out itself, and "
-                   "may you open /dev/net/tun? or --network none")
+        raise Fail(f"{name or 'guard'}: {'; '.join(lines)}", "has the host a way out "
+                   "itself, and may you open /dev/net/tun? or --network none" if name
+                   else "")
 
 
-def end_program(c):
-    """Outside: end the program that was the container's way out."""
-    if "network" in c.outer:
-        os.close(c.outer.pop("network"))
+def end_guard(c):
+    """Outside: wait for the guard of a container that has ended."""
     if c.guard:
         try:
             os.waitpid(c.guard, 0)
-        except ChildProcessError:  # it was reaped when it died
+        except ChildProcessError:  # it was reaped when it ended
             pass
         c.guard = 0
 
@@ -10797,8 +10854,6 @@ def end_program(c):
 def connect(c):
     """Outside: put the container on the networks that its spec names."""
     wants = wants_of(c.spec)
-    if wants["program"]:
-        start_program(c, wants["program"], wants["ports"])
     if not wants["networks"]:
         return
     with held("networks", fcntl.LOCK_EX):
@@ -11422,15 +11477,6 @@ class LogReader:
                 except ValueError:
                     pass
             return found
-
-
-def let_go():
-    """Hold nothing of what a command was given as 0, 1 and 2: whoever reads its output
-    would wait for us to end."""
-    null = os.open("/dev/null", os.O_RDWR)
-    for fd in (0, 1, 2):
-        os.dup2(null, fd)
-    os.close(null)
 
 
 # ── the shim ──
@@ -12708,6 +12754,42 @@ def group_of(id):
         return Cgroup(group_path(id))
 
 
+def pidfd_of(record):
+    """A descriptor of its process 1; ProcessLookupError if there is none."""
+    if record.status in RUNNING:
+        fd = syscall("pidfd_open", record.pid, 0, why="its process 1")
+        try:
+            if born(record.pid) == record.born:
+                return fd
+        except FileNotFoundError:
+            pass
+        os.close(fd)
+    raise ProcessLookupError(errno.ESRCH, "its process 1 has ended")
+
+
+def end_the_rest(record):
+    """End what a shim that was killed has left running; whether that can be done.
+
+    The control group tells all of it.  Without one there is process 1: it has a guard,
+    who may be a moment late.  If that was killed, too, nobody has kept the user
+    namespace, and to the one that there is now it belongs no more."""
+    group = group_of(record.id)
+    group.remove()
+    if group.path:
+        return True
+    try:
+        fd = pidfd_of(record)
+    except ProcessLookupError:
+        return True
+    try:
+        signal_by(fd, signal.SIGKILL, "its shim was killed")
+        return bool(select.select([fd], [], [], 10)[0])
+    except PermissionError:
+        return False
+    finally:
+        os.close(fd)
+
+
 def settle(record):
     """The record as it is true: a container whose shim was killed, or whose machine was
     switched off, has ended with it; nobody can say when, or how."""
@@ -12717,7 +12799,8 @@ def settle(record):
     if guard is None:  # its shim has it
         return record
     try:
-        group_of(record.id).remove()
+        if not end_the_rest(record):
+            return record  # it is true that it runs
         leave_networks(record.id)
         with changing(record.id, lasting=True) as record:
             ran = record.status in RUNNING
@@ -13416,14 +13499,14 @@ class Life(Shim):
         try:
             if of := wants_of(c.spec)["of"]:
                 join_container(c, of)
-            start(c, before, (*outside, connect), birth)
+            start(c, before, (*outside, set_guard, connect), birth)
             try:
                 self.attend_to(self.record)
             except BaseException:
                 end(c)
                 raise
         except BaseException:
-            end_program(c)
+            end_guard(c)
             leave_networks(c.id)
             raise
 
@@ -13471,7 +13554,7 @@ class Life(Shim):
         c, record, code, used = self.c, self.record, self.c.wait(), {}
         for do in (lambda: used.update(c.cgroup.measure()),  # while there is something
                    lambda: self.write_end(code, used),
-                   self.close_relay, lambda: end_program(c), lambda: end(c),
+                   self.close_relay, lambda: end(c), lambda: end_guard(c),
                    lambda: leave_unseen(c.id, c.pid),
                    lambda: record.throw_away and discard(record)):
             try:
@@ -13702,7 +13785,11 @@ def claim(record):
         return got[-1] is not None or load(record.id).status in LIVE
     wait_for(settled)  # that it has started, or that its end is over
     if got[-1] is not None:
-        group_of(record.id).remove()  # of a shim that was killed
+        record = load(record.id)
+        if not end_the_rest(record):  # what a shim that was killed has left
+            os.close(got[-1])
+            raise Fail(f"{record.name} runs, has lost its shim, and cannot be killed "
+                       "from here", f"as root: kill -9 {record.pid}", 1)
     return got[-1]
 
 
@@ -13736,19 +13823,6 @@ def hear_end(record):
         letter, data = peer.receive() or (b"r", b"")
     os.close(peer.fd)
     return from_json(data) if data else None
-
-
-def pidfd_of(record):
-    """A descriptor of its process 1; ProcessLookupError if there is none."""
-    if record.status in RUNNING:
-        fd = syscall("pidfd_open", record.pid, 0, why="its process 1")
-        try:
-            if born(record.pid) == record.born:
-                return fd
-        except FileNotFoundError:
-            pass
-        os.close(fd)
-    raise ProcessLookupError(errno.ESRCH, "its process 1 has ended")
 
 
 def send_signal(record, number):
