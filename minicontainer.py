@@ -1225,9 +1225,9 @@ def has_one_id():
 def say_one_id():
     """Tell, once, what an ordinary user's containers lack."""
     if has_one_id():
-        say("only one id is yours, so root is the only user inside: files of others are "
-            "root's, and -u, su and services with users of their own fail\n  hint: the "
-            "package uidmap, and as root: usermod --add-subuids 100000-165535 "
+        say("only one id is yours, so root is the only user inside: files of others "
+            "are root's, and -u, su and services with users of their own fail\n  hint: "
+            "the package uidmap, and as root: usermod --add-subuids 100000-165535 "
             "--add-subgids 100000-165535 USER")
 
 
@@ -3563,7 +3563,7 @@ def hide_memory(c=None):
     A change of ids may undo it (fs.suid_dumpable), so it is said again after each.
     It would be hidden from an ordinary user's engine as well, who has yet to write its
     id maps and take its terminal: there this is done when the user changes.  Until then
-    it has all capabilities, which keeps out who is inside and has not CAP_SYS_PTRACE."""
+    it has all capabilities: who is inside cannot look without CAP_SYS_PTRACE."""
     if c and rootless.uid:
         return
     syscall("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0,
@@ -6272,7 +6272,8 @@ class Layer:
     def leave(self):
         """Be done with the directory that was open."""
         if self.fd >= 0:
-            os.utime(self.fd, ns=(self.when, self.when))
+            if not rootless.uid or os.fstat(self.fd).st_uid != 65534:  # `cp` to /tmp
+                os.utime(self.fd, ns=(self.when, self.when))
             os.close(self.fd)
         self.fd, self.above = -1, None
 
@@ -10014,6 +10015,9 @@ def guard_program(name, c, ports, stays, told):
     """Be the guard of such a program: start it, say what is wrong with it in `told`, or
     close that when it is ready, and end it when `stays` ends; never returns."""
     syscall("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0, why="pasta's parent leaves it")
+    null = os.open("/dev/null", O_RDWR)
+    for fd in (0, 1, 2):  # whoever reads the output of `run -d` would wait for us
+        os.dup2(null, fd)
     close_all_but(3, stays, told, narration.fd)
     (heard, output), (ready, sign) = os.pipe(), os.pipe()
     words = program_words(name, c.pid, ports, sign)

@@ -8043,8 +8043,10 @@ def test_later_commands_find_the_namespace_of_an_ordinary_users_containers(perso
                   "echo >x; ls -n x; id -u").split()[2:4] == ["7", "8"]
     assert "sleep 1000" in person("top", "one")
     assert person("exec", "one", "/bin/sh", "-c", "exit 5", code=5) == ""
-    person("cp", "two:/tmp/x", "/tmp/minicontainer-copied", HOME=person.home)
-    os.unlink("/tmp/minicontainer-copied")
+    with tempfile.TemporaryDirectory() as theirs:  # a directory that is not the user's
+        os.chmod(theirs, 0o777)
+        person("cp", "two:/tmp/x", f"{theirs}/x")
+        assert os.stat(f"{theirs}/x").st_uid == PERSON.pw_uid
     person("kill", "-s", "KILL", "three")
     assert person("wait", "three") == "137\n"
     person("stop", "-t", "0", "one", "two")
@@ -8140,15 +8142,34 @@ def test_what_an_ordinary_user_cannot_have_is_refused_in_words(person):
 
 
 @root
-def test_an_ordinary_user_is_told_what_switches_user_namespaces_off(person, monkeypatch):
-    path = "/proc/sys/user/max_user_namespaces"
-    before = m.read_file(path)
-    try:
-        m.write_file(path, "0")
-        said = person("ps", code=125)
-    finally:
-        m.write_file(path, before)
-    assert "unshare(CLONE_NEW" in said and "max_*_namespaces" in said and "sudo" in said
+@pytest.mark.parametrize("file, value, code, words", [
+    ("user/max_user_namespaces", "0", errno.ENOSPC, "user.max_*_namespaces allow no more"),
+    ("kernel/unprivileged_userns_clone", "0", errno.EPERM, "is 0; or sudo"),
+    ("kernel/apparmor_restrict_unprivileged_userns", "1", errno.EPERM, "is 1; or sudo")])
+def test_an_ordinary_user_is_told_what_switches_user_namespaces_off(
+        file, value, code, words):
+    store = tempfile.mkdtemp(prefix="minicontainer-store-")
+    os.chown(store, 65534, 65534)
+
+    def as_nobody():
+        exists, read, kernel = os.path.exists, m.read_file, m.kernel
+        os.path.exists = lambda path: path == f"/proc/sys/{file}" or exists(path)
+        m.read_file = lambda path, **how: value if path == f"/proc/sys/{file}" else (
+            read(path, **how))
+
+        def refuse(name, args):
+            if name == "unshare":
+                raise OSError(code, os.strerror(code))
+            return kernel(name, args)
+        m.kernel, m.STORE = refuse, store
+        m.PARENTS.clear()
+        os.setresgid(65534, 65534, 65534)
+        os.setresuid(65534, 65534, 65534)
+        return m.main(["run", "/bin/true"])
+    result, _, err = forked(as_nobody)
+    shutil.rmtree(store)
+    assert result == 125 and "unshare(CLONE_NEW" in err and words in err, err
+    assert "Traceback" not in err
 
 
 @root
@@ -8193,7 +8214,7 @@ def test_an_ordinary_user_reaches_the_world_through_a_program(person, program):
         pytest.skip(NO_NETWORK)
     with World() as world:
         world.ip(None, "route add default via 198.18.1.1")
-        ask = f"nc {FAR[0]} 80 </dev/null; cat /sys/class/net/eth0/operstate"
+        ask = f"timeout 10 nc {FAR[0]} 80 </dev/null; true"
         assert person.sh(ask, "--network", program).startswith("198.18.1.2")
         ports = ["-p", "18080:80", "-p", "127.0.0.1:18081:81"]
         if program == "slirp4netns":
