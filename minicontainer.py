@@ -1116,17 +1116,19 @@ def ns_command(options):
 # shim, and a later command has to come to the same one.  The file `users` of the store
 # shows where that is: all who are inside have a lock on it, and the kernel tells who.
 #
-#       works as for root                not for an ordinary user
-#       run create start exec stop …     networks of bridges, --explain=sh, minirunc
-#       images, registries, build        limits, pause, stats: only with a control group
-#       --network none, host                of his own (v2: systemd-run --user --scope)
-#       --network pasta, slirp4netns     -p: only with pasta; --pid host
-#       -v, --device (by the nodes'      nodes of devices that an image brings are left
-#           modes), --privileged         out; --blkio … of what he may not open
+#       as for root                        not, or not as for root
+#       run create start exec stop rm …    networks of bridges, --explain=sh, minirunc
+#       images, registries, build          limits, pause, stats, --pid host: only with a
+#       volumes, -v, --privileged              control group of his own to divide
+#       --network none, host,              -p: only with pasta
+#           container:NAME                 --device: with the rights that the node gives
+#       --network pasta, slirp4netns           him; nodes that an image brings: left out
 #
-# Until execve a process of ours cannot be hidden from its parent, who is not root of
-# the host, so for that while who has CAP_SYS_PTRACE inside, as by --cap-add, could look
-# into one that `exec` brings in (see hide_memory).
+# His own control group is one of version 2 that he may write to and that has no process
+# in it, at or above ours: `systemd-run --user --scope` starts a command in such a place.
+#
+# Trap: what root's engine hides from who is inside, the memory and descriptors of one
+# who is on his way in, the kernel would hide from this engine as well (hide_memory).
 #
 # Man pages: user_namespaces(7), newuidmap(1), subuid(5), fcntl(2) on F_GETLK.
 

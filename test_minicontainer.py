@@ -7994,6 +7994,8 @@ def person(request):
         user("gc", "--check")
         assert os.listdir(f"{user.store}/containers") == []
     finally:
+        for id in user("ps", "-aq").split():  # of a test that failed
+            user("rm", "-f", id)
         user("system", "prune", "-f")
         user.close()
 
@@ -8214,8 +8216,8 @@ def test_an_ordinary_user_reaches_the_world_through_a_program(person, program):
         pytest.skip(NO_NETWORK)
     with World() as world:
         world.ip(None, "route add default via 198.18.1.1")
-        ask = f"timeout 10 nc {FAR[0]} 80 </dev/null; true"
-        assert person.sh(ask, "--network", program).startswith("198.18.1.2")
+        ask = f"nc {FAR[0]} 80 </dev/null | head -c 10"
+        assert person.sh(ask, "--network", program) == "198.18.1.2"
         ports = ["-p", "18080:80", "-p", "127.0.0.1:18081:81"]
         if program == "slirp4netns":
             assert "publishes no ports" in person.run(
@@ -8231,8 +8233,7 @@ def test_an_ordinary_user_reaches_the_world_through_a_program(person, program):
         if ports:
             assert "0.0.0.0:18080->80/tcp" in person("ps")
             assert person("port", "web", "81") == "127.0.0.1:18081\n"
-            for address in ("127.0.0.1", "198.18.1.2"):
-                assert fetched(address, 18080) == "hello from web"
+            assert "hello from web" in fetched("127.0.0.1", 18080)
             assert "already allocated" in person.run("-p", "18080:80", "/bin/true", code=125)
         # What listens on the host's loopback addresses is not the container's.
         with served("self", "127.0.0.1", 18090, lambda peer: "secret"):
@@ -8241,7 +8242,7 @@ def test_an_ordinary_user_reaches_the_world_through_a_program(person, program):
                 "timeout 1 nc $a 18090 </dev/null; done; true")
         # It ends with the container, also if the shim is killed.
         person("restart", "-t", "0", "web")
-        assert len(of_program()) == 1 + (program == "nosuch")
+        assert len(of_program()) == 1
         pid = json.loads(person("inspect", "web"))[0]["State"]["Pid"]
         shim = m.read_file(f"/proc/{pid}/stat").rpartition(")")[2].split()[1]
         os.kill(int(shim), signal.SIGKILL)
