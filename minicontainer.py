@@ -1125,7 +1125,7 @@ def ns_command(options):
 #       --network pasta, slirp4netns           him; nodes that an image brings: left out
 #
 # His own control group is one of version 2 that he may write to and that has no process
-# in it, at or above ours: `systemd-run --user --scope` starts a command in such a place.
+# in it, at or above ours: `systemd-run --user --scope` starts a command in such one.
 #
 # Trap: what root's engine hides from who is inside, the memory and descriptors of one
 # who is on his way in, the kernel would hide from this engine as well (hide_memory).
