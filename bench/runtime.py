@@ -13,7 +13,7 @@ and in one run (see startup.py), three things are measured:
   create   `create`, `start` and `delete --force`, one after the other: their sum
 
 and with them the floors: the interpreter that does nothing, and the launcher that only
-prints its version, so Python, reading bytecode, and what chapters 1 to 7 define.
+prints its version, so Python, reading bytecode, and what its statements define.
 """
 
 from __future__ import annotations

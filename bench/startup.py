@@ -158,14 +158,16 @@ class Contender:
         self.trouble = f"cannot run here: {refused[-1]}"
 
 
-def run(argv, **more) -> subprocess.CompletedProcess:
+def run(argv, seconds=60, **more) -> subprocess.CompletedProcess:
     """Run argv to its end and keep what it says; never hangs for good."""
     try:
         return subprocess.run(
             argv, check=False, stdin=subprocess.DEVNULL, capture_output=True,
-            text=True, errors="replace", env=ENVIRONMENT, timeout=60, **more)
+            text=True, errors="replace", env=ENVIRONMENT, timeout=seconds,
+            **more)
     except subprocess.TimeoutExpired:
-        return subprocess.CompletedProcess(argv, 124, "", "no end within 60 s")
+        return subprocess.CompletedProcess(argv, 124, "",
+                                           f"no end within {seconds} s")
 
 
 def last_error(text: str) -> str:
@@ -401,8 +403,8 @@ OURS = ("launcher", "module", "direct")
 
 def make_launcher(scratch: Path) -> list[str]:
     """What `minicontainer.py install` makes, in the scratch directory."""
-    run([PYTHON, str(PROGRAM), "install", "--prefix", f"{scratch}/installed"]
-        ).check_returncode()
+    run([PYTHON, str(PROGRAM), "install", "--prefix", f"{scratch}/installed"],
+        seconds=600).check_returncode()  # it is long in an emulated machine
     return [f"{scratch}/installed/bin/minicontainer"]
 
 
