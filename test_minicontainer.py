@@ -8319,7 +8319,9 @@ def test_an_ordinary_user_reaches_the_world_through_a_program(person, program):
     if NO_NETWORK:
         pytest.skip(NO_NETWORK)
     with World() as world:
-        world.ip(None, "route add default via 198.18.1.1")
+        there = re.search(r"^\S+\t0{8}\t", m.read_file("/proc/net/route"), re.M)
+        if not there:
+            world.ip(None, "route add default via 198.18.1.1")  # or pasta gives up
         ask = f"nc {FAR[0]} 80 </dev/null | head -c 10"
         assert person.sh(ask, "--network", program) == "198.18.1.2"
         ports = ["-p", "18080:80", "-p", "127.0.0.1:18081:81"]
@@ -8352,7 +8354,8 @@ def test_an_ordinary_user_reaches_the_world_through_a_program(person, program):
         os.kill(int(shim), signal.SIGKILL)
         until(lambda: not of_program())
         person("rm", "-f", "web")
-        world.ip(None, "route del default via 198.18.1.1")
+        if not there:
+            world.ip(None, "route del default via 198.18.1.1")
     assert "Network is unreachable" in person.sh(f"nc {FAR[0]} 80", code=1)
 
 
