@@ -3604,6 +3604,9 @@ def enter_pids(c):
         be_born_again(c)
 
 
+GOING_IN = enter_pids, join_namespaces  # first where it takes a birth to be
+
+
 def wait_for_go(c):
     """Step: let the parent do its part first.
 
@@ -4274,9 +4277,8 @@ BIRTH = (               # init, from "go" until it is your program
         execute,        # and it is your program
     )),
 )
-JOIN = (no_more_imports, hide_memory, wait_for_go, join_cgroup, enter_pids,
-        join_namespaces, become_root, new_session, new_keyring, open_console,
-        take_stdio, *TAIL)
+JOIN = (no_more_imports, hide_memory, wait_for_go, join_cgroup, *GOING_IN,
+        become_root, new_session, new_keyring, open_console, take_stdio, *TAIL)
 
 
 def init(c, steps):
