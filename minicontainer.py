@@ -1122,17 +1122,19 @@ def ns_command(options):
 # shim, and a later command has to come to the same one.  The file `users` of the store
 # shows where that is: all who are inside have a lock on it, and the kernel tells who.
 #
-#       works as for root                not for an ordinary user
-#       run create start exec stop …     networks of bridges, --explain=sh, minirunc
-#       images, registries, build        limits, pause, stats: only with a control group
-#       --network none, host                of his own (v2: systemd-run --user --scope)
-#       --network pasta, slirp4netns     -p: only with pasta; --pid host
-#       -v, --device (by the nodes'      nodes of devices that an image brings are left
-#           modes), --privileged         out; --blkio … of what he may not open
+#       as for root                        not, or not as for root
+#       run create start exec stop rm …    networks of bridges, --explain=sh, minirunc
+#       images, registries, build          limits, pause, stats, --pid host: only with a
+#       volumes, -v, --privileged              control group of his own to divide
+#       --network none, host,              -p: only with pasta
+#           container:NAME                 --device: with the rights that the node gives
+#       --network pasta, slirp4netns           him; nodes that an image brings: left out
 #
-# Until execve a process of ours cannot be hidden from its parent, who is not root of
-# the host, so for that while who has CAP_SYS_PTRACE inside, as by --cap-add, could look
-# into one that `exec` brings in (see hide_memory).
+# His own control group is one of version 2 that he may write to and that has no process
+# in it, at or above ours: `systemd-run --user --scope` starts a command in such one.
+#
+# Trap: what root's engine hides from who is inside, the memory and descriptors of one
+# who is on his way in, the kernel would hide from this engine as well (hide_memory).
 #
 # Man pages: user_namespaces(7), newuidmap(1), subuid(5), fcntl(2) on F_GETLK.
 
@@ -1715,11 +1717,11 @@ class Cgroup:
             if what in implied:
                 say(f"this host cannot limit {what}: limited without it")
                 return
-            files = " or ".join(forms) or (
-                f"such setting in version {1 if self.trees else 2}")
             if rootless.uid:
                 raise Fail(f"{section}.{key}: the {controller} controller is not yours",
                            OF_HIS_OWN)
+            files = " or ".join(forms) or (
+                f"such setting in version {1 if self.trees else 2}")
             raise Fail(f"this host cannot set {section}.{key}: its {controller} "
                        f"controller has no {files}",
                        "leave the option out, or enable the controller in the kernel")
@@ -3588,8 +3590,8 @@ def hide_memory(c=None):
 
     A change of ids may undo it (fs.suid_dumpable), so it is said again after each.
     It would be hidden from an ordinary user's engine as well, who has yet to write its
-    id maps and take its terminal: there this is done when the user changes.  Till then
-    it has all capabilities, which keeps out who is inside without CAP_SYS_PTRACE."""
+    id maps and take its terminal: there this is done when the user changes.  Until then
+    it has all capabilities: who is inside cannot look without CAP_SYS_PTRACE."""
     if c and rootless.uid:
         return
     syscall("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0,
@@ -3600,7 +3602,11 @@ def born_inside(c):
     """(pid, pidfd) of a child of ours in the pid namespace of c.target, as clone3 says.
 
     To be in one takes being born there; so for a moment that is where our children
-    are born.  That spares `exec` a second fork, and a twentieth of its time."""
+    are born.  That spares `exec` a second fork, and a twentieth of its time.
+
+    For an ordinary user there is no way back from there, see enter_pids."""
+    if rootless.uid:
+        return clone3(0, c.cgroup.birth_fd, why="a process to go in")
     hide_memory()  # the child's, too, and that is seen in there from the first moment
     pid, home = -1, open_fd("/proc/self/ns/pid", os.O_RDONLY, "for the way back")
     syscall("setns", c.target, CLONE_NEWPID, why="where our next child is to be born")
@@ -3611,6 +3617,17 @@ def born_inside(c):
         if pid:
             syscall("setns", home, CLONE_NEWPID, why="and no other child of ours")
         os.close(home)
+
+
+def enter_pids(c):
+    """Step of `exec`: an ordinary user's goes to the pid namespace only now, and has to
+    be born again for it."""
+    if rootless.uid and namespace_flags(c.spec) & CLONE_NEWPID:
+        syscall("setns", c.target, CLONE_NEWPID, why="where our child is to be born")
+        be_born_again(c)
+
+
+GOING_IN = enter_pids, join_namespaces  # first where it takes a birth to be
 
 
 def wait_for_go(c):
@@ -4284,7 +4301,7 @@ BIRTH = (               # init, from "go" until it is your program
         execute,        # and it is your program
     )),
 )
-JOIN = (no_more_imports, hide_memory, wait_for_go, join_cgroup, join_namespaces,
+JOIN = (no_more_imports, hide_memory, wait_for_go, join_cgroup, *GOING_IN,
         become_root, new_session, new_keyring, open_console, take_stdio, *TAIL)
 
 
@@ -6329,7 +6346,8 @@ class Layer:
     def leave(self):
         """Be done with the directory that was open."""
         if self.fd >= 0:
-            os.utime(self.fd, ns=(self.when, self.when))
+            if not rootless.uid or os.fstat(self.fd).st_uid != 65534:  # `cp` to /tmp
+                os.utime(self.fd, ns=(self.when, self.when))
             os.close(self.fd)
         self.fd, self.above = -1, None
 
@@ -10730,6 +10748,9 @@ def guard_program(name, c, ports, stays, told):
     """Be the guard of such a program: start it, say what is wrong with it in `told`, or
     close that when it is ready, and end it when `stays` ends; never returns."""
     syscall("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0, why="pasta's parent leaves it")
+    null = os.open("/dev/null", O_RDWR)
+    for fd in (0, 1, 2):  # whoever reads the output of `run -d` would wait for us
+        os.dup2(null, fd)
     close_all_but(3, stays, told, narration.fd)
     (heard, output), (ready, sign) = os.pipe(), os.pipe()
     words = program_words(name, c.pid, ports, sign)
@@ -13105,7 +13126,7 @@ def create(options, args):
         record.name = options.name or take_any_name(id)
         base = 0
         if namespace_flags(spec) & CLONE_NEWUSER:
-            if not rootless.uid:
+            if not rootless.uid:  # an ordinary user's containers have the same
                 base = record.first_id = other.first_id if other else take_ids(id)
                 if other:
                     share_ids(id, other)
