@@ -232,7 +232,7 @@ def kernel(name, args):
 
 
 def to_json(value):
-    """A document as JSON, without blanks, as Go spells it; `import json` would cost
+    """A document as JSON in ASCII, without blanks, as Go's; `import json` would cost
     every start 4 ms."""
     if isinstance(value, dict):
         pairs = [f"{quote_ascii(key)}:{to_json(item)}" for key, item in value.items()]
@@ -814,6 +814,15 @@ def sysctl_spec(options, namespaces):
     return settings
 
 
+class rootless:
+    """What is known of an ordinary user who runs us; nothing of this is for root."""
+
+    uid = 0  # his id on the host; 0: we are root of the host
+    fd = -1  # the file `users` of his store, locked for as long as we live
+    maps = {}  # "uid", "gid": the rows of the engine's map, the inner side twice
+    group = ""  # the control group, of version 2, that is his to divide; "": none
+
+
 def namespace_flags(spec):
     """The CLONE_NEW… flags of the namespaces that the container does not share with
     the host."""
@@ -909,8 +918,8 @@ def map_ids(c):
     if new_namespaces(c.spec) & CLONE_NEWUSER:
         linux = c.spec["linux"]
         c.users = write_maps(c.pid, linux["uidMappings"], linux["gidMappings"])
-        if all(m["containerID"] == m["hostID"] for m in linux["uidMappings"]):
-            os.close(c.users)  # an ordinary user's: the same ids, and nothing to map
+        if rootless.uid:  # the ids are those of the engine, and there is nothing to map
+            os.close(c.users)
             c.users = -1
 
 
@@ -990,11 +999,24 @@ def shift_clocks(c):
         os.close(fd)
 
 
+def goes_in_late(c):
+    """Whether `exec` is born in the pid namespace only when it is in all the others.
+
+    An ordinary user's engine has no way back from there.  And where root inside is
+    root outside, who has CAP_SYS_PTRACE opens whoever is seen, hidden or not: through
+    one that is not yet in the other namespaces it would reach the host."""
+    return rootless.uid or not namespace_flags(c.spec) & CLONE_NEWUSER
+
+
 def join_namespaces(c):
-    """Step of `exec`: into a running container's namespaces, at once; born_inside has
-    seen to that of process numbers."""
-    flags = namespace_flags(c.spec) & ~CLONE_NEWPID | CLONE_NEWNS
-    syscall("setns", c.target, flags, why="all other namespaces of its process 1")
+    """Step of `exec`: into a running container's namespaces, at once; mostly it has
+    been born in that of process numbers."""
+    flags = namespace_flags(c.spec) | CLONE_NEWNS
+    late = flags & CLONE_NEWPID and goes_in_late(c)
+    syscall("setns", c.target, flags if late else flags & ~CLONE_NEWPID,
+            why="all namespaces of its process 1")
+    if late:
+        be_born_again(c)
     c.root_fd = open_fd("/", O_PATH | O_DIRECTORY, "the container's root")
 
 
@@ -1130,28 +1152,21 @@ def ns_command(options):
 # shim, and a later command has to come to the same one.  The file `users` of the store
 # shows where that is: all who are inside have a lock on it, and the kernel tells who.
 #
-#       works as for root                not for an ordinary user
-#       run create start exec stop …     networks of bridges, --explain=sh, minirunc
-#       images, registries, build        limits, pause, stats: only with a control group
-#       --network none, host                of his own (v2: systemd-run --user --scope)
-#       --network pasta, slirp4netns     -p: only with pasta; --pid host
-#       -v, --device (by the nodes'      nodes of devices that an image brings are left
-#           modes), --privileged         out; --blkio … of what he may not open
+#       as for root                        not, or not as for root
+#       run create start exec stop rm …    networks of bridges, --explain=sh, minirunc
+#       images, registries, build          limits, pause, stats, --pid host: only with a
+#       volumes, -v, --privileged              control group of his own to divide
+#       --network none, host,              -p: only with pasta
+#           container:NAME                 --device: with the rights that the node gives
+#       --network pasta, slirp4netns           him; nodes that an image brings: left out
 #
-# Until execve a process of ours cannot be hidden from its parent, who is not root of
-# the host, so for that while who has CAP_SYS_PTRACE inside, as by --cap-add, could look
-# into one that `exec` brings in (see hide_memory).
+# His own control group is one of version 2 that he may write to and that has no process
+# in it, at or above ours: `systemd-run --user --scope` starts a command in such one.
+#
+# Trap: what root's engine hides from who is inside, the memory and descriptors of one
+# who is on his way in, the kernel would hide from this engine as well (hide_memory).
 #
 # Man pages: user_namespaces(7), newuidmap(1), subuid(5), fcntl(2) on F_GETLK.
-
-
-class rootless:
-    """What is known of an ordinary user who runs us; nothing of this is for root."""
-
-    uid = 0  # his id on the host; 0: we are root of the host
-    fd = -1  # the file `users` of his store, locked for as long as we live
-    maps = {}  # "uid", "gid": the rows of the engine's map, the inner side twice
-    group = ""  # the control group, of version 2, that is his to divide; "": none
 
 
 def on_path(name):
@@ -1214,10 +1229,9 @@ def make_users():
     os.close(goes)
 
 
-def visit_users(pid):
+def visit_users(fd):
     """Go to the user namespace that a process of ours is in, and be root there; the
     mounts are our own."""
-    fd = open_fd(f"/proc/{pid}/ns/user", os.O_RDONLY, "where our containers are")
     syscall("setns", fd, CLONE_NEWUSER, why="who has made it may come in")
     os.close(fd)
     syscall("unshare", CLONE_NEWNS, why="mounts that root in here may change")
@@ -1247,8 +1261,13 @@ def say_one_id():
 
 
 def born(pid):
-    """When a process began, in clock ticks: with its number, it is nobody else."""
-    return int(read_file(f"/proc/{pid}/stat").rpartition(")")[2].split()[19])
+    """When a process began, in clock ticks; 0: there is none.  With its number, it is
+    nobody else."""
+    try:
+        return int(read_file(f"/proc/{pid}/stat").rpartition(")")[2].split()[19])
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+
 
 # ══ 3. CONTROL GROUPS ═════════════════════════════════════════════════════════════
 #
@@ -1724,11 +1743,11 @@ class Cgroup:
             if what in implied:
                 say(f"this host cannot limit {what}: limited without it")
                 return
-            files = " or ".join(forms) or (
-                f"such setting in version {1 if self.trees else 2}")
             if rootless.uid:
                 raise Fail(f"{section}.{key}: the {controller} controller is not yours",
                            OF_HIS_OWN)
+            files = " or ".join(forms) or (
+                f"such setting in version {1 if self.trees else 2}")
             raise Fail(f"this host cannot set {section}.{key}: its {controller} "
                        f"controller has no {files}",
                        "leave the option out, or enable the controller in the kernel")
@@ -3577,6 +3596,9 @@ def seal_interpreter(spec):
             "it, through /proc/self/exe")
         return
     os.environ["MINICONTAINER_SAID"] = "\n".join(SAID)
+    if rootless.uid:  # its lock would go when it is closed, or opened and closed again
+        os.set_inheritable(rootless.fd, True)
+        os.environ["MINICONTAINER_USERS"] = str(rootless.fd)
     syscall("execve", f"/proc/self/fd/{tree}/{name}", sys.orig_argv,
             c_void_p.from_address(dlsym(OURSELVES, "environ")),
             why="start anew, in an interpreter that nobody can write to")
@@ -3597,8 +3619,8 @@ def hide_memory(c=None):
 
     A change of ids may undo it (fs.suid_dumpable), so it is said again after each.
     It would be hidden from an ordinary user's engine as well, who has yet to write its
-    id maps and take its terminal: there this is done when the user changes.  Till then
-    it has all capabilities, which keeps out who is inside without CAP_SYS_PTRACE."""
+    id maps and take its terminal: there this is done when the user changes.  Until then
+    it has all capabilities: who is inside cannot look without CAP_SYS_PTRACE."""
     if c and rootless.uid:
         return
     syscall("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0,
@@ -3609,7 +3631,10 @@ def born_inside(c):
     """(pid, pidfd) of a child of ours in the pid namespace of c.target, as clone3 says.
 
     To be in one takes being born there; so for a moment that is where our children
-    are born.  That spares `exec` a second fork, and a twentieth of its time."""
+    are born.  That spares `exec` a second fork, and a twentieth of its time; it is
+    seen from inside at once, so this is not for all, see goes_in_late."""
+    if goes_in_late(c):
+        return clone3(0, c.cgroup.birth_fd, why="a process to go in")
     hide_memory()  # the child's, too, and that is seen in there from the first moment
     pid, home = -1, open_fd("/proc/self/ns/pid", os.O_RDONLY, "for the way back")
     syscall("setns", c.target, CLONE_NEWPID, why="where our next child is to be born")
@@ -3713,7 +3738,7 @@ def resolve_names(c, user, users):
     if group:
         found = look_up(groups, group, "group", 3)
         user["gid"] = int(found[2]) if found else int(group)
-    elif row:
+    elif row and not has_one_id():
         extra = [int(g[2]) for g in groups if len(g) >= 4 and g[2].isdecimal()
                  and row[0] in g[3].split(",")]
     for text in user.get("groupnames", ()):
@@ -5675,6 +5700,10 @@ def check_store(uid):
         raise Fail(f"the store {STORE} is not a directory of yours", cure)
     if status.st_mode & 0o077:
         raise Fail(f"others may look into the store {STORE}", f"chmod 700 {STORE}")
+    top = os.path.dirname(os.path.realpath(STORE))
+    above = os.stat(top)
+    if above.st_uid not in (0, uid) or above.st_mode & 0o1002 == 0o002:
+        raise Fail(f"others may take the store away from {top}", cure)
 
 
 def holder(fd):
@@ -5702,16 +5731,25 @@ def be_root():
     rootless.uid = uid or int(os.environ["MINICONTAINER_UID"])
     if uid:
         check_store(uid)
-    rootless.fd = os.open(store("users"), O_RDWR | os.O_CREAT | O_CLOEXEC, 0o600)
+    kept = os.environ.pop("MINICONTAINER_USERS", "")
+    rootless.fd = int(kept) if inside and kept else os.open(
+        store("users"), O_RDWR | os.O_CREAT, 0o600)
+    os.set_inheritable(rootless.fd, False)
     fcntl.flock(rootless.fd, fcntl.LOCK_EX)  # one after the other, or there were two
     while uid:
-        try:
-            pid = holder(rootless.fd)
-            visit_users(pid) if pid else make_users()
+        if not (pid := holder(rootless.fd)):
+            make_users()
             break
-        except (FileNotFoundError, ProcessLookupError):  # it has just ended
-            if not pid:
+        try:
+            fd = open_fd(f"/proc/{pid}/ns/user", os.O_RDONLY, "our containers' ids")
+        except OSError:
+            if holder(rootless.fd) == pid:
                 raise
+            continue  # it has just ended
+        if holder(rootless.fd) == pid:  # or the number was somebody else's by then
+            visit_users(fd)
+            break
+        os.close(fd)
     stay_in_users()
     fcntl.flock(rootless.fd, fcntl.LOCK_UN)
     look_at_maps()
@@ -6347,7 +6385,8 @@ class Layer:
     def leave(self):
         """Be done with the directory that was open."""
         if self.fd >= 0:
-            os.utime(self.fd, ns=(self.when, self.when))
+            if not rootless.uid or os.fstat(self.fd).st_uid != 65534:  # `cp` to /tmp
+                os.utime(self.fd, ns=(self.when, self.when))
             os.close(self.fd)
         self.fd, self.above = -1, None
 
@@ -7719,9 +7758,8 @@ def label_text(labels):
 def field_of(value, name):
     """What a value has under a name."""
     if isinstance(value, dict):
-        if name not in value and not isinstance(value, Map):  # in JSON it begins small
-            name = next((key for key in value if key in (
-                name.lower(), name[:1].lower() + name[1:])), name)
+        if name not in value and not isinstance(value, Map):  # ID is Id in JSON, or id
+            name = next((key for key in value if key.lower() == name.lower()), name)
         found = value.get(name)
         if name in value or name in NILS or isinstance(value, Map):
             return Map(found) if name in MAPS and isinstance(found, dict) else found
@@ -7772,8 +7810,10 @@ def go_printf(form, *values):
                 return (shape + "s") % (to_json(text) if kind == "q" else text)
             if kind not in "dxXoeEfgGc":
                 raise ValueError
-            return (shape + kind) % (value.encode().hex() if kind == "x" and isinstance(
-                value, str) else value)
+            if kind in "xX" and isinstance(value, str):
+                text = value.encode().hex()
+                return (shape + "s") % (text.upper() if kind == "X" else text)
+            return (shape + kind) % value
         except (TypeError, ValueError, OverflowError):
             return f"%!{kind}({go_type(value)}={go_value(value)})"
     made = re.sub(r"%([-+# 0]*)(\d*)(?:\.(\d*))?([a-zA-Z%])", one, form)
@@ -10805,7 +10845,8 @@ def be_guard(c, name, ports, shim, told):
         leave_workshop(c)
         os.chdir("/")
         let_go()
-        close_all_but(3, shim, c.pidfd, told, *[rootless.fd] * (rootless.fd >= 0))
+        close_all_but(3, shim, c.pidfd, told, narration.fd,
+                      *[rootless.fd] * (rootless.fd >= 0))
         if name:
             guard_program(name, c, ports, shim, told)
         else:
@@ -10919,7 +10960,7 @@ def choose_program(name, asked):
     options were asked for."""
     if name not in ("bridge", *PROGRAMS):
         raise Fail(f"network {name}: only root can make bridges",
-                   "--network pasta or slirp4netns, none, host or container:NAME")
+                   "--network pasta or slirp4netns, none or host")
     wanted = PROGRAMS if name == "bridge" else [name]
     program = next(filter(on_path, wanted), "")
     if not program:
@@ -12758,11 +12799,8 @@ def pidfd_of(record):
     """A descriptor of its process 1; ProcessLookupError if there is none."""
     if record.status in RUNNING:
         fd = syscall("pidfd_open", record.pid, 0, why="its process 1")
-        try:
-            if born(record.pid) == record.born:
-                return fd
-        except FileNotFoundError:
-            pass
+        if born(record.pid) == record.born:
+            return fd
         os.close(fd)
     raise ProcessLookupError(errno.ESRCH, "its process 1 has ended")
 
@@ -13138,6 +13176,9 @@ def share_network(options):
         raise
     if "host" in (other.asked["network"], wants_of(other.spec())["of"] and "host"):
         raise Fail(f"{name} has no network of its own", "join the one that it joins")
+    if rootless.uid:
+        raise Fail(f"--network {options.network}: only root can join another's network",
+                   "--network pasta, slirp4netns, host or none")
     for option in ("hostname", "add_host", "dns", "dns_search", "dns_option"):
         if getattr(options, option):
             raise Fail(f"conflicting options: --{option.replace('_', '-')} and the "
@@ -13188,7 +13229,7 @@ def create(options, args):
         record.name = options.name or take_any_name(id)
         base = 0
         if namespace_flags(spec) & CLONE_NEWUSER:
-            if not rootless.uid:
+            if not rootless.uid:  # an ordinary user's containers have the same
                 base = record.first_id = other.first_id if other else take_ids(id)
                 if other:
                     share_ids(id, other)
@@ -15274,8 +15315,9 @@ def leftovers():
         yield what, sweep_networks
     for path in (store(kind, name) for kind in ("ids", "names")
                  for name in os.listdir(store(kind, ""))):
-        if owner_of(path) not in owners:
-            yield f"link {path}: of no container", lambda at=path: take_away_file(at)
+        if (owner := owner_of(path)) not in owners:
+            yield f"link {path}: of no container", lambda at=path, was=owner: (
+                owner_of(at) == was and take_away_file(at))  # if it is still that one's
     for path in (store(kind, name) for kind in ("layers", "rootfs", "ingest")
                  for name in os.listdir(store(kind, "")) if name.startswith(".new-")):
         if not os.path.exists(f"/proc/{os.path.basename(path).split('-')[1]}"):
