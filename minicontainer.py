@@ -10845,8 +10845,7 @@ def be_guard(c, name, ports, shim, told):
         leave_workshop(c)
         os.chdir("/")
         let_go()
-        close_all_but(3, shim, c.pidfd, told, narration.fd,
-                      *[rootless.fd] * (rootless.fd >= 0))
+        close_all_but(3, shim, c.pidfd, told, narration.fd, rootless.fd)
         if name:
             guard_program(name, c, ports, shim, told)
         else:

@@ -8563,6 +8563,22 @@ def test_later_commands_find_the_namespace_of_an_ordinary_users_containers(perso
     person("rm", *names)
 
 
+def test_what_a_program_says_to_its_guard_never_stops_it():
+    heard, output = os.pipe()
+    talks = os.fork()
+    if talks == 0:
+        for _ in range(20):
+            os.write(output, bytes(1 << 16))
+        os._exit(0)
+    os.close(output)
+    c = types.SimpleNamespace(pidfd=os.pidfd_open(talks))
+    shim = os.pidfd_open(os.getpid())
+    m.see_it_end(c, shim, [heard])
+    assert os.waitpid(talks, 0)[1] == 0
+    for fd in (heard, c.pidfd, shim):
+        os.close(fd)
+
+
 def of_person(person, name):
     """(process 1, shim, guard) of an ordinary user's container."""
     pid = json.loads(person("inspect", name))[0]["State"]["Pid"]
@@ -8776,7 +8792,8 @@ def test_an_ordinary_user_reaches_the_world_through_a_program(person, program):
             assert "publishes no ports" in person.run(
                 *ports, "--network", program, "/bin/true", code=125)
             ports = []
-        person("run", "-d", "--name", "web", "--network", program, *ports, "/bin/sh", "-c",
+        person("run", "-d", "--name", "web", "--network", program, *ports, "--health-cmd",
+               "sleep 1000", "--health-interval", "100ms", "/bin/sh", "-c",
                "while :; do echo hello from web | nc -l -p 80; done")
         def of_program():
             found = []
@@ -8797,9 +8814,11 @@ def test_an_ordinary_user_reaches_the_world_through_a_program(person, program):
             assert "secret" not in person("exec", "web", "/bin/sh", "-c",
                 "for a in 127.0.0.1 10.0.2.2 198.18.1.1 169.254.1.1; do "
                 "timeout 1 nc $a 18090 </dev/null; done; true")
-        # It ends with the container, also if the shim is killed.
+        # It ends with the container, also if the shim is killed; and a health check,
+        # which has been given all that the shim has, keeps neither.
         person("restart", "-t", "0", "web")
         until(lambda: len(of_program()) == 1)
+        until(lambda: "sleep 1000" in person("top", "web"))
         pid = json.loads(person("inspect", "web"))[0]["State"]["Pid"]
         shim = m.read_file(f"/proc/{pid}/stat").rpartition(")")[2].split()[1]
         os.kill(int(shim), signal.SIGKILL)
