@@ -3745,10 +3745,12 @@ def resolve_names(c, user, users):
         found = look_up(groups, text, "group", 3)
         extra.append(int(found[2]) if found else int(text))
     user["additionalGids"] = sorted({user["gid"], *extra})
-    count = sum(m["size"] for m in c.spec["linux"].get("uidMappings", ())) or 1 << 31
-    if max(user["uid"], *user["additionalGids"]) >= count:
+    users, groups = (sum(m["size"] for m in c.spec["linux"].get(kind, ())) or 1 << 31
+                     for kind in ("uidMappings", "gidMappings"))
+    if user["uid"] >= users or max(user["additionalGids"]) >= groups:
         raise Fail(f"user {user['uid']} with groups {user['additionalGids']}: beyond "
-                   f"the container's {count} ids", "a smaller number, or --userns host"
+                   f"the container's {min(users, groups)} ids",
+                   "a smaller number, or --userns host"
                    if not rootless.uid else "more ids: see subuid(5), and the package "
                    "uidmap for newuidmap and newgidmap")
     return row

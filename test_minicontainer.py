@@ -8563,6 +8563,16 @@ def test_later_commands_find_the_namespace_of_an_ordinary_users_containers(perso
     person("rm", *names)
 
 
+def test_users_are_counted_by_their_map_and_groups_by_theirs(monkeypatch):
+    monkeypatch.setattr(m, "image_table", lambda *_: [])
+    c = types.SimpleNamespace(spec={"linux": {"uidMappings": [{"size": 10}],
+                                              "gidMappings": [{"size": 20}]}})
+    m.resolve_names(c, {"username": "9:19"}, [])
+    for name in ("10:1", "1:20"):
+        with pytest.raises(m.Fail, match="beyond the container's 10 ids"):
+            m.resolve_names(c, {"username": name}, [])
+
+
 def test_what_a_program_says_to_its_guard_never_stops_it():
     heard, output = os.pipe()
     talks = os.fork()
