@@ -18532,20 +18532,32 @@ WantedBy=multi-user.target
 """
 
 
+def given_by(node):
+    """The names that a statement gives to what stands below it.  Its symbol table has
+    more: from Python 3.12 on what a comprehension calls its items, too."""
+    import ast
+
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        return {each.asname or each.name.partition(".")[0] for each in node.names}
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return {node.name}
+    targets = getattr(node, "targets", None) or [getattr(node, "target", ast.Pass())]
+    return {each.id for target in targets for each in ast.walk(target)
+            if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store)}.union(
+                *map(given_by, getattr(node, "body", ())))
+
+
 class Statement:
     """A statement of this file's outermost level, and what it has to do with others."""
 
-    def __init__(self, text, decorators):
+    def __init__(self, text, node, decorators):
         import symtable
 
-        self.text, self.gives, self.asks = text, set(), set()
+        self.text, self.gives, self.asks = text, given_by(node), set()
         self.enters = [(by.func.id, by.args[0].value) for by in decorators]
         tables = [symtable.symtable(text, "", "exec")]
-        for symbol in tables[0].get_symbols():
-            if symbol.is_assigned() or symbol.is_imported() or symbol.is_namespace():
-                self.gives.add(symbol.get_name())
-            if symbol.is_referenced():
-                self.asks.add(symbol.get_name())
+        self.asks.update(symbol.get_name() for symbol in tables[0].get_symbols()
+                         if symbol.is_referenced())
         for table in tables:  # it grows: functions in functions
             tables += table.get_children()
             if table is not tables[0]:
@@ -18561,7 +18573,7 @@ def statements_of(text):
     for node in ast.parse(text).body:
         decorators = getattr(node, "decorator_list", [])
         first = min(part.lineno for part in (node, *decorators))
-        yield Statement("".join(lines[first - 1:node.end_lineno]), decorators)
+        yield Statement("".join(lines[first - 1:node.end_lineno]), node, decorators)
 
 
 def reachable(statements, words):
