@@ -8415,7 +8415,8 @@ def for_each(names, do, all_failed=""):
             failed[name] = fail
     if failed:
         lines = [fail.message for fail in failed.values()]
-        lines += [all_failed + ", ".join(failed)] * bool(all_failed)
+        if all_failed:
+            lines.append(all_failed + ", ".join(failed))
         raise Fail("\nminicontainer: ".join(lines), [*failed.values()][-1].hint, 1)
 
 
@@ -18541,7 +18542,9 @@ def given_by(node):
         return {each.asname or each.name.partition(".")[0] for each in node.names}
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
         return {node.name}
-    targets = getattr(node, "targets", None) or [getattr(node, "target", ast.Pass())]
+    targets = [*getattr(node, "targets", ()), getattr(node, "target", ast.Pass())]
+    targets += [each.target for each in ast.walk(node)
+                if isinstance(each, ast.NamedExpr)]
     return {each.id for target in targets for each in ast.walk(target)
             if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store)}.union(
                 *map(given_by, getattr(node, "body", ())))

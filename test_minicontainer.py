@@ -7930,6 +7930,8 @@ def test_events_tell_what_has_happened_and_what_does():
 
 @root
 def test_events_tell_of_images_networks_and_volumes_too(image, tmp_path):
+    if NO_NETWORK:
+        pytest.skip(NO_NETWORK)
     before = f"{time.time():.9f}"
     quietly("tag", "thing:1", "other:2")
     quietly("save", "-o", tmp_path / "i.tar", "other:2")
@@ -10323,6 +10325,7 @@ def test_tab_offers_what_the_table_of_commands_has():
 
 
 @root
+@pytest.mark.images  # which asks nothing of the control groups
 @pytest.mark.parametrize("program, setup", [
     (["bash", "--norc", "-i"], 'eval "$(minicontainer completion bash)"'),
     (["zsh", "-f", "-i"], 'autoload -U compinit; compinit -u -D; eval "$(minicontainer completion zsh)"'),
@@ -10345,6 +10348,19 @@ def test_the_tab_key_completes_in_a_real_shell(image, monkeypatch, tmp_path, pro
     shell.type("exit\n")
     shell.end()
     quietly("rmi", "thing:other")
+
+
+@root
+def test_what_cannot_be_taken_away_is_told_and_the_rest_is_taken(monkeypatch, capsys):
+    def fails():
+        raise m.Fail("it stays", "later")
+    taken = []
+    monkeypatch.setattr(m, "leftovers", lambda: [
+        ("one", fails), ("two", lambda: taken.append(2)), ("three", fails)])
+    monkeypatch.setattr(m, "held", lambda *_: contextlib.nullcontext())
+    assert m.main(["gc"]) == 1 and taken == [2]
+    said = capsys.readouterr()
+    assert said.err.count("it stays") == 2 and "two" in said.out
 
 
 def test_a_mistake_of_ours_is_no_traceback_either(monkeypatch, capsys):
