@@ -126,6 +126,14 @@ def until(condition, seconds=30):
     return found
 
 
+def gone(pid):
+    """Whether a process has ended; whoever is to reap it may take his time."""
+    try:
+        return m.read_file(f"/proc/{pid}/stat").rpartition(") ")[2][0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
 def opened_by(pid):
     """What a process has open, in one string; what it closes meanwhile is left out."""
     names = []
@@ -8560,7 +8568,7 @@ def test_later_commands_find_the_namespace_of_an_ordinary_users_containers(perso
     pid = json.loads(person("inspect", "one"))[0]["State"]["Pid"]
     shim = m.read_file(f"/proc/{pid}/stat").rpartition(")")[2].split()[1]
     os.kill(int(shim), signal.SIGKILL)
-    until(lambda: not os.path.exists(f"/proc/{pid}"))
+    until(lambda: gone(pid))
     assert "Exited (137)" in person("ps", "-a", "--filter", "name=one")
     person("rm", *names)
 
@@ -8602,7 +8610,7 @@ def of_person(person, name):
 def kill_all(*pids):
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
-    until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids))
+    until(lambda: all(map(gone, pids)))
 
 
 @root
@@ -8618,17 +8626,16 @@ def test_an_ordinary_users_container_that_changes_its_user_ends_with_its_shim(pe
     # Its guard kills it, though the kernel has forgotten to.
     pid, shim, guard = changed("one")
     kill_all(shim)
-    until(lambda: not os.path.exists(f"/proc/{pid}") and not os.path.exists(
-        f"/proc/{guard}"))
+    until(lambda: gone(pid) and gone(guard))
     assert "Exited (137)" in state("one")
     # Or the next command does, if it comes to the same namespace.
     person("run", "-d", "--name", "keeper", "/bin/sleep", "1000")
     for words in ["ps", "-a"], ["start", "two"], ["rm", "two"]:
         pid, shim, guard = changed("two")
         kill_all(guard, shim)
-        assert os.path.exists(f"/proc/{pid}")
+        assert not gone(pid)
         person(*words)
-        until(lambda pid=pid: not os.path.exists(f"/proc/{pid}"))
+        until(lambda pid=pid: gone(pid))
         if words[0] != "rm":
             person("rm", "-f", "two")
     # Or it is said that it runs, for as long as that is true.
