@@ -129,6 +129,10 @@ class Fail(Exception):
         self.message, self.hint, self.code = message, hint, code
 
 
+class NoSuch(Fail):
+    """What was named is not there."""
+
+
 class narration:
     """How --explain talks: kept by every process, inherited by every fork."""
 
@@ -1156,9 +1160,9 @@ def ns_command(options):
 #       run create start exec stop rm …    networks of bridges, --explain=sh, minirunc
 #       images, registries, build          limits, pause, stats, --pid host: only with a
 #       volumes, -v, --privileged              control group of his own to divide
-#       --network none, host,              -p: only with pasta
-#           container:NAME                 --device: with the rights that the node gives
-#       --network pasta, slirp4netns           him; nodes that an image brings: left out
+#       --network none, host               --network container:NAME; -p: only with pasta
+#       --network pasta, slirp4netns       --device: with the rights that the node gives
+#                                              him; nodes that an image brings: left out
 #
 # His own control group is one of version 2 that he may write to and that has no process
 # in it, at or above ours: `systemd-run --user --scope` starts a command in such one.
@@ -1300,8 +1304,8 @@ def born(pid):
 
 CGROUP_ROOT = "/sys/fs/cgroup"
 IMPLIED = "minicontainer.implied"  # annotation: the limits that nobody asked for
-OF_HIS_OWN = ("with control groups of version 2, `systemd-run --user --scope -p "
-              "Delegate=yes …` gives you one; or leave it out, or sudo")
+OF_HIS_OWN = ("with control groups of version 2, `systemd-run --user --scope …` is "
+              "where you have one; or leave it out, or sudo")
 
 V1_CONTROLLERS = ("memory", "cpu", "cpuacct", "cpuset", "blkio", "pids", "freezer",
                   "devices")
@@ -1704,8 +1708,9 @@ class Cgroup:
         that it cannot is missed when a limit asks for it."""
         have = read_file(f"{directory}/cgroup.controllers").split()
         on = read_file(f"{directory}/cgroup.subtree_control").split()
-        mine = os.access(f"{directory}/cgroup.subtree_control", os.W_OK)
-        for name in ("memory", "cpu", "cpuset", "io", "pids", "hugetlb") * mine:
+        if not os.access(f"{directory}/cgroup.subtree_control", os.W_OK):
+            return  # an ordinary user's groups begin below it
+        for name in ("memory", "cpu", "cpuset", "io", "pids", "hugetlb"):
             if name in have and name not in on:
                 try:
                     write_file(f"{directory}/cgroup.subtree_control", f"+{name}",
@@ -1931,8 +1936,8 @@ def cgroup_of(spec):
 def make_cgroup(c):
     """Outside: the container's control group, limits and all, still empty."""
     cgroup = cgroup_of(c.spec)
-    if not (cgroup.path or rootless.uid) or (
-            cgroup.pids()):  # at the end we kill all that is in it
+    nowhere = not cgroup.path and not rootless.uid
+    if nowhere or cgroup.pids():  # at the end we kill all that is in it
         raise Fail(f"the control group /{cgroup.path} has processes already",
                    "each container needs one of its own")
     c.cgroup = cgroup
@@ -3576,11 +3581,12 @@ def seal_interpreter(spec):
     subtle: a fork runs the same file, so it takes an execve; only those pay for it
     who have no user namespace, in which its owner is nobody.
     """
-    sealed = os.statvfs("/proc/self/exe").f_flag & os.ST_RDONLY
-    own = namespace_flags(spec) & CLONE_NEWUSER
-    if rootless.uid:  # is it a Python of his own, in his home directory?
-        own = os.stat("/proc/self/exe").st_uid != 0
-    if sealed or own:
+    safe = os.statvfs("/proc/self/exe").f_flag & os.ST_RDONLY  # it is sealed
+    if rootless.uid:  # root inside is its user: who can write to a Python of his own
+        safe = safe or os.stat("/proc/self/exe").st_uid != 0
+    else:
+        safe = safe or namespace_flags(spec) & CLONE_NEWUSER
+    if safe:
         return
     directory, name = os.path.split(os.readlink("/proc/self/exe"))
     attr = mount_attr(attr_set=MOUNT_ATTR_RDONLY)
@@ -3614,17 +3620,22 @@ def no_more_imports(c):
     sys.path.clear()
 
 
-def hide_memory(c=None):
-    """Step: nobody in the container may look into this process through /proc.
+def hide():
+    """From here on nobody in the container may look into this process through /proc.
 
-    A change of ids may undo it (fs.suid_dumpable), so it is said again after each.
-    It would be hidden from an ordinary user's engine as well, who has yet to write its
-    id maps and take its terminal: there this is done when the user changes.  Until then
-    it has all capabilities: who is inside cannot look without CAP_SYS_PTRACE."""
-    if c and rootless.uid:
-        return
+    A change of ids may undo it (fs.suid_dumpable), so it is said again after each."""
     syscall("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0,
             why="our memory, our descriptors and our interpreter are the host's")
+
+
+def hide_memory(c):
+    """Step: hide.
+
+    An ordinary user's engine could not look either, and has yet to write the id maps
+    and take the terminal: there this waits until the user changes.  Until then we have
+    all capabilities: who is inside cannot look without CAP_SYS_PTRACE."""
+    if not rootless.uid:
+        hide()
 
 
 def born_inside(c):
@@ -3635,7 +3646,7 @@ def born_inside(c):
     seen from inside at once, so this is not for all, see goes_in_late."""
     if goes_in_late(c):
         return clone3(0, c.cgroup.birth_fd, why="a process to go in")
-    hide_memory()  # the child's, too, and that is seen in there from the first moment
+    hide()  # the child, too, and that is seen in there from the first moment
     pid, home = -1, open_fd("/proc/self/ns/pid", os.O_RDONLY, "for the way back")
     syscall("setns", c.target, CLONE_NEWPID, why="where our next child is to be born")
     try:
@@ -3745,14 +3756,13 @@ def resolve_names(c, user, users):
         found = look_up(groups, text, "group", 3)
         extra.append(int(found[2]) if found else int(text))
     user["additionalGids"] = sorted({user["gid"], *extra})
-    users, groups = (sum(m["size"] for m in c.spec["linux"].get(kind, ())) or 1 << 31
-                     for kind in ("uidMappings", "gidMappings"))
-    if user["uid"] >= users or max(user["additionalGids"]) >= groups:
+    uids, gids = (sum(m["size"] for m in c.spec["linux"].get(kind, ())) or 1 << 31
+                  for kind in ("uidMappings", "gidMappings"))
+    if user["uid"] >= uids or max(user["additionalGids"]) >= gids:
+        cure = "a smaller number, or --userns host" if not rootless.uid else (
+            "more ids: see subuid(5), and the package uidmap for newuidmap")
         raise Fail(f"user {user['uid']} with groups {user['additionalGids']}: beyond "
-                   f"the container's {min(users, groups)} ids",
-                   "a smaller number, or --userns host"
-                   if not rootless.uid else "more ids: see subuid(5), and the package "
-                   "uidmap for newuidmap and newgidmap")
+                   f"the container's {min(uids, gids)} ids", cure)
     return row
 
 
@@ -3856,7 +3866,7 @@ def become_user(c):
     syscall("umask", user.get("umask", 0o022), why="Docker's mask for new files")
     syscall("prctl", PR_SET_KEEPCAPS, 1, 0, 0, 0, why="one is needed until execve")
     set_ids(user["uid"], user["gid"], user.get("additionalGids", []))
-    hide_memory()
+    hide()
 
 
 def set_capabilities(c):
@@ -6860,9 +6870,9 @@ def full_name(text):
     found = re.fullmatch(NAME_FORM, text, re.ASCII)
     if not found or len(text.partition("@")[0]) > 255 or (
             re.fullmatch("[0-9a-f]{64}", text)):
-        raise Fail(f"invalid reference format: {text!r}",
-                   "[HOST[:PORT]/]NAME[:TAG] or NAME@sha256:…, in lower case, as in "
-                   "alpine:3.20")
+        raise NoSuch(f"invalid reference format: {text!r}",
+                     "[HOST[:PORT]/]NAME[:TAG] or NAME@sha256:…, in lower case, as in "
+                     "alpine:3.20")  # what cannot be the name of an image is none
     return spelled_out(text)
 
 
@@ -7207,7 +7217,7 @@ def all_images():
     return sorted(found.values(), key=lambda image: -image.created)
 
 
-class NoImage(Fail):
+class NoImage(NoSuch):
     """An image that is not in the store."""
 
 
@@ -7804,8 +7814,9 @@ def go_printf(form, *values):
             return "%"
         if not left:
             return f"%!{kind}(MISSING)"
-        value, shape = left.pop(0), f"%{flags}{width}.{precision or 0}"[:None if (
-            precision is not None) else -2]
+        value, shape = left.pop(0), f"%{flags}{width}"
+        if precision is not None:
+            shape += f".{precision or 0}"
         try:
             if kind in "svqt":
                 text = go_value(value)
@@ -8032,14 +8043,14 @@ class Template:
         def do(dot):
             self.at, kept = at, len(self.variables)
             found = value(dot)
-            if kind == "range":
-                rows = self.pairs(found)
-            else:
-                rows = [("", found)] if found else []
+            rows = self.pairs(found) if kind == "range" else [("", found)]
             for key, item in rows:
                 for name, one in zip(reversed(names), (item, key), strict=False):
                     self.set(name, one, sign)
-                self.run(steps, dot if kind == "if" else item)
+                if kind == "range" or item:
+                    self.run(steps, dot if kind == "if" else item)
+                else:  # the variables are there, too
+                    self.run(instead, dot)
                 del self.variables[kept:]
             if not rows:
                 self.run(instead, dot)
@@ -8983,8 +8994,8 @@ def keep_credentials(host, user):
     with held(os.path.dirname(docker_config(host)[0]), fcntl.LOCK_EX):
         path, config, key, helper = docker_config(host)
         before = config.get("auths") or {}
-        auths = {name: kept for name, kept in before.items() if login_host(name) != host
-                 }
+        auths = {name: kept for name, kept in before.items()
+                 if login_host(name) != host}
         known = auths != before or bool(helper)
         if helper:
             ask_helper(helper, *("store", to_json({
@@ -10000,9 +10011,10 @@ def find_network(text, code=1):
         n for n in networks if text and n["id"].startswith(text)]
     if not found and text == "bridge":
         return new_network("bridge")
-    if len(found) != 1:
-        raise Fail(f"network {text} not found" if not found else
-                   f"network {text} is ambiguous", "see `network ls`", code)
+    if not found:
+        raise NoSuch(f"network {text} not found", "see `network ls`", code)
+    if len(found) > 1:
+        raise Fail(f"network {text} is ambiguous", "see `network ls`", code)
     return found[0]
 
 
@@ -12478,7 +12490,7 @@ def volume_facts(name):
     try:
         return from_json(read_file(store("volumes", f"{name}/volume.json")))
     except FileNotFoundError:
-        raise Fail(f"No such volume: {name}", "`volume ls` lists them", 1) from None
+        raise NoSuch(f"No such volume: {name}", "`volume ls` lists them", 1) from None
 
 
 def is_volume(name):
@@ -12868,7 +12880,7 @@ def records():
     return sorted(found, key=lambda record: -record.created)
 
 
-class NoContainer(Fail):
+class NoContainer(NoSuch):
     """A container that there is not, or not any more."""
 
     def __init__(self, name):
@@ -14330,10 +14342,8 @@ def inspect_command(options):
         for kind in [options.type] if options.type else kinds:
             try:
                 return kinds[kind](name)
-            except Fail as fail:  # what cannot be the name of an image is none
-                if not fail.message.startswith(("No such ", "invalid reference ", (
-                        f"network {name} not found"))):
-                    raise
+            except NoSuch:
+                pass
         raise Fail(f"No such {options.type or 'object'}: {name}",
                    "`ps -a`, `images`, `network ls` and `volume ls` list them", 1)
     show_facts(options.names, look, options.format)
@@ -16644,25 +16654,24 @@ def mount_words(step, text):
         key, equals, value = part.partition("=")
         words[SAME_WORDS.get(key, key)] = value if equals else "true"
     kind = words.setdefault("type", "bind")
-
-    def refuse(wrong, message, hint):
-        if wrong:
-            raise step.fail(message, hint, "--mount")
-    refuse(kind not in RUN_MOUNT_WORDS, f"unsupported mount type {kind!r}",
-           f"known are {', '.join(RUN_MOUNT_WORDS)}")
+    if kind not in RUN_MOUNT_WORDS:
+        raise step.fail(f"unsupported mount type {kind!r}",
+                        f"known are {', '.join(RUN_MOUNT_WORDS)}", "--mount")
     known = RUN_MOUNT_WORDS[kind].split()
-    odd = sorted({*words} - {"type", "ro", *known})
-    refuse(odd, f"unexpected key {odd[0]!r} for mount type {kind!r}" if odd else "",
-           f"it has {', '.join(known)}")
-    refuse(kind == "cache" and "source" in words and "from" not in words,
-           "source= of a cache mount needs from=", "from=STAGE")
+    for key in sorted({*words} - {"type", "ro", *known}):
+        raise step.fail(f"unexpected key {key!r} for mount type {kind!r}",
+                        f"it has {', '.join(known)}", "--mount")
+    if kind == "cache" and "source" in words and "from" not in words:
+        raise step.fail("source= of a cache mount needs from=", "from=STAGE", "--mount")
     for key in sorted({"mode", "uid", "gid"} & {*words}):
         digits = {*"01234567"} if key == "mode" else {*"0123456789"}
-        refuse({*words[key]} - digits or not words[key],
-               f"invalid {key} of a mount: {words[key]!r}", "a number")
-    refuse(not words.get("target") and not (kind == "secret" and (
-        words.get("id") or words.get("env"))), f"invalid mount: {text!r} has no target",
-        "target=/DIR")
+        if {*words[key]} - digits or not words[key]:
+            raise step.fail(f"invalid {key} of a mount: {words[key]!r}", "a number",
+                            "--mount")
+    named = kind == "secret" and (words.get("id") or words.get("env"))
+    if not words.get("target") and not named:
+        raise step.fail(f"invalid mount: {text!r} has no target", "target=/DIR",
+                        "--mount")
     return words
 
 
