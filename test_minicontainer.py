@@ -7022,6 +7022,28 @@ def test_a_network_is_full_when_it_is_and_says_so(networks):
 
 
 @root
+@pytest.mark.images  # 254 starts: not where a processor is emulated
+def test_253_containers_have_253_addresses_and_the_254th_is_refused_in_words(networks):
+    first = ("run", "-d", "--network", "one", "--name")
+    last = ("/bin/sleep", "1000")
+    try:
+        with concurrent.futures.ThreadPoolExecutor(4) as several:
+            made = list(several.map(lambda n: mini(*first, f"c{n}", *last), range(253)))
+        assert not [result.stderr for result in made if result.returncode]
+        document = json.loads(mini("network", "inspect", "one").stdout)[0]
+        assert {one["IPv4Address"] for one in document["Containers"].values()} == {
+            f"10.213.1.{n}/24" for n in range(2, 255)}
+        told = refused(*first, "c253", *last)
+        assert "no free address in 10.213.1.0/24 of network one" in told
+        assert mini("exec", "c0", "/bin/ping", "-c", "1", "c252").returncode == 0
+        assert mini("rm", "-f", "c7").returncode == 0
+        assert mini(*first, "c253", *last).returncode == 0  # there is one again
+    finally:
+        names = mini("ps", "-a", "--format", "{{.Names}}").stdout.split()
+        assert mini("rm", "-f", *names).returncode == 0
+
+
+@root
 def test_networks_are_listed_and_removed_by_what_they_are(networks):
     assert mini("network", "create", "--label", "x=1", "--subnet", "10.213.4.0/24",
                 "--subnet", "fd00:4::/64", "--gateway", "10.213.4.9", "four"
