@@ -7040,7 +7040,7 @@ def test_253_containers_have_253_addresses_and_the_254th_is_refused_in_words(net
         assert mini(*first, "c253", *last).returncode == 0  # there is one again
     finally:
         names = mini("ps", "-a", "--format", "{{.Names}}").stdout.split()
-        assert mini("rm", "-f", *names).returncode == 0
+        assert mini("rm", "-f", *names, timeout=300).returncode == 0
 
 
 @root
