@@ -1838,8 +1838,9 @@ class Cgroup:
                 os.close(fd)
         self.birth_fd, self.task_fds = -1, []
         for directory in self.directories():
-            for top, _, _ in os.walk(directory, topdown=False):
-                wait_for(lambda top=top: removed(top))
+            if not removed(directory):  # there are groups below it, or processes dying
+                for top, _, _ in os.walk(directory, topdown=False):
+                    wait_for(lambda top=top: removed(top))
 
     def measure(self):
         """What the group has used, in bytes and microseconds, and where it hit a
@@ -5797,35 +5798,36 @@ def take_away_file(path):
 
 
 def remove_tree(path):
-    """Remove a directory and all that is in it, however deep, without recursion; the
-    bytes of its files.
+    """Remove a directory and all that is in it, however deep; the bytes of its files.
 
-    Each pass moves the grandchildren up to the top and removes the emptied children,
-    so no path is longer than two names and no symlink is ever followed.
+    Each directory is opened from the one that it is in, so no symlink is ever followed.
+    Those in the eighth level are moved up to the top, which is looked at until nothing
+    is left, so no more than eight are open.
     """
     from itertools import islice
 
     freed, serial, mark = 0, 0, f".removed-{os.urandom(8).hex()}"
 
-    def empty(fd, keep):
-        nonlocal freed
+    def empty(fd, level):
+        nonlocal freed, serial
         while entries := list(islice(os.scandir(fd), 10_000)):  # bounds the memory
             for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    keep(fd, entry.name)
-                else:
+                if not entry.is_dir(follow_symlinks=False):
                     freed += entry.stat(follow_symlinks=False).st_size
                     os.unlink(entry.name, dir_fd=fd)
+                elif level == 8:
+                    serial += 1
+                    os.rename(entry.name, f"{mark}-{serial}",
+                              src_dir_fd=fd, dst_dir_fd=top)
+                else:
+                    remove(fd, entry.name, level)
 
-    def move_up(fd, name):
-        nonlocal serial
-        serial += 1
-        os.rename(name, f"{mark}-{serial}", src_dir_fd=fd, dst_dir_fd=top)
-
-    def remove(fd, name):
+    def remove(fd, name, level):
         child = os.open(name, FOLDER, dir_fd=fd)
-        empty(child, move_up)
-        os.close(child)
+        try:
+            empty(child, level + 1)
+        finally:
+            os.close(child)
         os.rmdir(name, dir_fd=fd)
 
     try:
@@ -5833,7 +5835,7 @@ def remove_tree(path):
     except FileNotFoundError:
         return 0
     try:
-        empty(top, remove)
+        empty(top, 1)
     finally:
         os.close(top)
     os.rmdir(path)
