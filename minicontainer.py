@@ -7718,7 +7718,7 @@ def go_value(value):
     if isinstance(value, dict):
         pairs = sorted(value.items())
         return f"map[{' '.join(f'{k}:{go_value(v)}' for k, v in pairs)}]"
-    if isinstance(value, list):
+    if type(value) is list:
         return f"[{' '.join(map(go_value, value))}]"
     if isinstance(value, bool):
         return str(value).lower()
@@ -7744,9 +7744,11 @@ ESCAPES = {"n": "\n", "t": "\t", "r": "\r", '"': '"', "\\": "\\"}
 MOST_WIDE = 10 ** 6  # a width that a template may ask for, as in Go
 
 # What Docker has as maps, and not as structs: only they may be asked for what they do
-# not have; and the fields of structs that are nil where there is nothing to tell.
+# not have; what it has as lists; and the fields that are left out where they are nil.
 MAPS = {"Annotations", "Attributes", "Containers", "Data", "DriverOpts", "Labels",
         "Networks", "Options", "PortBindings", "Ports", "Sysctls", "Volumes"}
+LISTS = {"Binds", "CapAdd", "CapDrop", "Cmd", "Entrypoint", "Env", "GroupAdd",
+         "OnBuild", "SecurityOpt", "VolumesFrom"}
 NILS = {"Health", "Healthcheck", "SizeRw", "SizeRootFs"}
 
 
@@ -7756,6 +7758,21 @@ class TemplateError(Exception):
 
 class Map(dict):
     """A map of Go's, which may be asked for any key."""
+
+
+class Nil(list):
+    """What is null in JSON: a list or a map without anything, or what is not there."""
+
+    def __init__(self, name):
+        self.text = "[]" if name in LISTS else "map[]" if name in MAPS else "<nil>"
+
+    def __str__(self):
+        return self.text
+
+
+def or_none(value):
+    """A value, or None for what is null in JSON."""
+    return None if isinstance(value, Nil) else value
 
 
 class LabelText(str):
@@ -7775,11 +7792,14 @@ def field_of(value, name):
         if name not in value and not isinstance(value, Map):  # ID is Id in JSON, or id
             name = next((key for key in value if key.lower() == name.lower()), name)
         found = value.get(name)
-        if name in value or name in NILS or isinstance(value, Map):
-            return Map(found) if name in MAPS and isinstance(found, dict) else found
+        if isinstance(value, Map):
+            return found
+        if name in value or name in NILS:
+            return (Nil(name) if found is None else
+                    Map(found) if name in MAPS and isinstance(found, dict) else found)
         raise TemplateError(f"there is no field {name!r}; of {len(value)} there are "
                             + ", ".join(sorted(value)[:20]))
-    raise TemplateError(f"nothing has a field {name!r}" if value is None else
+    raise TemplateError(f"nothing has a field {name!r}" if value in (None, []) else
                         f"there is no field {name!r} in {go_value(value)!r:.40}")
 
 
@@ -7857,6 +7877,7 @@ def of_one_type(how):
 
 def equals_one(one, *others):
     """Whether a value is equal to one of others."""
+    one, *others = map(or_none, (one, *others))
     same = of_one_type(lambda one, other: one == other)
     return any([same(one, other) for other in others if None not in (one, other)]) or (
         one is None and None in others)
@@ -7891,7 +7912,8 @@ TEMPLATE_FUNCTIONS = {  # and `and` and `or`, which look no further than they mu
                                                             if ends else slice(None)],
     "print": go_print, "printf": go_printf,
     "println": lambda *values: " ".join(map(go_value, values)) + "\n",
-    "json": to_json, "join": lambda texts, between: between.join(texts or ()),
+    "json": lambda value: to_json(or_none(value)),
+    "join": lambda texts, between: between.join(texts or ()),
     "split": lambda text, between: text.split(between) if between else list(text),
     "lower": str.lower, "upper": str.upper, "title": titled, "truncate": truncated,
     "pad": padded, ".Label": lambda row, key: row["Labels"].labels.get(key, "")}

@@ -4849,7 +4849,7 @@ def test_sizes_and_ages_are_written_as_docker_writes_them():
 TEMPLATES = (  # what Go's text/template and Docker's functions make of them
     ("{{.A.B}}", "[x 1 true]"), ("{{json .A}}", '{"B":["x",1,true]}'), ("{{.Map}}", "map[a:b k:v]"),
     ("{{index .A.B 0}}\t{{len .A.B}}", "x\t3"), ('{{printf "%x %X" "hi" "jo"}}', "6869 6A6F"),
-    ("{{.NAME}} {{.CMD}}", "foo bar [a b]"), ("{{ .None }}!", "<no value>!"), ("{{.Labels}}", "k=v,a.b-c=d"),
+    ("{{.NAME}} {{.CMD}}", "foo bar [a b]"), ("{{ .None }}!", "<nil>!"), ("{{.Labels}}", "k=v,a.b-c=d"),
     ('{{index .Map "k"}}{{index .Map "nosuch"}}', "v"), ('{{.Label "k"}}{{.Label "nosuch"}}', "v"),
     ("{{if .Up}}yes{{else}}no{{end}}", "yes"), ("{{if .None}}yes{{end}}", ""),
     ("{{if eq .N 0}}a{{else if eq .N 1 3}}b{{else}}c{{end}}", "b"), ("{{with .None}}x{{else}}none{{end}}", "none"),
@@ -8245,7 +8245,11 @@ def test_what_cannot_be_done_is_told_in_dockers_words_and_codes():
         assert "No such volume: told" in refused("inspect", "--type", "volume", "told", code=1)
         quietly("volume", "rm", "box")
         form = "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}|{{.State.Health}}"
-        assert quietly("inspect", "-f", form, id) == "|<no value>\n"
+        assert quietly("inspect", "-f", form, id) == "|<nil>\n"
+        form = ("{{.HostConfig.Binds}} {{.HostConfig.PidsLimit}} {{.Config.Entrypoint}} {{json .HostConfig.Binds}} "
+                "{{len .HostConfig.Binds}} {{range .HostConfig.CapAdd}}x{{else}}none{{end}} {{.Config.Labels.x}} "
+                "{{eq .HostConfig.PidsLimit nil}} {{.HostConfig.PortBindings}} {{join .HostConfig.Binds `,`}}.")
+        assert quietly("inspect", "-f", form, id) == "[] <nil> [] null 0 none <no value> true map[] .\n"
         quietly("kill", "-s", "TERM", id)
 
 
