@@ -7318,6 +7318,9 @@ def fetch_small(source, descriptor, what):
         return file.read()
 
 
+    if (found := os.path.getsize(blob_path(digest))) != descriptor["size"]:
+        raise Fail(f"{digest} has {found} bytes, not the {descriptor['size']} that "
+                   "were announced", "the source is damaged or hostile")
 ARCHITECTURE_ALIASES = {  # other names of some: (architecture, variant)
     "x86_64": ("amd64", ""), "x86-64": ("amd64", ""), "i386": ("386", ""),
     "aarch64": ("arm64", ""), "armhf": ("arm", "v7"), "armel": ("arm", "v6")}
@@ -7490,6 +7493,7 @@ def take_image(source, raw, refs, show=lambda *_: None):
 
 
 # ── archives ──
+        blob = fetch(source, layer)  # it is there, but is it as large as this says?
 #
 # What `save` writes is an OCI layout in a tarball, with Docker's older manifest.json
 # beside it that points to the same blobs: so whoever knows one of the two can read it.

@@ -5425,6 +5425,19 @@ def test_an_image_that_goes_while_it_is_looked_at_is_not_there_and_no_error(imag
             found = real()
             assert "deleted: " in forked_mini("image", "prune", "-af")
             return found
+@root
+@pytest.mark.parametrize("size", [0, 10**6])
+def test_a_size_that_lies_is_found_out_also_of_what_is_here_already(images, size):
+    manifest, blobs = an_image(small_layer())
+    with fake_registry(serving(manifest, blobs)) as (host, _):
+        forked_mini("pull", f"{host}/x:1")
+    lying = {**manifest, "layers": [{**manifest["layers"][0], "size": size}]}
+    with fake_registry(serving(lying, blobs)) as (host, _):
+        assert f"bytes, not the {size} that were announced" in forked_mini(
+            "pull", f"{host}/x:2", code=1)
+    assert len(index()) == 2  # a tag and a digest
+
+
 
         monkeypatch.setattr(m, name, then_gone)
         assert not look()
