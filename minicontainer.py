@@ -8537,9 +8537,10 @@ def import_pieces(text, headers=None):
             if getattr(stream, "length", None):
                 raise ConnectionError("the connection was cut")
     except (OSError, ValueError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", None) or getattr(error, "strerror", None)
-        raise Fail(f"{text}: {str(reason or error or repr(error)):.200}",
-                   "FILE, URL, or - for standard input", 1) from None
+        reason = getattr(error, "reason", None) or error  # urllib's is an error itself
+        said = getattr(reason, "strerror", None) or str(reason) or repr(error)
+        raise Fail(f"{text}: {said:.200}", "FILE, URL, or - for standard input", 1
+                   ) from None
 
 
 def keep_layer(path, digest, title):
@@ -9317,7 +9318,8 @@ class Registry:
             if isinstance(reason, (ConnectionRefusedError, socket.gaierror)):
                 raise Fail(f"{self.host}: {reason.strerror}", "is the name right, and "
                            "is there a network?", 1) from None
-            raise Broken(f"{reason or error!r}") from None
+            raise Broken(getattr(reason, "strerror", None) or f"{reason or error!r}"
+                         ) from None
 
     def authorize(self, challenge):
         """Prove who we are, as an answer 401 asks us to."""
@@ -9462,10 +9464,11 @@ def pull_image(ref, platform, out=None):
     try:
         raw, digest = registry.patiently(registry.manifest, version)
     except Refused as refused:
-        refused.message = (
-            f"manifest for {name} not found" if refused.status == 404 else
-            f"pull access denied for {name.rsplit(':', 1)[0]}, repository does not "
-            "exist or may require 'minicontainer login'") + f": {refused.message}"
+        refused.message = {
+            404: f"manifest for {name} not found: ", **dict.fromkeys((0, 401, 403), (
+                f"pull access denied for {name.rsplit(':', 1)[0]}, repository does not "
+                "exist or may require 'minicontainer login': "))
+            }.get(refused.status, "") + refused.message
         raise
     print(f"{name if '@' in ref else version}: Pulling from {path}", file=out)
     known = [(name_of(entry), entry["digest"]) for entry in read_index()]
