@@ -6878,6 +6878,18 @@ def full_name(text):
     return spelled_out(text)
 
 
+def new_name(text):
+    """The same for an image that is about to get the name.  A digest is no part of it:
+    that says what is in an image, and is for a registry to give."""
+    ref = full_name(text)
+    if "@" in ref:
+        raise Fail("refusing to create a tag with a digest reference", "NAME:TAG", 1)
+    if ref.startswith("docker.io/library/sha256:"):  # sha256:abc is the id of one
+        raise Fail("refusing to create an ambiguous tag using digest algorithm as name",
+                   "call it otherwise", 1)
+    return ref
+
+
 def short_name(ref):
     """A name in full as Docker shows it."""
     return ref.removeprefix("docker.io/").removeprefix("library/")
@@ -7306,6 +7318,9 @@ def fetch(source, descriptor, tell=lambda *_: None):
             file.flush()
             os.fsync(file.fileno())
             os.rename(part, blob_path(digest))
+    if (found := os.path.getsize(blob_path(digest))) != descriptor["size"]:
+        raise Fail(f"{digest} has {found} bytes, not the {descriptor['size']} that "
+                   "were announced", "the source is damaged or hostile")
     return blob_path(digest)
 
 
@@ -7318,9 +7333,6 @@ def fetch_small(source, descriptor, what):
         return file.read()
 
 
-    if (found := os.path.getsize(blob_path(digest))) != descriptor["size"]:
-        raise Fail(f"{digest} has {found} bytes, not the {descriptor['size']} that "
-                   "were announced", "the source is damaged or hostile")
 ARCHITECTURE_ALIASES = {  # other names of some: (architecture, variant)
     "x86_64": ("amd64", ""), "x86-64": ("amd64", ""), "i386": ("386", ""),
     "aarch64": ("arm64", ""), "armhf": ("arm", "v7"), "armel": ("arm", "v6")}
@@ -7481,8 +7493,9 @@ def take_image(source, raw, refs, show=lambda *_: None):
                        tell))
         for diff_id, layer in pairs.items()], show)), strict=True))
     for diff_id, layer in zip(diff_ids, layers, strict=True):
+        blob = fetch(source, layer)  # it is there, but is it as large as this says?
         if layer["digest"] != pairs[diff_id]["digest"]:  # the same in another packing
-            unpack_layer(diff_id, fetch(source, layer))
+            unpack_layer(diff_id, blob)
     entry = {"mediaType": manifest.get("mediaType") or OCI_MANIFEST,
              "digest": keep(raw), "size": len(raw), "annotations": {
                  SIZES: " ".join(str(sizes[diff_id]) for diff_id in diff_ids)}}
@@ -7493,7 +7506,6 @@ def take_image(source, raw, refs, show=lambda *_: None):
 
 
 # ── archives ──
-        blob = fetch(source, layer)  # it is there, but is it as large as this says?
 #
 # What `save` writes is an OCI layout in a tarball, with Docker's older manifest.json
 # beside it that points to the same blobs: so whoever knows one of the two can read it.
@@ -7749,11 +7761,14 @@ MOST_WIDE = 10 ** 6  # a width that a template may ask for, as in Go
 
 # What Docker has as maps, and not as structs: only they may be asked for what they do
 # not have; what it has as lists; and the fields that are left out where they are nil.
-MAPS = {"Annotations", "Attributes", "Containers", "Data", "DriverOpts", "Labels",
-        "Networks", "Options", "PortBindings", "Ports", "Sysctls", "Volumes"}
+MAPS = {"Annotations", "Attributes", "Containers", "Data", "DriverOpts",
+        "ExposedPorts", "Labels", "Networks", "Options", "PortBindings", "Ports",
+        "Sysctls", "Volumes"}
 LISTS = {"Binds", "CapAdd", "CapDrop", "Cmd", "Entrypoint", "Env", "GroupAdd",
-         "OnBuild", "SecurityOpt", "VolumesFrom"}
-NILS = {"Health", "Healthcheck", "SizeRw", "SizeRootFs"}
+         "OnBuild", "SecurityOpt", "Shell", "VolumesFrom"}
+STRINGS = {"StopSignal"}
+NILS = {"ExposedPorts", "Health", "Healthcheck", "Shell", "SizeRw", "SizeRootFs",
+        "StopSignal"}
 
 
 class TemplateError(Exception):
@@ -7768,7 +7783,8 @@ class Nil(list):
     """What is null in JSON: a list or a map without anything, or what is not there."""
 
     def __init__(self, name):
-        self.text = "[]" if name in LISTS else "map[]" if name in MAPS else "<nil>"
+        self.text = ("[]" if name in LISTS else "map[]" if name in MAPS else
+                     "" if name in STRINGS else "<nil>")
 
     def __str__(self):
         return self.text
@@ -8345,28 +8361,38 @@ def prune_filters(labels, created):
             "until": lambda thing, text: created(thing) < moment("until", text)}
 
 
+def is_true(key, text):
+    """Whether the value of a filter means yes, of those that mean yes or no."""
+    if text.lower() not in ("1", "t", "true", "0", "f", "false"):
+        raise Fail(f"invalid filter '{key}={text}'", "true or false", 1)
+    return text.lower() in ("1", "t", "true")
+
+
 IMAGE_FILTERS = {  # whether one passes KEY=text
     **prune_filters(lambda image: image.labels, lambda image: image.created * 10 ** 9),
-    "dangling": lambda image, text: (text == "true") == (not image.names),
+    "dangling": lambda image, text: is_true("dangling", text) == (not image.names),
     "before": lambda image, text: image.created < find_image(text).created,
     "since": lambda image, text: image.created > find_image(text).created,
 }
 
 
 def image_rows(image, no_trunc):
-    """What `images` shows of an image: a row for each of its names."""
+    """What `images` shows of an image: a row for each of its names, and one for each
+    repository that has given it a digest but no tag."""
     of_repository = {name.partition("@")[0]: name.partition("@")[2]
                      for name in image.digests()}
-    names = [tag.rpartition(":")[::2] for tag in image.tags()] or [
-        (name, "<none>") for name in of_repository] or [("<none>", "<none>")]
-    for repository, tag in names:
+    names = [tag.rpartition(":")[::2] for tag in image.tags()]
+    names += [(name, "<none>") for name in of_repository if name not in dict(names)]
+    for repository, tag in names or [("<none>", "<none>")]:
         yield {"Repository": repository, "Tag": tag,
                "Digest": of_repository.get(repository, "<none>"),
                "ID": image.id if no_trunc else image.id[7:19],
                "CreatedSince": ago(image.created),
                "CreatedAt": time.strftime("%Y-%m-%d %H:%M:%S +0000 UTC",
                                           time.gmtime(image.created)),
-               "Size": decimal(sum(image.sizes))}
+               "Size": decimal(sum(image.sizes)),
+               "VirtualSize": decimal(sum(image.sizes)), "Containers": "N/A",
+               "SharedSize": "N/A", "UniqueSize": "N/A"}  # Docker counts none either
 
 
 LIST_OPTIONS = (
@@ -8394,7 +8420,8 @@ def images_command(options):
     digest = {"DIGEST": "Digest"} if options.digests else {}
     print_list({"REPOSITORY": "Repository", "TAG": "Tag", **digest, "IMAGE ID": "ID",
                 "CREATED": "CreatedSince", "SIZE": "Size"}, rows, options.format,
-               "ID" if options.quiet else "", "Digest CreatedAt")
+               "ID" if options.quiet else "", "Digest CreatedAt VirtualSize Containers "
+               "SharedSize UniqueSize")
 
 
 @command("history", QUIET, NO_TRUNC, FORMAT,
@@ -8486,38 +8513,108 @@ def image_inspect_command(options):
 
 CHANGES = {"CMD": "Cmd", "ENTRYPOINT": "Entrypoint", "ENV": "Env", "LABEL": "Labels",
            "EXPOSE": "ExposedPorts", "VOLUME": "Volumes", "USER": "User",
-           "WORKDIR": "WorkingDir", "STOPSIGNAL": "StopSignal"}
+           "WORKDIR": "WorkingDir", "STOPSIGNAL": "StopSignal", "ONBUILD": "OnBuild",
+           "HEALTHCHECK": "Healthcheck"}
+
+
+def health_check(text):
+    """What an image says of its health, of the rest of a line HEALTHCHECK."""
+    found, flags = {}, ("interval", "timeout", "start-period", "retries")
+    while text.startswith("--"):
+        flag, _, text = text.partition(" ")
+        name, _, value = flag[2:].partition("=")
+        if name not in flags:
+            raise ValueError(f"unknown flag: --{name}")
+        found[name.title().replace("-", "")] = whole(
+            flag, value, 0) if name == "retries" else nanoseconds(flag, value, 1)
+        text = text.lstrip()
+    kind, _, rest = text.partition(" ")
+    if kind.upper() == "NONE" and not rest:
+        return {"Test": ["NONE"]}
+    if kind.upper() != "CMD" or not rest.strip():
+        raise ValueError(f"Unknown type {kind!r} in HEALTHCHECK (try CMD)")
+    rest = rest.strip()
+    words = parsed(rest, kind, [str]) if rest[0] == "[" else None
+    return {"Test": ["CMD-SHELL", rest] if words is None else ["CMD", *words], **found}
+
+
+def port_range(text, option):
+    """The ports of "80" or "80-82"."""
+    low, dash, high = text.partition("-")
+    first = whole(option, low, 0, 65535)
+    return range(first, (whole(option, high, first, 65535) if dash else first) + 1)
+
+
+def exposed(words):
+    """What an image says of the ports that EXPOSE names."""
+    ports = {}
+    for word in words:
+        span, _, kind = word.lower().partition("/")
+        if kind not in ("", "tcp", "udp", "sctp"):
+            raise Fail(f"invalid proto: {kind}", "tcp, udp or sctp")
+        for port in port_range(span, f"containerPort {word}"):
+            ports[f"{port}/{kind or 'tcp'}"] = {}
+    return ports
+
+
+def pairs_of(word, words, rest):
+    """{NAME: VALUE} of ENV or LABEL; the older ENV NAME VALUE has just one."""
+    if "=" not in words[0]:
+        if len(words) < 2:
+            raise ValueError(f"{word} must have two arguments")
+        return {words[0]: rest.partition(" ")[2].strip()}
+    for item in words:
+        if "=" not in item:
+            raise ValueError(f"can't find = in {item!r}. Must be of the form: "
+                             "name=value")
+    return dict(item.partition("=")[::2] for item in words)
+
+
+def changed(settings, word, rest):
+    """The new value of what one line of a Dockerfile changes in a config."""
+    import shlex
+
+    old, listed = settings.get(CHANGES[word]), None
+    if rest[0] == "[":
+        listed = parsed(rest, word, [str])
+    if word in ("CMD", "ENTRYPOINT"):
+        return ["/bin/sh", "-c", rest] if listed is None else listed
+    if word == "WORKDIR":  # one may lead on from the last
+        path = os.path.normpath(os.path.join("/", old or "", rest))
+        return f"/{path.lstrip('/')}"
+    if word == "ONBUILD":
+        if (name := rest.split()[0].upper()) in ("ONBUILD", "FROM", "MAINTAINER"):
+            raise ValueError(f"{name} isn't allowed as an ONBUILD trigger")
+        return [*(old or ()), rest]
+    if word == "HEALTHCHECK":
+        return health_check(rest)
+    if word in ("USER", "STOPSIGNAL"):
+        if word == "STOPSIGNAL" and not signal_number(rest):
+            raise ValueError("0 is no signal")
+        return rest
+    words = listed or shlex.split(rest)
+    if word == "EXPOSE":
+        return {**(old or {}), **exposed(words)}
+    if word == "VOLUME":
+        return {**(old or {}), **{item: {} for item in words}}
+    pairs = pairs_of(word, words, rest)
+    if word == "LABEL":
+        return {**(old or {}), **pairs}
+    pairs = {**dict(line.partition("=")[::2] for line in old or ()), **pairs}
+    return [f"{name}={value}" for name, value in pairs.items()]
 
 
 def take_change(settings, text):
     """Apply one line of a Dockerfile, of those that only change the config."""
-    import shlex
-
     word, _, rest = text.strip().partition(" ")
-    word, rest, key = word.upper(), rest.strip(), CHANGES.get(word.upper())
-    if not key or not rest:
+    word, rest = word.upper(), rest.strip()
+    if word not in CHANGES or not rest:
         raise Fail(f"--change {text!r}: not possible", f"{', '.join(CHANGES)}, each "
                    "with what it takes in a Dockerfile", 1)
-    listed = parsed(rest, f"--change {text!r}", [str]) if rest[0] == "[" else None
     try:
-        words = listed or shlex.split(rest)
-    except ValueError as error:
+        settings[CHANGES[word]] = changed(settings, word, rest)
+    except (ValueError, Fail) as error:
         raise Fail(f"--change {text!r}: {error}", "as in a Dockerfile", 1) from None
-    if word in ("CMD", "ENTRYPOINT"):
-        settings[key] = ["/bin/sh", "-c", rest] if listed is None else listed
-    elif word in ("ENV", "LABEL"):
-        pairs = {words[0]: rest.partition(" ")[2].strip()} if "=" not in words[0] else (
-            dict(item.partition("=")[::2] for item in words))  # ENV NAME VALUE is older
-        pairs = {**dict(settings.get(key) or {} if word == "LABEL" else (
-            line.partition("=")[::2] for line in settings.get(key) or ())), **pairs}
-        settings[key] = pairs if word == "LABEL" else [
-            f"{name}={value}" for name, value in pairs.items()]
-    elif word in ("EXPOSE", "VOLUME"):
-        settings[key] = {**(settings.get(key) or {}), **{
-            item if word == "VOLUME" or "/" in item else f"{item}/tcp": {}
-            for item in words}}
-    else:
-        settings[key] = rest
 
 
 def import_pieces(text, headers=None):
@@ -8606,7 +8703,7 @@ def note_image(action, id, name=""):
          arg("name", nargs="?", metavar="NAME[:TAG]", help="of the new image"))
 def import_command(options):
     """Make an image of a tarball."""
-    refs = [full_name(options.name)] if options.name else [""]
+    refs = [new_name(options.name)] if options.name else [""]
     settings = {}
     for text in options.change:
         take_change(settings, text)
@@ -8624,9 +8721,7 @@ def import_command(options):
          arg("name", metavar="NAME[:TAG]", help="the new one"))
 def tag_command(options):
     """Give an image one more name."""
-    ref = full_name(options.name)
-    if "@" in ref:
-        raise Fail("refusing to create a tag with a digest reference", "NAME:TAG", 1)
+    ref = new_name(options.name)
     with changed_index() as entries:
         image = find_image(options.source)
         point(entries, ref, image.entry)
@@ -10955,13 +11050,6 @@ def connect(c):
 # ── the spec: what the options mean ──
 
 
-def port_range(text, option):
-    """The ports of "80" or "80-82"."""
-    low, dash, high = text.partition("-")
-    first = whole(option, low, 0, 65535)
-    return range(first, (whole(option, high, first, 65535) if dash else first) + 1)
-
-
 def published(option):
     """[protocol, address, port of the host, port inside] of each port that -p
     [[IP:]PORT:]PORT[/PROTOCOL] names; what is not named is "", or 0."""
@@ -11136,7 +11224,7 @@ NETWORK_FILTERS = {  # of `network ls`: whether one passes KEY=text
     "label": lambda row, text: has_label(row["Labels"].labels, text),
     "scope": lambda row, text: row["Scope"] == text,
     "type": lambda row, text: (text == "builtin") == (row["Name"] in BUILT_IN),
-    "dangling": lambda row, text: (text in ("1", "true")) == row["Dangling"],
+    "dangling": lambda row, text: is_true("dangling", text) == row["Dangling"],
 }
 
 
@@ -12706,7 +12794,7 @@ VOLUME_FILTERS = {  # of `volume ls`: whether one passes for one of the values
     "name": lambda facts, text: text in facts["Name"],
     "label": lambda facts, text: has_label(facts["Labels"], text),
     "label!": lambda facts, text: not has_label(facts["Labels"], text),
-    "dangling": lambda facts, text: (text in ("1", "true")) == (
+    "dangling": lambda facts, text: is_true("dangling", text) == (
         not users_of(facts["Name"]))}
 
 
@@ -14941,7 +15029,7 @@ def diff_command(options):
 def commit_command(options):
     """Make an image of what a container has changed, on top of its own."""
     record = find(options.container)
-    refs, spec = [full_name(options.name)] if options.name else [""], record.spec()
+    refs, spec = [new_name(options.name)] if options.name else [""], record.spec()
     base = spec["annotations"].get(OF_IMAGE)
     image = find_image(base) if base and record.layers(spec) else None
     settings = {**(image.settings if image else {"Cmd": spec["process"]["args"]})}
@@ -17126,14 +17214,8 @@ def set_word(w, step):
 @instruction("EXPOSE", as_words)
 def expose(w, step):
     """Say at which ports it listens."""
-    ports = dict(w.state.settings.get("ExposedPorts") or {})
-    for word in " ".join(w.words(step)).split():
-        span, _, kind = word.lower().partition("/")
-        if kind not in ("", "tcp", "udp", "sctp"):
-            raise step.fail(f"invalid proto: {kind}", "tcp, udp or sctp", step.at)
-        for port in port_range(span, f"containerPort {word}"):
-            ports[f"{port}/{kind or 'tcp'}"] = {}
-    w.set("ExposedPorts", ports)
+    ports = exposed(" ".join(w.words(step)).split())
+    w.set("ExposedPorts", {**(w.state.settings.get("ExposedPorts") or {}), **ports})
     w.say_that(step, " ".join(w.words(step)))
 
 
@@ -17826,7 +17908,7 @@ class Context:
          arg("path", metavar="PATH|-", help="of the context: a directory or tarball"))
 def build_command(options):
     """Make an image as a Dockerfile says."""
-    refs = [full_name(text) for text in options.tag]
+    refs = [new_name(text) for text in options.tag]
     style = "quiet" if options.quiet else options.progress
     if style == "auto":
         style = "tty" if os.isatty(2) else "plain"
@@ -18849,7 +18931,8 @@ def check_count(words, options, operands, count):
         getattr(options, how.get("unless", ""), None) for _, how in operands)
     most = 1 << 30 if {*kinds} & {"A...", "A*", "+", "*"} else len(kinds)
     if not least <= count <= most:
-        exactly = "exactly" if least == most else "at least" if most > 9 else "at most"
+        exactly = ("exactly" if least == most else
+                   "at least" if count < least else "at most")
         bound = most if exactly == "at most" else least
         raise Fail(f'"minicontainer {words}" ' + (
             f"requires {exactly} {bound} argument{'s' * (bound != 1)}." if most else
@@ -18928,13 +19011,13 @@ def dispatch(argv):
     if words in ("--version", "-v"):
         print(f"minicontainer version {VERSION}")
         return 0
-    if words not in COMMANDS and argv[1:] in ([], ["--help"]) and any(
-            known.startswith(f"{words} ") for known in COMMANDS):
-        print(usage(words))
-        return 0
     if words not in COMMANDS:
-        raise Fail(f"{words!r} is not a minicontainer command",
-                   "see `minicontainer --help`", 1)
+        group = any(known.startswith(f"{words} ") for known in COMMANDS)
+        if group and argv[1:] in ([], ["--help"]):
+            print(usage(words))
+            return 0
+        raise Fail(f"{' '.join(argv[:1 + group])!r} is not a minicontainer command",
+                   f"see `minicontainer {f'{words} ' * group}--help`", 1)
     if os.uname().machine not in KERNEL_NAMES:
         raise Fail(f"the system calls of {os.uname().machine} are not known here",
                    f"known are {' and '.join(KERNEL_NAMES)}")

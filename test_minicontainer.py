@@ -2963,6 +2963,7 @@ def test_what_only_root_can_do_is_refused_to_others_with_a_hint(words):
 
 def test_an_unknown_command_or_flag_is_refused_in_one_line():
     assert "'nosuch' is not a minicontainer command" in refused("nosuch", code=1)
+    assert "'image nosuch' is not" in refused("image", "nosuch", code=1)
     for args in (["run", "--nosuch", "/bin/true"], ["run", "-qx", "/x"],
                  ["run", "--memory"], ["ns", "1", "2"], ["run", "--rm"]):
         message = refused(*args, code=1 if args[-1] in ("2", "--rm") else 125)
@@ -4970,7 +4971,56 @@ def test_an_image_is_listed_named_and_found_as_in_docker(image):
     assert history[1].split()[0] == image[7:19] and history[1].endswith("made by a test")
     assert "No such image: nosuch:latest" in forked_mini("image", "inspect", "nosuch", code=1)
     assert "No such image: thing:2" in forked_mini("run", "--pull=never", "thing:2", code=125)
-    assert "invalid filter" in forked_mini("images", "-f", "x=y", code=1)
+    for text in ("x=y", "dangling=x"):
+        assert f"invalid filter '{text}'" in forked_mini("images", "-f", text, code=1)
+    fields = "{{.VirtualSize}} {{.Containers}} {{.SharedSize}} {{.UniqueSize}}"
+    size = forked_mini("images", "--format", "{{.Size}}", "thing").strip()
+    assert forked_mini("images", "--format", fields, "thing") == f"{size} N/A N/A N/A\n"
+    with m.changed_index() as entries:  # as a pull by digest from a third repository
+        m.point(entries, f"localhost:5000/third@{image}", m.find_image(image).entry)
+    rows = forked_mini("images", "--digests").splitlines()
+    assert [line.split()[:3] for line in rows[1:] if "third" in line] == [
+        ["localhost:5000/third", "<none>", image]]
+
+
+@root
+def test_what_an_image_does_not_say_is_empty_to_a_template(rootfs_tar, images):
+    forked_mini("import", rootfs_tar, "bare")
+    for field, text in (("ExposedPorts", "map[]"), ("StopSignal", ""), ("Shell", "[]"),
+                        ("Healthcheck", "<nil>"), ("Volumes", "map[]"), ("Env", "[]")):
+        assert forked_mini("image", "inspect", "-f", f"{{{{.Config.{field}}}}}",
+                           "bare") == f"{text}\n"
+
+
+@root
+def test_a_new_name_has_no_digest_and_is_not_taken_for_one(image, rootfs_tar):
+    """Nobody has checked it, and who pulls by one trusts it."""
+    for words in (["import", rootfs_tar], ["tag", "thing:1"]):
+        assert "refusing to create a tag with a digest reference" in forked_mini(
+            *words, f"thing@{image}", code=1)
+        assert "ambiguous tag" in forked_mini(*words, "sha256:abc", code=1)
+    assert len(forked_mini("images").splitlines()) == 2
+
+
+@root
+def test_a_change_says_what_it_would_say_in_a_dockerfile(rootfs_tar, images):
+    lines = ["WORKDIR a", "WORKDIR b/../c", "EXPOSE 80-81 53/UDP", "ONBUILD RUN true", "ENV A b c",
+             "HEALTHCHECK --interval=1m --retries=2 CMD true", "STOPSIGNAL SIGINT"]
+    forked_mini("import", *(word for line in lines for word in ("-c", line)), rootfs_tar, "made")
+    said = json.loads(forked_mini("image", "inspect", "-f", "{{json .Config}}", "made"))
+    assert said == {
+        **said, "WorkingDir": "/a/c", "OnBuild": ["RUN true"], "Env": ["A=b c"],
+        "ExposedPorts": {"80/tcp": {}, "81/tcp": {}, "53/udp": {}}, "StopSignal": "SIGINT",
+        "Healthcheck": {"Test": ["CMD-SHELL", "true"], "Interval": 60 * 10**9, "Retries": 2}}
+    for line, words in (
+            ("EXPOSE x", "containerPort x"), ("EXPOSE 1/y", "invalid proto: y"),
+            ("LABEL a", "LABEL must have two arguments"), ("ENV a=1 b", "can't find = in 'b'"),
+            ("STOPSIGNAL x", "unknown signal 'x'"), ("HEALTHCHECK x", "Unknown type 'x'"),
+            ("HEALTHCHECK --x=1 CMD y", "unknown flag: --x"), ("RUN true", "not possible"),
+            ("ONBUILD FROM x", "FROM isn't allowed as an ONBUILD trigger")):
+        said = forked_mini("import", "-c", line, rootfs_tar, "wrong", code=1)
+        assert words in said and line in said
+    assert forked_mini("images", "-q", "wrong") == ""
 
 
 @root
@@ -5376,6 +5426,19 @@ def test_a_layer_that_comes_twice_in_two_packings_keeps_both(images):
 
 
 @root
+@pytest.mark.parametrize("size", [0, 10**6])
+def test_a_size_that_lies_is_found_out_also_of_what_is_here_already(images, size):
+    manifest, blobs = an_image(small_layer())
+    with fake_registry(serving(manifest, blobs)) as (host, _):
+        forked_mini("pull", f"{host}/x:1")
+    lying = {**manifest, "layers": [{**manifest["layers"][0], "size": size}]}
+    with fake_registry(serving(lying, blobs)) as (host, _):
+        assert f"bytes, not the {size} that were announced" in forked_mini(
+            "pull", f"{host}/x:2", code=1)
+    assert len(index()) == 2  # a tag and a digest
+
+
+@root
 def test_a_load_killed_at_any_moment_leaves_nothing_visible_and_can_be_repeated(
         image, images, tmp_path):
     forked_mini("save", "-o", tmp_path / "x.tar", "thing:1")
@@ -5425,19 +5488,6 @@ def test_an_image_that_goes_while_it_is_looked_at_is_not_there_and_no_error(imag
             found = real()
             assert "deleted: " in forked_mini("image", "prune", "-af")
             return found
-@root
-@pytest.mark.parametrize("size", [0, 10**6])
-def test_a_size_that_lies_is_found_out_also_of_what_is_here_already(images, size):
-    manifest, blobs = an_image(small_layer())
-    with fake_registry(serving(manifest, blobs)) as (host, _):
-        forked_mini("pull", f"{host}/x:1")
-    lying = {**manifest, "layers": [{**manifest["layers"][0], "size": size}]}
-    with fake_registry(serving(lying, blobs)) as (host, _):
-        assert f"bytes, not the {size} that were announced" in forked_mini(
-            "pull", f"{host}/x:2", code=1)
-    assert len(index()) == 2  # a tag and a digest
-
-
 
         monkeypatch.setattr(m, name, then_gone)
         assert not look()
