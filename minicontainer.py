@@ -7656,8 +7656,11 @@ class output:
                        ) from None
         return self.file
 
-    def __exit__(self, failed, error, _):
-        self.file.close()
+    def __exit__(self, _, error, __):
+        try:
+            self.file.close()
+        except OSError as late:  # there was no room for what it still had to write
+            error = error or late
         if self.new:
             os.unlink(self.new) if failed else os.rename(self.new, self.path)
 
@@ -19045,7 +19048,7 @@ def dispatch(argv):
     except Fail as fail:
         if fail.code == 125 and words.split()[0] in OF_IMAGES:
             fail.code = 1  # as in Docker, where 125 is said by what starts containers
-        raise
+        raise fail from None
 
 
 def stop(number, _):

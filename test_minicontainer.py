@@ -5196,6 +5196,28 @@ def test_an_archive_is_loaded_from_what_cannot_be_rewound(image, tmp_path):
     os.mkfifo(tmp_path / "fifo")
     with subprocess.Popen(f"cat {tmp_path}/x.tar > {tmp_path}/fifo", shell=True):
         assert forked_mini("load", "-i", tmp_path / "fifo") == "Loaded image: thing:1\n"
+@root
+def test_an_archive_that_finds_no_room_is_named_and_nothing_stays_of_it(image, tmp_path):
+    for words in (["-o", "/dev/full"], ["-o", tmp_path / "small/thing.tar"]):
+        (tmp_path / "small").mkdir(exist_ok=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "none", tmp_path / "small"], check=True)
+        try:
+            assert f"{words[1]}: No space left on device" in forked_mini(
+                "save", *words, "thing:1", code=1)
+            assert os.listdir(tmp_path / "small") == []
+        finally:
+            subprocess.run(["umount", tmp_path / "small"], check=True)
+
+
+@root
+def test_a_full_disk_is_a_line_and_exit_code_1(image, monkeypatch, capfd):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(m, "spool", full)
+    assert m.main(["import", "-", "new"]) == 1
+    assert "No space left on device\n  hint: the disk is full" in capfd.readouterr().err
+
+
     assert os.listdir(m.store("ingest", "")) == []
 
 
