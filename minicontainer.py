@@ -3033,6 +3033,8 @@ def process_spec(options, args, like=None):
                        "NAME=VALUE, or NAME to pass on the host's")
         if equals or name in os.environ:
             env[name] = value if equals else os.environ[name]
+        elif origin == "-e":  # what the host does not have, the image is not to say
+            env.pop(name, None)
     return {
         "terminal": options.tty, "args": args, "cwd": options.workdir or like["cwd"],
         "env": [f"{name}={value}" for name, value in env.items()],

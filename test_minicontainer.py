@@ -4935,6 +4935,8 @@ def test_the_config_of_an_image_is_honoured_and_options_win(image):
                ) == "/srv\nred a b\nhello\n"
     assert run("-e", "COLOUR=blue", "-w", "/", "-u", "0", "--entrypoint", "sh", image[7:19],
                "-c", "echo $COLOUR; pwd; id -u") == "blue\n/\n0\n"
+    assert run("-e", "COLOUR", "--entrypoint", "sh", "thing:1", "-c", "echo ${COLOUR-none}"
+               ) == "none\n"  # a variable that is not there on the host
     assert "No command specified" in refused("run", "--entrypoint", "", "thing:1")
     with running("--entrypoint", "/bin/sh", "thing:1", "-c", "echo up; cat #", ) as (_, id, _):
         spec = json.load(open(f"{STORE}/containers/{id}/config.json"))
