@@ -6861,10 +6861,11 @@ def spelled_out(text):
     if not slash or not (host == "localhost" or set(".:") & set(host)
                          or host != host.lower()):
         host, path = "docker.io", name
-    path, _, tag = path.partition(":")
+    path, colon, tag = path.partition(":")
     if host in ("docker.io", "index.docker.io"):
         host, path = "docker.io", path if "/" in path else f"library/{path}"
-    return f"{host}/{path}@{digest}" if at else f"{host}/{path}:{tag or 'latest'}"
+    return f"{host}/{path}@{digest}" if at else (
+        f"{host}/{path}:{tag if colon else 'latest'}")
 
 
 def full_name(text):
@@ -7241,7 +7242,7 @@ def find_image(text, code=1):
     """The Image that a name, or an id or its beginning, means."""
     images, digits = indexed_images(), text.removeprefix("sha256:")
     by_id = list({image.id: image for image in reversed(images)
-                  if image.id[7:].startswith(digits)}.values())
+                  if digits and image.id[7:].startswith(digits)}.values())
     if len(digits) == 64 and by_id:
         return by_id[0]
     ref = spelled_out(text)  # to ask whether it is well formed would import re
@@ -7254,7 +7255,7 @@ def find_image(text, code=1):
         raise Fail(f"image reference is ambiguous: {text!r} is the beginning of "
                    f"{len(by_id)} ids", "a few digits more; see `minicontainer images`",
                    code)
-    if not by_id or not digits:
+    if not by_id:
         raise NoImage(f"No such image: {short_name(ref)}",
                       "see `minicontainer images`; `pull` gets one", code)
     return by_id[0]
@@ -7664,7 +7665,12 @@ class output:
         except OSError as late:  # there was no room for what it still had to write
             error = error or late
         if self.new:
-            os.unlink(self.new) if failed else os.rename(self.new, self.path)
+            os.unlink(self.new) if error else os.rename(self.new, self.path)
+        if isinstance(error, BrokenPipeError):
+            raise error
+        if isinstance(error, OSError) and not error.filename:
+            raise Fail(f"{self.path or 'standard output'}: {error.strerror}",
+                       "see `df -h`", 1) from None
 
 
 def write_archive(chosen, file):
@@ -14408,6 +14414,9 @@ def container_facts(record, with_sizes=False):
     What Docker has besides, and a container here has not, is left out, not made up."""
     spec, asked = record.spec(), record.asked
     process, entry = spec["process"], asked.get("entry") or []
+    host = host_config(record, spec)
+    listens = spec["annotations"].get("org.opencontainers.image.exposedPorts", "")
+    ports = {port: {} for port in [*listens.split(","), *host["PortBindings"]] if port}
     found = {
         "Id": record.id, "Created": timestamp(record.created),
         "Path": process["args"][0], "Args": process["args"][1:],
@@ -14424,7 +14433,7 @@ def container_facts(record, with_sizes=False):
         "HostnamePath": record.path("hostname"), "HostsPath": record.path("hosts"),
         "LogPath": record.path("log"), "Name": f"/{record.name}",
         "RestartCount": record.restarts, "Platform": "linux",
-        "Driver": asked["storage_driver"], "HostConfig": host_config(record, spec),
+        "Driver": asked["storage_driver"], "HostConfig": host,
         "GraphDriver": {"Name": asked["storage_driver"], "Data": {
             "LowerDir": ":".join(reversed(record.layers(spec))),
             "UpperDir": record.path("upper"), "WorkDir": record.path("work")}},
@@ -14436,6 +14445,8 @@ def container_facts(record, with_sizes=False):
             "Env": process["env"], "Entrypoint": entry or None,
             "Cmd": process["args"][len(entry):], "Image": record.image,
             "WorkingDir": process["cwd"], "Labels": record.labels,
+            **({"ExposedPorts": ports} if ports else {}),
+            **({"Healthcheck": record.health} if record.health else {}),
             "StopSignal": record.stop_signal, "StopTimeout": record.stop_timeout},
         "NetworkSettings": network_settings(record, spec)}
     if with_sizes:
@@ -19047,8 +19058,11 @@ def dispatch(argv):
         be_root()
     try:
         return function(options) or 0
-    except Fail as fail:
-        if fail.code == 125 and words.split()[0] in OF_IMAGES:
+    except (Fail, OSError) as error:
+        if words.split()[0] not in OF_IMAGES or isinstance(error, BrokenPipeError):
+            raise
+        fail = diagnose(error)
+        if fail.code == 125:
             fail.code = 1  # as in Docker, where 125 is said by what starts containers
         raise fail from None
 

@@ -4940,6 +4940,8 @@ def test_the_config_of_an_image_is_honoured_and_options_win(image):
     assert "No command specified" in refused("run", "--entrypoint", "", "thing:1")
     with running("--entrypoint", "/bin/sh", "thing:1", "-c", "echo up; cat #", ) as (_, id, _):
         spec = json.load(open(f"{STORE}/containers/{id}/config.json"))
+        assert forked_mini("inspect", "-f", "{{.Config.ExposedPorts}}", id) == (
+            "map[53/udp:map[] 80/tcp:map[]]\n")
     notes = spec["annotations"]
     assert notes["a.b"] == "c d" and notes[m.OF_IMAGE] == image
     assert notes["org.opencontainers.image.stopSignal"] == "SIGINT"
@@ -4973,6 +4975,8 @@ def test_an_image_is_listed_named_and_found_as_in_docker(image):
     assert history[1].split()[0] == image[7:19] and history[1].endswith("made by a test")
     assert "No such image: nosuch:latest" in forked_mini("image", "inspect", "nosuch", code=1)
     assert "No such image: thing:2" in forked_mini("run", "--pull=never", "thing:2", code=125)
+    for text in ("", "thing:"):
+        assert f"invalid reference format: '{text}'" in forked_mini("rmi", text, code=1)
     for text in ("x=y", "dangling=x"):
         assert f"invalid filter '{text}'" in forked_mini("images", "-f", text, code=1)
     fields = "{{.VirtualSize}} {{.Containers}} {{.SharedSize}} {{.UniqueSize}}"
@@ -5193,12 +5197,6 @@ def test_what_is_saved_is_loaded_with_every_digest_and_by_others(image, images, 
 
 
 @root
-def test_an_archive_is_loaded_from_what_cannot_be_rewound(image, tmp_path):
-    forked_mini("save", "-o", tmp_path / "x.tar", "thing:1")
-    os.mkfifo(tmp_path / "fifo")
-    with subprocess.Popen(f"cat {tmp_path}/x.tar > {tmp_path}/fifo", shell=True):
-        assert forked_mini("load", "-i", tmp_path / "fifo") == "Loaded image: thing:1\n"
-@root
 def test_an_archive_that_finds_no_room_is_named_and_nothing_stays_of_it(image, tmp_path):
     for words in (["-o", "/dev/full"], ["-o", tmp_path / "small/thing.tar"]):
         (tmp_path / "small").mkdir(exist_ok=True)
@@ -5220,6 +5218,12 @@ def test_a_full_disk_is_a_line_and_exit_code_1(image, monkeypatch, capfd):
     assert "No space left on device\n  hint: the disk is full" in capfd.readouterr().err
 
 
+@root
+def test_an_archive_is_loaded_from_what_cannot_be_rewound(image, tmp_path):
+    forked_mini("save", "-o", tmp_path / "x.tar", "thing:1")
+    os.mkfifo(tmp_path / "fifo")
+    with subprocess.Popen(f"cat {tmp_path}/x.tar > {tmp_path}/fifo", shell=True):
+        assert forked_mini("load", "-i", tmp_path / "fifo") == "Loaded image: thing:1\n"
     assert os.listdir(m.store("ingest", "")) == []
 
 
