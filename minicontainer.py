@@ -7715,11 +7715,11 @@ def write_archive(chosen, file):
 # ── lists, as Docker prints them ──
 
 
-def decimal(number):
-    """Bytes as Docker writes those of images, to three digits: 1984227 is 1.98MB."""
+def decimal(number, digits=3):
+    """Bytes as Docker writes those of images, 1984227 is 1.98MB; sums have 4 digits."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
-        if number < 999.5 or unit == "TB":
-            return f"{number:.3g}{unit}"
+        if float(f"{number:.{digits}g}") < 1000 or unit == "TB":
+            return f"{number:.{digits}g}{unit}"
         number /= 1000
 
 
@@ -8309,7 +8309,7 @@ def tell_gone(gone, more=0):
         note_event(kind.lower().removesuffix("s"), "", "prune",
                    {"reclaimed": str(sum(found.values()))})
         more += sum(found.values())
-    print(f"Total reclaimed space: {decimal(more)}")
+    print(f"Total reclaimed space: {decimal(more, 4)}")
 
 
 class Progress:
@@ -8405,7 +8405,7 @@ def image_rows(image, no_trunc):
                "CreatedAt": time.strftime("%Y-%m-%d %H:%M:%S +0000 UTC",
                                           time.gmtime(image.created)),
                "Size": decimal(sum(image.sizes)),
-               "VirtualSize": decimal(sum(image.sizes)), "Containers": "N/A",
+               "VirtualSize": decimal(sum(image.sizes), 4), "Containers": "N/A",
                "SharedSize": "N/A", "UniqueSize": "N/A"}  # Docker counts none either
 
 
@@ -8439,11 +8439,13 @@ def images_command(options):
 
 
 @command("history", QUIET, NO_TRUNC, FORMAT,
+         arg("-H", "--human", metavar="BOOL", optional="true", default="true",
+             choices=("true", "false"), help="ages and rounded sizes (true)"),
          arg("image", metavar="IMAGE", help="its name or id"))
 def history_command(options):
     """Show of what steps an image was made."""
     image = find_image(options.image)
-    rows, sizes = [], iter(image.sizes)
+    rows, sizes, human = [], iter(image.sizes), options.human == "true"
     for step in image.config.get("history") or [{} for _ in image.sizes]:
         by, when = (step.get("created_by") or "").replace("\t", " "), (
             step.get("created") or "")
@@ -8451,12 +8453,14 @@ def history_command(options):
             "ID": "<missing>", "CreatedSince": ago(seconds_of(when)),
             "CreatedAt": when, "Comment": step.get("comment") or "",
             "CreatedBy": by if options.no_trunc or len(by) < 46 else by[:44] + "…",
-            "Size": decimal(0 if step.get("empty_layer") else next(sizes, 0))})
+            "Size": (decimal if human else str)(
+                0 if step.get("empty_layer") else next(sizes, 0))})
     for row in rows[:1]:
         row["ID"] = image.id if options.no_trunc else image.id[7:19]
-    print_list({"IMAGE": "ID", "CREATED": "CreatedSince", "CREATED BY": "CreatedBy",
-                "SIZE": "Size", "COMMENT": "Comment"}, rows, options.format,
-               "ID" if options.quiet else "", "CreatedAt")
+    when = {"CREATED": "CreatedSince"} if human else {"CREATED AT": "CreatedAt"}
+    print_list({"IMAGE": "ID", **when, "CREATED BY": "CreatedBy", "SIZE": "Size",
+                "COMMENT": "Comment"}, rows, options.format,
+               "ID" if options.quiet else "", "CreatedAt CreatedSince")
 
 
 UNSAID = {"User": "", "Env": [], "Cmd": [], "Volumes": {}, "WorkingDir": "",
@@ -15354,8 +15358,8 @@ def usage_rows():
     for image in there:
         shared = sum(length for diff_id, length in zip(
             image.diff_ids, image.sizes, strict=False) if layers.count(diff_id) > 1)
-        images += [{**row, "SharedSize": decimal(shared), "UniqueSize": decimal(sum(
-            image.sizes) - shared), "Containers": str(used.count(image.id))}
+        images += [{**row, "SharedSize": decimal(shared, 4), "UniqueSize": decimal(
+            sum(image.sizes) - shared, 4), "Containers": str(used.count(image.id))}
             for row in image_rows(image, False)]
     return {
         "Images": images,
@@ -15363,9 +15367,9 @@ def usage_rows():
             **container_row(record), "Size": decimal(
                 sizes(record, record.spec())[0])})),
         "Volumes": [{"Name": facts["Name"], "Links": str(len(users_of(facts["Name"]))),
-                     "Size": decimal(bytes_in(facts["Mountpoint"]))}
+                     "Size": decimal(bytes_in(facts["Mountpoint"]), 4)}
                     for facts in all_volumes()],
-        "BuildCache": [{"ID": id, "CacheType": kind, "Size": decimal(length),
+        "BuildCache": [{"ID": id, "CacheType": kind, "Size": decimal(length, 4),
                         "CreatedSince": ago(made), "Shared": str(shared).lower()}
                        for id, kind, shared, length, made in cache_usage()]}
 
@@ -15380,7 +15384,7 @@ def show_usage(form):
     for kind, title in (("Images", "Images space usage:"),
                         ("Containers", "Containers space usage:"),
                         ("Volumes", "Local Volumes space usage:"),
-                        ("BuildCache", f"Build cache usage: {decimal(total)}")):
+                        ("BuildCache", f"Build cache usage: {decimal(total, 4)}")):
         print(f"{title}\n")
         print_list(USAGE_COLUMNS[kind], found[kind], "")
         print("\n" * (kind != "BuildCache"), end="")
@@ -15404,8 +15408,8 @@ def system_df_command(options):
         total = sum(length for _, length in found)
         free = sum(length for active, length in found if not active)
         rows.append({"Type": kind, "TotalCount": str(len(found)), "Active": str(sum(
-            active for active, _ in found)), "Size": decimal(total), "Reclaimable":
-            decimal(free) + (f" ({100 * free // total}%)" if total else "")})
+            active for active, _ in found)), "Size": decimal(total, 4), "Reclaimable":
+            decimal(free, 4) + (f" ({100 * free // total}%)" if total else "")})
     print_list({"TYPE": "Type", "TOTAL": "TotalCount", "ACTIVE": "Active",
                 "SIZE": "Size", "RECLAIMABLE": "Reclaimable"}, rows, options.format)
 
@@ -17974,7 +17978,7 @@ def remove_cache():
 def builder_prune_command(options):
     """Remove the cache of builds."""
     if confirm(options, "all build cache"):
-        print(f"Total reclaimed space: {decimal(remove_cache())}")
+        print(f"Total reclaimed space: {decimal(remove_cache(), 4)}")
 
 
 @command("system prune", FORCE, ONLY,

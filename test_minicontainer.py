@@ -4837,6 +4837,7 @@ def test_what_is_no_name_of_an_image_is_refused(text):
 def test_sizes_and_ages_are_written_as_docker_writes_them():
     assert [m.decimal(n) for n in (0, 999, 1000, 1984227, 123456789, 10**13)] == [
         "0B", "999B", "1kB", "1.98MB", "123MB", "10TB"]
+    assert [m.decimal(n, 4) for n in (1984227, 999949, 999950)] == ["1.984MB", "999.9kB", "1MB"]
     now = time.time()
     assert [m.ago(now - s) for s in (0, 1, 30, 61, 300, 3700, 7300, 90000, 200000, 86400 * 15,
                                      86400 * 70, 86400 * 900)] == [
@@ -4974,6 +4975,8 @@ def test_an_image_is_listed_named_and_found_as_in_docker(image):
                        "thing:1") == "web []\n"
     history = forked_mini("history", "thing:1").splitlines()
     assert history[1].split()[0] == image[7:19] and history[1].endswith("made by a test")
+    exact = forked_mini("history", "-H=false", "thing:1").splitlines()
+    assert "CREATED AT" in exact[0] and exact[1].split()[2] == str(m.find_image(image).sizes[0])
     assert "No such image: nosuch:latest" in forked_mini("image", "inspect", "nosuch", code=1)
     assert "No such image: thing:2" in forked_mini("run", "--pull=never", "thing:2", code=125)
     for text in ("", "thing:"):
@@ -4981,7 +4984,7 @@ def test_an_image_is_listed_named_and_found_as_in_docker(image):
     for text in ("x=y", "dangling=x"):
         assert f"invalid filter '{text}'" in forked_mini("images", "-f", text, code=1)
     fields = "{{.VirtualSize}} {{.Containers}} {{.SharedSize}} {{.UniqueSize}}"
-    size = forked_mini("images", "--format", "{{.Size}}", "thing").strip()
+    size = m.decimal(sum(m.find_image(image).sizes), 4)
     assert forked_mini("images", "--format", fields, "thing") == f"{size} N/A N/A N/A\n"
     with m.changed_index() as entries:  # as a pull by digest from a third repository
         m.point(entries, f"localhost:5000/third@{image}", m.find_image(image).entry)
