@@ -3033,6 +3033,8 @@ def process_spec(options, args, like=None):
                        "NAME=VALUE, or NAME to pass on the host's")
         if equals or name in os.environ:
             env[name] = value if equals else os.environ[name]
+        elif origin == "-e":  # what the host does not have, the image is not to say
+            env.pop(name, None)
     return {
         "terminal": options.tty, "args": args, "cwd": options.workdir or like["cwd"],
         "env": [f"{name}={value}" for name, value in env.items()],
@@ -6271,9 +6273,10 @@ class TarReader:
             return
         for key in (b"GNU.sparse.size", b"GNU.sparse.realsize"):
             entry.size = tar_number(notes[key], 10) if key in notes else entry.size
-        entry.stretches = list(zip(numbers[::2], numbers[1::2], strict=True))
-        if entry.size < 0 or any(at < 0 or length < 0 or at + length > entry.size
-                                 for at, length in entry.stretches):
+        entry.stretches = list(zip(numbers[::2], numbers[1::2], strict=False))
+        if len(numbers) % 2 or entry.size < 0 or any(
+                at < 0 or length < 0 or at + length > entry.size
+                for at, length in entry.stretches):
             raise ValueError(f"{entry.name!r} has holes that are none")
 
 
@@ -6469,6 +6472,8 @@ class Layer:
 
     def add(self, entry):
         """Make the file that an entry tells of."""
+        if ".wh..wh." in entry.name and not entry.name.endswith(".wh..wh..opq"):
+            return  # what aufs noted for itself: some old images have it
         parent, name = self.parent(entry.name)
         if name == ".wh..wh..opq":
             os.setxattr(parent, OPAQUE, b"y")
@@ -6859,10 +6864,11 @@ def spelled_out(text):
     if not slash or not (host == "localhost" or set(".:") & set(host)
                          or host != host.lower()):
         host, path = "docker.io", name
-    path, _, tag = path.partition(":")
+    path, colon, tag = path.partition(":")
     if host in ("docker.io", "index.docker.io"):
         host, path = "docker.io", path if "/" in path else f"library/{path}"
-    return f"{host}/{path}@{digest}" if at else f"{host}/{path}:{tag or 'latest'}"
+    return f"{host}/{path}@{digest}" if at else (
+        f"{host}/{path}:{tag if colon else 'latest'}")
 
 
 def full_name(text):
@@ -6876,6 +6882,18 @@ def full_name(text):
                      "[HOST[:PORT]/]NAME[:TAG] or NAME@sha256:…, in lower case, as in "
                      "alpine:3.20")  # what cannot be the name of an image is none
     return spelled_out(text)
+
+
+def new_name(text):
+    """The same for an image that is about to get the name.  A digest is no part of it:
+    that says what is in an image, and is for a registry to give."""
+    ref = full_name(text)
+    if "@" in ref:
+        raise Fail("refusing to create a tag with a digest reference", "NAME:TAG", 1)
+    if ref.startswith("docker.io/library/sha256:"):  # sha256:abc is the id of one
+        raise Fail("refusing to create an ambiguous tag using digest algorithm as name",
+                   "call it otherwise", 1)
+    return ref
 
 
 def short_name(ref):
@@ -7227,7 +7245,7 @@ def find_image(text, code=1):
     """The Image that a name, or an id or its beginning, means."""
     images, digits = indexed_images(), text.removeprefix("sha256:")
     by_id = list({image.id: image for image in reversed(images)
-                  if image.id[7:].startswith(digits)}.values())
+                  if digits and image.id[7:].startswith(digits)}.values())
     if len(digits) == 64 and by_id:
         return by_id[0]
     ref = spelled_out(text)  # to ask whether it is well formed would import re
@@ -7240,7 +7258,7 @@ def find_image(text, code=1):
         raise Fail(f"image reference is ambiguous: {text!r} is the beginning of "
                    f"{len(by_id)} ids", "a few digits more; see `minicontainer images`",
                    code)
-    if not by_id or not digits:
+    if not by_id:
         raise NoImage(f"No such image: {short_name(ref)}",
                       "see `minicontainer images`; `pull` gets one", code)
     return by_id[0]
@@ -7306,6 +7324,9 @@ def fetch(source, descriptor, tell=lambda *_: None):
             file.flush()
             os.fsync(file.fileno())
             os.rename(part, blob_path(digest))
+    if (found := os.path.getsize(blob_path(digest))) != descriptor["size"]:
+        raise Fail(f"{digest} has {found} bytes, not the {descriptor['size']} that "
+                   "were announced", "the source is damaged or hostile")
     return blob_path(digest)
 
 
@@ -7478,8 +7499,9 @@ def take_image(source, raw, refs, show=lambda *_: None):
                        tell))
         for diff_id, layer in pairs.items()], show)), strict=True))
     for diff_id, layer in zip(diff_ids, layers, strict=True):
+        blob = fetch(source, layer)  # it is there, but is it as large as this says?
         if layer["digest"] != pairs[diff_id]["digest"]:  # the same in another packing
-            unpack_layer(diff_id, fetch(source, layer))
+            unpack_layer(diff_id, blob)
     entry = {"mediaType": manifest.get("mediaType") or OCI_MANIFEST,
              "digest": keep(raw), "size": len(raw), "annotations": {
                  SIZES: " ".join(str(sizes[diff_id]) for diff_id in diff_ids)}}
@@ -7640,10 +7662,18 @@ class output:
                        ) from None
         return self.file
 
-    def __exit__(self, failed, error, _):
-        self.file.close()
+    def __exit__(self, _, error, __):
+        try:
+            self.file.close()
+        except OSError as late:  # there was no room for what it still had to write
+            error = error or late
         if self.new:
-            os.unlink(self.new) if failed else os.rename(self.new, self.path)
+            os.unlink(self.new) if error else os.rename(self.new, self.path)
+        if isinstance(error, BrokenPipeError):
+            raise error
+        if isinstance(error, OSError) and not error.filename:
+            raise Fail(f"{self.path or 'standard output'}: {error.strerror}",
+                       "see `df -h`", 1) from None
 
 
 def write_archive(chosen, file):
@@ -7685,11 +7715,11 @@ def write_archive(chosen, file):
 # ── lists, as Docker prints them ──
 
 
-def decimal(number):
-    """Bytes as Docker writes those of images, to three digits: 1984227 is 1.98MB."""
+def decimal(number, digits=3):
+    """Bytes as Docker writes those of images, 1984227 is 1.98MB; sums have 4 digits."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
-        if number < 999.5 or unit == "TB":
-            return f"{number:.3g}{unit}"
+        if float(f"{number:.{digits}g}") < 1000 or unit == "TB":
+            return f"{number:.{digits}g}{unit}"
         number /= 1000
 
 
@@ -7745,11 +7775,14 @@ MOST_WIDE = 10 ** 6  # a width that a template may ask for, as in Go
 
 # What Docker has as maps, and not as structs: only they may be asked for what they do
 # not have; what it has as lists; and the fields that are left out where they are nil.
-MAPS = {"Annotations", "Attributes", "Containers", "Data", "DriverOpts", "Labels",
-        "Networks", "Options", "PortBindings", "Ports", "Sysctls", "Volumes"}
+MAPS = {"Annotations", "Attributes", "Containers", "Data", "DriverOpts",
+        "ExposedPorts", "Labels", "Networks", "Options", "PortBindings", "Ports",
+        "Sysctls", "Volumes"}
 LISTS = {"Binds", "CapAdd", "CapDrop", "Cmd", "Entrypoint", "Env", "GroupAdd",
-         "OnBuild", "SecurityOpt", "VolumesFrom"}
-NILS = {"Health", "Healthcheck", "SizeRw", "SizeRootFs"}
+         "OnBuild", "SecurityOpt", "Shell", "VolumesFrom"}
+STRINGS = {"StopSignal"}
+NILS = {"ExposedPorts", "Health", "Healthcheck", "Shell", "SizeRw", "SizeRootFs",
+        "StopSignal"}
 
 
 class TemplateError(Exception):
@@ -7764,7 +7797,8 @@ class Nil(list):
     """What is null in JSON: a list or a map without anything, or what is not there."""
 
     def __init__(self, name):
-        self.text = "[]" if name in LISTS else "map[]" if name in MAPS else "<nil>"
+        self.text = ("[]" if name in LISTS else "map[]" if name in MAPS else
+                     "" if name in STRINGS else "<nil>")
 
     def __str__(self):
         return self.text
@@ -8275,7 +8309,7 @@ def tell_gone(gone, more=0):
         note_event(kind.lower().removesuffix("s"), "", "prune",
                    {"reclaimed": str(sum(found.values()))})
         more += sum(found.values())
-    print(f"Total reclaimed space: {decimal(more)}")
+    print(f"Total reclaimed space: {decimal(more, 4)}")
 
 
 class Progress:
@@ -8341,28 +8375,38 @@ def prune_filters(labels, created):
             "until": lambda thing, text: created(thing) < moment("until", text)}
 
 
+def is_true(key, text):
+    """Whether the value of a filter means yes, of those that mean yes or no."""
+    if text.lower() not in ("1", "t", "true", "0", "f", "false"):
+        raise Fail(f"invalid filter '{key}={text}'", "true or false", 1)
+    return text.lower() in ("1", "t", "true")
+
+
 IMAGE_FILTERS = {  # whether one passes KEY=text
     **prune_filters(lambda image: image.labels, lambda image: image.created * 10 ** 9),
-    "dangling": lambda image, text: (text == "true") == (not image.names),
+    "dangling": lambda image, text: is_true("dangling", text) == (not image.names),
     "before": lambda image, text: image.created < find_image(text).created,
     "since": lambda image, text: image.created > find_image(text).created,
 }
 
 
 def image_rows(image, no_trunc):
-    """What `images` shows of an image: a row for each of its names."""
+    """What `images` shows of an image: a row for each of its names, and one for each
+    repository that has given it a digest but no tag."""
     of_repository = {name.partition("@")[0]: name.partition("@")[2]
                      for name in image.digests()}
-    names = [tag.rpartition(":")[::2] for tag in image.tags()] or [
-        (name, "<none>") for name in of_repository] or [("<none>", "<none>")]
-    for repository, tag in names:
+    names = [tag.rpartition(":")[::2] for tag in image.tags()]
+    names += [(name, "<none>") for name in of_repository if name not in dict(names)]
+    for repository, tag in names or [("<none>", "<none>")]:
         yield {"Repository": repository, "Tag": tag,
                "Digest": of_repository.get(repository, "<none>"),
                "ID": image.id if no_trunc else image.id[7:19],
                "CreatedSince": ago(image.created),
                "CreatedAt": time.strftime("%Y-%m-%d %H:%M:%S +0000 UTC",
                                           time.gmtime(image.created)),
-               "Size": decimal(sum(image.sizes))}
+               "Size": decimal(sum(image.sizes)),
+               "VirtualSize": decimal(sum(image.sizes), 4), "Containers": "N/A",
+               "SharedSize": "N/A", "UniqueSize": "N/A"}  # Docker counts none either
 
 
 LIST_OPTIONS = (
@@ -8390,15 +8434,18 @@ def images_command(options):
     digest = {"DIGEST": "Digest"} if options.digests else {}
     print_list({"REPOSITORY": "Repository", "TAG": "Tag", **digest, "IMAGE ID": "ID",
                 "CREATED": "CreatedSince", "SIZE": "Size"}, rows, options.format,
-               "ID" if options.quiet else "", "Digest CreatedAt")
+               "ID" if options.quiet else "", "Digest CreatedAt VirtualSize Containers "
+               "SharedSize UniqueSize")
 
 
 @command("history", QUIET, NO_TRUNC, FORMAT,
+         arg("-H", "--human", metavar="BOOL", optional="true", default="true",
+             choices=("true", "false"), help="ages and rounded sizes (true)"),
          arg("image", metavar="IMAGE", help="its name or id"))
 def history_command(options):
     """Show of what steps an image was made."""
     image = find_image(options.image)
-    rows, sizes = [], iter(image.sizes)
+    rows, sizes, human = [], iter(image.sizes), options.human == "true"
     for step in image.config.get("history") or [{} for _ in image.sizes]:
         by, when = (step.get("created_by") or "").replace("\t", " "), (
             step.get("created") or "")
@@ -8406,12 +8453,14 @@ def history_command(options):
             "ID": "<missing>", "CreatedSince": ago(seconds_of(when)),
             "CreatedAt": when, "Comment": step.get("comment") or "",
             "CreatedBy": by if options.no_trunc or len(by) < 46 else by[:44] + "…",
-            "Size": decimal(0 if step.get("empty_layer") else next(sizes, 0))})
+            "Size": (decimal if human else str)(
+                0 if step.get("empty_layer") else next(sizes, 0))})
     for row in rows[:1]:
         row["ID"] = image.id if options.no_trunc else image.id[7:19]
-    print_list({"IMAGE": "ID", "CREATED": "CreatedSince", "CREATED BY": "CreatedBy",
-                "SIZE": "Size", "COMMENT": "Comment"}, rows, options.format,
-               "ID" if options.quiet else "", "CreatedAt")
+    when = {"CREATED": "CreatedSince"} if human else {"CREATED AT": "CreatedAt"}
+    print_list({"IMAGE": "ID", **when, "CREATED BY": "CreatedBy", "SIZE": "Size",
+                "COMMENT": "Comment"}, rows, options.format,
+               "ID" if options.quiet else "", "CreatedAt CreatedSince")
 
 
 UNSAID = {"User": "", "Env": [], "Cmd": [], "Volumes": {}, "WorkingDir": "",
@@ -8482,38 +8531,108 @@ def image_inspect_command(options):
 
 CHANGES = {"CMD": "Cmd", "ENTRYPOINT": "Entrypoint", "ENV": "Env", "LABEL": "Labels",
            "EXPOSE": "ExposedPorts", "VOLUME": "Volumes", "USER": "User",
-           "WORKDIR": "WorkingDir", "STOPSIGNAL": "StopSignal"}
+           "WORKDIR": "WorkingDir", "STOPSIGNAL": "StopSignal", "ONBUILD": "OnBuild",
+           "HEALTHCHECK": "Healthcheck"}
+
+
+def health_check(text):
+    """What an image says of its health, of the rest of a line HEALTHCHECK."""
+    found, flags = {}, ("interval", "timeout", "start-period", "retries")
+    while text.startswith("--"):
+        flag, _, text = text.partition(" ")
+        name, _, value = flag[2:].partition("=")
+        if name not in flags:
+            raise ValueError(f"unknown flag: --{name}")
+        found[name.title().replace("-", "")] = whole(
+            flag, value, 0) if name == "retries" else nanoseconds(flag, value, 1)
+        text = text.lstrip()
+    kind, _, rest = text.partition(" ")
+    if kind.upper() == "NONE" and not rest:
+        return {"Test": ["NONE"]}
+    if kind.upper() != "CMD" or not rest.strip():
+        raise ValueError(f"Unknown type {kind!r} in HEALTHCHECK (try CMD)")
+    rest = rest.strip()
+    words = parsed(rest, kind, [str]) if rest[0] == "[" else None
+    return {"Test": ["CMD-SHELL", rest] if words is None else ["CMD", *words], **found}
+
+
+def port_range(text, option):
+    """The ports of "80" or "80-82"."""
+    low, dash, high = text.partition("-")
+    first = whole(option, low, 0, 65535)
+    return range(first, (whole(option, high, first, 65535) if dash else first) + 1)
+
+
+def exposed(words):
+    """What an image says of the ports that EXPOSE names."""
+    ports = {}
+    for word in words:
+        span, _, kind = word.lower().partition("/")
+        if kind not in ("", "tcp", "udp", "sctp"):
+            raise Fail(f"invalid proto: {kind}", "tcp, udp or sctp")
+        for port in port_range(span, f"containerPort {word}"):
+            ports[f"{port}/{kind or 'tcp'}"] = {}
+    return ports
+
+
+def pairs_of(word, words, rest):
+    """{NAME: VALUE} of ENV or LABEL; the older ENV NAME VALUE has just one."""
+    if "=" not in words[0]:
+        if len(words) < 2:
+            raise ValueError(f"{word} must have two arguments")
+        return {words[0]: rest.partition(" ")[2].strip()}
+    for item in words:
+        if "=" not in item:
+            raise ValueError(f"can't find = in {item!r}. Must be of the form: "
+                             "name=value")
+    return dict(item.partition("=")[::2] for item in words)
+
+
+def changed(settings, word, rest):
+    """The new value of what one line of a Dockerfile changes in a config."""
+    import shlex
+
+    old, listed = settings.get(CHANGES[word]), None
+    if rest[0] == "[":
+        listed = parsed(rest, word, [str])
+    if word in ("CMD", "ENTRYPOINT"):
+        return ["/bin/sh", "-c", rest] if listed is None else listed
+    if word == "WORKDIR":  # one may lead on from the last
+        path = os.path.normpath(os.path.join("/", old or "", rest))
+        return f"/{path.lstrip('/')}"
+    if word == "ONBUILD":
+        if (name := rest.split()[0].upper()) in ("ONBUILD", "FROM", "MAINTAINER"):
+            raise ValueError(f"{name} isn't allowed as an ONBUILD trigger")
+        return [*(old or ()), rest]
+    if word == "HEALTHCHECK":
+        return health_check(rest)
+    if word in ("USER", "STOPSIGNAL"):
+        if word == "STOPSIGNAL" and not signal_number(rest):
+            raise ValueError("0 is no signal")
+        return rest
+    words = listed or shlex.split(rest)
+    if word == "EXPOSE":
+        return {**(old or {}), **exposed(words)}
+    if word == "VOLUME":
+        return {**(old or {}), **{item: {} for item in words}}
+    pairs = pairs_of(word, words, rest)
+    if word == "LABEL":
+        return {**(old or {}), **pairs}
+    pairs = {**dict(line.partition("=")[::2] for line in old or ()), **pairs}
+    return [f"{name}={value}" for name, value in pairs.items()]
 
 
 def take_change(settings, text):
     """Apply one line of a Dockerfile, of those that only change the config."""
-    import shlex
-
     word, _, rest = text.strip().partition(" ")
-    word, rest, key = word.upper(), rest.strip(), CHANGES.get(word.upper())
-    if not key or not rest:
+    word, rest = word.upper(), rest.strip()
+    if word not in CHANGES or not rest:
         raise Fail(f"--change {text!r}: not possible", f"{', '.join(CHANGES)}, each "
                    "with what it takes in a Dockerfile", 1)
-    listed = parsed(rest, f"--change {text!r}", [str]) if rest[0] == "[" else None
     try:
-        words = listed or shlex.split(rest)
-    except ValueError as error:
+        settings[CHANGES[word]] = changed(settings, word, rest)
+    except (ValueError, Fail) as error:
         raise Fail(f"--change {text!r}: {error}", "as in a Dockerfile", 1) from None
-    if word in ("CMD", "ENTRYPOINT"):
-        settings[key] = ["/bin/sh", "-c", rest] if listed is None else listed
-    elif word in ("ENV", "LABEL"):
-        pairs = {words[0]: rest.partition(" ")[2].strip()} if "=" not in words[0] else (
-            dict(item.partition("=")[::2] for item in words))  # ENV NAME VALUE is older
-        pairs = {**dict(settings.get(key) or {} if word == "LABEL" else (
-            line.partition("=")[::2] for line in settings.get(key) or ())), **pairs}
-        settings[key] = pairs if word == "LABEL" else [
-            f"{name}={value}" for name, value in pairs.items()]
-    elif word in ("EXPOSE", "VOLUME"):
-        settings[key] = {**(settings.get(key) or {}), **{
-            item if word == "VOLUME" or "/" in item else f"{item}/tcp": {}
-            for item in words}}
-    else:
-        settings[key] = rest
 
 
 def import_pieces(text, headers=None):
@@ -8533,9 +8652,10 @@ def import_pieces(text, headers=None):
             if getattr(stream, "length", None):
                 raise ConnectionError("the connection was cut")
     except (OSError, ValueError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", None) or getattr(error, "strerror", None)
-        raise Fail(f"{text}: {str(reason or error or repr(error)):.200}",
-                   "FILE, URL, or - for standard input", 1) from None
+        reason = getattr(error, "reason", None) or error  # urllib's is an error itself
+        said = getattr(reason, "strerror", None) or str(reason) or repr(error)
+        raise Fail(f"{text}: {said:.200}", "FILE, URL, or - for standard input", 1
+                   ) from None
 
 
 def keep_layer(path, digest, title):
@@ -8601,7 +8721,7 @@ def note_image(action, id, name=""):
          arg("name", nargs="?", metavar="NAME[:TAG]", help="of the new image"))
 def import_command(options):
     """Make an image of a tarball."""
-    refs = [full_name(options.name)] if options.name else [""]
+    refs = [new_name(options.name)] if options.name else [""]
     settings = {}
     for text in options.change:
         take_change(settings, text)
@@ -8619,9 +8739,7 @@ def import_command(options):
          arg("name", metavar="NAME[:TAG]", help="the new one"))
 def tag_command(options):
     """Give an image one more name."""
-    ref = full_name(options.name)
-    if "@" in ref:
-        raise Fail("refusing to create a tag with a digest reference", "NAME:TAG", 1)
+    ref = new_name(options.name)
     with changed_index() as entries:
         image = find_image(options.source)
         point(entries, ref, image.entry)
@@ -9313,7 +9431,8 @@ class Registry:
             if isinstance(reason, (ConnectionRefusedError, socket.gaierror)):
                 raise Fail(f"{self.host}: {reason.strerror}", "is the name right, and "
                            "is there a network?", 1) from None
-            raise Broken(f"{reason or error!r}") from None
+            raise Broken(getattr(reason, "strerror", None) or f"{reason or error!r}"
+                         ) from None
 
     def authorize(self, challenge):
         """Prove who we are, as an answer 401 asks us to."""
@@ -9458,10 +9577,11 @@ def pull_image(ref, platform, out=None):
     try:
         raw, digest = registry.patiently(registry.manifest, version)
     except Refused as refused:
-        refused.message = (
-            f"manifest for {name} not found" if refused.status == 404 else
-            f"pull access denied for {name.rsplit(':', 1)[0]}, repository does not "
-            "exist or may require 'minicontainer login'") + f": {refused.message}"
+        refused.message = {
+            404: f"manifest for {name} not found: ", **dict.fromkeys((0, 401, 403), (
+                f"pull access denied for {name.rsplit(':', 1)[0]}, repository does not "
+                "exist or may require 'minicontainer login': "))
+            }.get(refused.status, "") + refused.message
         raise
     print(f"{name if '@' in ref else version}: Pulling from {path}", file=out)
     known = [(name_of(entry), entry["digest"]) for entry in read_index()]
@@ -10948,13 +11068,6 @@ def connect(c):
 # ── the spec: what the options mean ──
 
 
-def port_range(text, option):
-    """The ports of "80" or "80-82"."""
-    low, dash, high = text.partition("-")
-    first = whole(option, low, 0, 65535)
-    return range(first, (whole(option, high, first, 65535) if dash else first) + 1)
-
-
 def published(option):
     """[protocol, address, port of the host, port inside] of each port that -p
     [[IP:]PORT:]PORT[/PROTOCOL] names; what is not named is "", or 0."""
@@ -11129,7 +11242,7 @@ NETWORK_FILTERS = {  # of `network ls`: whether one passes KEY=text
     "label": lambda row, text: has_label(row["Labels"].labels, text),
     "scope": lambda row, text: row["Scope"] == text,
     "type": lambda row, text: (text == "builtin") == (row["Name"] in BUILT_IN),
-    "dangling": lambda row, text: (text in ("1", "true")) == row["Dangling"],
+    "dangling": lambda row, text: is_true("dangling", text) == row["Dangling"],
 }
 
 
@@ -12699,7 +12812,7 @@ VOLUME_FILTERS = {  # of `volume ls`: whether one passes for one of the values
     "name": lambda facts, text: text in facts["Name"],
     "label": lambda facts, text: has_label(facts["Labels"], text),
     "label!": lambda facts, text: not has_label(facts["Labels"], text),
-    "dangling": lambda facts, text: (text in ("1", "true")) == (
+    "dangling": lambda facts, text: is_true("dangling", text) == (
         not users_of(facts["Name"]))}
 
 
@@ -14308,6 +14421,9 @@ def container_facts(record, with_sizes=False):
     What Docker has besides, and a container here has not, is left out, not made up."""
     spec, asked = record.spec(), record.asked
     process, entry = spec["process"], asked.get("entry") or []
+    host = host_config(record, spec)
+    listens = spec["annotations"].get("org.opencontainers.image.exposedPorts", "")
+    ports = {port: {} for port in [*listens.split(","), *host["PortBindings"]] if port}
     found = {
         "Id": record.id, "Created": timestamp(record.created),
         "Path": process["args"][0], "Args": process["args"][1:],
@@ -14324,7 +14440,7 @@ def container_facts(record, with_sizes=False):
         "HostnamePath": record.path("hostname"), "HostsPath": record.path("hosts"),
         "LogPath": record.path("log"), "Name": f"/{record.name}",
         "RestartCount": record.restarts, "Platform": "linux",
-        "Driver": asked["storage_driver"], "HostConfig": host_config(record, spec),
+        "Driver": asked["storage_driver"], "HostConfig": host,
         "GraphDriver": {"Name": asked["storage_driver"], "Data": {
             "LowerDir": ":".join(reversed(record.layers(spec))),
             "UpperDir": record.path("upper"), "WorkDir": record.path("work")}},
@@ -14336,6 +14452,8 @@ def container_facts(record, with_sizes=False):
             "Env": process["env"], "Entrypoint": entry or None,
             "Cmd": process["args"][len(entry):], "Image": record.image,
             "WorkingDir": process["cwd"], "Labels": record.labels,
+            **({"ExposedPorts": ports} if ports else {}),
+            **({"Healthcheck": record.health} if record.health else {}),
             "StopSignal": record.stop_signal, "StopTimeout": record.stop_timeout},
         "NetworkSettings": network_settings(record, spec)}
     if with_sizes:
@@ -14934,7 +15052,7 @@ def diff_command(options):
 def commit_command(options):
     """Make an image of what a container has changed, on top of its own."""
     record = find(options.container)
-    refs, spec = [full_name(options.name)] if options.name else [""], record.spec()
+    refs, spec = [new_name(options.name)] if options.name else [""], record.spec()
     base = spec["annotations"].get(OF_IMAGE)
     image = find_image(base) if base and record.layers(spec) else None
     settings = {**(image.settings if image else {"Cmd": spec["process"]["args"]})}
@@ -15240,8 +15358,8 @@ def usage_rows():
     for image in there:
         shared = sum(length for diff_id, length in zip(
             image.diff_ids, image.sizes, strict=False) if layers.count(diff_id) > 1)
-        images += [{**row, "SharedSize": decimal(shared), "UniqueSize": decimal(sum(
-            image.sizes) - shared), "Containers": str(used.count(image.id))}
+        images += [{**row, "SharedSize": decimal(shared, 4), "UniqueSize": decimal(
+            sum(image.sizes) - shared, 4), "Containers": str(used.count(image.id))}
             for row in image_rows(image, False)]
     return {
         "Images": images,
@@ -15249,9 +15367,9 @@ def usage_rows():
             **container_row(record), "Size": decimal(
                 sizes(record, record.spec())[0])})),
         "Volumes": [{"Name": facts["Name"], "Links": str(len(users_of(facts["Name"]))),
-                     "Size": decimal(bytes_in(facts["Mountpoint"]))}
+                     "Size": decimal(bytes_in(facts["Mountpoint"]), 4)}
                     for facts in all_volumes()],
-        "BuildCache": [{"ID": id, "CacheType": kind, "Size": decimal(length),
+        "BuildCache": [{"ID": id, "CacheType": kind, "Size": decimal(length, 4),
                         "CreatedSince": ago(made), "Shared": str(shared).lower()}
                        for id, kind, shared, length, made in cache_usage()]}
 
@@ -15266,7 +15384,7 @@ def show_usage(form):
     for kind, title in (("Images", "Images space usage:"),
                         ("Containers", "Containers space usage:"),
                         ("Volumes", "Local Volumes space usage:"),
-                        ("BuildCache", f"Build cache usage: {decimal(total)}")):
+                        ("BuildCache", f"Build cache usage: {decimal(total, 4)}")):
         print(f"{title}\n")
         print_list(USAGE_COLUMNS[kind], found[kind], "")
         print("\n" * (kind != "BuildCache"), end="")
@@ -15290,8 +15408,8 @@ def system_df_command(options):
         total = sum(length for _, length in found)
         free = sum(length for active, length in found if not active)
         rows.append({"Type": kind, "TotalCount": str(len(found)), "Active": str(sum(
-            active for active, _ in found)), "Size": decimal(total), "Reclaimable":
-            decimal(free) + (f" ({100 * free // total}%)" if total else "")})
+            active for active, _ in found)), "Size": decimal(total, 4), "Reclaimable":
+            decimal(free, 4) + (f" ({100 * free // total}%)" if total else "")})
     print_list({"TYPE": "Type", "TOTAL": "TotalCount", "ACTIVE": "Active",
                 "SIZE": "Size", "RECLAIMABLE": "Reclaimable"}, rows, options.format)
 
@@ -17119,14 +17237,8 @@ def set_word(w, step):
 @instruction("EXPOSE", as_words)
 def expose(w, step):
     """Say at which ports it listens."""
-    ports = dict(w.state.settings.get("ExposedPorts") or {})
-    for word in " ".join(w.words(step)).split():
-        span, _, kind = word.lower().partition("/")
-        if kind not in ("", "tcp", "udp", "sctp"):
-            raise step.fail(f"invalid proto: {kind}", "tcp, udp or sctp", step.at)
-        for port in port_range(span, f"containerPort {word}"):
-            ports[f"{port}/{kind or 'tcp'}"] = {}
-    w.set("ExposedPorts", ports)
+    ports = exposed(" ".join(w.words(step)).split())
+    w.set("ExposedPorts", {**(w.state.settings.get("ExposedPorts") or {}), **ports})
     w.say_that(step, " ".join(w.words(step)))
 
 
@@ -17819,7 +17931,7 @@ class Context:
          arg("path", metavar="PATH|-", help="of the context: a directory or tarball"))
 def build_command(options):
     """Make an image as a Dockerfile says."""
-    refs = [full_name(text) for text in options.tag]
+    refs = [new_name(text) for text in options.tag]
     style = "quiet" if options.quiet else options.progress
     if style == "auto":
         style = "tty" if os.isatty(2) else "plain"
@@ -17866,7 +17978,7 @@ def remove_cache():
 def builder_prune_command(options):
     """Remove the cache of builds."""
     if confirm(options, "all build cache"):
-        print(f"Total reclaimed space: {decimal(remove_cache())}")
+        print(f"Total reclaimed space: {decimal(remove_cache(), 4)}")
 
 
 @command("system prune", FORCE, ONLY,
@@ -18842,7 +18954,8 @@ def check_count(words, options, operands, count):
         getattr(options, how.get("unless", ""), None) for _, how in operands)
     most = 1 << 30 if {*kinds} & {"A...", "A*", "+", "*"} else len(kinds)
     if not least <= count <= most:
-        exactly = "exactly" if least == most else "at least" if most > 9 else "at most"
+        exactly = ("exactly" if least == most else
+                   "at least" if count < least else "at most")
         bound = most if exactly == "at most" else least
         raise Fail(f'"minicontainer {words}" ' + (
             f"requires {exactly} {bound} argument{'s' * (bound != 1)}." if most else
@@ -18921,13 +19034,13 @@ def dispatch(argv):
     if words in ("--version", "-v"):
         print(f"minicontainer version {VERSION}")
         return 0
-    if words not in COMMANDS and argv[1:] in ([], ["--help"]) and any(
-            known.startswith(f"{words} ") for known in COMMANDS):
-        print(usage(words))
-        return 0
     if words not in COMMANDS:
-        raise Fail(f"{words!r} is not a minicontainer command",
-                   "see `minicontainer --help`", 1)
+        group = any(known.startswith(f"{words} ") for known in COMMANDS)
+        if group and argv[1:] in ([], ["--help"]):
+            print(usage(words))
+            return 0
+        raise Fail(f"{' '.join(argv[:1 + group])!r} is not a minicontainer command",
+                   f"see `minicontainer {f'{words} ' * group}--help`", 1)
     if os.uname().machine not in KERNEL_NAMES:
         raise Fail(f"the system calls of {os.uname().machine} are not known here",
                    f"known are {' and '.join(KERNEL_NAMES)}")
@@ -18952,10 +19065,13 @@ def dispatch(argv):
         be_root()
     try:
         return function(options) or 0
-    except Fail as fail:
-        if fail.code == 125 and words.split()[0] in OF_IMAGES:
+    except (Fail, OSError) as error:
+        if words.split()[0] not in OF_IMAGES or isinstance(error, BrokenPipeError):
+            raise
+        fail = diagnose(error)
+        if fail.code == 125:
             fail.code = 1  # as in Docker, where 125 is said by what starts containers
-        raise
+        raise fail from None
 
 
 def stop(number, _):

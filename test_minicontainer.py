@@ -2963,6 +2963,7 @@ def test_what_only_root_can_do_is_refused_to_others_with_a_hint(words):
 
 def test_an_unknown_command_or_flag_is_refused_in_one_line():
     assert "'nosuch' is not a minicontainer command" in refused("nosuch", code=1)
+    assert "'image nosuch' is not" in refused("image", "nosuch", code=1)
     for args in (["run", "--nosuch", "/bin/true"], ["run", "-qx", "/x"],
                  ["run", "--memory"], ["ns", "1", "2"], ["run", "--rm"]):
         message = refused(*args, code=1 if args[-1] in ("2", "--rm") else 125)
@@ -4201,8 +4202,8 @@ def test_a_layer_can_take_away_what_is_below_it(tmp_path):
     below, above = tmp_path / "below.tar", tmp_path / "above.tar"
     make_tar(below, ("gone", b"x"), ("kept", b"x"), ("dir/old", b"x"), ("kind/f", b"x"))
     make_tar(above, (".wh.gone", b""), ("dir/.wh..wh..opq", b""), ("dir/new", b"x"),
-             ("kind", b"now a file"))
-    text = sh("cd /; ls -d gone kept dir/* kind 2>/dev/null | sort; cat kind", "--rootfs",
+             ("kind", b"now a file"), (".wh..wh.plnk/1.2", b"what aufs"), (".wh..wh.aufs", b"kept"))
+    text = sh("cd /; ls -d .wh* gone kept dir/* kind 2>/dev/null | sort; cat kind", "--rootfs",
               m.default_rootfs(), "--rootfs", below, "--rootfs", above)
     assert text == "dir/new\nkept\nkind\nnow a file"
 
@@ -4540,17 +4541,18 @@ def test_a_missing_or_damaged_tarball_is_refused_and_nothing_stays(tmp_path):
     plain = bytearray(make_tar(tmp_path / "plain.tar", ("a", b"x"), ("b", b"y")
                                ).read_bytes())
     plain[1024 + 100] ^= 1
-    sparse = make_tar(tmp_path / "sparse.tar", ("s", binary(b"x", pax_headers={
-        "GNU.sparse.map": "x,y"}))).read_bytes()
+    sparse, odd = (make_tar(tmp_path / "sparse.tar", ("s", binary(b"x", pax_headers={
+        "GNU.sparse.map": text}))).read_bytes() for text in ("x,y", "0,1,5"))
     flipped = bytearray(data)
     flipped[50000] ^= 0xFF
     for name, content in (("short.tgz", data[:5000]), ("text.tar", b"not a tarball"),
                           ("empty.tar", b""), ("flipped.tgz", bytes(flipped)),
                           ("header.tar", bytes(plain)), ("cut.tar", plain[:512]),
-                          ("random.tar", os.urandom(4096)), ("sparse.tar", sparse)):
+                          ("random.tar", os.urandom(4096)), ("sparse.tar", sparse),
+                          ("odd.tar", odd)):
         (tmp_path / name).write_bytes(content)
         message = refused("run", "--rootfs", tmp_path / name, "/bin/true")
-        assert "damaged" in message and name in message
+        assert "damaged" in message and name in message and "zip()" not in message
     assert "no such file" in refused("run", "--rootfs", tmp_path / "none", "/bin/true")
     assert "neither" in refused("run", "--rootfs", "/dev/null", "/bin/true")
     assert tree(f"{STORE}/layers") == before
@@ -4835,6 +4837,7 @@ def test_what_is_no_name_of_an_image_is_refused(text):
 def test_sizes_and_ages_are_written_as_docker_writes_them():
     assert [m.decimal(n) for n in (0, 999, 1000, 1984227, 123456789, 10**13)] == [
         "0B", "999B", "1kB", "1.98MB", "123MB", "10TB"]
+    assert [m.decimal(n, 4) for n in (1984227, 999949, 999950)] == ["1.984MB", "999.9kB", "1MB"]
     now = time.time()
     assert [m.ago(now - s) for s in (0, 1, 30, 61, 300, 3700, 7300, 90000, 200000, 86400 * 15,
                                      86400 * 70, 86400 * 900)] == [
@@ -4934,9 +4937,13 @@ def test_the_config_of_an_image_is_honoured_and_options_win(image):
                ) == "/srv\nred a b\nhello\n"
     assert run("-e", "COLOUR=blue", "-w", "/", "-u", "0", "--entrypoint", "sh", image[7:19],
                "-c", "echo $COLOUR; pwd; id -u") == "blue\n/\n0\n"
+    assert run("-e", "COLOUR", "--entrypoint", "sh", "thing:1", "-c", "echo ${COLOUR-none}"
+               ) == "none\n"  # a variable that is not there on the host
     assert "No command specified" in refused("run", "--entrypoint", "", "thing:1")
     with running("--entrypoint", "/bin/sh", "thing:1", "-c", "echo up; cat #", ) as (_, id, _):
         spec = json.load(open(f"{STORE}/containers/{id}/config.json"))
+        assert forked_mini("inspect", "-f", "{{.Config.ExposedPorts}}", id) == (
+            "map[53/udp:map[] 80/tcp:map[]]\n")
     notes = spec["annotations"]
     assert notes["a.b"] == "c d" and notes[m.OF_IMAGE] == image
     assert notes["org.opencontainers.image.stopSignal"] == "SIGINT"
@@ -4968,9 +4975,62 @@ def test_an_image_is_listed_named_and_found_as_in_docker(image):
                        "thing:1") == "web []\n"
     history = forked_mini("history", "thing:1").splitlines()
     assert history[1].split()[0] == image[7:19] and history[1].endswith("made by a test")
+    exact = forked_mini("history", "-H=false", "thing:1").splitlines()
+    assert "CREATED AT" in exact[0] and exact[1].split()[2] == str(m.find_image(image).sizes[0])
     assert "No such image: nosuch:latest" in forked_mini("image", "inspect", "nosuch", code=1)
     assert "No such image: thing:2" in forked_mini("run", "--pull=never", "thing:2", code=125)
-    assert "invalid filter" in forked_mini("images", "-f", "x=y", code=1)
+    for text in ("", "thing:"):
+        assert f"invalid reference format: '{text}'" in forked_mini("rmi", text, code=1)
+    for text in ("x=y", "dangling=x"):
+        assert f"invalid filter '{text}'" in forked_mini("images", "-f", text, code=1)
+    fields = "{{.VirtualSize}} {{.Containers}} {{.SharedSize}} {{.UniqueSize}}"
+    size = m.decimal(sum(m.find_image(image).sizes), 4)
+    assert forked_mini("images", "--format", fields, "thing") == f"{size} N/A N/A N/A\n"
+    with m.changed_index() as entries:  # as a pull by digest from a third repository
+        m.point(entries, f"localhost:5000/third@{image}", m.find_image(image).entry)
+    rows = forked_mini("images", "--digests").splitlines()
+    assert [line.split()[:3] for line in rows[1:] if "third" in line] == [
+        ["localhost:5000/third", "<none>", image]]
+
+
+@root
+def test_what_an_image_does_not_say_is_empty_to_a_template(rootfs_tar, images):
+    forked_mini("import", rootfs_tar, "bare")
+    for field, text in (("ExposedPorts", "map[]"), ("StopSignal", ""), ("Shell", "[]"),
+                        ("Healthcheck", "<nil>"), ("Volumes", "map[]"), ("Env", "[]")):
+        assert forked_mini("image", "inspect", "-f", f"{{{{.Config.{field}}}}}",
+                           "bare") == f"{text}\n"
+
+
+@root
+def test_a_new_name_has_no_digest_and_is_not_taken_for_one(image, rootfs_tar):
+    """Nobody has checked it, and who pulls by one trusts it."""
+    for words in (["import", rootfs_tar], ["tag", "thing:1"]):
+        assert "refusing to create a tag with a digest reference" in forked_mini(
+            *words, f"thing@{image}", code=1)
+        assert "ambiguous tag" in forked_mini(*words, "sha256:abc", code=1)
+    assert len(forked_mini("images").splitlines()) == 2
+
+
+@root
+def test_a_change_says_what_it_would_say_in_a_dockerfile(rootfs_tar, images):
+    lines = ["WORKDIR a", "WORKDIR b/../c", "EXPOSE 80-81 53/UDP", "ONBUILD RUN true", "ENV A b c",
+             "HEALTHCHECK --interval=1m --retries=2 CMD true", "STOPSIGNAL SIGINT"]
+    forked_mini("import", *(word for line in lines for word in ("-c", line)), rootfs_tar, "made")
+    said = json.loads(forked_mini("image", "inspect", "-f", "{{json .Config}}", "made"))
+    assert said == {
+        **said, "WorkingDir": "/a/c", "OnBuild": ["RUN true"], "Env": ["A=b c"],
+        "ExposedPorts": {"80/tcp": {}, "81/tcp": {}, "53/udp": {}}, "StopSignal": "SIGINT",
+        "Healthcheck": {"Test": ["CMD-SHELL", "true"], "Interval": 60 * 10**9, "Retries": 2}}
+    for line, words in (
+            ("EXPOSE x", "containerPort x"), ("EXPOSE 1/y", "invalid proto: y"),
+            ("LABEL a", "LABEL must have two arguments"), ("ENV a=1 b", "can't find = in 'b'"),
+            ("STOPSIGNAL x", "unknown signal 'x'"), ("HEALTHCHECK x", "Unknown type 'x'"),
+            ("HEALTHCHECK --x=1 CMD y", "unknown flag: --x"), ("RUN true", "not possible"),
+            ("ONBUILD FROM x", "FROM isn't allowed as an ONBUILD trigger")):
+        said = forked_mini("import", "-c", line, rootfs_tar, "wrong", code=1)
+        assert words in said and line in said
+    assert forked_mini("images", "-q", "wrong") == ""
 
 
 @root
@@ -5138,6 +5198,28 @@ def test_what_is_saved_is_loaded_with_every_digest_and_by_others(image, images, 
     assert by_id.returncode == 0
     forked_mini("rmi", "thing:1")
     assert forked_mini("load", "-i", path) == f"Loaded image ID: {image}\n"
+
+
+@root
+def test_an_archive_that_finds_no_room_is_named_and_nothing_stays_of_it(image, tmp_path):
+    for words in (["-o", "/dev/full"], ["-o", tmp_path / "small/thing.tar"]):
+        (tmp_path / "small").mkdir(exist_ok=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "none", tmp_path / "small"], check=True)
+        try:
+            assert f"{words[1]}: No space left on device" in forked_mini(
+                "save", *words, "thing:1", code=1)
+            assert os.listdir(tmp_path / "small") == []
+        finally:
+            subprocess.run(["umount", tmp_path / "small"], check=True)
+
+
+@root
+def test_a_full_disk_is_a_line_and_exit_code_1(image, monkeypatch, capfd):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(m, "spool", full)
+    assert m.main(["import", "-", "new"]) == 1
+    assert "No space left on device\n  hint: the disk is full" in capfd.readouterr().err
 
 
 @root
@@ -5373,6 +5455,19 @@ def test_a_layer_that_comes_twice_in_two_packings_keeps_both(images):
         forked_mini("pull", f"{host}/x:1")
         forked_mini("pull", f"{host}/x:1")
         assert all(map(os.path.exists, map(m.blob_path, m.find_image(f"{host}/x:1").blobs())))
+
+
+@root
+@pytest.mark.parametrize("size", [0, 10**6])
+def test_a_size_that_lies_is_found_out_also_of_what_is_here_already(images, size):
+    manifest, blobs = an_image(small_layer())
+    with fake_registry(serving(manifest, blobs)) as (host, _):
+        forked_mini("pull", f"{host}/x:1")
+    lying = {**manifest, "layers": [{**manifest["layers"][0], "size": size}]}
+    with fake_registry(serving(lying, blobs)) as (host, _):
+        assert f"bytes, not the {size} that were announced" in forked_mini(
+            "pull", f"{host}/x:2", code=1)
+    assert len(index()) == 2  # a tag and a digest
 
 
 @root
