@@ -18441,7 +18441,8 @@ LAUNCHER_FLAG = "-ISXutf8"
 LAUNCHER = """\
 #!{python} {flag}
 # minicontainer install: runs the bytecode of the file named here
-import gc, sys; gc.set_threshold(100_000)
+import _signal, gc, sys; gc.set_threshold(100_000)
+if callable(_signal.getsignal(2)): _signal.signal(2, 0)  # Ctrl-C from here on
 __file__ = {lib!r} + {name} + ".py"
 exec(type(__loader__)("__main__", __file__).get_code("__main__"))
 """

@@ -10608,6 +10608,24 @@ def test_minirunc_is_the_oci_runtime(tmp_path):
         assert shown.stdout == m.command_usage(" ".join(["oci", *words])) + "\n"
 
 
+def test_ctrl_c_while_a_launcher_loads_ends_it_without_a_word(tmp_path):
+    launcher = installed(tmp_path)
+    (compiled,) = tmp_path.glob("lib/minicontainer/__pycache__/minicontainer.run.*")
+    compiled.unlink()
+    os.mkfifo(compiled)  # what it loads does not come before we have written it
+
+    def writer():
+        with contextlib.suppress(OSError):  # nobody reads it yet
+            return os.open(compiled, os.O_WRONLY | os.O_NONBLOCK)
+
+    with subprocess.Popen([launcher, "run", "/bin/true"], text=True, stderr=subprocess.PIPE,
+                          preexec_fn=lambda: signal.signal(2, signal.SIG_DFL)) as process:
+        fd = until(writer)
+        process.send_signal(signal.SIGINT)
+        assert (process.wait(30), process.stderr.read()) == (-signal.SIGINT, "")
+    os.close(fd)
+
+
 @root
 def test_installing_anew_does_not_disturb_a_container_that_runs(tmp_path):
     launcher = installed(tmp_path)
