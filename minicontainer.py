@@ -18059,8 +18059,10 @@ class ByHand:
     # ── files ──
 
     def mkdirat(self, dirfd, path, mode):
-        """The first directory that it makes is the container's, and named like it."""
-        first = not self.made and f"{FIRST_SHELL}\nexport id={os.path.basename(path)}\n"
+        """The first directory that it makes is the container's, and named like it: by
+        an id that is new each time, as the one that was told of may still be there."""
+        first = not self.made and (f"{FIRST_SHELL}\nexport id=$(od -An -vtx1 -N32 "
+                                   "/dev/urandom | tr -d ' \\n')\n")
         line = f"{first or ''}mkdir -m {mode:o} {self.path(path, dirfd)}"
         if dirfd == AT_FDCWD and path.startswith("/"):
             if os.path.dirname(path) not in self.made:

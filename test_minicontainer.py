@@ -10308,8 +10308,8 @@ def test_a_shell_script_does_by_hand_what_run_does(tmp_path, options):
     for program in ("capsh", "ip"):
         if not shutil.which(program):
             pytest.skip(f"no {program} here: apt-get install libcap2-bin iproute2")
-    run_ = mini("run", "--rm", "-i", "--explain=sh", "--hostname", "hand", "--memory", "64m",
-                "-v", f"{tmp_path}:/v:ro", *options, "/bin/sh", "-c", SEEN_INSIDE,
+    run_ = mini("run", "-i", "--explain=sh", "--name", "told-of", "--hostname", "hand",
+                "--memory", "64m", "-v", f"{tmp_path}:/v:ro", *options, "/bin/sh", "-c", SEEN_INSIDE,
                 stdin="typed\n")
     assert run_.returncode == 7, run_.stderr
     (tmp_path / "script").write_text(run_.stderr)
@@ -10317,6 +10317,7 @@ def test_a_shell_script_does_by_hand_what_run_does(tmp_path, options):
                              capture_output=True)
     assert (by_hand.returncode, by_hand.stderr) == (7, run_.stderr[:0])
     assert by_hand.stdout == run_.stdout and run_.stdout.endswith("typed\n")
+    quietly("rm", "told-of")
 
 
 @root
