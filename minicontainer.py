@@ -1366,6 +1366,8 @@ def whole(option, text, low, high=1 << 62, base=10):
 def throttle(option, text):
     """One rule of a block device: "/dev/sda:1mb" as major, minor and rate."""
     path, _, rate = text.rpartition(":")
+    if not path:
+        raise Fail(f"{option}: bad format: {text}", "DEVICE:RATE, as in /dev/sda:1mb")
     try:
         status = os.stat(path)
     except OSError as error:
@@ -1374,7 +1376,7 @@ def throttle(option, text):
     if not stat.S_ISBLK(status.st_mode):
         raise Fail(f"{option} {text}: {path} is not a block device", "see `lsblk`")
     return {"major": os.major(status.st_rdev), "minor": os.minor(status.st_rdev),
-            "rate": size(rate)}
+            "rate": size(rate) if option.endswith("bps") else whole(option, rate, 0)}
 
 
 def resources_spec(o):
@@ -1400,7 +1402,7 @@ def resources_spec(o):
             raise Fail("--memory-reservation is more than --memory", "make it less")
     if o.cpus:
         try:
-            quota = round(float(o.cpus) * 100_000)
+            quota = round(float(o.cpus) * 100_000) or float(o.cpus)  # a trace: too few
         except (ValueError, OverflowError):
             raise Fail(f"invalid argument {o.cpus!r} for --cpus",
                        "a number of processors, as 1.5") from None
@@ -1416,7 +1418,7 @@ def resources_spec(o):
             cpu[key] = value
     if o.pids_limit and o.pids_limit not in ("-1", "0"):
         pids["limit"] = whole("--pids-limit", o.pids_limit, 1)
-    if o.blkio_weight:
+    if o.blkio_weight and o.blkio_weight != "0":
         block["weight"] = whole("--blkio-weight", o.blkio_weight, 10, 1000)
     for way, unit, key in THROTTLES:
         if asked := getattr(o, f"device_{way}_{unit}"):
@@ -2173,31 +2175,45 @@ def tmpfs_mount(option, target, words):
             "source": "tmpfs", "options": ["nosuid", "nodev", "noexec", *words]}
 
 
-def long_mount(text):
-    """The mount that Docker's --mount key=value,… means."""
-    keys, words = {}, []
+MOUNT_KEYS = {"bind": ("source", "bind-propagation"), "volume": ("source",),
+              "tmpfs": ("tmpfs-size", "tmpfs-mode")}
+
+
+def mount_keys(text):
+    """What a --mount says: each key by its longest name, readonly as a bool."""
+    keys = {"type": "volume", "readonly": "false"}
     names = {"src": "source", "dst": "target", "destination": "target",
              "ro": "readonly", "propagation": "bind-propagation"}
     for part in text.split(","):
         key, _, value = part.partition("=")
         keys[names.get(key, key)] = value
-    unknown = set(keys) - {"type", "source", "target", "readonly", "bind-propagation",
-                           "tmpfs-size", "tmpfs-mode"}
+    if keys["type"] not in MOUNT_KEYS:
+        raise Fail(f"--mount {text}: type {keys['type']!r} is not known",
+                   "type=bind, type=tmpfs or type=volume")
+    known = ("type", "target", "readonly", *MOUNT_KEYS[keys["type"]])
+    unknown = set(keys) - set(known)
     if unknown:
-        raise Fail(f"--mount {text}: unknown key {min(unknown)!r}",
-                   "type, source, target, readonly, bind-propagation, tmpfs-size, "
-                   "tmpfs-mode")
-    kind, target = keys.get("type", "volume"), keys.get("target", "")
-    if keys.get("readonly", "false").lower() in ("", "true", "1"):
-        words.append("ro")
+        raise Fail(f"--mount {text}: unknown key {min(unknown)!r}", ", ".join(known))
+    meanings = {"": True, "true": True, "1": True, "false": False, "0": False}
+    if keys["readonly"].lower() not in meanings:
+        raise Fail(f"--mount {text}: invalid value for readonly: {keys['readonly']}",
+                   "true or false")
+    return {**keys, "readonly": meanings[keys["readonly"].lower()]}
+
+
+def long_mount(text):
+    """The mount that Docker's --mount key=value,… means."""
+    keys = mount_keys(text)
+    kind, target = keys["type"], keys.get("target", "")
+    words = ["ro"] if keys["readonly"] else []
     if kind == "tmpfs":
         if "tmpfs-size" in keys:
             words.append(f"size={size(keys['tmpfs-size'])}")
         words.append(f"mode={keys.get('tmpfs-mode', '1777')}")
         return tmpfs_mount(f"--mount {text}", target, ",".join(words))
     if kind != "bind":
-        raise Fail(f"--mount {text}: type {kind!r} is not known",
-                   "type=bind, type=tmpfs or type=volume")
+        raise Fail(f"--mount {text}: type {kind!r} is none of these",
+                   "type=bind or type=tmpfs")
     if not os.path.isabs(keys.get("source", "")):
         raise Fail(f"--mount {text}: the source must be absolute", "source=/…")
     if not os.path.lexists(keys["source"]):
@@ -2392,8 +2408,13 @@ def set_attributes(tree, attributes, propagation=0, users=-1, what="",
         remount(tree, attributes, propagation)
 
 
-def check_shared(mount):
-    """Refuse to show as shared what the host does not share."""
+def check_propagation(mount):
+    """Refuse to share, or to follow, what the host does not share."""
+    words = {"shared": "shared", "slave": "shared or slave"}
+    wanted = [words[word.removeprefix("r")] for word in mount["options"]
+              if word.removeprefix("r") in words]
+    if not wanted:
+        return
     source, best = os.path.realpath(mount["source"]), ("", "")
     for line in read_file("/proc/self/mountinfo", why="shared?").splitlines():
         fields = line.split()
@@ -2404,16 +2425,16 @@ def check_shared(mount):
         if os.path.commonpath((point, source)) == point and len(point) >= len(best[0]):
             best = point, fields[6]
     if not best[1].startswith(("shared:", "master:")):
-        raise Fail(f"{mount['source']} is on {best[0]}, which is not a shared mount",
-                   f"mount --make-rshared {best[0]}")
+        raise Fail(f"{mount['source']} is on {best[0]}, which is not a {wanted[0]} "
+                   "mount", f"mount --make-rshared {best[0]}")
 
 
 def prepare_sources(c):
     """Outside: what root owns in a source is to be the container's root's."""
     for mount in c.spec["mounts"]:
         if mount["type"] == "bind":
-            if {"shared", "rshared"} & {*mount["options"]} and not c.record:
-                check_shared(mount)  # a runtime's caller means: inside
+            if not c.record:  # a runtime's caller means: inside
+                check_propagation(mount)
             deep = AT_RECURSIVE if "ridmap" in mount["options"] else 0
             if mount.get("uidMappings"):
                 users = user_namespace(mount["uidMappings"], mount["gidMappings"])
@@ -3631,12 +3652,23 @@ def hide():
             why="our memory, our descriptors and our interpreter are the host's")
 
 
+def hide_words():
+    """Overwrite our command line, which everybody inside could read until the program
+    has its own, or for good with --init: paths of the host, and what -e says."""
+    status = read_file("/proc/self/stat", why="where our command line is")
+    begin, end = map(int, status.rpartition(")")[2].split()[45:47])
+    if end > begin:  # 0 where the kernel does not tell
+        words = (c_char * (end - begin)).from_address(begin)
+        words.raw = b"init"[:end - begin].ljust(end - begin, b"\0")
+
+
 def hide_memory(c):
-    """Step: hide.
+    """Step: hide, and our command line for good.
 
     An ordinary user's engine could not look either, and has yet to write the id maps
     and take the terminal: there this waits until the user changes.  Until then we have
     all capabilities: who is inside cannot look without CAP_SYS_PTRACE."""
+    hide_words()
     if not rootless.uid:
         hide()
 
@@ -3688,7 +3720,8 @@ def set_ids(uid, gid, groups):
 def become_root(c):
     """Step: root of the user namespace; until the maps were there it was nobody."""
     set_ids(0, 0, [])
-    hide_memory(c)
+    if not rootless.uid:
+        hide()
 
 
 def new_session(c):
@@ -3953,7 +3986,7 @@ def close_descriptors(c):
                   c.proc)
 
 
-def install_seccomp(c):
+def install_seccomp(c, name=NOT_YET):
     """Step: from here on the kernel asks a program of ours about every call."""
     profile = c.spec["linux"].get("seccomp")
     if not profile:
@@ -3967,7 +4000,7 @@ def install_seccomp(c):
     flags = sum(1 << FILTER_FLAGS.index(flag) for flag in profile.get("flags", ()))
     asks = "SCMP_ACT_NOTIFY" in {rule["action"] for rule in profile["syscalls"]}
     flags |= 8 * asks  # NEW_LISTENER: where somebody waits for what it asks
-    syscall("prctl", PR_SET_NAME, NOT_YET, 0, 0, 0,
+    syscall("prctl", PR_SET_NAME, name, 0, 0, 0,
             why="until execve: a filter may keep us from saying what went wrong")
     try:
         fd = syscall("seccomp", SECCOMP_SET_MODE_FILTER, flags, filter_,
@@ -3996,8 +4029,9 @@ def become_reaper(c):
         os.close(behind)
         return
     c.spec["process"]["noNewPrivileges"] = True  # it executes nothing, so it may lose
-    for step in (no_new_privileges, set_capabilities, install_seccomp):  # all at once
-        step(c)
+    no_new_privileges(c)
+    set_capabilities(c)
+    install_seccomp(c, "init")  # the name that `ps` shows
     narration.style = ""  # its descriptor goes with the others
     close_all_but(3)
     every = signal.valid_signals()
@@ -4091,9 +4125,9 @@ def elf_segments(head):
 
 def interpreter_of(head):
     """The interpreter that a script's #! line or an ELF file asks for; or ""."""
-    if head[:2] == b"#!":
-        words = head[2:256].split(b"\n")[0].split()
-        return os.fsdecode(words[0]) if words else ""
+    if head[:2] == b"#!":  # subtle: a \r is part of the word, as it is to the kernel
+        words = head[2:256].split(b"\n")[0].replace(b"\t", b" ").split(b" ")
+        return os.fsdecode(next(filter(None, words), b""))
     PT_INTERP = 3
     for kind, offset, _, length in elf_segments(head):
         if kind == PT_INTERP:
@@ -4113,7 +4147,7 @@ def program_paths(process):
     name = process["args"][0]
     return [name] if "/" in name else [
         f"{directory or '.'}/{name}" for line in process["env"]
-        if line.startswith("PATH=") for directory in line[5:].split(":")]
+        if name and line.startswith("PATH=") for directory in line[5:].split(":")]
 
 
 def find_program(c):
@@ -4154,14 +4188,16 @@ def exec_refused(error):
     path = error.filename.args[0]
     if os.path.isdir(path):
         return Fail(f"exec {path}: is a directory", "name a program", 126)
-    if error.errno == errno.EACCES:
-        return Fail(f"exec {path}: permission denied",
-                    f"is it executable (chmod +x {path}), for this user?", 126)
     try:
         head = open_program(path)
         machine, interpreter = elf_machine(head), interpreter_of(head)
     except (OSError, ValueError, struct.error):
         machine = interpreter = ""
+    if error.errno == errno.EACCES:
+        if interpreter and os.access(path, os.X_OK):
+            path += f": its interpreter {interpreter}"
+        return Fail(f"exec {path}: permission denied", "is it executable (chmod +x "
+                    f"{path.rpartition(' ')[2]}), for this user?", 126)
     if machine and machine != os.uname().machine:
         return Fail(f"exec {path}: a program for {machine}, but this machine is "
                     f"{os.uname().machine}", "use an image for this architecture", 126)
@@ -4241,6 +4277,7 @@ ADVICE = (
     ("clone3 clone unshare", (errno.ENOSPC, errno.EUSERS), lambda _:
      "the sysctls user.max_*_namespaces allow no more here; or "
      + ("sudo" if rootless.uid else "--userns host")),
+    ("mount", (errno.ELOOP,), "no layer may be there twice, or lie within another"),
     ("mount move_mount openat2 mkdirat mknodat",
      (errno.ENOTDIR, errno.ENOENT, errno.ELOOP, errno.EEXIST),
      "what is there already is in the way: a directory goes on a directory, a file on "
@@ -4261,6 +4298,9 @@ def diagnose(error, step=""):
     """Any exception as a Fail, with what can be done about it."""
     if isinstance(error, Fail):
         return error
+    if isinstance(error, MemoryError):
+        return Fail("no memory is left" + f" for the step {step}" * bool(step),
+                    "is there a limit on ours, or is a --ulimit too low for any?")
     if not isinstance(error, OSError):
         return Fail(f"internal error: {step} {error!r}",
                     "please report it, with what you did")
@@ -12692,20 +12732,19 @@ def remove_volume(name):
 
 def split_volume(text):
     """The source, target and options of a -v; without a source, one is to be made."""
-    source, target, words = (text.split(":", 2) + ["", ""])[:3]
+    parts = text.split(":", 2)
+    if "" in parts:  # perhaps a variable that was not set: never guess what is meant
+        raise Fail(f"invalid spec: {text}: empty section between colons",
+                   "-v [SRC:]DST[:OPTIONS]")
+    source, target, words = (parts + ["", ""])[:3]
     return (source, target, words) if target else ("", source, "")
 
 
 def split_mount(text):
     """The same of a --mount; source None if it is not about a volume."""
-    keys = dict(part.partition("=")[::2] for part in text.split(","))
-    source, target, ro = (next((keys[key] for key in names if key in keys), None)
-                          for names in (("source", "src"),
-                                        ("target", "dst", "destination"),
-                                        ("readonly", "ro")))
-    is_volume_ = keys.get("type", "volume") == "volume"
-    return (source or "" if is_volume_ else None, target or "",
-            "ro" if ro in ("", "true", "1") else "")
+    keys = mount_keys(text)
+    return (keys.get("source", "") if keys["type"] == "volume" else None,
+            keys.get("target", ""), "ro" if keys["readonly"] else "")
 
 
 PROPAGATION = "shared", "slave", "private"
@@ -18132,8 +18171,10 @@ class ByHand:
     # ── files ──
 
     def mkdirat(self, dirfd, path, mode):
-        """The first directory that it makes is the container's, and named like it."""
-        first = not self.made and f"{FIRST_SHELL}\nexport id={os.path.basename(path)}\n"
+        """The first directory that it makes is the container's, and named like it: by
+        an id that is new each time, as the one that was told of may still be there."""
+        first = not self.made and (f"{FIRST_SHELL}\nexport id=$(od -An -vtx1 -N32 "
+                                   "/dev/urandom | tr -d ' \\n')\n")
         line = f"{first or ''}mkdir -m {mode:o} {self.path(path, dirfd)}"
         if dirfd == AT_FDCWD and path.startswith("/"):
             if os.path.dirname(path) not in self.made:
@@ -18514,7 +18555,8 @@ LAUNCHER_FLAG = "-ISXutf8"
 LAUNCHER = """\
 #!{python} {flag}
 # minicontainer install: runs the bytecode of the file named here
-import gc, sys; gc.set_threshold(100_000)
+import _signal, gc, sys; gc.set_threshold(100_000)
+if callable(_signal.getsignal(2)): _signal.signal(2, 0)  # Ctrl-C from here on
 __file__ = {lib!r} + {name} + ".py"
 exec(type(__loader__)("__main__", __file__).get_code("__main__"))
 """
@@ -19022,7 +19064,7 @@ def dispatch(argv):
     if argv[:1] == ["oci"]:
         argv = ["oci", *oci_words(argv[1:])]
     style = os.environ.get("MINICONTAINER_EXPLAIN", "").lower()
-    style = style if style in STYLES else "text" if style else ""
+    style = style if style in STYLES else "text" if style not in ("", "0") else ""
     while argv and argv[0].partition("=")[0] == "--explain":
         style = argv.pop(0).partition("=")[2] or "text"
     if not argv or argv[0] in ("help", "--help", "-h"):

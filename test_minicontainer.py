@@ -626,6 +626,7 @@ def test_explain_can_be_asked_for_by_a_variable_and_as_json():
     assert {"at_ms", "took_ms", "who", "call", "result", "why"} == set(rows[0])
     assert "pivot_root(" in mini("run", "--rm", "/bin/true",
                                  env={"MINICONTAINER_EXPLAIN": "1"}).stderr
+    assert not mini("run", "--rm", "/bin/true", env={"MINICONTAINER_EXPLAIN": "0"}).stderr
 
 
 @root
@@ -1139,7 +1140,8 @@ def test_the_oom_killer_is_named_in_plain_words():
 @pytest.mark.parametrize("option, value", [
     ("--memory", "12q"), ("--memory", "-1"), ("--memory", "1k"), ("--cpus", "many"),
     ("--cpus", "1000"), ("--cpus", "0.001"), ("--cpus", "nan"), ("--memory-reservation", "5m"), ("--pids-limit", "few"), ("--cpu-shares", "1"),
-    ("--blkio-weight", "5000"), ("--memory", "9" * 400), ("--device-read-bps", "/nosuch:1mb")])
+    ("--blkio-weight", "5000"), ("--memory", "9" * 400), ("--device-read-bps", "/nosuch:1mb"),
+    ("--device-read-bps", "/dev/vda"), ("--cpus", "1e-9")])
 def test_a_limit_that_makes_no_sense_is_refused(option, value):
     with pytest.raises(m.Fail) as caught:
         spec_for(f"{option}={value}", "/bin/true")
@@ -1147,8 +1149,8 @@ def test_a_limit_that_makes_no_sense_is_refused(option, value):
 
 
 def test_no_limit_can_be_asked_for_in_words():
-    spec = spec_for("--cpus=0", "--memory=0", "/bin/true")
-    assert not {"cpu", "memory"} & spec["linux"]["resources"].keys()
+    spec = spec_for("--cpus=0", "--memory=0", "--blkio-weight=0", "/bin/true")
+    assert not {"cpu", "memory", "blockIO"} & spec["linux"]["resources"].keys()
 
 
 def test_sizes_are_read_as_docker_reads_them():
@@ -1259,6 +1261,9 @@ def test_a_tmpfs_is_empty_and_as_large_as_asked():
     (["--mount", "type=volume,src=x,dst=/x"], "'volume'"),
     (["--mount", "type=bind,src=rel,dst=/x"], "absolute"),
     (["--mount", "type=bind,colour=red"], "'colour'"),
+    (["--mount", "target=/x,colour=red"], "'colour'"), (["--mount", ""], "''"),
+    (["--mount", "type=tmpfs,dst=/x,source=/y"], "'source'"),
+    (["--mount", "type=bind,src=/tmp,dst=/x,ro=maybe"], "readonly: maybe"),
     (["-w", "tmp"], "working directory"), (["--ulimit", "x=1"], "no such limit"),
     (["--ulimit", "nofile=9:1"], "soft limit"), (["--ulimit", "nofile=a"], "number"),
     (["-e", "=x"], "environment"), (["--env-file", "/nosuch"], "/nosuch"),
@@ -1308,6 +1313,8 @@ def test_propagation_is_as_asked_for_and_the_host_is_never_disturbed(tmp_path):
         subprocess.run(["mount", "--make-private", top], check=True)
         assert "not a shared mount" in refused("run", how[0], how[1] + "rshared",
                                                "/bin/true")
+        assert "not a shared or slave mount" in refused("run", "-v", f"{top}:/v:rslave",
+                                                        "/bin/true")
         subprocess.run(["mount", "--make-shared", top], check=True)
         seen = {}
         for kind in ("rshared", "rslave", "rprivate"):
@@ -2893,6 +2900,7 @@ for name in set(globals()) - BEFORE_WALLS:
     (["/etc"], 126, "is a directory"),
     (["/etc/passwd"], 126, "permission denied"),
     (["-w", "/etc/passwd", "/bin/true"], 126, "working directory"),
+    (["--ulimit", "as=1", "/bin/true"], 125, "no memory is left for the step"),
 ])
 def test_a_program_that_cannot_be_executed_is_named(args, code, words):
     message = refused("run", "--rm", *args, code=code)
@@ -2925,19 +2933,24 @@ def test_why_a_program_was_not_executed_is_diagnosed(tmp_path):
     mine = {"x86_64": 62, "aarch64": 183}[os.uname().machine]
     other = {62: 183, 183: 62}[mine]
     programs = {"foreign": elf(other), "orphan": elf(mine), "text": b"just text\n",
-                "script": b"#!/no/such/shell -e\n"}
+                "script": b"#!/no/such/shell -e\n", "windows": b"#! /bin/sh\r\n",
+                "passed on": b"#!/text.txt\n", "text.txt": b"not to be executed\n"}
     for name, data in programs.items():
         (layer / name).write_bytes(data)
-        (layer / name).chmod(0o755)
+        (layer / name).chmod(0o644 if "." in name else 0o755)
     (layer / "dangling").symlink_to("/nowhere")
     base = ["--rootfs", m.default_rootfs(), "--rootfs", layer]
     for name, code, words in (
             ("foreign", 126, "a program for"), ("text", 126, "exec format error"),
             ("orphan", 127, "its interpreter /lib64/ld-nosuch.so.2 does not"),
             ("script", 127, "its interpreter /no/such/shell does not"),
+            ("windows", 127, r"its interpreter /bin/sh\r does not"),
+            ("passed on", 126, "its interpreter /text.txt: permission denied"),
             ("dangling", 127, "a link to nothing")):
         assert words in refused("run", "--rm", *base, f"/{name}", code=code)
-    assert "not found in $PATH" in refused("run", "--rm", *base, "nosuch", code=127)
+    for name in ("nosuch", ""):
+        assert f"{name!r}: executable file not found in $PATH" in refused(
+            "run", "--rm", *base, name, code=127)
 
 
 @root
@@ -7527,9 +7540,10 @@ def test_init_reaps_orphans_and_passes_signals_on():
 
 @root
 def test_the_reaper_cannot_be_looked_into():
-    shown = mini("run", "--rm", "--init", "/bin/sh", "-c",
-                 "cat /proc/1/maps; ls /proc/1/fd; cat /proc/1/exe").stderr
-    assert shown.count("Permission denied") >= 2
+    shown = mini("run", "--rm", "--init", "-e", "A=secret", "/bin/sh", "-c",
+                 "cat /proc/1/comm; tr -d '\\0' < /proc/1/cmdline; "
+                 "cat /proc/1/maps; ls /proc/1/fd; cat /proc/1/exe")
+    assert shown.stderr.count("Permission denied") >= 2 and shown.stdout == "init\ninit"
 
 
 @contextlib.contextmanager
@@ -8132,6 +8146,8 @@ def test_a_volume_without_a_name_goes_with_its_container(image):
     run("--entrypoint", "/bin/true", "thing:1")
     assert volumes() == []
     run("-v", "/x", "--mount", "type=volume,dst=/y", "/bin/true")
+    for spec in (":/x", "/tmp:", "/tmp:/x:"):
+        assert "empty section" in refused("run", "-v", spec, "/bin/true")
     assert volumes() == []
     id = quietly("create", "-v", "/x", "--entrypoint", "/bin/true", "thing:1").strip()
     assert len(volumes()) == 2 and sorted(m.load(id).volumes.values()) == ["/data", "/x"]
@@ -10387,8 +10403,8 @@ def test_a_shell_script_does_by_hand_what_run_does(tmp_path, options):
     for program in ("capsh", "ip"):
         if not shutil.which(program):
             pytest.skip(f"no {program} here: apt-get install libcap2-bin iproute2")
-    run_ = mini("run", "--rm", "-i", "--explain=sh", "--hostname", "hand", "--memory", "64m",
-                "-v", f"{tmp_path}:/v:ro", *options, "/bin/sh", "-c", SEEN_INSIDE,
+    run_ = mini("run", "-i", "--explain=sh", "--name", "told-of", "--hostname", "hand",
+                "--memory", "64m", "-v", f"{tmp_path}:/v:ro", *options, "/bin/sh", "-c", SEEN_INSIDE,
                 stdin="typed\n")
     assert run_.returncode == 7, run_.stderr
     (tmp_path / "script").write_text(run_.stderr)
@@ -10396,6 +10412,7 @@ def test_a_shell_script_does_by_hand_what_run_does(tmp_path, options):
                              capture_output=True)
     assert (by_hand.returncode, by_hand.stderr) == (7, run_.stderr[:0])
     assert by_hand.stdout == run_.stdout and run_.stdout.endswith("typed\n")
+    quietly("rm", "told-of")
 
 
 @root
@@ -10685,6 +10702,24 @@ def test_minirunc_is_the_oci_runtime(tmp_path):
                                capture_output=True, text=True)
         assert shown.stdout.startswith("Usage: minicontainer oci"), shown
         assert shown.stdout == m.command_usage(" ".join(["oci", *words])) + "\n"
+
+
+def test_ctrl_c_while_a_launcher_loads_ends_it_without_a_word(tmp_path):
+    launcher = installed(tmp_path)
+    (compiled,) = tmp_path.glob("lib/minicontainer/__pycache__/minicontainer.run.*")
+    compiled.unlink()
+    os.mkfifo(compiled)  # what it loads does not come before we have written it
+
+    def writer():
+        with contextlib.suppress(OSError):  # nobody reads it yet
+            return os.open(compiled, os.O_WRONLY | os.O_NONBLOCK)
+
+    with subprocess.Popen([launcher, "run", "/bin/true"], text=True, stderr=subprocess.PIPE,
+                          preexec_fn=lambda: signal.signal(2, signal.SIG_DFL)) as process:
+        fd = until(writer)
+        process.send_signal(signal.SIGINT)
+        assert (process.wait(30), process.stderr.read()) == (-signal.SIGINT, "")
+    os.close(fd)
 
 
 @root
