@@ -15492,6 +15492,9 @@ def quoted(word, escape):
     return "".join(escape + c if c in f"'\"{escape}" else c for c in word)
 
 
+NO_NUL = "neither a path nor a word of a command can have one"  # it would end there
+
+
 def exec_form(step, at=None):
     """The list that JSON gives, or None where it is none: then it is a shell's."""
     text = step.text if at is None else step.whole[at:].strip()
@@ -15501,6 +15504,9 @@ def exec_form(step, at=None):
         return None
     if not all(isinstance(word, str) for word in words or ()):
         raise step.fail("arrays must be comprised of strings only", "quote each",
+                        step.at if at is None else at)
+    if "\0" in "".join(words or ()):
+        raise step.fail("a NUL character in an array", NO_NUL,
                         step.at if at is None else at)
     return words
 
@@ -15636,6 +15642,10 @@ class Dockerfile:
                                 f"known are {' '.join(INSTRUCTIONS)}")
             step.documents = [self.document(step, *named)
                               for named in step.documents_named()]
+            scripts = [text for _, text, _ in step.documents if step.name == "RUN"]
+            if "\0" in step.whole + "".join(scripts):
+                at = max(step.whole.find("\0"), 0)
+                raise step.fail("a NUL character", NO_NUL, at)
             understand(step)
             yield step
 
@@ -15828,6 +15838,9 @@ def expand(step, at, text, known, document=False):
         raise step.fail(f"{error}", "quotes, or an escape, make a character itself",
                         at + min(expansion.at, len(text)) - 1 if not document else at
                         ) from None
+    except RecursionError:
+        raise step.fail("variables are nested too deeply in each other",
+                        "ENV and ARG give a name to what is inside", at) from None
 
 
 # ── what is copied from ──
@@ -16390,7 +16403,7 @@ class Copying:
                                *target.parent(entry.name))
                 yield entry
         if not item.open_archive:
-            target.add_all(placed(item.entries()), item.name)
+            target.add_all(placed(item.entries()), item.name or ".")
             return
         fd = item.open_archive()
         try:
@@ -16862,7 +16875,7 @@ class Mounts:
                 entry.name = entry.name if item.is_tree else "file"
                 yield entry
         with Layer(place) as layer:
-            layer.add_all(placed(), item.name)
+            layer.add_all(placed(), item.name or ".")
 
     def tmpfs(self, options, words, place, number):
         """Nothing of the host's."""
@@ -17663,6 +17676,22 @@ class Build:
 # ── the command ──
 
 
+def without_container(work, *words):
+    """What work(*words) returns.  An error of it ends with 1, as in Docker: 125 is for
+    those who wait for a program's own code."""
+    try:
+        return work(*words)
+    except (Fail, OSError) as error:
+        fail = diagnose(error)
+        raise Fail(fail.message, fail.hint, 1) from None
+
+
+def save_id(path, id):
+    """Write an image's id to a file."""
+    with open(path, "w") as file:
+        file.write(id)
+
+
 def export_files(state, text, when):
     """Write the files of a State where -o says."""
     words = dict(part.partition("=")[::2] for part in text.split(","))
@@ -17694,6 +17723,9 @@ class Context:
 
     def __init__(self, text, file):
         self.path, self.text, self.temporary, self.tree = text, "", "", None
+        if text == file == "-":
+            raise Fail("invalid argument: can't use stdin for both build context and "
+                       "dockerfile", "name a file for one of them", 1)
         if text == "-":
             self.take_input()
         elif os.path.isfile(text):
@@ -17823,23 +17855,26 @@ def build_command(options):
     style = "quiet" if options.quiet else options.progress
     if style == "auto":
         style = "tty" if os.isatty(2) else "plain"
+    id_file = options.iidfile or ""
+    if os.path.isfile(id_file) and not os.path.islink(id_file):
+        os.unlink(id_file)  # if we fail, nobody shall take an older one for ours
     with adding():
-        context = Context(options.path, options.file)
+        context = without_container(Context, options.path, options.file)
         try:
             build = Build(options, context.dockerfile(), context.open,
                           Report(style, bool(options.explain)))
             state = build.run()
             build.warn_of_args()
             for text in options.output:
-                export_files(state, text, build.epoch)
+                without_container(export_files, state, text, build.epoch)
             if options.output:
                 return
             id = build.finish(state, refs)
         finally:
             context.close()
             remove_unfinished()
-    if options.iidfile:
-        write_file(options.iidfile, id, create=0o644)
+    if id_file:
+        without_container(save_id, id_file, id)
     if options.quiet:
         print(id)
         return

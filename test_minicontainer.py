@@ -9767,6 +9767,11 @@ def test_a_step_that_fails_is_shown_with_its_line_and_leaves_only_the_cache_befo
     ("FROM ${X^}", "Dockerfile:1:9: unsupported modifier (^) in substitution"),
     ("# escape=x\nFROM y", "Dockerfile:1:10: invalid escape token 'x'"),
     ("FROM x\nSHELL sh -c", "Dockerfile:2:7: SHELL requires the arguments to be in JSON form"),
+    ("FROM x\nRUN a\0b", "Dockerfile:2:6: a NUL character"),
+    ("FROM x\nRUN <<E\na\0b\nE", "Dockerfile:2:1: a NUL character"),
+    ('FROM x\nCOPY ["a\\u0000", "b"]', "Dockerfile:2:6: a NUL character in an array"),
+    pytest.param("FROM " + "${x:-" * 999 + "}" * 999, "Dockerfile:1:6: variables are nested too deeply",
+                 id="nested too deeply"),
     ("", "file with no instructions"), ("# only this", "file with no instructions")])
 def test_what_is_wrong_in_a_dockerfile_is_shown_where_it_is(text, said):
     with pytest.raises(m.Fail) as caught:
@@ -10083,6 +10088,24 @@ def test_what_comes_of_a_build_is_named_counted_and_told(base, tmp_path):
     assert "build-args ['B'] were not consumed" in said and "Successfully tagged two:2" in said
     image = m.find_image((tmp_path / "id").read_text())
     assert image.tags() == ["one:latest", "two:2"] and image.settings["Labels"]["x"] == "y"
+
+
+@root
+def test_a_build_that_fails_leaves_no_older_id_and_ends_with_1_or_the_code_of_its_run(base, tmp_path):
+    path, file = tmp_path / "id", base.parent / "Dockerfile"
+    path.write_text("of an older build")
+    build(base, "RUN exit 125", "--iidfile", path, code=125)
+    assert not path.exists()
+    path.write_text("no tarball")
+    for words, said in ((["--iidfile", tmp_path], "Is a directory"),
+                        (["--iidfile", tmp_path / "no/id"], "No such file"),
+                        (["-o", path], "File exists"), (["-o", path / "x"], "Not a directory")):
+        assert said in build(base, "ENV A=1", *words, code=1)
+    assert "not a tarball" in forked_mini("build", "-f", file, path, code=1)
+    assert "can't use stdin for both" in forked_mini("build", "-f", "-", "-", code=1)
+    peer("ln", "-sf", path, tmp_path / "link")  # like /dev/stdout, it is to stay
+    build(base, "ENV A=1", "--iidfile", tmp_path / "link")
+    assert path.read_text() == m.find_image(path.read_text()).id and (tmp_path / "link").is_symlink()
 
 
 @root
