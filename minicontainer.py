@@ -8535,6 +8535,7 @@ def import_pieces(text, headers=None):
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or getattr(error, "strerror", None)
         raise Fail(f"{text}: {str(reason or error or repr(error)):.200}",
+                   "is the server there, and the URL right?" if "://" in text else
                    "FILE, URL, or - for standard input", 1) from None
 
 
@@ -15534,7 +15535,12 @@ def understand(step):
             raise step.fail("variable expansion is not supported for --from", "which "
                             "stages are needed has to be known before any is built: "
                             "FROM $NAME AS x, and --from=x", at)
-        step.flags.append((name, value or "true" * known[name]))
+        if known[name] and value.lower() not in ("", "true", "false"):
+            raise step.fail(f"expecting boolean value for flag {name}, not: {value}",
+                            f"--{name}, or --{name}=false", at)
+        if name in dict(step.flags) and name not in ("mount", "exclude"):
+            raise step.fail(f"duplicate flag specified: {name}", "say it once", at)
+        step.flags.append((name, value.lower() or "true" if known[name] else value))
         step.at = at + len(word)
         step.at += len(step.whole[step.at:]) - len(step.whole[step.at:].lstrip())
     step.value = form(step) if step.text else []
@@ -16684,6 +16690,9 @@ SAME_WORDS = {"dst": "target", "destination": "target", "src": "source",
               "readwrite": "rw", "readonly": "ro"}
 
 
+YES, NO = "1 t T TRUE true True".split(), "0 f F FALSE false False".split()  # as in Go
+
+
 def mount_words(step, text):
     """{key: value} of a --mount of RUN, checked."""
     words = {}
@@ -16705,6 +16714,14 @@ def mount_words(step, text):
         if {*words[key]} - digits or not words[key]:
             raise step.fail(f"invalid {key} of a mount: {words[key]!r}", "a number",
                             "--mount")
+    for key in sorted({"rw", "ro", "required"} & {*words}):
+        if words[key] not in (*YES, *NO):
+            raise step.fail(f"invalid value for {key}: {words[key]}", "true or false",
+                            "--mount")
+        words[key] = words[key] in YES
+    if words.get("sharing", "shared") not in ("shared", "private", "locked"):
+        raise step.fail(f"unsupported sharing value {words['sharing']!r}",
+                        "shared, private or locked", "--mount")
     named = kind == "secret" and (words.get("id") or words.get("env"))
     if not words.get("target") and not named:
         raise step.fail(f"invalid mount: {text!r} has no target", "target=/DIR",
@@ -16855,8 +16872,7 @@ class Mounts:
             place = f"{self.top}/{number}"
             source = getattr(self, words["type"])(options, words, place, number)
             if source:
-                ro = words.get("rw", "false") in ("false", "0") if (
-                    words["type"] != "cache") else words.get("ro", "0") in ("true", "1")
+                ro = words.get("ro", not words.get("rw", words["type"] == "cache"))
                 options.mount.append(f"type=bind,source={source},target="
                                      f"{self.target(words)}{',readonly' * ro}")
         for path, shared in sorted(self.caches.items()):
@@ -16905,7 +16921,7 @@ class Mounts:
             words.get("target", "")), words.get("env"))))
         value = self.worker.build.secrets.get(id)
         if value is None:
-            if words.get("required") in ("true", "1"):
+            if words.get("required"):
                 raise self.step.fail(f"secret {id}: not found", f"--secret id={id},"
                                      "src=FILE", "--mount")
             return None
@@ -16964,7 +16980,7 @@ class Worker:
 
     def yes(self, step, name):
         """Whether a flag is there that says yes or no."""
-        return self.flag(step, name, "false") in ("true", "1")
+        return self.flag(step, name) == "true"
 
     def path(self, text):
         """A path in full, with the / at its end that tells a directory."""
@@ -17266,7 +17282,7 @@ def run_step(w, step):
         "user": {"username": w.state.settings.get("User") or ""}}
     return w.change(["RUN", *seen * bool(used), *args], {
         **mounts.digests(), "the network": options.network, "the here-document": script,
-        "the mounts": [value for name, value in step.flags if name == "mount"]},
+        "what --mount says": [value for name, value in step.flags if name == "mount"]},
         lambda: layer_of_run(w, step, options, args, script, mounts),
         [item for item in mounts.items if item])
 

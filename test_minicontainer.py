@@ -9699,7 +9699,7 @@ def test_a_bind_mount_shows_the_context_a_stage_or_an_image_and_what_is_written_
     (base.parent / "context/.dockerignore").write_text("sub/deep\n")
     text = ("FROM base AS one\nRUN echo 1 > /one; chown 7:8 /one\nFROM base\nWORKDIR /w\n"
             "RUN --mount=type=bind,from=one,target=/o --mount=target=/c,rw "
-            "--mount=from=base,source=/etc,target=/i --mount=source=sub/s.txt,target=s "
+            "--mount=from=base,source=/etc,target=/i,ro=True --mount=source=sub/s.txt,target=s "
             "--mount=source=links/dir,dst=/d cat /o/one /c/f.txt /i/conf /w/s /d/s.txt; ls -n /o/one; "
             "echo new > /c/f.txt && cat /c/f.txt; touch /o/x; touch /w/s; rm /d/s.txt; ls /d\n"
             "RUN ls -A / /w")
@@ -9767,6 +9767,8 @@ def test_a_step_that_fails_is_shown_with_its_line_and_leaves_only_the_cache_befo
     ("FROM ${X^}", "Dockerfile:1:9: unsupported modifier (^) in substitution"),
     ("# escape=x\nFROM y", "Dockerfile:1:10: invalid escape token 'x'"),
     ("FROM x\nSHELL sh -c", "Dockerfile:2:7: SHELL requires the arguments to be in JSON form"),
+    ("FROM x\nCOPY --link=yes a b", "Dockerfile:2:6: expecting boolean value for flag link, not: yes"),
+    ("FROM x\nCOPY --chown=1 --chown=2 a b", "Dockerfile:2:16: duplicate flag specified: chown"),
     ("FROM x\nRUN a\0b", "Dockerfile:2:6: a NUL character"),
     ("FROM x\nRUN <<E\na\0b\nE", "Dockerfile:2:1: a NUL character"),
     ('FROM x\nCOPY ["a\\u0000", "b"]', "Dockerfile:2:6: a NUL character in an array"),
@@ -9878,6 +9880,8 @@ def test_no_dockerfile_makes_a_traceback(seed):
     ("RUN --mount=type=cache,targte=/x true", "unexpected key 'targte'"),
     ("RUN --mount=type=cache,target=/x,source=/y true", "source= of a cache mount needs from="),
     ("RUN --mount=type=cache,target=/x,mode=rwx true", "invalid mode of a mount: 'rwx'"),
+    ("RUN --mount=type=cache,target=/x,sharing=lockd true", "unsupported sharing value 'lockd'"),
+    ("RUN --mount=type=secret,id=x,required=yes true", "invalid value for required: yes"),
     ("RUN echo > /etc/.wh.conf", "etc/.wh.conf: a name that layers keep to themselves"),
     ("RUN nosuchcommand", "returned a non-zero code: 127"),
     ('RUN ["/nosuch"]', "/nosuch"), ("EXPOSE x", "containerPort x: 'x'"),
