@@ -15860,9 +15860,15 @@ def expand(step, at, text, known, document=False):
 # the cache and once to be copied.
 
 
+def has_wildcard(text):
+    """Whether a name in a path means several."""
+    return any(letter in text for letter in "*?[\\")
+
+
 def compiled(pattern):
     """The regular expression of a pattern: * and ? stay in one directory, ** does not,
-    and what is matched takes with it all that is in it."""
+    and what is matched takes with it all that is in it.  **.txt, if nothing else in it
+    is special, is whatever ends so; else ** and no / are whole directories, too."""
     import re
 
     found, at, in_class = "", 0, False
@@ -15870,8 +15876,10 @@ def compiled(pattern):
         letter = pattern[at]
         at += 1
         if pattern.startswith("**", at - 1) and not in_class:
+            ending = pattern[at + 1:] if at == 1 else "*"
+            any_text = not has_wildcard(ending) and not ending.startswith("/")
             at += 1 + pattern.startswith("/", at + 1)
-            found += "(?:.*/)?" if at < len(pattern) else ".*"
+            found += "(?:.*/)?" if at < len(pattern) and not any_text else ".*"
         elif letter in "*?" and not in_class:
             found += "[^/]" + "*" * (letter == "*")
         elif letter in ("]-" if in_class else "[") or (
@@ -15881,6 +15889,8 @@ def compiled(pattern):
             at += letter == "\\"
             found += re.escape(pattern[at - 1] if at <= len(pattern) else letter)
     try:
+        if at > len(pattern):
+            raise re.error("an escape, and nothing after it")
         return re.compile(f"{found}(?:/.*)?", re.S)
     except re.error:
         raise Fail(f"syntax error in pattern {pattern!r}", "[ ] and \\ are special", 1
@@ -15894,7 +15904,9 @@ def rules_of(text):
         pattern = "" if line.startswith("#") else line.strip()
         back = pattern.startswith("!")
         if pattern := pattern[back:].strip():
-            pattern = os.path.normpath(pattern).lstrip("/")
+            pattern = os.path.normpath(pattern).lstrip("/").strip()
+        if back and not pattern:
+            raise Fail('illegal exclusion pattern: "!"', "! and what is to stay", 1)
         if pattern:
             rules.append((compiled(pattern), back))
     return rules
@@ -15904,11 +15916,6 @@ def is_excluded(rules, path):
     """Whether rules leave out a path: the last one that matches decides."""
     return path != "." and next((not back for pattern, back in reversed(rules)
                                  if pattern.fullmatch(path)), False)
-
-
-def has_wildcard(text):
-    """Whether a name in a path means several."""
-    return any(letter in text for letter in "*?[\\")
 
 
 def file_entry(fd):

@@ -9623,6 +9623,8 @@ def test_a_dockerfile_has_a_dockerignore_and_the_last_rule_that_matches_decides(
                         ("!d/keep/x\nd", {"d/a.txt", "d/e/a.txt", "d/keep/x", "d/keep/y"}),
                         ("*\n!**/keep", everything - {"d/keep/x", "d/keep/y"}),
                         ("n/**/deep", {"n/m/deep"}), ("?.txt", {"a.txt", "b.txt"}),
+                        ("**a.txt", {"a.txt", "d/a.txt", "d/e/a.txt"}), ("**/b.txt", {"b.txt"}),
+                        ("d**a.txt", {"d/a.txt", "d/e/a.txt"}), ("**?.txt", {"a.txt", "b.txt", "d/a.txt", "d/e/a.txt"}),
                         ("[^b].txt", {"a.txt"}), ("[^a-c].txt", set()), ("d/../b.txt", {"b.txt"}),
                         ("[\\a[-].txt", {"a.txt"})):
         (tmp_path / ".dockerignore").write_text(rules + "\nDockerfile\n.dockerignore\n")
@@ -9631,6 +9633,14 @@ def test_a_dockerfile_has_a_dockerignore_and_the_last_rule_that_matches_decides(
         assert {p for p in map(lambda p: os.path.relpath(p, out), tree(out))
                 if os.path.isfile(out / p)} == everything - gone, rules
         shutil.rmtree(out)
+
+
+@pytest.mark.parametrize("line, said", [
+    ("!", "illegal exclusion pattern"), (" !/ ", "illegal exclusion pattern"),
+    ("a\\", "syntax error in pattern"), ("[a\\", "syntax error"), ("!b[", "syntax error")])
+def test_a_rule_of_a_dockerignore_that_means_nothing_is_refused(line, said):
+    with pytest.raises(m.Fail, match=said):
+        m.rules_of(f"a\n{line}\n")
 
 
 @root
