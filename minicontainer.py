@@ -15853,8 +15853,10 @@ def expand(step, at, text, known, document=False):
 #
 # A .dockerignore is a list of rules of which the last that matches a path decides; one
 # with a ! takes back.  What matches a directory matches all that is in it, so a rule
-# with ! may bring back a file of a directory that is itself left out.  Wildcards are
-# those of Go's filepath.Match, and ** is any number of directories.
+# with ! may bring back a file of a directory that is itself left out.  But `*/*.log`
+# and then `!keep` bring back nothing in keep: the ! came to it when it was not left
+# out, had nothing to do, and does not come again.  Wildcards are those of Go's
+# filepath.Match, and ** is any number of directories.
 #
 # A path is opened below the descriptor of a directory, once to be named in the key of
 # the cache and once to be copied.
@@ -15867,8 +15869,7 @@ def has_wildcard(text):
 
 def compiled(pattern):
     """The regular expression of a pattern: * and ? stay in one directory, ** does not,
-    and what is matched takes with it all that is in it.  **.txt, if nothing else in it
-    is special, is whatever ends so; else ** and no / are whole directories, too."""
+    except that **.txt, if nothing else in it is special, is whatever ends so."""
     import re
 
     found, at, in_class = "", 0, False
@@ -15891,10 +15892,30 @@ def compiled(pattern):
     try:
         if at > len(pattern):
             raise re.error("an escape, and nothing after it")
-        return re.compile(f"{found}(?:/.*)?", re.S)
+        return re.compile(found, re.S)
     except re.error:
         raise Fail(f"syntax error in pattern {pattern!r}", "[ ] and \\ are special", 1
                    ) from None
+
+
+class IgnoreRules(list):
+    """(a pattern, whether it takes back) each, and what they said of directories."""
+
+    def __init__(self, rules):
+        super().__init__(rules)
+        self.known = {"": [False] * len(rules)}
+
+    def matches(self, path):
+        """Which of them match a path, or have matched a directory that it is in.  Who
+        would take back what is not left out, or the reverse, is not asked."""
+        above, found, out = os.path.dirname(path), [], False
+        if above not in self.known:
+            self.known[above] = self.matches(above)
+        for (pattern, back), match in zip(self, self.known[above], strict=True):
+            match = match or back == out and bool(pattern.fullmatch(path))
+            out = not back if match else out
+            found.append(match)
+        return found
 
 
 def rules_of(text):
@@ -15909,13 +15930,16 @@ def rules_of(text):
             raise Fail('illegal exclusion pattern: "!"', "! and what is to stay", 1)
         if pattern:
             rules.append((compiled(pattern), back))
-    return rules
+    return IgnoreRules(rules)
 
 
 def is_excluded(rules, path):
     """Whether rules leave out a path: the last one that matches decides."""
-    return path != "." and next((not back for pattern, back in reversed(rules)
-                                 if pattern.fullmatch(path)), False)
+    if not rules or path == ".":
+        return False
+    matching = [back for (_, back), match in zip(
+        rules, rules.matches(path), strict=True) if match]
+    return not (matching or [True])[-1]
 
 
 def file_entry(fd):

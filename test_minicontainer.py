@@ -9616,12 +9616,16 @@ def test_a_dockerfile_has_a_dockerignore_and_the_last_rule_that_matches_decides(
         path.write_text(name)
     (tmp_path / "Dockerfile").write_text("FROM scratch\nCOPY . /\n")
     everything = {"a.txt", "b.txt", "d/a.txt", "d/e/a.txt", "d/keep/x", "d/keep/y", "n/m/deep"}
+    in_d = {name for name in everything if name[:2] == "d/"}
     for rules, gone in (("a.txt", {"a.txt"}), ("*/a.txt", {"d/a.txt"}),
                         ("**/a.txt", {"a.txt", "d/a.txt", "d/e/a.txt"}),
                         ("# a.txt\n\n/b.txt ", {"b.txt"}),
                         ("d\n!d/keep/x", {"d/a.txt", "d/e/a.txt", "d/keep/y"}),
                         ("!d/keep/x\nd", {"d/a.txt", "d/e/a.txt", "d/keep/x", "d/keep/y"}),
                         ("*\n!**/keep", everything - {"d/keep/x", "d/keep/y"}),
+                        ("*/a.txt\n!d", {"d/a.txt"}), ("d/e\n!d\nd/a.txt", {"d/e/a.txt", "d/a.txt"}),
+                        ("d\n!d", set()), ("d\n!d/e\n**/a.txt", {"a.txt", *in_d}),
+                        ("**\n!d/e\n!a.txt", everything - {"d/e/a.txt", "a.txt"}),
                         ("n/**/deep", {"n/m/deep"}), ("?.txt", {"a.txt", "b.txt"}),
                         ("**a.txt", {"a.txt", "d/a.txt", "d/e/a.txt"}), ("**/b.txt", {"b.txt"}),
                         ("d**a.txt", {"d/a.txt", "d/e/a.txt"}), ("**?.txt", {"a.txt", "b.txt", "d/a.txt", "d/e/a.txt"}),
