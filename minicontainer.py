@@ -8694,8 +8694,9 @@ def import_pieces(text, headers=None):
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error  # urllib's is an error itself
         said = getattr(reason, "strerror", None) or str(reason) or repr(error)
-        raise Fail(f"{text}: {said:.200}", "FILE, URL, or - for standard input", 1
-                   ) from None
+        raise Fail(f"{text}: {said:.200}",
+                   "is the server there, and the URL right?" if "://" in text else
+                   "FILE, URL, or - for standard input", 1) from None
 
 
 def keep_layer(path, digest, title):
@@ -15649,6 +15650,9 @@ def quoted(word, escape):
     return "".join(escape + c if c in f"'\"{escape}" else c for c in word)
 
 
+NO_NUL = "neither a path nor a word of a command can have one"  # it would end there
+
+
 def exec_form(step, at=None):
     """The list that JSON gives, or None where it is none: then it is a shell's."""
     text = step.text if at is None else step.whole[at:].strip()
@@ -15658,6 +15662,9 @@ def exec_form(step, at=None):
         return None
     if not all(isinstance(word, str) for word in words or ()):
         raise step.fail("arrays must be comprised of strings only", "quote each",
+                        step.at if at is None else at)
+    if "\0" in "".join(words or ()):
+        raise step.fail("a NUL character in an array", NO_NUL,
                         step.at if at is None else at)
     return words
 
@@ -15685,7 +15692,12 @@ def understand(step):
             raise step.fail("variable expansion is not supported for --from", "which "
                             "stages are needed has to be known before any is built: "
                             "FROM $NAME AS x, and --from=x", at)
-        step.flags.append((name, value or "true" * known[name]))
+        if known[name] and value.lower() not in ("", "true", "false"):
+            raise step.fail(f"expecting boolean value for flag {name}, not: {value}",
+                            f"--{name}, or --{name}=false", at)
+        if name in dict(step.flags) and name not in ("mount", "exclude"):
+            raise step.fail(f"duplicate flag specified: {name}", "say it once", at)
+        step.flags.append((name, value.lower() or "true" if known[name] else value))
         step.at = at + len(word)
         step.at += len(step.whole[step.at:]) - len(step.whole[step.at:].lstrip())
     step.value = form(step) if step.text else []
@@ -15793,6 +15805,10 @@ class Dockerfile:
                                 f"known are {' '.join(INSTRUCTIONS)}")
             step.documents = [self.document(step, *named)
                               for named in step.documents_named()]
+            scripts = [text for _, text, _ in step.documents if step.name == "RUN"]
+            if "\0" in step.whole + "".join(scripts):
+                at = max(step.whole.find("\0"), 0)
+                raise step.fail("a NUL character", NO_NUL, at)
             understand(step)
             yield step
 
@@ -15985,22 +16001,32 @@ def expand(step, at, text, known, document=False):
         raise step.fail(f"{error}", "quotes, or an escape, make a character itself",
                         at + min(expansion.at, len(text)) - 1 if not document else at
                         ) from None
+    except RecursionError:
+        raise step.fail("variables are nested too deeply in each other",
+                        "ENV and ARG give a name to what is inside", at) from None
 
 
 # ── what is copied from ──
 #
 # A .dockerignore is a list of rules of which the last that matches a path decides; one
 # with a ! takes back.  What matches a directory matches all that is in it, so a rule
-# with ! may bring back a file of a directory that is itself left out.  Wildcards are
-# those of Go's filepath.Match, and ** is any number of directories.
+# with ! may bring back a file of a directory that is itself left out.  But `*/*.log`
+# and then `!keep` bring back nothing in keep: the ! came to it when it was not left
+# out, had nothing to do, and does not come again.  Wildcards are those of Go's
+# filepath.Match, and ** is any number of directories.
 #
 # A path is opened below the descriptor of a directory, once to be named in the key of
 # the cache and once to be copied.
 
 
+def has_wildcard(text):
+    """Whether a name in a path means several."""
+    return any(letter in text for letter in "*?[\\")
+
+
 def compiled(pattern):
     """The regular expression of a pattern: * and ? stay in one directory, ** does not,
-    and what is matched takes with it all that is in it."""
+    except that **.txt, if nothing else in it is special, is whatever ends so."""
     import re
 
     found, at, in_class = "", 0, False
@@ -16008,8 +16034,10 @@ def compiled(pattern):
         letter = pattern[at]
         at += 1
         if pattern.startswith("**", at - 1) and not in_class:
+            ending = pattern[at + 1:] if at == 1 else "*"
+            any_text = not has_wildcard(ending) and not ending.startswith("/")
             at += 1 + pattern.startswith("/", at + 1)
-            found += "(?:.*/)?" if at < len(pattern) else ".*"
+            found += "(?:.*/)?" if at < len(pattern) and not any_text else ".*"
         elif letter in "*?" and not in_class:
             found += "[^/]" + "*" * (letter == "*")
         elif letter in ("]-" if in_class else "[") or (
@@ -16019,10 +16047,32 @@ def compiled(pattern):
             at += letter == "\\"
             found += re.escape(pattern[at - 1] if at <= len(pattern) else letter)
     try:
-        return re.compile(f"{found}(?:/.*)?", re.S)
+        if at > len(pattern):
+            raise re.error("an escape, and nothing after it")
+        return re.compile(found, re.S)
     except re.error:
         raise Fail(f"syntax error in pattern {pattern!r}", "[ ] and \\ are special", 1
                    ) from None
+
+
+class IgnoreRules(list):
+    """(a pattern, whether it takes back) each, and what they said of directories."""
+
+    def __init__(self, rules):
+        super().__init__(rules)
+        self.known = {"": [False] * len(rules)}
+
+    def matches(self, path):
+        """Which of them match a path, or have matched a directory that it is in.  Who
+        would take back what is not left out, or the reverse, is not asked."""
+        above, found, out = os.path.dirname(path), [], False
+        if above not in self.known:
+            self.known[above] = self.matches(above)
+        for (pattern, back), match in zip(self, self.known[above], strict=True):
+            match = match or back == out and bool(pattern.fullmatch(path))
+            out = not back if match else out
+            found.append(match)
+        return found
 
 
 def rules_of(text):
@@ -16032,21 +16082,21 @@ def rules_of(text):
         pattern = "" if line.startswith("#") else line.strip()
         back = pattern.startswith("!")
         if pattern := pattern[back:].strip():
-            pattern = os.path.normpath(pattern).lstrip("/")
+            pattern = os.path.normpath(pattern).lstrip("/").strip()
+        if back and not pattern:
+            raise Fail('illegal exclusion pattern: "!"', "! and what is to stay", 1)
         if pattern:
             rules.append((compiled(pattern), back))
-    return rules
+    return IgnoreRules(rules)
 
 
 def is_excluded(rules, path):
     """Whether rules leave out a path: the last one that matches decides."""
-    return path != "." and next((not back for pattern, back in reversed(rules)
-                                 if pattern.fullmatch(path)), False)
-
-
-def has_wildcard(text):
-    """Whether a name in a path means several."""
-    return any(letter in text for letter in "*?[\\")
+    if not rules or path == ".":
+        return False
+    matching = [back for (_, back), match in zip(
+        rules, rules.matches(path), strict=True) if match]
+    return not (matching or [True])[-1]
 
 
 def file_entry(fd):
@@ -16547,7 +16597,7 @@ class Copying:
                                *target.parent(entry.name))
                 yield entry
         if not item.open_archive:
-            target.add_all(placed(item.entries()), item.name)
+            target.add_all(placed(item.entries()), item.name or ".")
             return
         fd = item.open_archive()
         try:
@@ -16828,6 +16878,9 @@ SAME_WORDS = {"dst": "target", "destination": "target", "src": "source",
               "readwrite": "rw", "readonly": "ro"}
 
 
+YES, NO = "1 t T TRUE true True".split(), "0 f F FALSE false False".split()  # as in Go
+
+
 def mount_words(step, text):
     """{key: value} of a --mount of RUN, checked."""
     words = {}
@@ -16849,6 +16902,14 @@ def mount_words(step, text):
         if {*words[key]} - digits or not words[key]:
             raise step.fail(f"invalid {key} of a mount: {words[key]!r}", "a number",
                             "--mount")
+    for key in sorted({"rw", "ro", "required"} & {*words}):
+        if words[key] not in (*YES, *NO):
+            raise step.fail(f"invalid value for {key}: {words[key]}", "true or false",
+                            "--mount")
+        words[key] = words[key] in YES
+    if words.get("sharing", "shared") not in ("shared", "private", "locked"):
+        raise step.fail(f"unsupported sharing value {words['sharing']!r}",
+                        "shared, private or locked", "--mount")
     named = kind == "secret" and (words.get("id") or words.get("env"))
     if not words.get("target") and not named:
         raise step.fail(f"invalid mount: {text!r} has no target", "target=/DIR",
@@ -16999,8 +17060,7 @@ class Mounts:
             place = f"{self.top}/{number}"
             source = getattr(self, words["type"])(options, words, place, number)
             if source:
-                ro = words.get("rw", "false") in ("false", "0") if (
-                    words["type"] != "cache") else words.get("ro", "0") in ("true", "1")
+                ro = words.get("ro", not words.get("rw", words["type"] == "cache"))
                 options.mount.append(f"type=bind,source={source},target="
                                      f"{self.target(words)}{',readonly' * ro}")
         for path, shared in sorted(self.caches.items()):
@@ -17019,7 +17079,7 @@ class Mounts:
                 entry.name = entry.name if item.is_tree else "file"
                 yield entry
         with Layer(place) as layer:
-            layer.add_all(placed(), item.name)
+            layer.add_all(placed(), item.name or ".")
 
     def tmpfs(self, options, words, place, number):
         """Nothing of the host's."""
@@ -17049,7 +17109,7 @@ class Mounts:
             words.get("target", "")), words.get("env"))))
         value = self.worker.build.secrets.get(id)
         if value is None:
-            if words.get("required") in ("true", "1"):
+            if words.get("required"):
                 raise self.step.fail(f"secret {id}: not found", f"--secret id={id},"
                                      "src=FILE", "--mount")
             return None
@@ -17108,7 +17168,7 @@ class Worker:
 
     def yes(self, step, name):
         """Whether a flag is there that says yes or no."""
-        return self.flag(step, name, "false") in ("true", "1")
+        return self.flag(step, name) == "true"
 
     def path(self, text):
         """A path in full, with the / at its end that tells a directory."""
@@ -17404,7 +17464,7 @@ def run_step(w, step):
         "user": {"username": w.state.settings.get("User") or ""}}
     return w.change(["RUN", *seen * bool(used), *args], {
         **mounts.digests(), "the network": options.network, "the here-document": script,
-        "the mounts": [value for name, value in step.flags if name == "mount"]},
+        "what --mount says": [value for name, value in step.flags if name == "mount"]},
         lambda: layer_of_run(w, step, options, args, script, mounts),
         [item for item in mounts.items if item])
 
@@ -17814,6 +17874,22 @@ class Build:
 # ── the command ──
 
 
+def without_container(work, *words):
+    """What work(*words) returns.  An error of it ends with 1, as in Docker: 125 is for
+    those who wait for a program's own code."""
+    try:
+        return work(*words)
+    except (Fail, OSError) as error:
+        fail = diagnose(error)
+        raise Fail(fail.message, fail.hint, 1) from None
+
+
+def save_id(path, id):
+    """Write an image's id to a file."""
+    with open(path, "w") as file:
+        file.write(id)
+
+
 def export_files(state, text, when):
     """Write the files of a State where -o says."""
     words = dict(part.partition("=")[::2] for part in text.split(","))
@@ -17845,6 +17921,9 @@ class Context:
 
     def __init__(self, text, file):
         self.path, self.text, self.temporary, self.tree = text, "", "", None
+        if text == file == "-":
+            raise Fail("invalid argument: can't use stdin for both build context and "
+                       "dockerfile", "name a file for one of them", 1)
         if text == "-":
             self.take_input()
         elif os.path.isfile(text):
@@ -17974,23 +18053,26 @@ def build_command(options):
     style = "quiet" if options.quiet else options.progress
     if style == "auto":
         style = "tty" if os.isatty(2) else "plain"
+    id_file = options.iidfile or ""
+    if os.path.isfile(id_file) and not os.path.islink(id_file):
+        os.unlink(id_file)  # if we fail, nobody shall take an older one for ours
     with adding():
-        context = Context(options.path, options.file)
+        context = without_container(Context, options.path, options.file)
         try:
             build = Build(options, context.dockerfile(), context.open,
                           Report(style, bool(options.explain)))
             state = build.run()
             build.warn_of_args()
             for text in options.output:
-                export_files(state, text, build.epoch)
+                without_container(export_files, state, text, build.epoch)
             if options.output:
                 return
             id = build.finish(state, refs)
         finally:
             context.close()
             remove_unfinished()
-    if options.iidfile:
-        write_file(options.iidfile, id, create=0o644)
+    if id_file:
+        without_container(save_id, id_file, id)
     if options.quiet:
         print(id)
         return

@@ -9727,13 +9727,19 @@ def test_a_dockerfile_has_a_dockerignore_and_the_last_rule_that_matches_decides(
         path.write_text(name)
     (tmp_path / "Dockerfile").write_text("FROM scratch\nCOPY . /\n")
     everything = {"a.txt", "b.txt", "d/a.txt", "d/e/a.txt", "d/keep/x", "d/keep/y", "n/m/deep"}
+    in_d = {name for name in everything if name[:2] == "d/"}
     for rules, gone in (("a.txt", {"a.txt"}), ("*/a.txt", {"d/a.txt"}),
                         ("**/a.txt", {"a.txt", "d/a.txt", "d/e/a.txt"}),
                         ("# a.txt\n\n/b.txt ", {"b.txt"}),
                         ("d\n!d/keep/x", {"d/a.txt", "d/e/a.txt", "d/keep/y"}),
                         ("!d/keep/x\nd", {"d/a.txt", "d/e/a.txt", "d/keep/x", "d/keep/y"}),
                         ("*\n!**/keep", everything - {"d/keep/x", "d/keep/y"}),
+                        ("*/a.txt\n!d", {"d/a.txt"}), ("d/e\n!d\nd/a.txt", {"d/e/a.txt", "d/a.txt"}),
+                        ("d\n!d", set()), ("d\n!d/e\n**/a.txt", {"a.txt", *in_d}),
+                        ("**\n!d/e\n!a.txt", everything - {"d/e/a.txt", "a.txt"}),
                         ("n/**/deep", {"n/m/deep"}), ("?.txt", {"a.txt", "b.txt"}),
+                        ("**a.txt", {"a.txt", "d/a.txt", "d/e/a.txt"}), ("**/b.txt", {"b.txt"}),
+                        ("d**a.txt", {"d/a.txt", "d/e/a.txt"}), ("**?.txt", {"a.txt", "b.txt", "d/a.txt", "d/e/a.txt"}),
                         ("[^b].txt", {"a.txt"}), ("[^a-c].txt", set()), ("d/../b.txt", {"b.txt"}),
                         ("[\\a[-].txt", {"a.txt"})):
         (tmp_path / ".dockerignore").write_text(rules + "\nDockerfile\n.dockerignore\n")
@@ -9742,6 +9748,14 @@ def test_a_dockerfile_has_a_dockerignore_and_the_last_rule_that_matches_decides(
         assert {p for p in map(lambda p: os.path.relpath(p, out), tree(out))
                 if os.path.isfile(out / p)} == everything - gone, rules
         shutil.rmtree(out)
+
+
+@pytest.mark.parametrize("line, said", [
+    ("!", "illegal exclusion pattern"), (" !/ ", "illegal exclusion pattern"),
+    ("a\\", "syntax error in pattern"), ("[a\\", "syntax error"), ("!b[", "syntax error")])
+def test_a_rule_of_a_dockerignore_that_means_nothing_is_refused(line, said):
+    with pytest.raises(m.Fail, match=said):
+        m.rules_of(f"a\n{line}\n")
 
 
 @root
@@ -9810,7 +9824,7 @@ def test_a_bind_mount_shows_the_context_a_stage_or_an_image_and_what_is_written_
     (base.parent / "context/.dockerignore").write_text("sub/deep\n")
     text = ("FROM base AS one\nRUN echo 1 > /one; chown 7:8 /one\nFROM base\nWORKDIR /w\n"
             "RUN --mount=type=bind,from=one,target=/o --mount=target=/c,rw "
-            "--mount=from=base,source=/etc,target=/i --mount=source=sub/s.txt,target=s "
+            "--mount=from=base,source=/etc,target=/i,ro=True --mount=source=sub/s.txt,target=s "
             "--mount=source=links/dir,dst=/d cat /o/one /c/f.txt /i/conf /w/s /d/s.txt; ls -n /o/one; "
             "echo new > /c/f.txt && cat /c/f.txt; touch /o/x; touch /w/s; rm /d/s.txt; ls /d\n"
             "RUN ls -A / /w")
@@ -9878,6 +9892,13 @@ def test_a_step_that_fails_is_shown_with_its_line_and_leaves_only_the_cache_befo
     ("FROM ${X^}", "Dockerfile:1:9: unsupported modifier (^) in substitution"),
     ("# escape=x\nFROM y", "Dockerfile:1:10: invalid escape token 'x'"),
     ("FROM x\nSHELL sh -c", "Dockerfile:2:7: SHELL requires the arguments to be in JSON form"),
+    ("FROM x\nCOPY --link=yes a b", "Dockerfile:2:6: expecting boolean value for flag link, not: yes"),
+    ("FROM x\nCOPY --chown=1 --chown=2 a b", "Dockerfile:2:16: duplicate flag specified: chown"),
+    ("FROM x\nRUN a\0b", "Dockerfile:2:6: a NUL character"),
+    ("FROM x\nRUN <<E\na\0b\nE", "Dockerfile:2:1: a NUL character"),
+    ('FROM x\nCOPY ["a\\u0000", "b"]', "Dockerfile:2:6: a NUL character in an array"),
+    pytest.param("FROM " + "${x:-" * 999 + "}" * 999, "Dockerfile:1:6: variables are nested too deeply",
+                 id="nested too deeply"),
     ("", "file with no instructions"), ("# only this", "file with no instructions")])
 def test_what_is_wrong_in_a_dockerfile_is_shown_where_it_is(text, said):
     with pytest.raises(m.Fail) as caught:
@@ -9984,6 +10005,8 @@ def test_no_dockerfile_makes_a_traceback(seed):
     ("RUN --mount=type=cache,targte=/x true", "unexpected key 'targte'"),
     ("RUN --mount=type=cache,target=/x,source=/y true", "source= of a cache mount needs from="),
     ("RUN --mount=type=cache,target=/x,mode=rwx true", "invalid mode of a mount: 'rwx'"),
+    ("RUN --mount=type=cache,target=/x,sharing=lockd true", "unsupported sharing value 'lockd'"),
+    ("RUN --mount=type=secret,id=x,required=yes true", "invalid value for required: yes"),
     ("RUN echo > /etc/.wh.conf", "etc/.wh.conf: a name that layers keep to themselves"),
     ("RUN nosuchcommand", "returned a non-zero code: 127"),
     ('RUN ["/nosuch"]', "/nosuch"), ("EXPOSE x", "containerPort x: 'x'"),
@@ -10194,6 +10217,24 @@ def test_what_comes_of_a_build_is_named_counted_and_told(base, tmp_path):
     assert "build-args ['B'] were not consumed" in said and "Successfully tagged two:2" in said
     image = m.find_image((tmp_path / "id").read_text())
     assert image.tags() == ["one:latest", "two:2"] and image.settings["Labels"]["x"] == "y"
+
+
+@root
+def test_a_build_that_fails_leaves_no_older_id_and_ends_with_1_or_the_code_of_its_run(base, tmp_path):
+    path, file = tmp_path / "id", base.parent / "Dockerfile"
+    path.write_text("of an older build")
+    build(base, "RUN exit 125", "--iidfile", path, code=125)
+    assert not path.exists()
+    path.write_text("no tarball")
+    for words, said in ((["--iidfile", tmp_path], "Is a directory"),
+                        (["--iidfile", tmp_path / "no/id"], "No such file"),
+                        (["-o", path], "File exists"), (["-o", path / "x"], "Not a directory")):
+        assert said in build(base, "ENV A=1", *words, code=1)
+    assert "not a tarball" in forked_mini("build", "-f", file, path, code=1)
+    assert "can't use stdin for both" in forked_mini("build", "-f", "-", "-", code=1)
+    peer("ln", "-sf", path, tmp_path / "link")  # like /dev/stdout, it is to stay
+    build(base, "ENV A=1", "--iidfile", tmp_path / "link")
+    assert path.read_text() == m.find_image(path.read_text()).id and (tmp_path / "link").is_symlink()
 
 
 @root
