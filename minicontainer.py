@@ -10305,10 +10305,10 @@ def our_table(networks, there):
 # they are known and taken out again, and are of a form that iptables knows how to show.
 
 
-def listed(kind, family=0, attributes=()):
-    """(number of its family, {kind: value}) of all that there are in nf_tables of a
-    kind: its attributes."""
-    ask = message(NFT | kind, NLM_F_DUMP, 0, struct.pack(">BBH", family, 0, 0),
+def listed(kind, family=0, attributes=(), subsystem=NFT):
+    """(number of its family, {kind: value}) of all that there are of a kind in
+    nf_tables, or in another part of netfilter: its attributes."""
+    ask = message(subsystem | kind, NLM_F_DUMP, 0, struct.pack(">BBH", family, 0, 0),
                   dict(attributes), ">")
     return [(body[0], dict(attributes_of(body[4:])))
             for body in tables().replies(ask)]
@@ -10380,6 +10380,81 @@ def open_walls(chains, wanted):
             say(f"the chain {' '.join(chain)} of nf_tables may drop "
                 f"{', '.join(wanted)}, and cannot be changed: {fail.message}\n  hint: "
                 "with firewalld, `firewall-cmd --zone=trusted --add-interface=BRIDGE`")
+
+
+# What becomes of a connection is settled by its first packet.  With UDP it is all that
+# goes from one port to another without a pause: who never pauses would for ever reach
+# whom it led to when he began, or whoever has got that address since, and publishes
+# nothing.  So when a container with such ports comes or goes, and the rules say so, the
+# kernel is to forget these connections.  It takes 20 ms to look for them.
+
+CONNTRACK, IPCTNL_MSG_CT_GET, IPCTNL_MSG_CT_DELETE = 1 << 8, 1, 2
+CTA_TUPLE_ORIG, CTA_TUPLE_REPLY, CTA_FILTER, UDP = 1, 2, 0x8019, 17
+
+
+def probe(kind, address, port):
+    """The port that a program would have who asked for that one; 0 is any.  An OSError
+    says why it would not."""
+    import _socket
+
+    socket = _socket.socket(AF_INET6 if ":" in address else AF_INET, _socket.SOCK_STREAM
+                            if kind == "tcp" else _socket.SOCK_DGRAM)
+    try:
+        if kind == "tcp":  # connections that were closed a minute ago do not count
+            socket.setsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEADDR, 1)
+        if ":" in address:
+            socket.setsockopt(_socket.IPPROTO_IPV6, _socket.IPV6_V6ONLY, 1)
+        socket.bind((address, port))
+        return socket.getsockname()[1]
+    finally:
+        socket.close()
+
+
+def is_own(address):
+    """Whether an address, as bytes, is one of this host's."""
+    first = IPV4.start if len(address) == 4 else 0
+    try:
+        return bool(probe("udp", address_of(first + int.from_bytes(address, "big")), 0))
+    except OSError:
+        return False
+
+
+def ends_of(data):
+    """(who sends, whom to, which port of his), as bytes, of a connection's packets that
+    go one way."""
+    ends = {kind: dict(attributes_of(value)) for kind, value in attributes_of(data)}
+    address, ports = ends[1], ends[2]
+    return address.get(1, address.get(3)), address.get(2, address.get(4)), ports.get(3)
+
+
+def forget_connection(family, connection):
+    """Have the kernel forget a connection, unless it has just done so."""
+    try:
+        list(tables().replies(message(CONNTRACK | IPCTNL_MSG_CT_DELETE, NLM_F_ACK, 0,
+                                      struct.pack(">BBH", family, 0, 0), connection)))
+    except OSError as error:
+        if error.errno != errno.ENOENT:
+            raise
+
+
+def forget_callers(endpoint):
+    """Have the kernel forget who sends UDP to a container, or to its ports here."""
+    ports = {struct.pack(">H", port) for kind, _, port, _ in endpoint["ports"]
+             if kind == "udp"}
+    for address in map(packed, endpoint["addresses"] if ports else ()):
+        family = AF_INET if len(address) == 4 else AF_INET6
+        only = {CTA_TUPLE_ORIG: {2: {1: bytes([UDP])}},
+                CTA_FILTER: {CTA_TUPLE_ORIG: struct.pack("=I", 1 << 3)}}  # the protocol
+        try:
+            for _, facts in listed(IPCTNL_MSG_CT_GET, family, only, CONNTRACK):
+                _, to, port = ends_of(facts[CTA_TUPLE_ORIG])
+                if ends_of(facts[CTA_TUPLE_REPLY])[0] == address or (
+                        port in ports and is_own(to)):
+                    forget_connection(family, {
+                        CTA_TUPLE_ORIG: facts[CTA_TUPLE_ORIG]})
+        except OSError as error:
+            say("who sends UDP to a published port already may not be heard: the "
+                f"kernel forgets no connections: {error.strerror}")
 
 
 def relayed(there):
@@ -10525,7 +10600,7 @@ def free_places(own=""):
     dead = [endpoint for endpoint in all_endpoints() if endpoint["id"] not in alive]
     for endpoint in dead:
         unplug(endpoint, "whose it was has ended")
-    return bool(dead)
+    return dead
 
 
 def take_addresses(network, there, wanted):
@@ -10561,24 +10636,6 @@ def take_addresses(network, there, wanted):
 # A port is taken if a container has it, which no socket may show, as it is the kernel
 # who sends its packets on; or if a program has it.  Neither may be said too late, when
 # the container runs already.
-
-
-def probe(kind, address, port):
-    """The port that a program would have who asked for that one; 0 is any.  An OSError
-    says why it would not."""
-    import _socket
-
-    socket = _socket.socket(AF_INET6 if ":" in address else AF_INET, _socket.SOCK_STREAM
-                            if kind == "tcp" else _socket.SOCK_DGRAM)
-    try:
-        if kind == "tcp":  # connections that were closed a minute ago do not count
-            socket.setsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEADDR, 1)
-        if ":" in address:
-            socket.setsockopt(_socket.IPPROTO_IPV6, _socket.IPV6_V6ONLY, 1)
-        socket.bind((address, port))
-        return socket.getsockname()[1]
-    finally:
-        socket.close()
 
 
 def is_taken(kind, address, port, there):
@@ -10645,13 +10702,15 @@ def write_hosts(id, there):
         os.close(fd)
 
 
-def tell_everybody(there):
-    """Make rules, bridges, names and forwarding those of the endpoints that there are.
-    """
+def tell_everybody(there, moved=()):
+    """Make rules, bridges, names and forwarding those of the endpoints that there are,
+    after some have come or gone."""
     everything, netlink = all_networks(), Netlink()
     used = {endpoint["network"] for endpoint in there}
     networks = [network for network in everything if network["name"] in used]
     our_table(networks, there).commit("who may go out, and which port leads to whom")
+    for endpoint in moved:
+        forget_callers(endpoint)
     others = foreign_chains()
     open_walls(others["forward"], [f'{word} "{network["bridge"]}"' for word in (
         "iifname", "oifname") for network in networks])
@@ -10674,9 +10733,10 @@ def gate_of(id, there):
                  if endpoint["network"] not in inner), None)
 
 
-def join_network(id, pid, wants, wish):
-    """Put a container, whose process 1 is `pid`, on a network; the caller must hold the
-    lock of networks/, and after an error has it leave again."""
+def join_network(id, pid, wants, wish, gone):
+    """Put a container, whose process 1 is `pid`, on a network, in place of those who
+    have `gone`; the caller must hold the lock of networks/, and after an error has it
+    leave again."""
     network, there = find_network(wish["network"], 125), endpoints()
     own = [endpoint for endpoint in there if endpoint["id"] == id]
     if any(endpoint["network"] == network["name"] for endpoint in own):
@@ -10698,7 +10758,7 @@ def join_network(id, pid, wants, wish):
     save(path, endpoint)
     if not any(other["network"] == network["name"] for other in there):
         check_old_wall(network["bridge"])
-    tell_everybody([*there, endpoint])
+    tell_everybody([*there, endpoint], [*gone, endpoint])
     plug_in(pid, network, endpoint, leads_out)
     note_network("connect", network, id)
 
@@ -10711,7 +10771,7 @@ def leave_network(id, name, pid):
         for endpoint in own:
             if endpoint["network"] == name:
                 unplug(endpoint, "it leaves")
-        tell_everybody(endpoints())
+        tell_everybody(endpoints(), own)
         before, after = gate_of(id, own), gate_of(id, endpoints_of(id))
         if after and after != before:
             with network_of(pid):
@@ -10727,8 +10787,8 @@ def leave_networks(id, life=0):
         return
     with held("networks", fcntl.LOCK_EX):
         lives = [endpoint["pid"] for endpoint in endpoints_of(id)]
-        if life in (0, *lives) and free_places(id):
-            tell_everybody(endpoints())
+        if life in (0, *lives) and (gone := free_places(id)):
+            tell_everybody(endpoints(), gone)
 
 
 # The kernel takes 30 to 70 ms to remove a bridge.  Nobody who waits for a container's
@@ -10774,8 +10834,8 @@ def idle_bridges():
 def sweep_networks():
     """Take away what those who have ended have left on networks."""
     with held("networks", fcntl.LOCK_EX):
-        free_places()
-        tell_everybody(endpoints())
+        gone = free_places()
+        tell_everybody(endpoints(), gone)
 
 
 def rename_there(id, spec, name):
@@ -10936,9 +10996,9 @@ def connect(c):
     if not wants["networks"]:
         return
     with held("networks", fcntl.LOCK_EX):
-        free_places(c.id)
+        gone = free_places(c.id)
         for wish in wants["networks"]:
-            join_network(c.id, c.pid, wants, wish)
+            join_network(c.id, c.pid, wants, wish, gone)
     if os.path.exists(LOWEST_PORT):
         with network_of(c.pid):
             write_file(LOWEST_PORT, "0", why="in there port 80 is anybody's, as with "
@@ -11168,8 +11228,8 @@ def network_inspect_command(options):
 
 def remove_network(network):
     """Remove a network that nobody is on, and what its last guest may have left."""
-    if free_places():
-        tell_everybody(endpoints())
+    if gone := free_places():
+        tell_everybody(endpoints(), gone)
     os.unlink(store("networks", f"{network['name']}.json"))
     note_network("destroy", network)
 
@@ -14427,8 +14487,8 @@ def network_connect_command(options):
         try:
             if record.status in RUNNING:
                 with held("networks", fcntl.LOCK_EX):
-                    free_places()
-                    join_network(record.id, record.pid, wants, wish)
+                    gone = free_places()
+                    join_network(record.id, record.pid, wants, wish, gone)
         except BaseException:
             leave_network(record.id, name, record.pid)
             raise

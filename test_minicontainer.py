@@ -6750,6 +6750,72 @@ def test_datagrams_find_their_port_and_an_interface_is_as_it_was_asked_for(netwo
 
 
 @root
+@pytest.mark.parametrize("version", [0, 1], ids=["IPv4", "IPv6"])
+def test_who_sends_datagrams_without_a_pause_is_heard_by_who_has_the_port_now(
+        networks, world, version):
+    """From one port, before, while and after somebody listens; and his old address
+    is not reached any more by whoever has it next."""
+    assert mini("network", "create", "--subnet", "10.213.8.0/24", "--subnet",
+                "fd00:8::/64", "eight").returncode == 0
+    here = ["10.213.8.9", "10.213.8.8"] if not version else ["fd00:8::9", "fd00:8::8"]
+    with m.network_of(world.far):
+        caller = socket.socket([socket.AF_INET, socket.AF_INET6][version],
+                               socket.SOCK_DGRAM)
+    with caller, idle("other", "--network", "eight", "-p", "9:9/udp"):
+        caller.connect((HOST[version], 18080))
+        caller.settimeout(0.3)
+
+        def answer():
+            with contextlib.suppress(OSError):
+                caller.send(b"x")
+                return caller.recv(10)
+        assert not answer()
+        for name, address in (("first", here[0]), ("second", here[1])):
+            with idle(name, "--network", "eight", ("--ip", "--ip6")[version], address,
+                      "-p", "18080:53/udp") as pid, served(
+                          pid, address, 53, lambda *_: name.encode(), udp=True):  # noqa: B023
+                assert until(answer) == name.encode()
+        until(lambda: address not in mini("network", "inspect", "eight").stdout)
+        with idle("third", "--network", "eight", ("--ip", "--ip6")[version], address
+                  ) as pid, served(pid, address, 53, lambda *_: b"third", udp=True):
+            assert not answer() and not answer()
+    assert mini("network", "rm", "eight").returncode == 0
+
+
+@root
+def test_one_of_several_ports_will_do_for_one_inside(networks):
+    with idle("c1", "-p", "18080-18081:80"), idle("c2", "-p", "18080-18081:80/TCP"):
+        assert [mini("port", name, "80").stdout.split()[0] for name in ("c1", "c2")] == [
+            "0.0.0.0:18080", "0.0.0.0:18081"]
+        form = "{{(index (index .HostConfig.PortBindings \"80/tcp\") 0).HostPort}}"
+        assert mini("inspect", "-f", form, "c2").stdout == "18080-18081\n"
+        assert "18081 failed: port is already allocated" in refused(
+            "run", "--rm", "-p", "18080-18081:80", "/bin/true")
+
+
+@root
+def test_what_a_network_cannot_do_is_refused_and_not_left_out(networks):
+    for told, *words in (
+            ("more than one --network", "--network", "one", "--network", "two"),
+            ("invalid address", "-p", "localhost:80:80"),
+            ("invalid address", "--network", "one", "--ip", "x"),
+            ("invalid address", "--dns", "x"), ("--add-host", "--add-host", ":1.2.3.4"),
+            ("--add-host", "--add-host", "a\n6.6.6.6 bank:1.2.3.4"),
+            ("--dns-search", "--dns-search", "x\nnameserver 6.6.6.6"),
+            ("a name in", "--network", "one", "--network-alias", "x\n6.6.6.6 bank")):
+        assert told in refused("run", "--rm", *words, "/bin/true")
+    for told, *words in (
+            ("unknown option", "-o", "com.docker.network.bridge.enable_icc=false"),
+            ("from 1280", "--ipv6", "-o", "com.docker.network.driver.mtu=1000"),
+            ("prefix: '31'", "--subnet", "10.213.3.0/31")):
+        assert told in refused("network", "create", *words, "three", code=1)
+    assert "at most 128" in refused("network", "create", "a" * 129, code=1)
+    resolv = sh("cat /etc/resolv.conf", "--network", "host", "--dns", "192.0.2.53",
+                "--dns-search", ".")
+    assert "nameserver 192.0.2.53\n" in resolv and "search" not in resolv
+
+
+@root
 def test_a_name_server_of_the_hosts_is_asked_also_from_behind_its_own_stub(
         networks, world, tmp_path):
     """By a program that asks it itself, on a host that runs systemd-resolved."""
