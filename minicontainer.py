@@ -9620,6 +9620,7 @@ NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP, NLM_F_EXCL = 1, 4, 0x300, 0x200
 NLM_F_CREATE, NLM_F_APPEND = 0x400, 0x800
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_MASTER, IFLA_LINKINFO = 1, 3, 4, 10, 18
 IFLA_NET_NS_PID, IFLA_INFO_KIND, IFLA_INFO_DATA, VETH_INFO_PEER = 19, 1, 2, 1
+IFLA_INFO_SLAVE_KIND, IFLA_INFO_SLAVE_DATA, IFLA_BRPORT_MODE = 4, 5, 4
 IFA_ADDRESS, IFA_LOCAL, IFA_F_NODAD, RTA_OIF, RTA_GATEWAY = 1, 2, 2, 4, 5
 AF_INET, AF_INET6, AF_NETLINK, IFF_UP = 2, 10, 16, 1
 NETWORK = "minicontainer.network"  # annotation: what the container wants, see WANTS
@@ -9902,6 +9903,14 @@ def plug_in(pid, network, endpoint, leads_out):
                               IFLA_INFO_KIND: "veth",
                               IFLA_INFO_DATA: {VETH_INFO_PEER: peer}}},
                  why="a cable: one end there, one inside")
+    if endpoint["ports"]:
+        # Trap: with br_netfilter, which Docker loads, rules are asked already in the
+        # bridge, which sends nothing out where it came in, unless it is told to.
+        netlink.ask(f"link set {outer} type bridge_slave hairpin on", RTM_NEWLINK,
+                    link(netlink.index(outer)), {IFLA_LINKINFO: {
+                        IFLA_INFO_SLAVE_KIND: "bridge",
+                        IFLA_INFO_SLAVE_DATA: {IFLA_BRPORT_MODE: b"\1"}}},
+                    why="it may call itself by a port that it has published")
     netlink.set_up(outer)
     with network_of(pid):
         netlink = Netlink()

@@ -6638,6 +6638,8 @@ def test_a_published_port_leads_to_the_container_and_is_its_alone(networks, worl
             pid, "10.213.1.2", 80, lambda peer: f"hello {peer[0]}"):
         assert asked(HOST[0], 18080) == f"hello {HOST[0]}"
         assert asked(HOST[0], 18080, world.far) == f"hello {FAR[0]}"
+        for address in ("10.213.1.1", HOST[0]):  # it calls itself from inside
+            assert asked(address, 18080, pid) == "hello 10.213.1.1"
         for address in ("127.0.0.1", "::1", HOST[1]):  # by the relay
             assert asked(address, 18080) == "hello 10.213.1.1"
         assert asked(HOST[1], 18080, world.far) == "hello 10.213.1.1"
