@@ -11931,10 +11931,10 @@ class Relay:
 
     CROWD = 150  # connections, with six descriptors each, or callers of UDP
 
-    def __init__(self, endpoints):
+    def __init__(self, endpoints, is_there):
         import _socket
 
-        self.api = _socket
+        self.api, self.is_there = _socket, is_there  # address: whether it is still his
         self.doors, self.pairs = {}, []  # descriptor: (socket, where to); Pumps
         self.callers = {}  # (descriptor of a door of UDP, caller): socket to the inside
         self.answers = {}  # descriptor of such a socket: the same key
@@ -12020,6 +12020,8 @@ class Relay:
             key = door.fileno(), caller
             inside = self.callers.pop(key, None)
             if not inside:
+                if not self.is_there(to[0]):
+                    return
                 inside = self.socket("udp", to[0])
                 inside.connect(to)
                 self.answers[inside.fileno()] = key
@@ -12050,6 +12052,9 @@ class Relay:
         try:
             fd, _ = door._accept()
         except OSError:  # has left again
+            return
+        if not self.is_there(to[0]):  # somebody else may have it by now
+            os.close(fd)
             return
         here, there = self.api.socket(fileno=fd), self.socket("tcp", to[0])
         here.setblocking(False)
@@ -13667,7 +13672,8 @@ class Life(Shim):
         if record.health:
             self.parties.append(HealthCheck(record, self.c))
         if any(endpoint["ports"] for endpoint in endpoints_of(record.id)):
-            self.parties.append(Relay(endpoints_of(record.id)))
+            self.parties.append(Relay(endpoints_of(record.id), lambda address: any(
+                address in now["addresses"] for now in endpoints_of(record.id))))
         if not record.interactive:
             self.close("stdin")
         with changing(record.id) as now:
@@ -14501,6 +14507,12 @@ def network_connect_command(options):
         except BaseException:
             leave_network(record.id, name, record.pid)
             raise
+        if not any(other["ports"] for other in wants["networks"]) and (
+                wants.get("ports")):
+            wish["ports"] = wants["ports"]  # it had left the network they were of
+            if record.status in RUNNING:
+                say(f"the published ports of {record.name} lead to it again when it is "
+                    "started again")
         wants["networks"].append(wish)
 
 

@@ -7158,6 +7158,22 @@ def test_the_default_is_no_network_and_a_published_port_means_the_bridge(network
 
 
 @root
+def test_published_ports_are_of_their_container_also_when_its_network_was_changed(networks):
+    with idle("mover", "--network", "one", "-p", "18080:80"):
+        assert mini("network", "disconnect", "one", "mover").returncode == 0
+        with idle("next", "--network", "one", "--ip", "10.213.1.2") as pid, served(
+                pid, "0.0.0.0", 80, lambda peer: "next"):
+            for address in ("127.0.0.1", "10.213.1.1"):
+                assert not asked(address, 18080)
+            assert "when it is started again" in mini("network", "connect", "one",
+                                                      "mover").stderr
+            assert mini("restart", "-t", "0", "mover").returncode == 0
+            with served(m.find("mover").pid, "0.0.0.0", 80, lambda peer: "mover"):
+                for address in ("127.0.0.1", "10.213.1.1"):
+                    assert asked(address, 18080) == "mover"
+
+
+@root
 def test_a_container_that_starts_again_has_its_published_ports_again(networks):
     with idle("again", "--network", "one", "--restart", "always", "-p", "18080:80") as pid:
         os.kill(pid, signal.SIGKILL)
@@ -7183,7 +7199,7 @@ def test_a_relay_passes_on_both_ways_to_the_last_byte_and_survives_who_leaves():
     with socket.create_server(("127.0.0.1", 0)) as inner:
         port = m.probe("tcp", "127.0.0.1", 0)
         relay = m.Relay([{"addresses": ["127.0.0.1"], "ports": [
-            ["tcp", "127.0.0.1", port, inner.getsockname()[1]]]}])
+            ["tcp", "127.0.0.1", port, inner.getsockname()[1]]]}], bool)
         data = os.urandom(1 << 20)
 
         def client():
@@ -7229,7 +7245,7 @@ def test_a_relay_of_datagrams_answers_each_caller_and_forgets_who_was_quiet(
         inner.settimeout(0.01)
         port = m.probe("udp", here, 0)
         relay = m.Relay([{"addresses": ["127.0.0.1"], "ports": [
-            ["udp", outer, port, inner.getsockname()[1]]]}])
+            ["udp", outer, port, inner.getsockname()[1]]]}], bool)
 
         def ask(near, data):
             near.sendto(data, (here, port))
