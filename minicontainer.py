@@ -10667,13 +10667,14 @@ def is_taken(kind, address, port, there):
 
 def host_ports(wishes, there):
     """[protocol, address, port of the host, port inside] of what is published: with no
-    address, for all of either family; with port 0, at one that is free."""
+    address, for all of either family; with port 0, at one that is free, and with a list
+    of ports, at the first of them that is."""
     both = ["0.0.0.0", *(["::"] if os.path.exists("/proc/net/if_inet6") else [])]
     found = []
     for kind, given, port, inner in wishes:
         addresses, taken = [given] if given else both, True
-        for _ in range(1 if port else 100):
-            outer = port or probe(kind, addresses[0], 0)
+        for one in port if isinstance(port, list) else [port] * (1 if port else 100):
+            outer = one or probe(kind, addresses[0], 0)
             taken = [a for a in addresses if is_taken(
                 kind, a, outer, [*there, {"ports": found}])]
             if not taken:
@@ -11026,11 +11027,12 @@ def port_range(text, option):
 
 def published(option):
     """[protocol, address, port of the host, port inside] of each port that -p
-    [[IP:]PORT:]PORT[/PROTOCOL] names; what is not named is "", or 0."""
+    [[IP:]PORT:]PORT[/PROTOCOL] names; what is not named is "", or 0, and ports of which
+    any will do are a list."""
     text, _, kind = option.partition("/")
     outer, _, inner = text.rpartition(":")
     address, _, outer = outer.rpartition(":")
-    what, kind = f"-p {option}", kind or "tcp"
+    what, kind = f"-p {option}", kind.lower() or "tcp"
     if kind not in ("tcp", "udp"):
         raise Fail(f"{what}: invalid protocol {kind!r}", "tcp or udp")
     address = address.removeprefix("[").removesuffix("]")
@@ -11038,6 +11040,8 @@ def published(option):
         packed(address)
     inner = port_range(inner, what)
     outer = port_range(outer, what) if outer else [0] * len(inner)
+    if len(inner) == 1 < len(outer):
+        return [[kind, address, [*outer], inner[0]]]
     if len(outer) != len(inner):
         raise Fail(f"{what}: two ranges of different lengths", "-p 80-82:8080-8082")
     return [[kind, address, *pair] for pair in zip(outer, inner, strict=True)]
@@ -14207,6 +14211,7 @@ def port_bindings(ports):
     """The same as Docker's JSON has it."""
     found = {}
     for kind, address, port, inner in ports:
+        some = f"{port[0]}-{port[-1]}" if isinstance(port, list) else str(port)
         found.setdefault(f"{inner}/{kind}", []).append(
             {"HostIp": address, "HostPort": str(port)})
     return found

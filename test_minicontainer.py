@@ -6374,13 +6374,14 @@ def test_the_rules_that_are_told_are_those_that_are_made(networks):
 
 @pytest.mark.parametrize("option, ports", [
     ("8080:80", [["tcp", "", 8080, 80]]), ("80", [["tcp", "", 0, 80]]),
-    ("127.0.0.1::53/udp", [["udp", "127.0.0.1", 0, 53]]),
+    ("127.0.0.1::53/UDP", [["udp", "127.0.0.1", 0, 53]]),
+    ("8000-8002:80", [["tcp", "", [8000, 8001, 8002], 80]]),
     ("10.0.0.1:1-2:3-4", [["tcp", "10.0.0.1", 1, 3], ["tcp", "10.0.0.1", 2, 4]])])
 def test_a_published_port_is_read_as_docker_reads_it(option, ports):
     assert m.published(option) == ports
 
 
-@pytest.mark.parametrize("option", ["x", "1-2:3", "80/sctp", "1.2.3:1:2", "70000", "-1",
+@pytest.mark.parametrize("option", ["x", "1-2:3-5", "80/sctp", "1.2.3:1:2", "70000", "-1",
                                     "3-1"])
 def test_a_published_port_that_makes_no_sense_is_refused(option):
     with pytest.raises(m.Fail):
