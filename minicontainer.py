@@ -768,7 +768,8 @@ CLOCKS = "monotonic", "boottime"  # that a time namespace can shift
 NAMESPACE_OPTIONS = (
     arg("--userns", choices=["host"], help="host: root inside is root outside"),
     arg("--pid", choices=["host"], help="host: see and signal the host's processes"),
-    arg("--network", "--net", metavar="NAME", default="",
+    arg("--network", "--net", metavar="NAME", default="", once="start it, and then "
+        "`network connect` it to the others",
         help="one of `network ls`; none: a loopback interface only; host: the host's; "
              "container:NAME: that one's"),
     arg("--uts", choices=["host"], help="host: the host's name"),
@@ -9610,7 +9611,8 @@ def logout_command(options):
 # Names are in /etc/hosts, which we write for all who are on a network when somebody
 # comes or goes: so no process has to answer for it, a lookup asks nobody, and finds an
 # address's name as well as a name's address.  A program that asks name servers past
-# the C library (nslookup) does not see them.
+# the C library (nslookup) does not see them; and what a container has written there
+# itself is written over.
 #
 # Man pages: rtnetlink(7), netlink(7), veth(4), bridge(8), nft(8).
 
@@ -9665,8 +9667,8 @@ def packed(address):
     try:
         return _socket.inet_pton(AF_INET6 if ":" in address else AF_INET, address)
     except OSError:
-        raise Fail(f"invalid address: {address!r}", "as 172.18.0.2, or fd00::2",
-                   1) from None
+        raise Fail(f"invalid address: {address!r}", "as 172.18.0.2, or fd00::2"
+                   ) from None
 
 
 def number_of(address):
@@ -9993,6 +9995,14 @@ def make_pools(subnets, gateways, ranges, six, networks):
 
 
 PREDEFINED = {"host": "host", "none": "null"}  # name: driver; there is no file of these
+BRIDGE_NAME, BRIDGE_MTU = ("com.docker.network.bridge.name",
+                           "com.docker.network.driver.mtu")
+
+
+def predefined(name):
+    """What there is to be seen of one of those."""
+    return {"name": name, "id": name.encode().hex().ljust(64, "0"), "created": 0,
+            "pools": [], "internal": False, "labels": {}, "options": {}}
 
 
 def all_networks():
@@ -10016,30 +10026,33 @@ def new_network(name, subnets=(), gateways=(), ranges=(), six=False, internal=Fa
                 labels=(), options=()):
     """Make a network; caller must hold the lock of networks/."""
     if not name.isascii() or not name[:1].isalnum() or not all(
-            letter.isalnum() or letter in "_.-" for letter in name):
-        raise Fail(f"invalid network name: {name!r}", "letters, digits, _ . and -", 1)
+            letter.isalnum() or letter in "_.-" for letter in name) or len(name) > 128:
+        raise Fail(f"invalid network name: {name[:200]!r}",
+                   "at most 128 letters, digits, _ . and -", 1)
     networks = all_networks()
     if name in PREDEFINED or any(n["name"] == name for n in networks):
         raise Fail(f"network with name {name} already exists", "take another", 1)
     options, id = dict(options), os.urandom(32).hex()
-    bridge = options.get("com.docker.network.bridge.name", f"br-{id[:12]}")
+    for key in options.keys() - {BRIDGE_NAME, BRIDGE_MTU}:  # it may be meant as a wall
+        raise Fail(f"unknown option of a network: {key!r}",
+                   f"-o {BRIDGE_NAME}=NAME or {BRIDGE_MTU}=BYTES", 1)
+    bridge = options.get(BRIDGE_NAME, f"br-{id[:12]}")
     check_bridge(bridge, networks)
-    mtu = whole("mtu", options.get("com.docker.network.driver.mtu", "1500"), 68, 65535)
+    pools = make_pools(subnets, gateways, ranges, six, networks)
+    least = 1280 if any(":" in pool["subnet"] for pool in pools) else 68
+    mtu = whole("mtu", options.get(BRIDGE_MTU, "1500"), least, 65535)
     network = {"name": name, "id": id, "created": time.time_ns(), "bridge": bridge,
-               "pools": make_pools(subnets, gateways, ranges, six, networks),
-               "internal": internal, "mtu": mtu, "labels": dict(labels),
-               "options": options}
+               "pools": pools, "internal": internal, "mtu": mtu,
+               "labels": dict(labels), "options": options}
     save(store("networks", f"{name}.json"), network)
     return network
 
 
-def find_network(text, code=1):
+def find_network(text, code=1, only_seen=False):
     """The network of a name or the beginning of an id; the default one is made when it
-    is first asked for.  Caller must hold the lock of networks/."""
-    if text in PREDEFINED:
-        raise Fail(f"{text} is a pre-defined network: there is nothing to be seen or "
-                   "changed of it", f"run --network {text}", code)
-    networks = all_networks()
+    is first asked for.  None and host are `only_seen`.  Caller must hold the lock of
+    networks/."""
+    networks = [*all_networks(), *map(predefined, PREDEFINED)]
     found = [n for n in networks if n["name"] == text] or [
         n for n in networks if text and n["id"].startswith(text)]
     if not found and text == "bridge":
@@ -10048,6 +10061,10 @@ def find_network(text, code=1):
         raise NoSuch(f"network {text} not found", "see `network ls`", code)
     if len(found) > 1:
         raise Fail(f"network {text} is ambiguous", "see `network ls`", code)
+    name = found[0]["name"]
+    if name in PREDEFINED and not only_seen:
+        raise Fail(f"{name} is a pre-defined network: nothing can be changed of it",
+                   f"run --network {name}", code)
     return found[0]
 
 
@@ -10602,8 +10619,8 @@ def unplug(endpoint, why):
 
 
 def free_places(own=""):
-    """Take away the endpoints of those who have ended, and of a last life of `own`; are
-    there any?  Their network namespaces may take a while to die, and answer for an
+    """Take away the endpoints of those who have ended, and of a last life of `own`, and
+    return them.  Their network namespaces may take a while to die, and answer for an
     address until then.  Caller must hold the lock of networks/."""
     alive = {endpoint["id"] for endpoint in endpoints()} - {own}
     dead = [endpoint for endpoint in all_endpoints() if endpoint["id"] not in alive]
@@ -11053,8 +11070,16 @@ def ports_text(ports):
                      f"{inner}/{kind}" for kind, address, port, inner in ports)
 
 
+def check_words(option, words):
+    """Refuse what would be more, or less, than one word of a line in /etc."""
+    for word in words:
+        if word.split() != [word]:
+            raise Fail(f"invalid argument {word!r} for {option}", "one word")
+
+
 def wish_for(network, options, ports=(), aliases=()):
     """What the options of `run` or `network connect` want of a network."""
+    check_words("a name in a network", aliases)
     mac = options.mac_address or ""
     if mac and ([len(part) for part in mac.split(":")] != [2] * 6 or
                 set(mac.lower()) - set("0123456789abcdef:")):
@@ -11094,6 +11119,10 @@ def choose_network(options):
         ("-p", options.publish), ("-P", options.publish_all), ("--ip", options.ip),
         ("--ip6", options.ip6), ("--mac-address", options.mac_address),
         ("--network-alias", options.network_alias)) if value]
+    check_words("--dns-search", options.dns_search)
+    check_words("--dns-option", options.dns_option)
+    for address in options.dns:
+        packed(address)
     if not options.network:
         options.network = "bridge" if asked else "none"
     elif asked and (options.network in ("none", "host") or ":" in options.network):
@@ -11110,6 +11139,7 @@ def host_lines(texts, gateway):
     found = []
     for text in texts:
         host, colon, address = text.partition(":")
+        check_words("--add-host", [host])
         address = gateway if address == "host-gateway" else address
         try:
             packed(address)
@@ -11184,7 +11214,8 @@ def network_document(network, there):
                 "IPv4Address": four, "IPv6Address": six}
     return {
         "Name": network["name"], "Id": network["id"], "Created": at, "Scope": "local",
-        "Driver": "bridge", "EnableIPv6": len(network["pools"]) > 1,
+        "Driver": PREDEFINED.get(network["name"], "bridge"),
+        "EnableIPv6": len(network["pools"]) > 1,
         "Internal": network["internal"],
         "IPAM": {"Driver": "default", "Options": {}, "Config": [
             {"Subnet": pool["subnet"], "Gateway": pool["gateway"],
@@ -11214,7 +11245,8 @@ def network_ls_command(options):
         find_network("bridge")
         used = {endpoint["network"] for endpoint in endpoints()}
         rows = [(n["name"], n["id"], "bridge", n["labels"]) for n in all_networks()]
-    rows += [(name, "-", driver, {}) for name, driver in PREDEFINED.items()]
+    rows += [(name, predefined(name)["id"], driver, {})
+             for name, driver in PREDEFINED.items()]
     rows = [{"ID": id if options.no_trunc else id[:12], "Name": name, "Driver": driver,
              "Scope": "local", "Labels": label_text(labels),
              "Dangling": name not in used and name not in BUILT_IN}
@@ -11236,7 +11268,7 @@ def network_inspect_command(options):
     with held("networks", fcntl.LOCK_EX):
         there = endpoints()
         show_facts(options.names, lambda name: network_document(
-            find_network(name), there), options.format)
+            find_network(name, only_seen=True), there), options.format)
 
 
 def remove_network(network):
@@ -13099,29 +13131,27 @@ def host_resolv_conf():
 def etc_files(spec, options):
     """{name: text} of the files that Docker puts into every container's /etc."""
     name = spec.get("hostname") or os.uname().nodename
-    resolv = host_resolv_conf()
     known = "".join(f"{address}\t{host}\n" for host, address in host_lines(
         options.add_host, "127.0.0.1"))
-    if options.network == "host":
-        return {"hostname": name + "\n", "hosts": read_file("/etc/hosts") + known,
-                "resolv.conf": resolv}
+    at_home = options.network == "host"
     local = ("nameserver 127.", "nameserver ::1")  # not to be reached from inside
-    lines = [line for line in resolv.splitlines()
-             if not " ".join(line.split()).startswith(local)]
+    lines = [line for line in host_resolv_conf().splitlines()
+             if at_home or not " ".join(line.split()).startswith(local)]
     for word, values in (("nameserver", options.dns), ("search", options.dns_search),
                          ("options", options.dns_option)):
         if values:
             lines = [line for line in lines if line.split()[:1] != [word]]
             lines += ([f"{word} {value}" for value in values] if word == "nameserver"
-                      else [f"{word} {' '.join(values)}"])
-    if options.network not in ("", "none") and not any(
+                      else [f"{word} {' '.join(values)}"] * (values != ["."]))
+    if options.network not in ("", "none", "host") and not any(
             line.startswith("nameserver") for line in lines):
         # Docker's choice, too: names are asked for, and nobody is left to be asked.
         say("no name server of the host's can be reached from inside: 8.8.8.8 is asked")
         lines += ["nameserver 8.8.8.8", "nameserver 8.8.4.4"]
     return {
         "hostname": name + "\n",
-        "hosts": "127.0.0.1\tlocalhost\n"
+        "hosts": read_file("/etc/hosts") + known if at_home else
+                 "127.0.0.1\tlocalhost\n"
                  "::1\tlocalhost ip6-localhost ip6-loopback\n"
                  "fe00::\tip6-localnet\nff00::\tip6-mcastprefix\n"
                  "ff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n" + known,
@@ -14213,7 +14243,7 @@ def port_bindings(ports):
     for kind, address, port, inner in ports:
         some = f"{port[0]}-{port[-1]}" if isinstance(port, list) else str(port)
         found.setdefault(f"{inner}/{kind}", []).append(
-            {"HostIp": address, "HostPort": str(port)})
+            {"HostIp": address, "HostPort": some})
     return found
 
 
@@ -14436,7 +14466,7 @@ def inspect_command(options):
     """Show all that is known of containers, images, networks and volumes, as JSON."""
     def network(name):
         with held("networks", fcntl.LOCK_EX):
-            return network_document(find_network(name), endpoints())
+            return network_document(find_network(name, only_seen=True), endpoints())
 
     kinds = {"container": lambda name: container_facts(find(name), options.size),
              "image": lambda name: inspected(find_image(name)),
@@ -18917,6 +18947,8 @@ def take_option(options, flags, word, left):
                    "one of: " + ", ".join(how["choices"]))
     if how.get("action") == "append":
         getattr(options, attribute).append(value)
+    elif "once" in how and getattr(options, attribute):
+        raise Fail(f"more than one {name}", how["once"])
     else:
         setattr(options, attribute, value)
 
@@ -18984,8 +19016,8 @@ def parse(words, argv):
 FOR_ANYBODY = "completion install login logout ns oci steps uninstall version".split()
 
 
-OF_IMAGES = {*"image images history import load login logout pull push rmi save tag"
-             .split()}
+START_NOTHING = {*"image images history import load login logout network pull push rmi "
+                 "save tag".split()}
 
 
 def dispatch(argv):
@@ -19039,7 +19071,7 @@ def dispatch(argv):
     try:
         return function(options) or 0
     except Fail as fail:
-        if fail.code == 125 and words.split()[0] in OF_IMAGES:
+        if fail.code == 125 and words.split()[0] in START_NOTHING:
             fail.code = 1  # as in Docker, where 125 is said by what starts containers
         raise
 

@@ -7140,6 +7140,10 @@ def test_networks_are_listed_and_removed_by_what_they_are(networks):
         ["bridge", "bridge", "local"], ["host", "host", "local"],
         ["none", "null", "local"]]
     assert "pre-defined" in refused("network", "rm", "host", code=1)
+    ids = mini("network", "ls", "-q").stdout.split()
+    shown = mini("network", "inspect", "-f", "{{.Name}}/{{.Driver}}", *ids)
+    assert shown.returncode == 0 and {"host/host", "none/null", "one/bridge"} <= {
+        *shown.stdout.split()}
     assert "four" not in mini("network", "prune", stdin="n\n").stdout.splitlines()
     assert mini("network", "prune", "-f", "--filter", "label=x").stdout == "four\n"
 
