@@ -9877,6 +9877,13 @@ def set_ipv6(name, **settings):
             write_file(path, value, why=why)
 
 
+def wake_ipv6(name, network):
+    """Have an interface speak IPv6 if its network does, also where the host does not by
+    its own settings."""
+    if any(":" in pool["subnet"] for pool in network["pools"]):
+        set_ipv6(name, disable_ipv6=("0", "its network has addresses of IPv6"))
+
+
 def make_bridge(netlink, network):
     """The switch of a network, with the gateways' addresses, if it is not there yet."""
     name = network["bridge"]
@@ -9888,6 +9895,7 @@ def make_bridge(netlink, network):
                  why="a switch for all who are on it")
     set_ipv6(name, accept_ra=("0", "or a container could offer itself as the router"),
              accept_dad=("0", "nobody else has its address: it need not wait a second"))
+    wake_ipv6(name, network)
     netlink.set_up(name, with_prefix(network, [p["gateway"] for p in network["pools"]]))
 
 
@@ -9917,6 +9925,7 @@ def plug_in(pid, network, endpoint, leads_out):
     with network_of(pid):
         netlink = Netlink()
         set_ipv6(inner, accept_dad=("0", "nor need this one"))
+        wake_ipv6(inner, network)
     netlink.set_up(inner, with_prefix(network, endpoint["addresses"]))
     for pool in network["pools"] if leads_out else ():
         netlink.route(pool["gateway"], inner)

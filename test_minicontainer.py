@@ -6786,6 +6786,22 @@ def test_who_sends_datagrams_without_a_pause_is_heard_by_who_has_the_port_now(
 
 
 @root
+def test_a_network_has_ipv6_also_on_a_host_that_has_switched_it_off(networks):
+    assert mini("network", "create", "--subnet", "10.213.9.0/24", "--subnet",
+                "fd00:9::/64", "nine").returncode == 0
+    path = "/proc/sys/net/ipv6/conf/default/disable_ipv6"  # what new interfaces get
+    before = m.read_file(path)
+    m.write_file(path, "1")
+    try:
+        for words in ((), ("--userns", "host")):
+            out = sh("ping -6 -c 1 fd00:9::1; ip -6 address", "--network", "nine", *words)
+            assert "1 packets received" in out and "fd00:9::2/64" in out
+    finally:
+        m.write_file(path, before)
+    assert mini("network", "rm", "nine").returncode == 0
+
+
+@root
 def test_one_of_several_ports_will_do_for_one_inside(networks):
     with idle("c1", "-p", "18080-18081:80"), idle("c2", "-p", "18080-18081:80/TCP"):
         assert [mini("port", name, "80").stdout.split()[0] for name in ("c1", "c2")] == [
