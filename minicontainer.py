@@ -14568,7 +14568,9 @@ def network_disconnect_command(options):
     """Take a container off a network; if it runs, at once."""
     with rewiring(options) as (record, wants, name):
         left = [wish for wish in wants["networks"] if wish["network"] != name]
-        if left == wants["networks"]:
+        # It is there without a wish if the `network connect` was killed half-way.
+        if left == wants["networks"] and not any(
+                endpoint["network"] == name for endpoint in endpoints_of(record.id)):
             raise Fail(f"container {record.name} is not connected to network {name}",
                        "see `inspect`", 1)
         if record.status in RUNNING:

@@ -6878,6 +6878,14 @@ def test_a_running_container_is_put_on_another_network_and_taken_off(networks, w
         inside = mini("exec", "moved", "/bin/sh", "-c", "ip route; ls /sys/class/net")
         assert "default" not in inside.stdout and inside.stdout.endswith("eth1\nlo\n")
         assert mini("network", "connect", "one", "moved").returncode == 0
+        record = m.find("moved")  # what is left if a `network connect` is killed
+        spec = record.spec()
+        wants = m.wants_of(spec)
+        spec["annotations"][m.NETWORK] = m.to_json({**wants, "networks": [
+            wish for wish in wants["networks"] if wish["network"] != "one"]})
+        m.save(record.path("config.json"), spec)
+        for words in ("disconnect", "connect"):
+            assert mini("network", words, "one", "moved").returncode == 0
         with m.network_of(pid), open("/proc/net/route") as file:
             assert "eth0\t00000000" in file.read()  # the way out is there again
         assert mini("restart", "-t", "0", "moved").returncode == 0  # and both are kept
