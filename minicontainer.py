@@ -10722,7 +10722,10 @@ def write_hosts(id, there):
              *(f"{address}\t{name}" for name, address in own[0]["hosts"])]
     networks = {endpoint["network"] for endpoint in own}
     for other in sorted(there, key=lambda endpoint: endpoint["id"] != id):
-        lines += [f"{address}\t{' '.join(other['names'])}"
+        names = other["names"]
+        if other["id"] == id:  # the first is what `hostname -f` tells
+            names = sorted(names, key=lambda name: name != own[0].get("hostname"))
+        lines += [f"{address}\t{' '.join(names)}"
                   for address in other["addresses"] if other["network"] in networks]
     text = os.fsencode("\n".join(lines) + "\n")
     try:
@@ -10784,7 +10787,7 @@ def join_network(id, pid, wants, wish, gone):
         "id": id, "pid": pid, "network": network["name"], "number": number,
         "interface": f"eth{number}", "cable": f"mc{number}-{id}"[:15],
         "addresses": addresses, "mac": wish["mac"] or mac_of(addresses[0]),
-        "ports": [], "hosts": wants["hosts"],
+        "ports": [], "hosts": wants["hosts"], "hostname": wants.get("hostname"),
         "names": list(dict.fromkeys([*wants["names"], *wish["aliases"]]))}
     leads_out = not network["internal"] and not gate_of(id, there)
     path = place_of(id, network["name"])
@@ -11174,8 +11177,9 @@ def network_spec(options, id, name, hostname):
         gateway = network["pools"][0]["gateway"]
         wishes = [wish_for(network["name"], options, ports, options.network_alias)]
     return {"names": list(dict.fromkeys(filter(None, (name, id[:12], hostname)))),
-            "hosts": host_lines(options.add_host, gateway), "networks": wishes,
-            "of": options.network.partition(":")[2], "program": program, "ports": ports}
+            "hostname": hostname, "hosts": host_lines(options.add_host, gateway),
+            "networks": wishes, "of": options.network.partition(":")[2],
+            "program": program, "ports": ports}
 
 
 # ── its commands ──

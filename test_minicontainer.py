@@ -7181,6 +7181,8 @@ def test_the_default_is_no_network_and_a_published_port_means_the_bridge(network
         gateway = m.find_network("bridge")["pools"][0]["gateway"]
         with served(pid, "0.0.0.0", 80, lambda peer: peer[0]):
             assert asked("127.0.0.1", 18080) == gateway
+    assert sh("hostname -f", "--network", "one", "--network-alias", "mail", "--hostname",
+              "mail.example") == "mail.example\n"
     hosts = sh("cat /etc/hosts", "--network", "one", "--add-host", "up:host-gateway")
     assert "10.213.1.1\tup\n" in hosts
     assert "1.2.3.4\tx\n" in sh("cat /etc/hosts", "--add-host", "x:1.2.3.4")
