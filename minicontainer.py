@@ -768,7 +768,8 @@ CLOCKS = "monotonic", "boottime"  # that a time namespace can shift
 NAMESPACE_OPTIONS = (
     arg("--userns", choices=["host"], help="host: root inside is root outside"),
     arg("--pid", choices=["host"], help="host: see and signal the host's processes"),
-    arg("--network", "--net", metavar="NAME", default="",
+    arg("--network", "--net", metavar="NAME", default="", once="start it, and then "
+        "`network connect` it to the others",
         help="one of `network ls`; none: a loopback interface only; host: the host's; "
              "container:NAME: that one's"),
     arg("--uts", choices=["host"], help="host: the host's name"),
@@ -9771,7 +9772,8 @@ def logout_command(options):
 # Names are in /etc/hosts, which we write for all who are on a network when somebody
 # comes or goes: so no process has to answer for it, a lookup asks nobody, and finds an
 # address's name as well as a name's address.  A program that asks name servers past
-# the C library (nslookup) does not see them.
+# the C library (nslookup) does not see them; and what a container has written there
+# itself is written over.
 #
 # Man pages: rtnetlink(7), netlink(7), veth(4), bridge(8), nft(8).
 
@@ -9781,6 +9783,7 @@ NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP, NLM_F_EXCL = 1, 4, 0x300, 0x200
 NLM_F_CREATE, NLM_F_APPEND = 0x400, 0x800
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_MASTER, IFLA_LINKINFO = 1, 3, 4, 10, 18
 IFLA_NET_NS_PID, IFLA_INFO_KIND, IFLA_INFO_DATA, VETH_INFO_PEER = 19, 1, 2, 1
+IFLA_INFO_SLAVE_KIND, IFLA_INFO_SLAVE_DATA, IFLA_BRPORT_MODE = 4, 5, 4
 IFA_ADDRESS, IFA_LOCAL, IFA_F_NODAD, RTA_OIF, RTA_GATEWAY = 1, 2, 2, 4, 5
 AF_INET, AF_INET6, AF_NETLINK, IFF_UP = 2, 10, 16, 1
 NETWORK = "minicontainer.network"  # annotation: what the container wants, see WANTS
@@ -9825,8 +9828,8 @@ def packed(address):
     try:
         return _socket.inet_pton(AF_INET6 if ":" in address else AF_INET, address)
     except OSError:
-        raise Fail(f"invalid address: {address!r}", "as 172.18.0.2, or fd00::2",
-                   1) from None
+        raise Fail(f"invalid address: {address!r}", "as 172.18.0.2, or fd00::2"
+                   ) from None
 
 
 def number_of(address):
@@ -10035,6 +10038,13 @@ def set_ipv6(name, **settings):
             write_file(path, value, why=why)
 
 
+def wake_ipv6(name, network):
+    """Have an interface speak IPv6 if its network does, also where the host does not by
+    its own settings."""
+    if any(":" in pool["subnet"] for pool in network["pools"]):
+        set_ipv6(name, disable_ipv6=("0", "its network has addresses of IPv6"))
+
+
 def make_bridge(netlink, network):
     """The switch of a network, with the gateways' addresses, if it is not there yet."""
     name = network["bridge"]
@@ -10046,6 +10056,7 @@ def make_bridge(netlink, network):
                  why="a switch for all who are on it")
     set_ipv6(name, accept_ra=("0", "or a container could offer itself as the router"),
              accept_dad=("0", "nobody else has its address: it need not wait a second"))
+    wake_ipv6(name, network)
     netlink.set_up(name, with_prefix(network, [p["gateway"] for p in network["pools"]]))
 
 
@@ -10063,10 +10074,19 @@ def plug_in(pid, network, endpoint, leads_out):
                               IFLA_INFO_KIND: "veth",
                               IFLA_INFO_DATA: {VETH_INFO_PEER: peer}}},
                  why="a cable: one end there, one inside")
+    if endpoint["ports"]:
+        # Trap: with br_netfilter, which Docker loads, rules are asked already in the
+        # bridge, which sends nothing out where it came in, unless it is told to.
+        netlink.ask(f"link set {outer} type bridge_slave hairpin on", RTM_NEWLINK,
+                    link(netlink.index(outer)), {IFLA_LINKINFO: {
+                        IFLA_INFO_SLAVE_KIND: "bridge",
+                        IFLA_INFO_SLAVE_DATA: {IFLA_BRPORT_MODE: b"\1"}}},
+                    why="it may call itself by a port that it has published")
     netlink.set_up(outer)
     with network_of(pid):
         netlink = Netlink()
         set_ipv6(inner, accept_dad=("0", "nor need this one"))
+        wake_ipv6(inner, network)
     netlink.set_up(inner, with_prefix(network, endpoint["addresses"]))
     for pool in network["pools"] if leads_out else ():
         netlink.route(pool["gateway"], inner)
@@ -10145,6 +10165,14 @@ def make_pools(subnets, gateways, ranges, six, networks):
 
 
 PREDEFINED = {"host": "host", "none": "null"}  # name: driver; there is no file of these
+BRIDGE_NAME, BRIDGE_MTU = ("com.docker.network.bridge.name",
+                           "com.docker.network.driver.mtu")
+
+
+def predefined(name):
+    """What there is to be seen of one of those."""
+    return {"name": name, "id": name.encode().hex().ljust(64, "0"), "created": 0,
+            "pools": [], "internal": False, "labels": {}, "options": {}}
 
 
 def all_networks():
@@ -10168,30 +10196,33 @@ def new_network(name, subnets=(), gateways=(), ranges=(), six=False, internal=Fa
                 labels=(), options=()):
     """Make a network; caller must hold the lock of networks/."""
     if not name.isascii() or not name[:1].isalnum() or not all(
-            letter.isalnum() or letter in "_.-" for letter in name):
-        raise Fail(f"invalid network name: {name!r}", "letters, digits, _ . and -", 1)
+            letter.isalnum() or letter in "_.-" for letter in name) or len(name) > 128:
+        raise Fail(f"invalid network name: {name[:200]!r}",
+                   "at most 128 letters, digits, _ . and -", 1)
     networks = all_networks()
     if name in PREDEFINED or any(n["name"] == name for n in networks):
         raise Fail(f"network with name {name} already exists", "take another", 1)
     options, id = dict(options), os.urandom(32).hex()
-    bridge = options.get("com.docker.network.bridge.name", f"br-{id[:12]}")
+    for key in options.keys() - {BRIDGE_NAME, BRIDGE_MTU}:  # it may be meant as a wall
+        raise Fail(f"unknown option of a network: {key!r}",
+                   f"-o {BRIDGE_NAME}=NAME or {BRIDGE_MTU}=BYTES", 1)
+    bridge = options.get(BRIDGE_NAME, f"br-{id[:12]}")
     check_bridge(bridge, networks)
-    mtu = whole("mtu", options.get("com.docker.network.driver.mtu", "1500"), 68, 65535)
+    pools = make_pools(subnets, gateways, ranges, six, networks)
+    least = 1280 if any(":" in pool["subnet"] for pool in pools) else 68
+    mtu = whole("mtu", options.get(BRIDGE_MTU, "1500"), least, 65535)
     network = {"name": name, "id": id, "created": time.time_ns(), "bridge": bridge,
-               "pools": make_pools(subnets, gateways, ranges, six, networks),
-               "internal": internal, "mtu": mtu, "labels": dict(labels),
-               "options": options}
+               "pools": pools, "internal": internal, "mtu": mtu,
+               "labels": dict(labels), "options": options}
     save(store("networks", f"{name}.json"), network)
     return network
 
 
-def find_network(text, code=1):
+def find_network(text, code=1, only_seen=False):
     """The network of a name or the beginning of an id; the default one is made when it
-    is first asked for.  Caller must hold the lock of networks/."""
-    if text in PREDEFINED:
-        raise Fail(f"{text} is a pre-defined network: there is nothing to be seen or "
-                   "changed of it", f"run --network {text}", code)
-    networks = all_networks()
+    is first asked for.  None and host are `only_seen`.  Caller must hold the lock of
+    networks/."""
+    networks = [*all_networks(), *map(predefined, PREDEFINED)]
     found = [n for n in networks if n["name"] == text] or [
         n for n in networks if text and n["id"].startswith(text)]
     if not found and text == "bridge":
@@ -10200,6 +10231,10 @@ def find_network(text, code=1):
         raise NoSuch(f"network {text} not found", "see `network ls`", code)
     if len(found) > 1:
         raise Fail(f"network {text} is ambiguous", "see `network ls`", code)
+    name = found[0]["name"]
+    if name in PREDEFINED and not only_seen:
+        raise Fail(f"{name} is a pre-defined network: nothing can be changed of it",
+                   f"run --network {name}", code)
     return found[0]
 
 
@@ -10466,10 +10501,10 @@ def our_table(networks, there):
 # they are known and taken out again, and are of a form that iptables knows how to show.
 
 
-def listed(kind, family=0, attributes=()):
-    """(number of its family, {kind: value}) of all that there are in nf_tables of a
-    kind: its attributes."""
-    ask = message(NFT | kind, NLM_F_DUMP, 0, struct.pack(">BBH", family, 0, 0),
+def listed(kind, family=0, attributes=(), subsystem=NFT):
+    """(number of its family, {kind: value}) of all that there are of a kind in
+    nf_tables, or in another part of netfilter: its attributes."""
+    ask = message(subsystem | kind, NLM_F_DUMP, 0, struct.pack(">BBH", family, 0, 0),
                   dict(attributes), ">")
     return [(body[0], dict(attributes_of(body[4:])))
             for body in tables().replies(ask)]
@@ -10541,6 +10576,81 @@ def open_walls(chains, wanted):
             say(f"the chain {' '.join(chain)} of nf_tables may drop "
                 f"{', '.join(wanted)}, and cannot be changed: {fail.message}\n  hint: "
                 "with firewalld, `firewall-cmd --zone=trusted --add-interface=BRIDGE`")
+
+
+# What becomes of a connection is settled by its first packet.  With UDP it is all that
+# goes from one port to another without a pause: who never pauses would for ever reach
+# whom it led to when he began, or whoever has got that address since, and publishes
+# nothing.  So when a container with such ports comes or goes, and the rules say so, the
+# kernel is to forget these connections.  It takes 20 ms to look for them.
+
+CONNTRACK, IPCTNL_MSG_CT_GET, IPCTNL_MSG_CT_DELETE = 1 << 8, 1, 2
+CTA_TUPLE_ORIG, CTA_TUPLE_REPLY, CTA_FILTER, UDP = 1, 2, 0x8019, 17
+
+
+def probe(kind, address, port):
+    """The port that a program would have who asked for that one; 0 is any.  An OSError
+    says why it would not."""
+    import _socket
+
+    socket = _socket.socket(AF_INET6 if ":" in address else AF_INET, _socket.SOCK_STREAM
+                            if kind == "tcp" else _socket.SOCK_DGRAM)
+    try:
+        if kind == "tcp":  # connections that were closed a minute ago do not count
+            socket.setsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEADDR, 1)
+        if ":" in address:
+            socket.setsockopt(_socket.IPPROTO_IPV6, _socket.IPV6_V6ONLY, 1)
+        socket.bind((address, port))
+        return socket.getsockname()[1]
+    finally:
+        socket.close()
+
+
+def is_own(address):
+    """Whether an address, as bytes, is one of this host's."""
+    first = IPV4.start if len(address) == 4 else 0
+    try:
+        return bool(probe("udp", address_of(first + int.from_bytes(address, "big")), 0))
+    except OSError:
+        return False
+
+
+def ends_of(data):
+    """(who sends, whom to, which port of his), as bytes, of a connection's packets that
+    go one way."""
+    ends = {kind: dict(attributes_of(value)) for kind, value in attributes_of(data)}
+    address, ports = ends[1], ends[2]
+    return address.get(1, address.get(3)), address.get(2, address.get(4)), ports.get(3)
+
+
+def forget_connection(family, connection):
+    """Have the kernel forget a connection, unless it has just done so."""
+    try:
+        list(tables().replies(message(CONNTRACK | IPCTNL_MSG_CT_DELETE, NLM_F_ACK, 0,
+                                      struct.pack(">BBH", family, 0, 0), connection)))
+    except OSError as error:
+        if error.errno != errno.ENOENT:
+            raise
+
+
+def forget_callers(endpoint):
+    """Have the kernel forget who sends UDP to a container, or to its ports here."""
+    ports = {struct.pack(">H", port) for kind, _, port, _ in endpoint["ports"]
+             if kind == "udp"}
+    for address in map(packed, endpoint["addresses"] if ports else ()):
+        family = AF_INET if len(address) == 4 else AF_INET6
+        only = {CTA_TUPLE_ORIG: {2: {1: bytes([UDP])}},
+                CTA_FILTER: {CTA_TUPLE_ORIG: struct.pack("=I", 1 << 3)}}  # the protocol
+        try:
+            for _, facts in listed(IPCTNL_MSG_CT_GET, family, only, CONNTRACK):
+                _, to, port = ends_of(facts[CTA_TUPLE_ORIG])
+                if ends_of(facts[CTA_TUPLE_REPLY])[0] == address or (
+                        port in ports and is_own(to)):
+                    forget_connection(family, {
+                        CTA_TUPLE_ORIG: facts[CTA_TUPLE_ORIG]})
+        except OSError as error:
+            say("who sends UDP to a published port already may not be heard: the "
+                f"kernel forgets no connections: {error.strerror}")
 
 
 def relayed(there):
@@ -10679,14 +10789,14 @@ def unplug(endpoint, why):
 
 
 def free_places(own=""):
-    """Take away the endpoints of those who have ended, and of a last life of `own`; are
-    there any?  Their network namespaces may take a while to die, and answer for an
+    """Take away the endpoints of those who have ended, and of a last life of `own`, and
+    return them.  Their network namespaces may take a while to die, and answer for an
     address until then.  Caller must hold the lock of networks/."""
     alive = {endpoint["id"] for endpoint in endpoints()} - {own}
     dead = [endpoint for endpoint in all_endpoints() if endpoint["id"] not in alive]
     for endpoint in dead:
         unplug(endpoint, "whose it was has ended")
-    return bool(dead)
+    return dead
 
 
 def take_addresses(network, there, wanted):
@@ -10724,24 +10834,6 @@ def take_addresses(network, there, wanted):
 # the container runs already.
 
 
-def probe(kind, address, port):
-    """The port that a program would have who asked for that one; 0 is any.  An OSError
-    says why it would not."""
-    import _socket
-
-    socket = _socket.socket(AF_INET6 if ":" in address else AF_INET, _socket.SOCK_STREAM
-                            if kind == "tcp" else _socket.SOCK_DGRAM)
-    try:
-        if kind == "tcp":  # connections that were closed a minute ago do not count
-            socket.setsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEADDR, 1)
-        if ":" in address:
-            socket.setsockopt(_socket.IPPROTO_IPV6, _socket.IPV6_V6ONLY, 1)
-        socket.bind((address, port))
-        return socket.getsockname()[1]
-    finally:
-        socket.close()
-
-
 def is_taken(kind, address, port, there):
     """Whether a container or another program has a port of the host."""
     every = "::" if ":" in address else "0.0.0.0"
@@ -10762,13 +10854,14 @@ def is_taken(kind, address, port, there):
 
 def host_ports(wishes, there):
     """[protocol, address, port of the host, port inside] of what is published: with no
-    address, for all of either family; with port 0, at one that is free."""
+    address, for all of either family; with port 0, at one that is free, and with a list
+    of ports, at the first of them that is."""
     both = ["0.0.0.0", *(["::"] if os.path.exists("/proc/net/if_inet6") else [])]
     found = []
     for kind, given, port, inner in wishes:
         addresses, taken = [given] if given else both, True
-        for _ in range(1 if port else 100):
-            outer = port or probe(kind, addresses[0], 0)
+        for one in port if isinstance(port, list) else [port] * (1 if port else 100):
+            outer = one or probe(kind, addresses[0], 0)
             taken = [a for a in addresses if is_taken(
                 kind, a, outer, [*there, {"ports": found}])]
             if not taken:
@@ -10790,7 +10883,10 @@ def write_hosts(id, there):
              *(f"{address}\t{name}" for name, address in own[0]["hosts"])]
     networks = {endpoint["network"] for endpoint in own}
     for other in sorted(there, key=lambda endpoint: endpoint["id"] != id):
-        lines += [f"{address}\t{' '.join(other['names'])}"
+        names = other["names"]
+        if other["id"] == id:  # the first is what `hostname -f` tells
+            names = sorted(names, key=lambda name: name != own[0].get("hostname"))
+        lines += [f"{address}\t{' '.join(names)}"
                   for address in other["addresses"] if other["network"] in networks]
     text = os.fsencode("\n".join(lines) + "\n")
     try:
@@ -10806,13 +10902,15 @@ def write_hosts(id, there):
         os.close(fd)
 
 
-def tell_everybody(there):
-    """Make rules, bridges, names and forwarding those of the endpoints that there are.
-    """
+def tell_everybody(there, moved=()):
+    """Make rules, bridges, names and forwarding those of the endpoints that there are,
+    after some have come or gone."""
     everything, netlink = all_networks(), Netlink()
     used = {endpoint["network"] for endpoint in there}
     networks = [network for network in everything if network["name"] in used]
     our_table(networks, there).commit("who may go out, and which port leads to whom")
+    for endpoint in moved:
+        forget_callers(endpoint)
     others = foreign_chains()
     open_walls(others["forward"], [f'{word} "{network["bridge"]}"' for word in (
         "iifname", "oifname") for network in networks])
@@ -10835,9 +10933,10 @@ def gate_of(id, there):
                  if endpoint["network"] not in inner), None)
 
 
-def join_network(id, pid, wants, wish):
-    """Put a container, whose process 1 is `pid`, on a network; the caller must hold the
-    lock of networks/, and after an error has it leave again."""
+def join_network(id, pid, wants, wish, gone):
+    """Put a container, whose process 1 is `pid`, on a network, in place of those who
+    have `gone`; the caller must hold the lock of networks/, and after an error has it
+    leave again."""
     network, there = find_network(wish["network"], 125), endpoints()
     own = [endpoint for endpoint in there if endpoint["id"] == id]
     if any(endpoint["network"] == network["name"] for endpoint in own):
@@ -10849,7 +10948,7 @@ def join_network(id, pid, wants, wish):
         "id": id, "pid": pid, "network": network["name"], "number": number,
         "interface": f"eth{number}", "cable": f"mc{number}-{id}"[:15],
         "addresses": addresses, "mac": wish["mac"] or mac_of(addresses[0]),
-        "ports": [], "hosts": wants["hosts"],
+        "ports": [], "hosts": wants["hosts"], "hostname": wants.get("hostname"),
         "names": list(dict.fromkeys([*wants["names"], *wish["aliases"]]))}
     leads_out = not network["internal"] and not gate_of(id, there)
     path = place_of(id, network["name"])
@@ -10859,7 +10958,7 @@ def join_network(id, pid, wants, wish):
     save(path, endpoint)
     if not any(other["network"] == network["name"] for other in there):
         check_old_wall(network["bridge"])
-    tell_everybody([*there, endpoint])
+    tell_everybody([*there, endpoint], [*gone, endpoint])
     plug_in(pid, network, endpoint, leads_out)
     note_network("connect", network, id)
 
@@ -10872,7 +10971,7 @@ def leave_network(id, name, pid):
         for endpoint in own:
             if endpoint["network"] == name:
                 unplug(endpoint, "it leaves")
-        tell_everybody(endpoints())
+        tell_everybody(endpoints(), own)
         before, after = gate_of(id, own), gate_of(id, endpoints_of(id))
         if after and after != before:
             with network_of(pid):
@@ -10888,8 +10987,8 @@ def leave_networks(id, life=0):
         return
     with held("networks", fcntl.LOCK_EX):
         lives = [endpoint["pid"] for endpoint in endpoints_of(id)]
-        if life in (0, *lives) and free_places(id):
-            tell_everybody(endpoints())
+        if life in (0, *lives) and (gone := free_places(id)):
+            tell_everybody(endpoints(), gone)
 
 
 # The kernel takes 30 to 70 ms to remove a bridge.  Nobody who waits for a container's
@@ -10935,8 +11034,8 @@ def idle_bridges():
 def sweep_networks():
     """Take away what those who have ended have left on networks."""
     with held("networks", fcntl.LOCK_EX):
-        free_places()
-        tell_everybody(endpoints())
+        gone = free_places()
+        tell_everybody(endpoints(), gone)
 
 
 def rename_there(id, spec, name):
@@ -11097,9 +11196,9 @@ def connect(c):
     if not wants["networks"]:
         return
     with held("networks", fcntl.LOCK_EX):
-        free_places(c.id)
+        gone = free_places(c.id)
         for wish in wants["networks"]:
-            join_network(c.id, c.pid, wants, wish)
+            join_network(c.id, c.pid, wants, wish, gone)
     if os.path.exists(LOWEST_PORT):
         with network_of(c.pid):
             write_file(LOWEST_PORT, "0", why="in there port 80 is anybody's, as with "
@@ -11111,11 +11210,12 @@ def connect(c):
 
 def published(option):
     """[protocol, address, port of the host, port inside] of each port that -p
-    [[IP:]PORT:]PORT[/PROTOCOL] names; what is not named is "", or 0."""
+    [[IP:]PORT:]PORT[/PROTOCOL] names; what is not named is "", or 0, and ports of which
+    any will do are a list."""
     text, _, kind = option.partition("/")
     outer, _, inner = text.rpartition(":")
     address, _, outer = outer.rpartition(":")
-    what, kind = f"-p {option}", kind or "tcp"
+    what, kind = f"-p {option}", kind.lower() or "tcp"
     if kind not in ("tcp", "udp"):
         raise Fail(f"{what}: invalid protocol {kind!r}", "tcp or udp")
     address = address.removeprefix("[").removesuffix("]")
@@ -11123,6 +11223,8 @@ def published(option):
         packed(address)
     inner = port_range(inner, what)
     outer = port_range(outer, what) if outer else [0] * len(inner)
+    if len(inner) == 1 < len(outer):
+        return [[kind, address, [*outer], inner[0]]]
     if len(outer) != len(inner):
         raise Fail(f"{what}: two ranges of different lengths", "-p 80-82:8080-8082")
     return [[kind, address, *pair] for pair in zip(outer, inner, strict=True)]
@@ -11134,8 +11236,16 @@ def ports_text(ports):
                      f"{inner}/{kind}" for kind, address, port, inner in ports)
 
 
+def check_words(option, words):
+    """Refuse what would be more, or less, than one word of a line in /etc."""
+    for word in words:
+        if word.split() != [word]:
+            raise Fail(f"invalid argument {word!r} for {option}", "one word")
+
+
 def wish_for(network, options, ports=(), aliases=()):
     """What the options of `run` or `network connect` want of a network."""
+    check_words("a name in a network", aliases)
     mac = options.mac_address or ""
     if mac and ([len(part) for part in mac.split(":")] != [2] * 6 or
                 set(mac.lower()) - set("0123456789abcdef:")):
@@ -11175,6 +11285,10 @@ def choose_network(options):
         ("-p", options.publish), ("-P", options.publish_all), ("--ip", options.ip),
         ("--ip6", options.ip6), ("--mac-address", options.mac_address),
         ("--network-alias", options.network_alias)) if value]
+    check_words("--dns-search", options.dns_search)
+    check_words("--dns-option", options.dns_option)
+    for address in options.dns:
+        packed(address)
     if not options.network:
         options.network = "bridge" if asked else "none"
     elif asked and (options.network in ("none", "host") or ":" in options.network):
@@ -11191,6 +11305,7 @@ def host_lines(texts, gateway):
     found = []
     for text in texts:
         host, colon, address = text.partition(":")
+        check_words("--add-host", [host])
         address = gateway if address == "host-gateway" else address
         try:
             packed(address)
@@ -11216,8 +11331,9 @@ def network_spec(options, id, name, hostname):
         gateway = network["pools"][0]["gateway"]
         wishes = [wish_for(network["name"], options, ports, options.network_alias)]
     return {"names": list(dict.fromkeys(filter(None, (name, id[:12], hostname)))),
-            "hosts": host_lines(options.add_host, gateway), "networks": wishes,
-            "of": options.network.partition(":")[2], "program": program, "ports": ports}
+            "hostname": hostname, "hosts": host_lines(options.add_host, gateway),
+            "networks": wishes, "of": options.network.partition(":")[2],
+            "program": program, "ports": ports}
 
 
 # ── its commands ──
@@ -11265,7 +11381,8 @@ def network_document(network, there):
                 "IPv4Address": four, "IPv6Address": six}
     return {
         "Name": network["name"], "Id": network["id"], "Created": at, "Scope": "local",
-        "Driver": "bridge", "EnableIPv6": len(network["pools"]) > 1,
+        "Driver": PREDEFINED.get(network["name"], "bridge"),
+        "EnableIPv6": len(network["pools"]) > 1,
         "Internal": network["internal"],
         "IPAM": {"Driver": "default", "Options": {}, "Config": [
             {"Subnet": pool["subnet"], "Gateway": pool["gateway"],
@@ -11295,7 +11412,8 @@ def network_ls_command(options):
         find_network("bridge")
         used = {endpoint["network"] for endpoint in endpoints()}
         rows = [(n["name"], n["id"], "bridge", n["labels"]) for n in all_networks()]
-    rows += [(name, "-", driver, {}) for name, driver in PREDEFINED.items()]
+    rows += [(name, predefined(name)["id"], driver, {})
+             for name, driver in PREDEFINED.items()]
     rows = [{"ID": id if options.no_trunc else id[:12], "Name": name, "Driver": driver,
              "Scope": "local", "Labels": label_text(labels),
              "Dangling": name not in used and name not in BUILT_IN}
@@ -11317,13 +11435,13 @@ def network_inspect_command(options):
     with held("networks", fcntl.LOCK_EX):
         there = endpoints()
         show_facts(options.names, lambda name: network_document(
-            find_network(name), there), options.format)
+            find_network(name, only_seen=True), there), options.format)
 
 
 def remove_network(network):
     """Remove a network that nobody is on, and what its last guest may have left."""
-    if free_places():
-        tell_everybody(endpoints())
+    if gone := free_places():
+        tell_everybody(endpoints(), gone)
     os.unlink(store("networks", f"{network['name']}.json"))
     note_network("destroy", network)
 
@@ -12016,10 +12134,10 @@ class Relay:
 
     CROWD = 150  # connections, with six descriptors each, or callers of UDP
 
-    def __init__(self, endpoints):
+    def __init__(self, endpoints, is_there):
         import _socket
 
-        self.api = _socket
+        self.api, self.is_there = _socket, is_there  # address: whether it is still his
         self.doors, self.pairs = {}, []  # descriptor: (socket, where to); Pumps
         self.callers = {}  # (descriptor of a door of UDP, caller): socket to the inside
         self.answers = {}  # descriptor of such a socket: the same key
@@ -12105,6 +12223,8 @@ class Relay:
             key = door.fileno(), caller
             inside = self.callers.pop(key, None)
             if not inside:
+                if not self.is_there(to[0]):
+                    return
                 inside = self.socket("udp", to[0])
                 inside.connect(to)
                 self.answers[inside.fileno()] = key
@@ -12135,6 +12255,9 @@ class Relay:
         try:
             fd, _ = door._accept()
         except OSError:  # has left again
+            return
+        if not self.is_there(to[0]):  # somebody else may have it by now
+            os.close(fd)
             return
         here, there = self.api.socket(fileno=fd), self.socket("tcp", to[0])
         here.setblocking(False)
@@ -13174,29 +13297,27 @@ def host_resolv_conf():
 def etc_files(spec, options):
     """{name: text} of the files that Docker puts into every container's /etc."""
     name = spec.get("hostname") or os.uname().nodename
-    resolv = host_resolv_conf()
     known = "".join(f"{address}\t{host}\n" for host, address in host_lines(
         options.add_host, "127.0.0.1"))
-    if options.network == "host":
-        return {"hostname": name + "\n", "hosts": read_file("/etc/hosts") + known,
-                "resolv.conf": resolv}
+    at_home = options.network == "host"
     local = ("nameserver 127.", "nameserver ::1")  # not to be reached from inside
-    lines = [line for line in resolv.splitlines()
-             if not " ".join(line.split()).startswith(local)]
+    lines = [line for line in host_resolv_conf().splitlines()
+             if at_home or not " ".join(line.split()).startswith(local)]
     for word, values in (("nameserver", options.dns), ("search", options.dns_search),
                          ("options", options.dns_option)):
         if values:
             lines = [line for line in lines if line.split()[:1] != [word]]
             lines += ([f"{word} {value}" for value in values] if word == "nameserver"
-                      else [f"{word} {' '.join(values)}"])
-    if options.network not in ("", "none") and not any(
+                      else [f"{word} {' '.join(values)}"] * (values != ["."]))
+    if options.network not in ("", "none", "host") and not any(
             line.startswith("nameserver") for line in lines):
         # Docker's choice, too: names are asked for, and nobody is left to be asked.
         say("no name server of the host's can be reached from inside: 8.8.8.8 is asked")
         lines += ["nameserver 8.8.8.8", "nameserver 8.8.4.4"]
     return {
         "hostname": name + "\n",
-        "hosts": "127.0.0.1\tlocalhost\n"
+        "hosts": read_file("/etc/hosts") + known if at_home else
+                 "127.0.0.1\tlocalhost\n"
                  "::1\tlocalhost ip6-localhost ip6-loopback\n"
                  "fe00::\tip6-localnet\nff00::\tip6-mcastprefix\n"
                  "ff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n" + known,
@@ -13751,7 +13872,8 @@ class Life(Shim):
         if record.health:
             self.parties.append(HealthCheck(record, self.c))
         if any(endpoint["ports"] for endpoint in endpoints_of(record.id)):
-            self.parties.append(Relay(endpoints_of(record.id)))
+            self.parties.append(Relay(endpoints_of(record.id), lambda address: any(
+                address in now["addresses"] for now in endpoints_of(record.id))))
         if not record.interactive:
             self.close("stdin")
         with changing(record.id) as now:
@@ -14285,8 +14407,9 @@ def port_bindings(ports):
     """The same as Docker's JSON has it."""
     found = {}
     for kind, address, port, inner in ports:
+        some = f"{port[0]}-{port[-1]}" if isinstance(port, list) else str(port)
         found.setdefault(f"{inner}/{kind}", []).append(
-            {"HostIp": address, "HostPort": str(port)})
+            {"HostIp": address, "HostPort": some})
     return found
 
 
@@ -14514,7 +14637,7 @@ def inspect_command(options):
     """Show all that is known of containers, images, networks and volumes, as JSON."""
     def network(name):
         with held("networks", fcntl.LOCK_EX):
-            return network_document(find_network(name), endpoints())
+            return network_document(find_network(name, only_seen=True), endpoints())
 
     kinds = {"container": lambda name: container_facts(find(name), options.size),
              "image": lambda name: inspected(find_image(name)),
@@ -14585,11 +14708,17 @@ def network_connect_command(options):
         try:
             if record.status in RUNNING:
                 with held("networks", fcntl.LOCK_EX):
-                    free_places()
-                    join_network(record.id, record.pid, wants, wish)
+                    gone = free_places()
+                    join_network(record.id, record.pid, wants, wish, gone)
         except BaseException:
             leave_network(record.id, name, record.pid)
             raise
+        if not any(other["ports"] for other in wants["networks"]) and (
+                wants.get("ports")):
+            wish["ports"] = wants["ports"]  # it had left the network they were of
+            if record.status in RUNNING:
+                say(f"the published ports of {record.name} lead to it again when it is "
+                    "started again")
         wants["networks"].append(wish)
 
 
@@ -14601,7 +14730,9 @@ def network_disconnect_command(options):
     """Take a container off a network; if it runs, at once."""
     with rewiring(options) as (record, wants, name):
         left = [wish for wish in wants["networks"] if wish["network"] != name]
-        if left == wants["networks"]:
+        # It is there without a wish if the `network connect` was killed half-way.
+        if left == wants["networks"] and not any(
+                endpoint["network"] == name for endpoint in endpoints_of(record.id)):
             raise Fail(f"container {record.name} is not connected to network {name}",
                        "see `inspect`", 1)
         if record.status in RUNNING:
@@ -19067,6 +19198,8 @@ def take_option(options, flags, word, left):
                    "one of: " + ", ".join(how["choices"]))
     if how.get("action") == "append":
         getattr(options, attribute).append(value)
+    elif "once" in how and getattr(options, attribute):
+        raise Fail(f"more than one {name}", how["once"])
     else:
         setattr(options, attribute, value)
 
@@ -19135,8 +19268,8 @@ def parse(words, argv):
 FOR_ANYBODY = "completion install login logout ns oci steps uninstall version".split()
 
 
-OF_IMAGES = {*"image images history import load login logout pull push rmi save tag"
-             .split()}
+START_NOTHING = {*"image images history import load login logout network pull push rmi "
+                 "save tag".split()}
 
 
 def dispatch(argv):
@@ -19190,7 +19323,7 @@ def dispatch(argv):
     try:
         return function(options) or 0
     except (Fail, OSError) as error:
-        if words.split()[0] not in OF_IMAGES or isinstance(error, BrokenPipeError):
+        if words.split()[0] not in START_NOTHING or isinstance(error, BrokenPipeError):
             raise
         fail = diagnose(error)
         if fail.code == 125:

@@ -6482,13 +6482,14 @@ def test_the_rules_that_are_told_are_those_that_are_made(networks):
 
 @pytest.mark.parametrize("option, ports", [
     ("8080:80", [["tcp", "", 8080, 80]]), ("80", [["tcp", "", 0, 80]]),
-    ("127.0.0.1::53/udp", [["udp", "127.0.0.1", 0, 53]]),
+    ("127.0.0.1::53/UDP", [["udp", "127.0.0.1", 0, 53]]),
+    ("8000-8002:80", [["tcp", "", [8000, 8001, 8002], 80]]),
     ("10.0.0.1:1-2:3-4", [["tcp", "10.0.0.1", 1, 3], ["tcp", "10.0.0.1", 2, 4]])])
 def test_a_published_port_is_read_as_docker_reads_it(option, ports):
     assert m.published(option) == ports
 
 
-@pytest.mark.parametrize("option", ["x", "1-2:3", "80/sctp", "1.2.3:1:2", "70000", "-1",
+@pytest.mark.parametrize("option", ["x", "1-2:3-5", "80/sctp", "1.2.3:1:2", "70000", "-1",
                                     "3-1"])
 def test_a_published_port_that_makes_no_sense_is_refused(option):
     with pytest.raises(m.Fail):
@@ -6746,6 +6747,8 @@ def test_a_published_port_leads_to_the_container_and_is_its_alone(networks, worl
             pid, "10.213.1.2", 80, lambda peer: f"hello {peer[0]}"):
         assert asked(HOST[0], 18080) == f"hello {HOST[0]}"
         assert asked(HOST[0], 18080, world.far) == f"hello {FAR[0]}"
+        for address in ("10.213.1.1", HOST[0]):  # it calls itself from inside
+            assert asked(address, 18080, pid) == "hello 10.213.1.1"
         for address in ("127.0.0.1", "::1", HOST[1]):  # by the relay
             assert asked(address, 18080) == "hello 10.213.1.1"
         assert asked(HOST[1], 18080, world.far) == "hello 10.213.1.1"
@@ -6858,6 +6861,88 @@ def test_datagrams_find_their_port_and_an_interface_is_as_it_was_asked_for(netwo
 
 
 @root
+@pytest.mark.parametrize("version", [0, 1], ids=["IPv4", "IPv6"])
+def test_who_sends_datagrams_without_a_pause_is_heard_by_who_has_the_port_now(
+        networks, world, version):
+    """From one port, before, while and after somebody listens; and his old address
+    is not reached any more by whoever has it next."""
+    assert mini("network", "create", "--subnet", "10.213.8.0/24", "--subnet",
+                "fd00:8::/64", "eight").returncode == 0
+    here = ["10.213.8.9", "10.213.8.8"] if not version else ["fd00:8::9", "fd00:8::8"]
+    with m.network_of(world.far):
+        caller = socket.socket([socket.AF_INET, socket.AF_INET6][version],
+                               socket.SOCK_DGRAM)
+    with caller, idle("other", "--network", "eight", "-p", "9:9/udp"):
+        caller.connect((HOST[version], 18080))
+        caller.settimeout(0.3)
+
+        def answer():
+            with contextlib.suppress(OSError):
+                caller.send(b"x")
+                return caller.recv(10)
+        assert not answer()
+        for name, address in (("first", here[0]), ("second", here[1])):
+            with idle(name, "--network", "eight", ("--ip", "--ip6")[version], address,
+                      "-p", "18080:53/udp") as pid, served(
+                          pid, address, 53, lambda *_: name.encode(), udp=True):  # noqa: B023
+                assert until(answer) == name.encode()
+        until(lambda: address not in mini("network", "inspect", "eight").stdout)
+        with idle("third", "--network", "eight", ("--ip", "--ip6")[version], address
+                  ) as pid, served(pid, address, 53, lambda *_: b"third", udp=True):
+            assert not answer() and not answer()
+    assert mini("network", "rm", "eight").returncode == 0
+
+
+@root
+def test_a_network_has_ipv6_also_on_a_host_that_has_switched_it_off(networks):
+    assert mini("network", "create", "--subnet", "10.213.9.0/24", "--subnet",
+                "fd00:9::/64", "nine").returncode == 0
+    path = "/proc/sys/net/ipv6/conf/default/disable_ipv6"  # what new interfaces get
+    before = m.read_file(path)
+    m.write_file(path, "1")
+    try:
+        for words in ((), ("--userns", "host")):
+            out = sh("ping -6 -c 1 fd00:9::1; ip -6 address", "--network", "nine", *words)
+            assert "1 packets received" in out and "fd00:9::2/64" in out
+    finally:
+        m.write_file(path, before)
+    assert mini("network", "rm", "nine").returncode == 0
+
+
+@root
+def test_one_of_several_ports_will_do_for_one_inside(networks):
+    with idle("c1", "-p", "18080-18081:80"), idle("c2", "-p", "18080-18081:80/TCP"):
+        assert [mini("port", name, "80").stdout.split()[0] for name in ("c1", "c2")] == [
+            "0.0.0.0:18080", "0.0.0.0:18081"]
+        form = "{{(index (index .HostConfig.PortBindings \"80/tcp\") 0).HostPort}}"
+        assert mini("inspect", "-f", form, "c2").stdout == "18080-18081\n"
+        assert "18081 failed: port is already allocated" in refused(
+            "run", "--rm", "-p", "18080-18081:80", "/bin/true")
+
+
+@root
+def test_what_a_network_cannot_do_is_refused_and_not_left_out(networks):
+    for told, *words in (
+            ("more than one --network", "--network", "one", "--network", "two"),
+            ("invalid address", "-p", "localhost:80:80"),
+            ("invalid address", "--network", "one", "--ip", "x"),
+            ("invalid address", "--dns", "x"), ("--add-host", "--add-host", ":1.2.3.4"),
+            ("--add-host", "--add-host", "a\n6.6.6.6 bank:1.2.3.4"),
+            ("--dns-search", "--dns-search", "x\nnameserver 6.6.6.6"),
+            ("a name in", "--network", "one", "--network-alias", "x\n6.6.6.6 bank")):
+        assert told in refused("run", "--rm", *words, "/bin/true")
+    for told, *words in (
+            ("unknown option", "-o", "com.docker.network.bridge.enable_icc=false"),
+            ("from 1280", "--ipv6", "-o", "com.docker.network.driver.mtu=1000"),
+            ("prefix: '31'", "--subnet", "10.213.3.0/31")):
+        assert told in refused("network", "create", *words, "three", code=1)
+    assert "at most 128" in refused("network", "create", "a" * 129, code=1)
+    resolv = sh("cat /etc/resolv.conf", "--network", "host", "--dns", "192.0.2.53",
+                "--dns-search", ".")
+    assert "nameserver 192.0.2.53\n" in resolv and "search" not in resolv
+
+
+@root
 def test_a_name_server_of_the_hosts_is_asked_also_from_behind_its_own_stub(
         networks, world, tmp_path):
     """By a program that asks it itself, on a host that runs systemd-resolved."""
@@ -6901,6 +6986,14 @@ def test_a_running_container_is_put_on_another_network_and_taken_off(networks, w
         inside = mini("exec", "moved", "/bin/sh", "-c", "ip route; ls /sys/class/net")
         assert "default" not in inside.stdout and inside.stdout.endswith("eth1\nlo\n")
         assert mini("network", "connect", "one", "moved").returncode == 0
+        record = m.find("moved")  # what is left if a `network connect` is killed
+        spec = record.spec()
+        wants = m.wants_of(spec)
+        spec["annotations"][m.NETWORK] = m.to_json({**wants, "networks": [
+            wish for wish in wants["networks"] if wish["network"] != "one"]})
+        m.save(record.path("config.json"), spec)
+        for words in ("disconnect", "connect"):
+            assert mini("network", words, "one", "moved").returncode == 0
         with m.network_of(pid), open("/proc/net/route") as file:
             assert "eth0\t00000000" in file.read()  # the way out is there again
         assert mini("restart", "-t", "0", "moved").returncode == 0  # and both are kept
@@ -7179,6 +7272,10 @@ def test_networks_are_listed_and_removed_by_what_they_are(networks):
         ["bridge", "bridge", "local"], ["host", "host", "local"],
         ["none", "null", "local"]]
     assert "pre-defined" in refused("network", "rm", "host", code=1)
+    ids = mini("network", "ls", "-q").stdout.split()
+    shown = mini("network", "inspect", "-f", "{{.Name}}/{{.Driver}}", *ids)
+    assert shown.returncode == 0 and {"host/host", "none/null", "one/bridge"} <= {
+        *shown.stdout.split()}
     assert "four" not in mini("network", "prune", stdin="n\n").stdout.splitlines()
     assert mini("network", "prune", "-f", "--filter", "label=x").stdout == "four\n"
 
@@ -7192,9 +7289,27 @@ def test_the_default_is_no_network_and_a_published_port_means_the_bridge(network
         gateway = m.find_network("bridge")["pools"][0]["gateway"]
         with served(pid, "0.0.0.0", 80, lambda peer: peer[0]):
             assert asked("127.0.0.1", 18080) == gateway
+    assert sh("hostname -f", "--network", "one", "--network-alias", "mail", "--hostname",
+              "mail.example") == "mail.example\n"
     hosts = sh("cat /etc/hosts", "--network", "one", "--add-host", "up:host-gateway")
     assert "10.213.1.1\tup\n" in hosts
     assert "1.2.3.4\tx\n" in sh("cat /etc/hosts", "--add-host", "x:1.2.3.4")
+
+
+@root
+def test_published_ports_are_of_their_container_also_when_its_network_was_changed(networks):
+    with idle("mover", "--network", "one", "-p", "18080:80"):
+        assert mini("network", "disconnect", "one", "mover").returncode == 0
+        with idle("next", "--network", "one", "--ip", "10.213.1.2") as pid, served(
+                pid, "0.0.0.0", 80, lambda peer: "next"):
+            for address in ("127.0.0.1", "10.213.1.1"):
+                assert not asked(address, 18080)
+            assert "when it is started again" in mini("network", "connect", "one",
+                                                      "mover").stderr
+            assert mini("restart", "-t", "0", "mover").returncode == 0
+            with served(m.find("mover").pid, "0.0.0.0", 80, lambda peer: "mover"):
+                for address in ("127.0.0.1", "10.213.1.1"):
+                    assert asked(address, 18080) == "mover"
 
 
 @root
@@ -7223,7 +7338,7 @@ def test_a_relay_passes_on_both_ways_to_the_last_byte_and_survives_who_leaves():
     with socket.create_server(("127.0.0.1", 0)) as inner:
         port = m.probe("tcp", "127.0.0.1", 0)
         relay = m.Relay([{"addresses": ["127.0.0.1"], "ports": [
-            ["tcp", "127.0.0.1", port, inner.getsockname()[1]]]}])
+            ["tcp", "127.0.0.1", port, inner.getsockname()[1]]]}], bool)
         data = os.urandom(1 << 20)
 
         def client():
@@ -7269,7 +7384,7 @@ def test_a_relay_of_datagrams_answers_each_caller_and_forgets_who_was_quiet(
         inner.settimeout(0.01)
         port = m.probe("udp", here, 0)
         relay = m.Relay([{"addresses": ["127.0.0.1"], "ports": [
-            ["udp", outer, port, inner.getsockname()[1]]]}])
+            ["udp", outer, port, inner.getsockname()[1]]]}], bool)
 
         def ask(near, data):
             near.sendto(data, (here, port))
