@@ -6285,8 +6285,11 @@ class TarReader:
         if kind in b"34":
             entry.device = os.makedev(*(tar_number(field[key]) % (1 << 20)
                                         for key in ("major", "minor")))
+        # Notes of overlay itself, that a directory hides what is below or is to be
+        # found elsewhere, are made of whiteouts and of nothing else.
         entry.xattrs = {os.fsdecode(key[13:]): value for key, value in notes.items()
-                        if key.startswith(b"SCHILY.xattr.")}
+                        if key.startswith(b"SCHILY.xattr.") and not key[13:].startswith(
+                            (b"trusted.overlay.", b"user.overlay."))}
         self.find_holes(entry, field, notes)
         return entry
 

@@ -4168,7 +4168,9 @@ def test_layers_keep_owners_modes_links_attributes_devices_and_times(tmp_path, m
     path = make_tar(
         tmp_path / "x.tar",
         ("d", {"type": tarfile.DIRTYPE, "mode": 0o1770, "uid": 5, "gid": 6,
-               "mtime": 1234567890.25}),
+               "mtime": 1234567890.25, "pax_headers": {
+                   "SCHILY.xattr.trusted.overlay.redirect": "/etc",
+                   "SCHILY.xattr.user.overlay.opaque": "y"}}),
         ("d/setuid", binary(b"x", 0o4755, uid=7, gid=8)),
         ("d/hard", {"type": tarfile.LNKTYPE, "linkname": "d/setuid"}),
         ("d/soft", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd", "uid": 9}),
@@ -4187,6 +4189,7 @@ def test_layers_keep_owners_modes_links_attributes_devices_and_times(tmp_path, m
     s = os.lstat(d)
     assert (s.st_mode & 0o7777, s.st_uid, s.st_gid) == (0o1770, 5, 6)
     assert s.st_mtime_ns == 1234567890250000000
+    assert os.listxattr(d) == []  # overlay's own notes are not an image's to write
     s = os.lstat(f"{d}/setuid")
     assert (s.st_mode & 0o7777, s.st_uid, s.st_nlink) == (0o4755, 7, 2)
     assert os.readlink(f"{d}/soft") == "/etc/passwd" and os.lstat(f"{d}/soft").st_uid == 9
