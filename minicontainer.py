@@ -8292,7 +8292,7 @@ def print_list(columns, rows, form, quiet="", more=""):
     form, known = form or "table", [*columns.values(), *more.split()]
     cells = []
     if quiet:
-        lines = list(dict.fromkeys(row[quiet] for row in rows))
+        lines = [row[quiet] for row in rows]
     elif form == "json":
         lines = map(to_json, rows)
     elif not form.startswith("table"):
