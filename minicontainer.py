@@ -2176,13 +2176,15 @@ def tmpfs_mount(option, target, words):
             "source": "tmpfs", "options": ["nosuid", "nodev", "noexec", *words]}
 
 
-MOUNT_KEYS = {"bind": ("source", "bind-propagation"), "volume": ("source",),
+MOUNT_KEYS = {"bind": ("source", "bind-propagation"),
+              "volume": ("source", "volume-nocopy"),
               "tmpfs": ("tmpfs-size", "tmpfs-mode")}
 
 
 def mount_keys(text):
-    """What a --mount says: each key by its longest name, readonly as a bool."""
-    keys = {"type": "volume", "readonly": "false"}
+    """What a --mount says: each key by its longest name, and what is yes or no as a
+    bool."""
+    keys = {"type": "volume"}
     names = {"src": "source", "dst": "target", "destination": "target",
              "ro": "readonly", "propagation": "bind-propagation"}
     for part in text.split(","):
@@ -2196,10 +2198,13 @@ def mount_keys(text):
     if unknown:
         raise Fail(f"--mount {text}: unknown key {min(unknown)!r}", ", ".join(known))
     meanings = {"": True, "true": True, "1": True, "false": False, "0": False}
-    if keys["readonly"].lower() not in meanings:
-        raise Fail(f"--mount {text}: invalid value for readonly: {keys['readonly']}",
-                   "true or false")
-    return {**keys, "readonly": meanings[keys["readonly"].lower()]}
+    for key in ("readonly", "volume-nocopy"):
+        value = keys.get(key, "false")
+        if value.lower() not in meanings:
+            raise Fail(f"--mount {text}: invalid value for {key}: {value}",
+                       "true or false")
+        keys[key] = meanings[value.lower()]
+    return keys
 
 
 def long_mount(text):
@@ -12870,8 +12875,9 @@ def split_volume(text):
 def split_mount(text):
     """The same of a --mount; source None if it is not about a volume."""
     keys = mount_keys(text)
+    words = ["ro"] * keys["readonly"] + ["nocopy"] * keys["volume-nocopy"]
     return (keys.get("source", "") if keys["type"] == "volume" else None,
-            keys.get("target", ""), "ro" if keys["readonly"] else "")
+            keys.get("target", ""), ",".join(words))
 
 
 PROPAGATION = "shared", "slave", "private"
@@ -13231,7 +13237,7 @@ def find_volumes(options):
             taken.add(os.path.normpath(target))
             asked.append((text, source, target, words))
     wish, named, nameless = type(options)(), {}, []
-    vars(wish).update(vars(options), volume=[], mount=[])
+    vars(wish).update(vars(options), volume=[], mount=[], nocopy=set())
     for text, source, target, words in asked:
         if source is None or source.startswith("/"):  # chapter 4 knows what that is
             (wish.mount if text in options.mount else wish.volume).append(text)
@@ -13242,8 +13248,8 @@ def find_volumes(options):
         name = source or os.urandom(32).hex()
         nameless += [] if source else [name]
         named[name] = os.path.normpath(target)
-        kept = ",".join(word for word in words.split(",") if word != "nocopy")
-        path = f"{store('volumes', name, VOLUME_NAME)}:{target}{kept and ':' + kept}"
+        wish.nocopy.update([name] if "nocopy" in words.split(",") else ())
+        path = f"{store('volumes', name, VOLUME_NAME)}:{target}{words and ':' + words}"
         wish.volume.append(path)
     return wish, named, nameless
 
@@ -13556,7 +13562,8 @@ def create(options, args):
         spec["annotations"] = {**spec["annotations"], NETWORK: to_json(wants)}
         for name, target in volumes.items():
             make_volume(name, anonymous=name in nameless)
-            fill_volume(record, spec, name, target)
+            if name not in wish.nocopy:
+                fill_volume(record, spec, name, target)
         save(record.path("config.json"), spec)
         save(record.path("record.json"), vars(record))
         announce(record, "create")
