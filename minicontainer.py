@@ -5914,12 +5914,13 @@ def new_directories(parent, make):
             fd = os.open(top, FOLDER)
             syscall("syncfs", fd)
             os.close(fd)
-        for name in names:
-            try:
-                os.rename(f"{top}/{name}", store(parent, name))
-            except OSError as error:  # somebody else has made the same meanwhile
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise
+        guard = lock(store(parent, ""), fcntl.LOCK_EX)
+        try:
+            for name in names:  # subtle: rename would replace a directory that is empty
+                if not os.path.lexists(store(parent, name)):  # or others were faster
+                    os.rename(f"{top}/{name}", store(parent, name))
+        finally:
+            os.close(guard)
         return result
     finally:
         remove_tree(top)

@@ -4969,6 +4969,16 @@ def test_the_config_of_an_image_is_honoured_and_options_win(image):
 
 
 @root
+def test_of_two_who_make_the_same_in_the_store_the_first_ones_stays(images):
+    inodes = []
+    for _ in range(2):
+        m.new_directories("layers", lambda top: os.mkdir(f"{top}/empty"))
+        inodes.append(os.stat(f"{STORE}/layers/empty").st_ino)
+    os.rmdir(f"{STORE}/layers/empty")
+    assert inodes[0] == inodes[1]  # rename would replace a directory that is empty
+
+
+@root
 def test_an_image_is_listed_named_and_found_as_in_docker(image):
     row = ["thing", "1", image[7:19]]
     title, line = forked_mini("images").splitlines()
