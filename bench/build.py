@@ -129,6 +129,10 @@ def main():
     options = parser.parse_args()
     if os.geteuid():
         sys.exit("build.py: needs root")
+    if not os.environ.get("IN_ITS_OWN_NETWORK"):  # podman leaves rules behind
+        os.environ["IN_ITS_OWN_NETWORK"] = "1"
+        os.execvp("unshare", ["unshare", "--net", sys.executable, *sys.argv])
+    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
     busybox = shutil.which("busybox") or sys.exit("build.py: needs a static busybox")
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
         scratch = Path(scratch)
