@@ -3658,9 +3658,9 @@ def hide():
             why="our memory, our descriptors and our interpreter are the host's")
 
 
-def hide_words():
-    """Overwrite our command line, which everybody inside could read until the program
-    has its own, or for good with --init: paths of the host, and what -e says."""
+def hide_words(c):
+    """Step: overwrite our command line, which everybody inside could read until the
+    program has its own, or for good with --init: the host's paths, and what -e says."""
     status = read_file("/proc/self/stat", why="where our command line is")
     begin, end = map(int, status.rpartition(")")[2].split()[45:47])
     if end > begin:  # 0 where the kernel does not tell
@@ -3669,12 +3669,11 @@ def hide_words():
 
 
 def hide_memory(c):
-    """Step: hide, and our command line for good.
+    """Step: hide.
 
     An ordinary user's engine could not look either, and has yet to write the id maps
     and take the terminal: there this waits until the user changes.  Until then we have
     all capabilities: who is inside cannot look without CAP_SYS_PTRACE."""
-    hide_words()
     if not rootless.uid:
         hide()
 
@@ -3726,8 +3725,7 @@ def set_ids(uid, gid, groups):
 def become_root(c):
     """Step: root of the user namespace; until the maps were there it was nobody."""
     set_ids(0, 0, [])
-    if not rootless.uid:
-        hide()
+    hide_memory(c)
 
 
 def new_session(c):
@@ -4349,13 +4347,12 @@ BEFORE = (              # the parent, before there is another process
 )
 OUTSIDE = (             # the parent, while init waits
     map_ids,            # first: all that belongs to root inside needs to know who it is
-    prepare_sources,    # needs the id maps
-    make_nodes,         # needs the id maps
-    build_rootfs,       # needs the id maps; last, because init copies it all at "go"
+    prepare_sources, make_nodes,  # they need the id maps
+    build_rootfs,       # too; last, because init copies it all at "go"
 )
 BIRTH = (               # init, from "go" until it is your program
     no_more_imports,    # from here on Python's library path may lie inside the image
-    hide_memory,        # before anything of the container runs that could look
+    hide_memory, hide_words,  # before anything of the container runs that could look
     wait_for_go,        # the ids and the rootfs are there after it
     join_cgroup, join_users,  # before it uses what is counted, or owned
     become_root, shift_clocks,  # of the user namespace: what follows needs its powers
@@ -4388,8 +4385,9 @@ BIRTH = (               # init, from "go" until it is your program
         execute,        # and it is your program
     )),
 )
-JOIN = (no_more_imports, hide_memory, wait_for_go, join_cgroup, join_namespaces,
-        become_root, new_session, new_keyring, open_console, take_stdio, *TAIL)
+JOIN = (no_more_imports, hide_memory, hide_words, wait_for_go, join_cgroup,
+        join_namespaces, become_root, new_session, new_keyring, open_console,
+        take_stdio, *TAIL)
 
 
 def init(c, steps):
@@ -13655,10 +13653,10 @@ def choose(options):
 
 
 # What --without may leave out: a step that others do not build on, or a namespace.
-WALLS = (no_more_imports, hide_memory, join_cgroup, new_session, make_devices,
-         set_names, loopback_up, mask_paths, pivot, seal_root, drop_bounding,
-         become_user, set_capabilities, no_new_privileges, close_descriptors,
-         label_program, reset_signals, install_seccomp)
+WALLS = (no_more_imports, hide_memory, hide_words, join_cgroup, new_session,
+         make_devices, set_names, loopback_up, mask_paths, pivot, seal_root,
+         drop_bounding, become_user, set_capabilities, no_new_privileges,
+         close_descriptors, label_program, reset_signals, install_seccomp)
 NAMESPACE_WALLS = {"userns": "userns", "pidns": "pid", "netns": "network",
                    "utsns": "uts", "ipcns": "ipc", "cgroupns": "cgroupns"}
 SHELL = take_stdio, die_with_parent, reset_signals, execute  # what one takes at least
