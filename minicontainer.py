@@ -1403,15 +1403,16 @@ def resources_spec(o):
             raise Fail("--memory-reservation is more than --memory", "make it less")
     if o.cpus:
         try:
-            quota = round(float(o.cpus) * 100_000) or float(o.cpus)  # a trace: too few
-        except (ValueError, OverflowError):
+            cpus = float(o.cpus)
+        except ValueError:
             raise Fail(f"invalid argument {o.cpus!r} for --cpus",
                        "a number of processors, as 1.5") from None
         there = os.cpu_count()
-        if quota and not 1000 <= quota <= 100_000 * there:
+        if cpus and not 0.01 <= cpus <= there:
             raise Fail(f"Range of CPUs is from 0.01 to {there}.00, as there are only "
                        f"{there} CPUs available: not {o.cpus}", "0 is no limit")
-        cpu.update({"quota": quota, "period": 100_000} if quota else {})
+        if cpus:
+            cpu.update(quota=round(cpus * 100_000), period=100_000)
     if o.cpu_shares and o.cpu_shares != "0":
         cpu["shares"] = whole("--cpu-shares", o.cpu_shares, 2, 262144)
     for key, value in (("cpus", o.cpuset_cpus), ("mems", o.cpuset_mems)):
@@ -4198,10 +4199,11 @@ def exec_refused(error):
     except (OSError, ValueError, struct.error):
         machine = interpreter = ""
     if error.errno == errno.EACCES:
+        what, file = path, path
         if interpreter and os.access(path, os.X_OK):
-            path += f": its interpreter {interpreter}"
-        return Fail(f"exec {path}: permission denied", "is it executable (chmod +x "
-                    f"{path.rpartition(' ')[2]}), for this user?", 126)
+            what, file = f"{path}: its interpreter {interpreter}", interpreter
+        return Fail(f"exec {what}: permission denied",
+                    f"is it executable (chmod +x {file}), for this user?", 126)
     if machine and machine != os.uname().machine:
         return Fail(f"exec {path}: a program for {machine}, but this machine is "
                     f"{os.uname().machine}", "use an image for this architecture", 126)
