@@ -558,6 +558,11 @@ def nanoseconds(option, text, code=125):
                "as in 2026-01-31T12:00:00Z, 1m30s or 500ms", code)
 
 
+def rfc3339(moment=None):
+    """A Unix time, or now, as RFC 3339 writes it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
+
+
 def human(number):
     """Bytes as Docker writes them, to four digits: 67108864 is 64MiB."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
@@ -4530,7 +4535,7 @@ def open_log(options):
 def log_error(options, fail):
     """One line on standard error, which some callers read; and in the log, others."""
     message = fail.message + (f" ({fail.hint})" if fail.hint else "")
-    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    now = rfc3339()
     line = f'time="{now}" level=error msg={quote(message)}'
     if options.log_format == "json":
         line = to_json({"level": "error", "msg": message, "time": now})
@@ -5137,7 +5142,7 @@ def create_container(options, stays=False):
     except FileExistsError:
         raise Fail(f"container with id exists: {options.id}", "see `list`") from None
     record = {"id": options.id, "bundle": bundle, "spec": spec, "where": directory,
-              "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+              "created": rfc3339()}
     c = Container(options.id, spec, bundle)
     c.record, c.workshop, c.preserved = directory, f"{directory}/workshop", preserved
     c.lock = lock_record(directory)
@@ -6882,6 +6887,7 @@ MANIFESTS = OCI_INDEX, DOCKER_INDEX, OCI_MANIFEST, DOCKER_MANIFEST
 NAME, ALSO_NAME = "org.opencontainers.image.ref.name", "io.containerd.image.name"
 SIZES = "minicontainer.sizes"  # annotation of ours: bytes of each layer, unpacked
 AS_IT_CAME = "minicontainer.manifest"  # the same: of Docker's form, its digest, bytes
+TAGGED = "minicontainer.tagged"  # the same: when a person last gave it this name
 OF_IMAGE, OF_LAYERS = "minicontainer.image", "minicontainer.layers"  # a container's
 
 DESCRIPTOR_FORM = {
@@ -7150,9 +7156,15 @@ def name_of(entry):
 
 def with_name(entry, ref):
     """An entry like this, with that name or none."""
-    notes = {SIZES: entry.get("annotations", {}).get(SIZES, "")}
+    known = entry.get("annotations", {})
+    notes = {key: known[key] for key in (SIZES, TAGGED) if key in known}
     names = {NAME: ref, ALSO_NAME: ref} if ref else {}
     return {**entry, "annotations": {**notes, **names}}
+
+
+def tagged(entry):
+    """An entry like this, to which a person gives a name now."""
+    return {**entry, "annotations": {**entry.get("annotations", {}), TAGGED: rfc3339()}}
 
 
 def point(entries, ref, entry=None):
@@ -7392,6 +7404,8 @@ def fetch_small(source, descriptor, what):
 ARCHITECTURE_ALIASES = {  # other names of some: (architecture, variant)
     "x86_64": ("amd64", ""), "x86-64": ("amd64", ""), "i386": ("386", ""),
     "aarch64": ("arm64", ""), "armhf": ("arm", "v7"), "armel": ("arm", "v6")}
+SYSTEMS = "linux", "windows", "darwin", "freebsd"
+PLATFORM_LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_-")
 VARIANTS = {"amd64": 1, "arm64": 8, "arm": 5}  # the first of those with numbers
 
 
@@ -7410,10 +7424,12 @@ def platform_of(text=None):
     own."""
     ours = ["linux", MACHINES[os.uname().machine][1]]
     parts = text.lower().split("/") if text else ours
-    if len(parts) > 3 or not all(parts):
+    if len(parts) > 3 or not all(
+            part and PLATFORM_LETTERS.issuperset(part) for part in parts):
         raise Fail(f"invalid platform: {text!r}", "linux/arm64 or linux/arm/v7")
-    return list(filter(None, normal_platform(
-        *parts if len(parts) > 1 else ["linux", *parts])))
+    if len(parts) == 1:
+        parts = [*parts, ours[1]] if parts[0] in SYSTEMS else ["linux", *parts]
+    return list(filter(None, normal_platform(*parts)))
 
 
 def platforms_for(platform):
@@ -7500,18 +7516,20 @@ def bytes_in(layer):
     return total
 
 
+def sound_images():
+    """An Image for each entry of the index of which nothing was lost."""
+    for entry in read_index():
+        try:
+            yield Image(entry)
+        except FileNotFoundError:
+            continue  # it may just be on its way in again
+
+
 def known_layers():
     """{(diff_id, digest of a blob)} of all images: of these it was seen that they are
     one layer."""
-    known = set()
-    for entry in read_index():
-        try:
-            image = Image(entry)
-        except FileNotFoundError:
-            continue  # it is damaged, and may just be on its way in again
-        known.update(zip(image.diff_ids, (d["digest"] for d in image.layers),
-                         strict=False))
-    return known
+    return {pair for image in sound_images() for pair in zip(
+        image.diff_ids, (d["digest"] for d in image.layers), strict=False)}
 
 
 def take_layer(source, descriptor, diff_id, known, top, tell):
@@ -8535,6 +8553,9 @@ def inspected(image):
         "VirtualSize": size_, "GraphDriver": {"Name": "overlay", "Data": {
             "LowerDir": ":".join(map(layer_path, reversed(image.diff_ids)))}},
         "RootFS": {"Type": "layers", "Layers": image.diff_ids},
+        "Metadata": {"LastTagTime": max(
+            other.entry["annotations"].get(TAGGED, "0001-01-01T00:00:00Z")
+            for other in indexed_images() if other.id == image.id)},
         "Descriptor": bare(image.entry)}
 
 
@@ -8738,7 +8759,7 @@ def new_image(config, below, made, refs, step):
     one more that keep_layer() has made; `step` is what `history` tells of that.
 
     Caller must be adding()."""
-    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    now = rfc3339()
     layers, diff_ids, sizes_ = zip(*below, made, strict=True)
     raw = to_json({
         **config, "created": now,
@@ -8752,7 +8773,7 @@ def new_image(config, below, made, refs, step):
              "size": len(manifest), "annotations": {SIZES: " ".join(map(str, sizes_))}}
     with changed_index() as entries:
         for ref in refs:
-            point(entries, ref, entry)
+            point(entries, ref, tagged(entry) if ref else entry)
     for ref in filter(None, refs):
         note_event("image", id, "tag", {"name": short_name(ref)})
     return id
@@ -8773,13 +8794,14 @@ def note_image(action, id, name=""):
 def import_command(options):
     """Make an image of a tarball."""
     refs = [new_name(options.name)] if options.name else [""]
-    settings = {}
+    settings, platform = {}, platform_of(options.platform)
+    if platform[0] != "linux":
+        raise Fail("operating system is not supported", "--platform linux/arm64", 1)
     for text in options.change:
         take_change(settings, text)
     with adding():
         made = keep_layer(*spool(import_pieces(options.file)), options.file)
-        config = dict(zip(("os", "architecture", "variant"),
-                          platform_of(options.platform), strict=False))
+        config = dict(zip(("os", "architecture", "variant"), platform, strict=False))
         id = new_image({**config, "config": settings}, [], made, refs, {
             "comment": options.message or f"Imported from {options.file}"})
     note_image("import", id)
@@ -8793,7 +8815,7 @@ def tag_command(options):
     ref = new_name(options.name)
     with changed_index() as entries:
         image = find_image(options.source)
-        point(entries, ref, image.entry)
+        point(entries, ref, tagged(image.entry))
     note_image("tag", image.id, short_name(ref))
 
 
@@ -8805,6 +8827,12 @@ def containers():
             yield id, spec.get("annotations", {})
         except (FileNotFoundError, NotADirectoryError):
             continue  # not quite made, or just removed
+
+
+def layers_in_use():
+    """The layers that containers are made of, by their names in the store."""
+    return {os.path.basename(path) for _, notes in containers()
+            for path in from_json(notes.get(OF_LAYERS, "[]"))}
 
 
 def cached_steps():
@@ -8834,8 +8862,7 @@ def sweep(all_of_it=False):
         keep_, freed = {hex_of(entry["digest"]) for entry in index_entries()}, 0
         for image in indexed_images():
             keep_.update(map(hex_of, [*image.blobs(), *image.diff_ids]))
-        for _, notes in containers():
-            keep_.update(map(os.path.basename, from_json(notes.get(OF_LAYERS, "[]"))))
+        keep_.update(layers_in_use())
         for _, _, layer in cached_steps():
             keep_.update(layer[:2] if layer else ())
         for parent in ("images/blobs/sha256", "layers", *["ingest"] * all_of_it):
@@ -8852,7 +8879,7 @@ def sweep(all_of_it=False):
 
 
 def check_removable(image, text, by_name, force):
-    """Refuse, in Docker's words, to remove an image that is in use; who uses it."""
+    """Refuse, in Docker's words, to remove an image that is in use; who runs of it."""
     short = image.id[7:19]
     users = [id for id, notes in containers() if notes.get(OF_IMAGE) == image.id]
     running = [id[:12] for id in users if is_held(store("containers", id))]
@@ -8864,7 +8891,7 @@ def check_removable(image, text, by_name, force):
 
     if by_name:
         if users and not force and single:
-            conflict(f"remove repository reference {text!r} (must force) - container",
+            conflict(f'remove repository reference "{text}" (must force) - container',
                      f"{users[0][:12]} is using its referenced image {short}",
                      "`system prune` removes containers that have ended")
     elif running:
@@ -8876,13 +8903,13 @@ def check_removable(image, text, by_name, force):
     elif not force and not single:
         conflict(f"delete {short} (must be forced) - image is", "referenced in "
                  "multiple repositories", "-f")
-    return users
+    return running
 
 
 def remove_image(text, force=False):
     """Take one name from an image, or all if it is named by its id; with the last one
-    it goes itself unless a container uses it.  What Docker prints, line by line; what
-    only it had is for sweep().
+    it goes itself unless a container runs of it.  What Docker prints, line by line;
+    what only it had is for sweep(), but for the layers of containers.
 
     The digest that a repository gave it is a name too, which goes with its last tag.
     """
@@ -8890,7 +8917,7 @@ def remove_image(text, force=False):
         image = find_image(text)
         ref, digits = spelled_out(text), text.removeprefix("sha256:")
         by_name = not image.id[7:].startswith(digits) or ref in image.names
-        users = check_removable(image, text, by_name, force)
+        running = check_removable(image, text, by_name, force)
         gone = [ref] if by_name else list(image.names)
         left = [ref for ref in image.names if ref not in gone]
         tagged = {split_name(ref)[:2] for ref in left if "@" not in ref}
@@ -8900,11 +8927,12 @@ def remove_image(text, force=False):
             point(entries, ref)
             note_image("untag", image.id)
         said = [f"Untagged: {short_name(ref)}" for ref in gone]
-        if set(image.names) - set(gone) or users:
+        if set(image.names) - set(gone) or running:
             return said
         entries[:] = [entry for entry in entries if Image(entry).id != image.id]
         note_image("delete", image.id)
         kept = {diff_id for entry in entries for diff_id in Image(entry).diff_ids}
+        kept.update(f"sha256:{digits}" for digits in layers_in_use())
     return said + [f"Deleted: {digest}" for digest in
                    [image.id, *reversed(image.diff_ids)] if digest not in kept]
 
@@ -8912,6 +8940,7 @@ def remove_image(text, force=False):
 RMI_OPTIONS = (
     arg("-f", "--force", action="store_true", help="also if it has more names, or is "
         "used by containers that have ended"),
+    arg("--no-prune", action="store_true", help="no image here has untagged parents"),
     arg("images", nargs="+", metavar="IMAGE", help="names or ids"))
 
 
@@ -9216,6 +9245,24 @@ def is_loopback(host):
         r"(localhost|\[::1\]|127(\.[0-9]{1,3}){3})(:[0-9]+)?", host))
 
 
+def is_within(host, networks):
+    """Whether a registry has an address in one of some networks."""
+    import ipaddress
+    import re
+    import socket
+
+    try:
+        found = [ipaddress.ip_address(address[0]) for *_, address in socket.getaddrinfo(
+            re.sub(r":[0-9]+$", "", host).strip("[]"), None) if networks]
+        return any(address in ipaddress.ip_network(network, strict=False)
+                   for network in networks for address in found)
+    except OSError:
+        return False  # whoever connects to it says why
+    except ValueError as error:
+        raise Fail(f"{DOCKER_ETC}/daemon.json: insecure-registries: {error}",
+                   "HOST, HOST:PORT or ADDRESS/BITS", 1) from None
+
+
 def may_be_insecure(host):
     """Whether http will do for a registry."""
     path = f"{DOCKER_ETC}/daemon.json"
@@ -9223,7 +9270,8 @@ def may_be_insecure(host):
         return is_loopback(host)
     with open(path, "rb") as file:
         config = parsed(file.read(), path, {"insecure-registries": [str]})
-    return host in (config.get("insecure-registries") or ())
+    rules = config.get("insecure-registries") or []
+    return host in rules or is_within(host, [rule for rule in rules if "/" in rule])
 
 
 def tls_context(host):
@@ -9543,6 +9591,19 @@ class Registry:
                            f"come is {digest}", "it is damaged or hostile", 1)
         return raw, digest
 
+    def tags(self):
+        """The tags of the repository, of which a registry gives some at a time."""
+        path, found = f"/v2/{self.path}/tags/list", {}
+        while path:
+            with self.ask("GET", path) as answer:
+                said = parsed(small_answer(answer, "the tags"), "tags", {"tags": [str]})
+                more = answer.headers.get("Link", "").partition(">")
+            before = len(found)
+            found.update(dict.fromkeys(said.get("tags") or ()))
+            path = more[0].strip(" <") if "next" in more[2] and (
+                len(found) > before) else ""
+        return sorted(found)
+
     def open(self, descriptor, at):
         """A blob or manifest from byte `at`, or 0 if it does not do that; which."""
         kind = "manifests" if descriptor.get("mediaType") in MANIFESTS else "blobs"
@@ -9621,54 +9682,87 @@ class Registry:
 # ── what a person sees of it ──
 
 
-def pull_image(ref, platform, out=None):
-    """Bring an image from its registry into the store, telling about it on `out`."""
-    host, path, version = split_name(ref)
-    registry, out, name = Registry(host, path), out or sys.stdout, short_name(ref)
+def ask_for(registry, what, do, *args):
+    """What do(*args) gets from a registry; or, in Docker's words, why it does not."""
     try:
-        raw, digest = registry.patiently(registry.manifest, version)
+        return registry.patiently(do, *args)
     except Refused as refused:
+        name = short_name(f"{registry.host}/{registry.path}")
         refused.message = {
-            404: f"manifest for {name} not found: ", **dict.fromkeys((0, 401, 403), (
-                f"pull access denied for {name.rsplit(':', 1)[0]}, repository does not "
-                "exist or may require 'minicontainer login': "))
+            404: f"{what} not found: ", **dict.fromkeys((0, 401, 403), (
+                f"pull access denied for {name}, repository does not exist or may "
+                "require 'minicontainer login': "))
             }.get(refused.status, "") + refused.message
         raise
-    print(f"{name if '@' in ref else version}: Pulling from {path}", file=out)
+
+
+def pull_version(registry, ref, platform, out):
+    """Bring one image into the store; whether its name has meant another, or none."""
+    import io
+
+    host, path, version = split_name(ref)
+    raw, digest = ask_for(registry, f"manifest for {short_name(ref)}",
+                          registry.manifest, version)
+    print(f"{short_name(ref) if '@' in ref else version}: Pulling from {path}",
+          file=out)
+    raw, progress = pick(registry, raw, platform), Progress(out)
     known = [(name_of(entry), entry["digest"]) for entry in read_index()]
+    is_here = sha256(io.BytesIO(raw)) in [digest for _, digest in known]
+
+    def show(id, status, *how):
+        if status != "Already exists" or not is_here:
+            progress(id, status, *how)
+
     with adding():
-        image = take_image(registry, pick(registry, raw, platform), dict.fromkeys(
-            (ref, f"{host}/{path}@{digest}")), Progress(out))
-    status = "Image is up to date" if (ref, image.entry["digest"]) in known else (
-        "Downloaded newer image")
-    print(f"Digest: {digest}\nStatus: {status} for {name}", file=out)
-    note_image("pull", name, short_name(f"{host}/{path}"))
+        image = take_image(registry, raw, dict.fromkeys(
+            (ref, f"{host}/{path}@{digest}")), show)
+    print(f"Digest: {digest}", file=out)
+    return (ref, image.entry["digest"]) not in known
 
 
+def pull_image(ref, platform, out=None, all_tags=False):
+    """Bring an image, or all that its repository has, from a registry into the store,
+    telling about it on `out`."""
+    host, path, _ = split_name(ref)
+    registry, out, refs = Registry(host, path), out or sys.stdout, [ref]
+    repository, name = short_name(f"{host}/{path}"), short_name(ref)
+    if all_tags:
+        name = repository
+        refs = [full_name(f"{host}/{path}:{tag}") for tag in ask_for(
+            registry, f"repository {name}", registry.tags)]
+    news = [pull_version(registry, one, platform, out) for one in refs]
+    status = "Downloaded newer image" if any(news) else "Image is up to date"
+    print(f"Status: {status} for {name}", file=out)
+    note_image("pull", name, repository)
+
+
+ALL_TAGS = arg("-a", "--all-tags", action="store_true", help="all of the repository")
 ONLY_NAME = arg("-q", "--quiet", action="store_true", help="print only the name")
 
 
-def telling(options):
+def telling(options, fd=1):
     """The file that is told how it goes, for -q one that keeps nothing."""
-    return open(os.devnull if options.quiet else 1, "w", closefd=options.quiet)
+    return open(os.devnull if options.quiet else fd, "w", closefd=options.quiet)
 
 
 def asked_name(options):
     """The name in full that a person asks a registry for, said if it was completed."""
     ref = full_name(options.name)
-    if not options.quiet and not has_version(options.name):
+    if options.all_tags and has_version(options.name):
+        raise Fail("tag can't be used with --all-tags/-a", "the name without it", 1)
+    if not (options.quiet or options.all_tags or has_version(options.name)):
         print("Using default tag: latest", flush=True)
     return ref
 
 
-@command("pull", ONLY_NAME, PLATFORM,
+@command("pull", ONLY_NAME, ALL_TAGS, PLATFORM,
          arg("name", metavar="NAME[:TAG|@DIGEST]", help="of the image"))
 def pull_command(options):
     """Fetch an image from a registry."""
     ref = asked_name(options)
     with telling(options) as out:
-        pull_image(ref, platform_of(options.platform), out)
-    print(ref)
+        pull_image(ref, platform_of(options.platform), out, options.all_tags)
+    print(ref.rpartition(":")[0] if options.all_tags else ref)
 
 
 def push_image(image, ref, out):
@@ -9693,20 +9787,26 @@ def push_image(image, ref, out):
     note_image("push", short_name(ref), short_name(f"{host}/{path}"))
 
 
-@command("push", ONLY_NAME, arg("name", metavar="NAME[:TAG]", help="of the image"))
+@command("push", ONLY_NAME, ALL_TAGS,
+         arg("name", metavar="NAME[:TAG]", help="of the image"))
 def push_command(options):
     """Send an image to a registry."""
     ref = asked_name(options)
     host, path, _ = split_name(ref)
     with telling(options) as out, adding():
         print(f"The push refers to repository [{host}/{path}]", file=out, flush=True)
-        if ref not in map(name_of, read_index()):
-            raise Fail("An image does not exist locally with the tag: "
+        names = [name for name in map(name_of, read_index())
+                 if split_name(name)[:2] == (host, path) and "@" not in name]
+        chosen = sorted(names) if options.all_tags else [ref]
+        if not names or chosen[0] not in names:
+            raise Fail(f"tag does not exist: {short_name(ref)}" if names else
+                       "An image does not exist locally with the tag: "
                        f"{short_name(f'{host}/{path}')}", "see `minicontainer images`",
                        1)
-        push_image(find_image(ref), ref, out)
+        for ref in chosen:
+            push_image(find_image(ref), ref, out)
     if options.quiet:
-        print(short_name(ref))
+        print(short_name(f"{host}/{path}" if options.all_tags else ref))
 
 
 @command("login", arg("-u", "--username", metavar="NAME", help="else it is asked for"),
@@ -11380,7 +11480,7 @@ def network_create_command(options):
 
 def network_document(network, there):
     """What `network inspect` shows, with Docker's keys."""
-    at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(network["created"] // 10 ** 9))
+    at = rfc3339(network["created"] // 10 ** 9)
     members = {}
     for endpoint in there:
         if endpoint["network"] == network["name"]:
@@ -12540,6 +12640,7 @@ CREATE_OPTIONS = (
         help="a directory or tarball to use; repeat it for layers, bottom first"),
     arg("--pull", choices=["always", "missing", "never"], default="missing",
         help="when to fetch the image"), PLATFORM,
+    arg("-q", "--quiet", action="store_true", help="say nothing while fetching it"),
     arg("--entrypoint", metavar="PROGRAM", help="instead of the image's own"),
     arg("--rm", action="store_true", help="remove the container when it ends"),
     arg("--init", action="store_true", help="a small process 1 that reaps orphans"),
@@ -12628,6 +12729,13 @@ class Record:
     def spec(self):
         """The OCI runtime spec that it is started with."""
         return from_json(read_file(self.path("config.json")))
+
+    def image_id(self):
+        """The id of the image that it was made of, which may be gone; "" if of none."""
+        try:
+            return self.spec()["annotations"].get(OF_IMAGE, "")
+        except FileNotFoundError:
+            return ""  # it was not quite made
 
     def layers(self, spec):
         """Directories of the host, bottom first; none if its rootfs is a copy."""
@@ -13090,8 +13198,11 @@ def discard(record, volumes=True):
     nobody has named.
 
     Caller must hold the lock of its directory."""
+    image = record.image_id()
     # The directory first: what leads to no directory is seen to be nobody's.
     remove_tree(record.path())
+    if image and not os.path.exists(blob_path(image)):
+        sweep()  # it was removed by force before, and its layers were kept for this one
     for name in record.volumes if volumes else ():
         if is_volume(name) and not users_of(name) and (
                 NAMELESS in volume_facts(name)["Labels"]):
@@ -13617,10 +13728,11 @@ def image_to_run(options, text):
         if options.pull == "never":
             raise
         ref = full_name(text)
-        if missing.message:
+        if missing.message and not options.quiet:
             print(f"Unable to find image '{short_name(ref)}' locally", file=sys.stderr)
     try:
-        pull_image(ref, platform_of(options.platform), sys.stderr)
+        with telling(options, 2) as out:
+            pull_image(ref, platform_of(options.platform), out)
     except Fail as fail:
         fail.code = 125
         raise
@@ -14451,6 +14563,21 @@ def network_settings(record, spec):
             "Networks": settings}
 
 
+NAMED_NOW = {}  # full name: id of its image; for one command
+
+
+def image_shown(record, id, whole_):
+    """What `ps` calls the image of a container: as the person did, or by its id if that
+    means another one by now, or none."""
+    if not id or id.startswith((record.image, f"sha256:{record.image}")):
+        return record.image
+    if not NAMED_NOW:
+        NAMED_NOW.update((name_of(image.entry), image.id) for image in sound_images())
+    if NAMED_NOW.get(spelled_out(record.image)) == id:
+        return record.image
+    return id if whole_ else id[7:19]
+
+
 def container_row(record, whole_=False, with_size=False):
     """What `ps` shows of a container."""
     spec = record.spec()
@@ -14458,7 +14585,8 @@ def container_row(record, whole_=False, with_size=False):
     def short(text, length):
         return text if whole_ or len(text) <= length else f"{text[:length - 1]}…"
     row = {
-        "ID": record.id if whole_ else record.id[:12], "Image": record.image,
+        "ID": record.id if whole_ else record.id[:12],
+        "Image": image_shown(record, spec["annotations"].get(OF_IMAGE, ""), whole_),
         "Command": f'"{short(command_line(record, spec), 20)}"',
         "CreatedAt": time.strftime("%Y-%m-%d %H:%M:%S +0000 UTC",
                                    time.gmtime(record.created // 10 ** 9)),
@@ -17795,8 +17923,7 @@ class Build:
         epoch = self.given_args.get("SOURCE_DATE_EPOCH",
                                     os.environ.get("SOURCE_DATE_EPOCH"))
         self.epoch = whole("SOURCE_DATE_EPOCH", epoch, 0) * 10 ** 9 if epoch else None
-        self.created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(
-            time.time() if self.epoch is None else self.epoch // 10 ** 9))
+        self.created = rfc3339(None if self.epoch is None else self.epoch // 10 ** 9)
         self.done = {}  # number of a stage: its State
         self.divide()
         self.total, self.number = 0, 0
@@ -17905,6 +18032,7 @@ class Build:
         wish = Options()
         wish.pull = "always" if self.options.pull else "missing"
         wish.platform = platform or self.options.platform
+        wish.quiet = self.options.quiet
         return image_to_run(wish, text)
 
     def image_state(self, text, platform):
@@ -19283,6 +19411,18 @@ START_NOTHING = {*"image images history import load login logout network pull pu
                  "save tag".split()}
 
 
+def short_form(argv):
+    """A command as it is declared: `image build` is `build`, `list` is `ls`."""
+    group, name, *rest = [*argv, "", ""][:max(len(argv), 2)]
+    if group in ("container", "image", "network", "volume"):
+        name = {"list": "ls", "remove": "rm"}.get(name, name)
+        if f"{group} {name}" in COMMANDS:
+            return [group, name, *rest]
+        if group in ("container", "image") and name in COMMANDS:
+            return [name, *rest]
+    return argv
+
+
 def dispatch(argv):
     """Do what the command line asks; its exit code."""
     if os.path.basename(sys.argv[0]) == "minirunc":
@@ -19296,8 +19436,7 @@ def dispatch(argv):
     if not argv or argv[0] in ("help", "--help", "-h"):
         print(usage())
         return 0
-    if argv[0] in ("container", "image") and " ".join(argv[:2]) not in COMMANDS:
-        argv = argv[1:] if argv[1:] and argv[1] in COMMANDS else argv  # the long form
+    argv = short_form(argv)
     words = " ".join(argv[:2]) if " ".join(argv[:2]) in COMMANDS else argv[0]
     if words in ("--version", "-v"):
         print(f"minicontainer version {VERSION}")

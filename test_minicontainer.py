@@ -5041,6 +5041,48 @@ def test_a_new_name_has_no_digest_and_is_not_taken_for_one(image, rootfs_tar):
 
 
 @root
+def test_an_image_is_imported_for_any_machine_but_for_no_other_system(rootfs_tar, images):
+    ours = m.platform_of()[1]
+    for text, known in (("linux", ["linux", ours]), ("s390x", ["linux", "s390x"]),
+                        ("linux/arm", ["linux", "arm", "v7"]), ("windows", ["windows", ours])):
+        assert m.platform_of(text) == known
+    for text in ("a//b", "linux/", "a/b/c/d", "linux/a b", "linux/é"):
+        assert "invalid platform" in forked_mini("import", "--platform", text, rootfs_tar, code=1)
+    for text in ("foo/bar", "windows", "freebsd/amd64"):
+        assert "operating system is not supported" in forked_mini(
+            "import", "--platform", text, rootfs_tar, code=1)
+    forked_mini("import", "--platform", "linux/s390x", rootfs_tar, "far")
+    assert forked_mini("image", "inspect", "-f", "{{.Os}}/{{.Architecture}}", "far") == "linux/s390x\n"
+
+
+@root
+def test_a_command_has_the_long_and_the_other_names_that_docker_gives_it(image):
+    for words in ("image list", "image ls"):
+        assert forked_mini(*words.split(), "-q") == forked_mini("images", "-q")
+    assert forked_mini("image", "tag", "thing:1", "other:1") == ""
+    assert forked_mini("image", "remove", "--no-prune", "other:1") == "Untagged: other:1\n"
+    assert forked_mini("container", "list", "-aq") == forked_mini("container", "ps", "-aq") == ""
+    assert forked_mini("volume", "list", "-q") == forked_mini("network", "list", "-f", "name=x", "-q") == ""
+    for words in ("image", "image nosuch", "network build", "container list-all"):
+        said = forked(main(*words.split()))
+        assert "Usage: minicontainer image" in said[1] if words == "image" else (
+            said[0] == 1 and f"'{words}' is not a minicontainer command" in said[2])
+
+
+@root
+def test_inspect_tells_when_an_image_was_last_given_a_name(rootfs_tar, images):
+    def told(name):
+        return m.seconds_of(forked_mini(
+            "image", "inspect", "-f", "{{.Metadata.LastTagTime}}", name).strip())
+
+    before = int(time.time())
+    id = forked_mini("import", rootfs_tar).strip()
+    assert told(id) == m.seconds_of("0001-01-01T00:00:00Z")
+    forked_mini("tag", id, "named")
+    assert before <= told(id) == told("named") <= time.time()
+
+
+@root
 def test_a_change_says_what_it_would_say_in_a_dockerfile(rootfs_tar, images):
     lines = ["WORKDIR a", "WORKDIR b/../c", "EXPOSE 80-81 53/UDP", "ONBUILD RUN true", "ENV A b c",
              "HEALTHCHECK --interval=1m --retries=2 CMD true", "STOPSIGNAL SIGINT"]
@@ -5086,7 +5128,7 @@ def test_an_image_is_removed_with_its_last_name_and_what_it_shares_stays(image, 
 @root
 def test_an_image_that_a_container_uses_is_not_removed(image):
     with running("--entrypoint", "/bin/sh", "thing:1", "-c", "echo up; cat #") as (_, id, _):
-        assert (f'unable to remove repository reference \'thing:1\' (must force) - container '
+        assert (f'unable to remove repository reference "thing:1" (must force) - container '
                 f"{id[:12]} is using its referenced image {image[7:19]}") in forked_mini(
             "rmi", "thing:1", code=1)
         assert f"cannot be forced) - image is being used by running container {id[:12]}" in (
@@ -5100,6 +5142,28 @@ def test_an_image_that_a_container_uses_is_not_removed(image):
         assert "0B" in forked_mini("image", "prune", "-af")
         assert forked_mini("images", "-q") == image[7:19] + "\n"
     assert f"deleted: {image}" in forked_mini("image", "prune", "-f").lower()
+
+
+@root
+def test_an_image_removed_by_force_leaves_its_layers_to_the_containers_that_have_ended(
+        image, rootfs_tar):
+    layer = m.find_image(image).diff_ids[0]
+    forked_mini("create", "--name", "user", "--entrypoint", "/bin/cat", "thing:1", "/srv/page")
+    assert forked_mini("ps", "-a", "--format", "{{.Image}}") == "thing:1\n"
+    assert forked_mini("rmi", "-f", "thing:1") == f"Untagged: thing:1\nDeleted: {image}\n"
+    assert forked_mini("images", "-q") == "" and index() == {}
+    assert forked_mini("ps", "-a", "--format", "{{.Image}}") == f"{image[7:19]}\n"
+    assert forked_mini("ps", "-a", "--no-trunc", "--format", "{{.Image}}") == f"{image}\n"
+    assert forked_mini("inspect", "-f", "{{.Image}} {{.Config.Image}}", "user") == f"{image} thing:1\n"
+    forked_mini("image", "prune", "-af")
+    assert forked_mini("start", "-a", "user") == "hello\n"
+    assert f"No such image: {image}" in forked_mini("commit", "user", code=1)
+    assert forked_mini("import", "-m", "of the same layer", rootfs_tar, "thing:1").strip() != image
+    assert forked_mini("ps", "-a", "--format", "{{.Image}}") == f"{image[7:19]}\n"
+    forked_mini("rmi", "thing:1")
+    assert os.path.isdir(m.layer_path(layer))
+    forked_mini("rm", "user")
+    assert os.listdir(f"{STORE}/images/blobs/sha256") == os.listdir(f"{STORE}/layers") == []
 
 
 @root
@@ -5703,6 +5767,8 @@ def test_what_is_pushed_is_pulled_with_the_same_digest(image, registry):
     assert "An image does not exist locally with the tag" in forked_mini(
         "push", f"{registry}/nosuch:1", code=1)
     forked_mini("tag", "thing:1", name)
+    assert f"tag does not exist: {registry}/a/thing:latest" in forked_mini(
+        "push", f"{registry}/a/thing", code=1)
     layer = m.find_image(name).layers[0]["digest"][7:19]
     out = forked_mini("push", name).splitlines()
     assert out[0] == f"The push refers to repository [{registry}/a/thing]"
@@ -5717,11 +5783,60 @@ def test_what_is_pushed_is_pulled_with_the_same_digest(image, registry):
     assert out == ["1: Pulling from a/thing", *(f"{layer}: {what}" for what in (
         "Pulling fs layer", "Verifying Checksum", "Download complete", "Pull complete")),
         f"Digest: {digest}", f"Status: Downloaded newer image for {name}", name]
-    assert "Status: Image is up to date for" in forked_mini("pull", name)
+    assert forked_mini("pull", name).splitlines() == [
+        "1: Pulling from a/thing", f"Digest: {digest}",
+        f"Status: Image is up to date for {name}", name]
     assert index()[name] == digest == index()[f"{registry}/a/thing@{digest}"]
     assert forked_mini("pull", "-q", f"{registry}/b@{digest}") == f"{registry}/b@{digest}\n"
     assert run(f"{registry}/b@{digest}") == "I am the default\n"
     assert forked_mini("rmi", name).splitlines()[0] == f"Untagged: {name}"
+
+
+@root
+def test_all_tags_of_a_repository_are_pushed_and_pulled_at_once(image, rootfs_tar, registry):
+    name = f"{registry}/many"
+    forked_mini("import", "-m", "another", rootfs_tar, f"{name}:b")
+    forked_mini("tag", "thing:1", f"{name}:a")
+    out = forked_mini("push", "-a", name).splitlines()
+    digests = {tag: index()[f"{name}:{tag}"] for tag in "ab"}
+    assert [line.partition(" size")[0] for line in out if "digest" in line] == [
+        f"{tag}: digest: {digests[tag]}" for tag in "ab"]
+    assert forked_mini("push", "-qa", name) == f"{name}\n"
+    forked_mini("rmi", "-f", image, m.find_image(f"{name}:b").id)
+    layer = "layer"
+    out = forked_mini("pull", "-a", name).replace(
+        next(iter(m.find_image(f"{name}:a").layers))["digest"][7:19], layer).splitlines()
+    assert out == ["a: Pulling from many", *(f"{layer}: {what}" for what in (
+        "Pulling fs layer", "Verifying Checksum", "Download complete", "Pull complete")),
+        f"Digest: {digests['a']}", "b: Pulling from many", f"{layer}: Already exists",
+        f"Digest: {digests['b']}", f"Status: Downloaded newer image for {name}", name]
+    assert f"Status: Image is up to date for {name}\n" in forked_mini("pull", "-a", name)
+    for verb in ("push", "pull"):
+        assert "tag can't be used with --all-tags/-a" in forked_mini(verb, "-a", f"{name}:a", code=1)
+    assert f"repository {registry}/none not found: name unknown" in forked_mini(
+        "pull", "-a", f"{registry}/none", code=1)
+
+
+@root
+def test_the_tags_of_a_repository_come_page_by_page_and_are_names(images):
+    manifest, blobs = an_image(small_layer())
+    honest = serving(manifest, blobs)
+    pages = {"": (["1", "2"], "2"), "?last=2": (["3"], "3"), "?last=3": (["3"], "3")}
+
+    def answer(request, number):
+        path, mark, query = request.path.partition("?")
+        if not path.endswith("/tags/list"):
+            return honest(request, number)
+        tags, last = ([".."], "") if "/bad/" in path else pages[mark + query]
+        return 200, {"Link": f'<{path}?last={last}>; rel="next"'} if last else {}, (
+            json.dumps({"name": "x", "tags": tags}).encode())
+
+    with fake_registry(answer) as (host, asked):
+        out = forked_mini("pull", "-a", f"{host}/x").splitlines()
+        assert [line for line in out if "Pulling from" in line] == [
+            f"{tag}: Pulling from x" for tag in "123"]
+        assert sum("tags/list" in path for _, path, _ in asked()) == 3
+        assert "invalid reference format" in forked_mini("pull", "-a", f"{host}/bad", code=1)
 
 
 @root
@@ -5739,6 +5854,7 @@ def test_run_pulls_an_image_that_is_missing_as_pull_says(image, registry):
     assert result.stderr.startswith(f"Unable to find image '{name}' locally\n1: Pulling from for-run")
     assert "Pulling" not in mini("run", "--rm", *ours, name).stderr
     assert "Image is up to date" in mini("run", "--rm", "--pull=always", name).stderr
+    assert mini("run", "-q", "--rm", "--pull=always", name).stderr == ""
     said = mini("run", "--rm", f"{registry}/nosuch:1")
     assert said.returncode == 125 and f"manifest for {registry}/nosuch:1 not found: manifest unknown: manifest unknown" in said.stderr
     assert "manifest unknown" in forked_mini("pull", f"{registry}/nosuch:1", code=1)
@@ -6262,6 +6378,12 @@ def test_http_is_only_for_this_machine_or_by_configuration(tmp_path, monkeypatch
         "docker.io", "a.b:5000", "x", "localhost.x", "127.evil.com:5000")))
     (tmp_path / "daemon.json").write_text('{"insecure-registries": ["a.b:5000"]}')
     assert m.may_be_insecure("a.b:5000") and not m.may_be_insecure("a.b")
+    (tmp_path / "daemon.json").write_text('{"insecure-registries": ["10.0.0.0/8", "fd00::/8"]}')
+    assert m.may_be_insecure("10.1.2.3:5000") and m.may_be_insecure("[fd00::1]:5000")
+    assert not m.may_be_insecure("11.1.2.3:5000") and not m.may_be_insecure("a.invalid")
+    (tmp_path / "daemon.json").write_text('{"insecure-registries": ["10.0.0.0/99"]}')
+    with pytest.raises(m.Fail, match="daemon.json: insecure-registries: '10.0.0.0/99'"):
+        m.may_be_insecure("11.1.2.3:5000")
 
 
 @root
