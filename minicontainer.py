@@ -14158,8 +14158,9 @@ def attached(options):
     if names - {"stdin", "stdout", "stderr"}:
         raise Fail(f"invalid argument {options.attach[-1]!r} for -a, --attach: valid "
                    "streams are STDIN, STDOUT and STDERR", options.hint)
-    if names and options.detach:
-        raise Fail("Conflicting options: -a and -d", "leave one of them out")
+    for name, given in ("-a", names), ("--stats-at-exit", options.stats_at_exit):
+        if given and options.detach:
+            raise Fail(f"Conflicting options: {name} and -d", "leave one of them out")
     return names or {"stdin", "stdout", "stderr"}
 
 

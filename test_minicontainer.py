@@ -8130,6 +8130,8 @@ def test_a_policy_starts_a_container_again_until_it_has_tried_enough():
                           ("on-failure:x", "invalid value")):
         assert words in refused("run", "--restart", policy, "/bin/true")
     assert "Conflicting" in refused("run", "--rm", "--restart", "always", "/bin/true")
+    for option in ("-a=stdin", "--stats-at-exit"):  # nobody would be there to see it
+        assert "Conflicting options: -" in refused("run", "-d", option, "/bin/true")
 
 
 @root
