@@ -139,6 +139,8 @@ def engines(mini, top):
         found["podman"] = ["podman", "--root", f"{top}/podman", "--runroot",
                            f"{top}/podman.run", "--storage-driver", "overlay",
                            "--cgroup-manager", "cgroupfs"]
+        if shutil.which("runc"):  # its other one refuses hybrid control groups
+            found["podman"] += ["--runtime", "runc"]
     with docker(top) as words:
         yield {**found, "docker": words} if words else found
 
