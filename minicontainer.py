@@ -7376,6 +7376,9 @@ def fetch(source, descriptor, tell=lambda *_: None):
             if not os.path.exists(part) or not os.path.samestat(
                     os.fstat(file.fileno()), os.stat(part)):
                 continue
+            if os.path.exists(blob_path(digest)):  # since we looked, and `part` is new
+                os.unlink(part)
+                break
             source.patiently(copy_rest, source, descriptor, file, tell)
             tell("Verifying Checksum")
             file.seek(0)
