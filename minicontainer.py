@@ -16233,16 +16233,26 @@ class Expansion:
             raise ValueError(f"syntax error: missing {end!r} in ${{}}")
         return found
 
-    def regex(self, word):
-        """The regular expression of a pattern: * is any text, ? any character."""
+    def regex(self, word, backwards=False, shortest=False):
+        """The regular expression of a pattern: * is any text, ? any character.
+
+        Each * but the last takes as little as it can, for good: (?=(…))\\1 is not gone
+        back into.  No other way matches more, and to try them all might never end."""
         import re
 
         if odd := re.search(r"\\([^*?\\/}]|$)", re.sub(r"\\\\", "", word)):
             raise ValueError(f"invalid pattern ({word}) in substitution: "
                              f"invalid escape '{odd[0]}'")
-        return re.compile(re.sub(r"\\?[\s\S]", lambda match: {
-            "*": "[\\s\\S]*", "?": "[\\s\\S]"}.get(match[0], re.escape(match[0][-1])),
-            word))
+        parts, step = [""], -1 if backwards else 1
+        for letter in re.findall(r"(?s)\\?.", word)[::step]:
+            if letter == "*":
+                parts.append("")
+            else:
+                parts[-1] += "." if letter == "?" else re.escape(letter[-1])
+        first, *others, last = parts if len(parts) > 1 else [*parts, None]
+        return re.compile(first + "".join(
+            f"(?=(?P<n{n}>.*?{part}))(?P=n{n})" for n, part in enumerate(others)) + (
+                "" if last is None else f".*{'?' * shortest}{last}"))
 
     def replaced(self, value):
         """A value with one text in place of another, of the first or of each.  Escapes
@@ -16253,15 +16263,11 @@ class Expansion:
         return pattern.sub(lambda _: other, value, count=once)
 
     def trimmed(self, value, sign, word):
-        """A value without what a pattern matches at one of its ends."""
-        pattern = self.regex(word)
-        ends = range(len(value) + 1)  # # and %: the shortest; ## and %%: the longest
-        ends = ends if (sign in ("#", "%%")) else reversed(ends)
-        if sign[0] == "#":
-            return next((value[end:] for end in ends
-                         if pattern.fullmatch(value, 0, end)), value)
-        return next((value[:end] for end in ends
-                     if pattern.fullmatch(value, end)), value)
+        """A value without what a pattern matches at one of its ends: with # and % the
+        shortest, with ## and %% the longest.  From the end all is read backwards."""
+        step = -1 if sign[0] == "%" else 1
+        found = self.regex(word, step < 0, len(sign) == 1).match(value[::step])
+        return value[::step][found.end():][::step] if found else value
 
 
 def expand(step, at, text, known, document=False):

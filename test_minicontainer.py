@@ -10210,10 +10210,20 @@ def test_a_signal_has_a_name_or_a_number():
     ("${a/A/${p}}b", "a/b/c.x.yb"), ("${a/A/}b", "b"), ("${a//}/}", "A"),
     ("$$a", "a"), ("a$$", "a"), ("$12", ""), ("${12}b$0", "b"), ("${$}$@${#}$-", ""), ("$é.", "."),
     ("${p:##*/}", "c.x.y"), ("${p//\\//\\/}", "a\\/b\\/c.x.y"), ("${a/$n/w}", "wA"),
+    ("${p#*/*/}", "c.x.y"), ("${p##*/*}", ""), ("${p%/*/*}", "a"), ("${p#*?.}", "x.y"), ("${p##*?.}", "y"),
+    ("${p%%.*?}", "a/b/c"), ("${p%%.?*}", "a/b/c"), ("${p/*b*./}", "y"), ("${p//?\\/*\\//}", "c.x.y"), ("${p%%*}", ""),
+    ("${p%*}", "a/b/c.x.y"), ("${p#**c}", ".x.y"), ("${l#*b}", "a\nab"), ("${l%%a*b}", "a\n"), ("${l//?/-}", "-\n--"),
     ('"a\\b"', "a\\b"), ("'a''b'", "ab"), ("${n:-'}'}", "}"), ("x${a}${e}$a", "xAA")])
 def test_a_variable_is_expanded_as_docker_does_it(text, value):
-    known = {"a": "A", "e": "", "p": "a/b/c.x.y", "s": "a*b*\\"}
+    known = {"a": "A", "e": "", "p": "a/b/c.x.y", "s": "a*b*\\", "l": "a\nab"}
     assert m.Expansion(text, known, "\\").word() == value
+
+
+@pytest.mark.parametrize("text", ["${a##%s}", "${a#%s}", "${a%%%%%s}", "${a%%%s}", "${a/%s/x}", "${a//%s/x}"])
+def test_a_pattern_of_many_stars_is_soon_found_to_match_nothing(text):
+    known = {"a": "a" * 5000}
+    for pattern in (f"b{'*a' * 30}", f"{'a*' * 30}b", f"{'*a' * 30}*b"):
+        assert m.Expansion(text % pattern, known, "\\").word() == known["a"]
 
 
 @pytest.mark.parametrize("text, words", [
