@@ -16292,8 +16292,8 @@ def expand(step, at, text, known, document=False):
 # with a ! takes back.  What matches a directory matches all that is in it, so a rule
 # with ! may bring back a file of a directory that is itself left out.  But `*/*.log`
 # and then `!keep` bring back nothing in keep: the ! came to it when it was not left
-# out, had nothing to do, and does not come again.  Wildcards are those of Go's
-# filepath.Match, and ** is any number of directories.
+# out, had nothing to do, and does not come again.  In a rule ** is any number of
+# directories.  The wildcards of COPY are those of Go's filepath.Match.
 #
 # A path is opened below the descriptor of a directory, once to be named in the key of
 # the cache and once to be copied.
@@ -16304,35 +16304,62 @@ def has_wildcard(text):
     return any(letter in text for letter in "*?[\\")
 
 
-def compiled(pattern):
-    """The regular expression of a pattern: * and ? stay in one directory, ** does not,
-    except that **.txt, if nothing else in it is special, is whatever ends so."""
+# What filepath.Match takes besides *; a class has to escape its - and its ].
+MATCH_PART = r"[^*[\\]|\\.|\[\^?(?:(?:\\.|[^]\\-])(?:-(?:\\.|[^]\\-]))?)+\]"
+
+
+def compiled(pattern, syntax, text, flags=0):
+    """The regular expression that a pattern has become, if its syntax was right."""
     import re
 
-    found, at, in_class = "", 0, False
-    while at < len(pattern):
-        letter = pattern[at]
-        at += 1
-        if pattern.startswith("**", at - 1) and not in_class:
-            ending = pattern[at + 1:] if at == 1 else "*"
-            any_text = not has_wildcard(ending) and not ending.startswith("/")
-            at += 1 + pattern.startswith("/", at + 1)
-            found += "(?:.*/)?" if at < len(pattern) and not any_text else ".*"
-        elif letter in "*?" and not in_class:
-            found += "[^/]" + "*" * (letter == "*")
-        elif letter in ("]-" if in_class else "[") or (
-                letter == "^" and in_class and found.endswith("[")):
-            found, in_class = found + letter, letter != "]"
-        else:
-            at += letter == "\\"
-            found += re.escape(pattern[at - 1] if at <= len(pattern) else letter)
-    try:
-        if at > len(pattern):
-            raise re.error("an escape, and nothing after it")
-        return re.compile(found, re.S)
-    except re.error:
-        raise Fail(f"syntax error in pattern {pattern!r}", "[ ] and \\ are special", 1
-                   ) from None
+    hint = "[ ] and \\ are special"
+    if re.match(syntax, pattern, re.S):
+        try:
+            return re.compile(text, flags | re.ASCII)
+        except re.error as error:
+            hint = f"{error}"
+    raise Fail(f"syntax error in pattern {pattern!r}", hint, 1)
+
+
+def name_pattern(pattern):
+    """The regular expression of a name, as filepath.Match takes it."""
+    import re
+
+    def meaning(found):
+        if not found[2]:
+            return {"*": ".*", "?": "."}.get(found[0], re.escape(found[0][-1]))
+        return found[1] + re.sub(r"\\(.)|[^-]", lambda one: re.escape(
+            one[1] or one[0]), found[2], flags=re.S) + "]"
+    return compiled(pattern, rf"(?:{MATCH_PART}|\*)*\Z", re.sub(
+        r"(\[\^?)((?:\\.|[^]\\])+)\]|\\?.", meaning, pattern, flags=re.S), re.S)
+
+
+def rule_pattern(pattern):
+    """The regular expression of a rule, made letter by letter as Docker makes it: what
+    is escaped is what that is in one, \\d a digit, and in a class * is no star.  Plain
+    text with ** at one end is whatever begins or ends so."""
+    import re
+
+    plain = any(not re.search(r"[][*?\\]", rest) for rest in (
+        pattern.removeprefix("**"), pattern.removesuffix("**")))
+
+    def meaning(found):
+        text = found[0]
+        if text.startswith("**"):
+            return ".*" if found.end() == len(pattern) or plain and text == "**" else (
+                "(.*/)?")
+        return {"*": "[^/]*", "?": "[^/]", "\\z": "\\Z"}.get(text) or (
+            re.escape(text) if plain or text in ".+()|{}$&~" else text)
+    # Go knows no more escapes than these; [[:digit:]] it knows, and Python does not.
+    odd = re.search(r"\\(?![aAbBdDfnrsStvwWxz0])([^\W_]|[^\0-\x7f])|\[[^]]*\[:.*:\]",
+                    re.sub(r"\\\\", "", pattern))
+    if odd:
+        raise Fail(f"syntax error in pattern {pattern!r}", f"{odd[0]} means nothing", 1)
+    text = re.sub(r"\*\*/?|\\?.", meaning, pattern, flags=re.S)
+    text = re.sub(r"(\\.)|\[(?=\[)",  # to Python [[ is to be something of its own
+                  lambda found: found[1] or "[\\", text, flags=re.S)
+    # Docker has filepath.Match look at it only up to a * that follows on something.
+    return compiled(pattern, rf"\**(?!\*)(?:{MATCH_PART})*(\*|\Z)", text, re.S * plain)
 
 
 class IgnoreRules(list):
@@ -16358,15 +16385,17 @@ class IgnoreRules(list):
 def rules_of(text):
     """What a .dockerignore says: (a pattern to match, whether it takes back)."""
     rules = []
-    for line in text.removeprefix("\ufeff").splitlines():
+    for line in text.removeprefix("\ufeff").split("\n"):
         pattern = "" if line.startswith("#") else line.strip()
+        sign = pattern[:1] if pattern.startswith("!") else ""
+        if pattern := pattern[len(sign):].strip():
+            pattern = os.path.normpath(pattern).lstrip("/")
+        pattern = (sign + pattern).strip()  # so /!x is !x
         back = pattern.startswith("!")
-        if pattern := pattern[back:].strip():
-            pattern = os.path.normpath(pattern).lstrip("/").strip()
-        if back and not pattern:
+        if pattern == "!":
             raise Fail('illegal exclusion pattern: "!"', "! and what is to stay", 1)
         if pattern:
-            rules.append((compiled(pattern), back))
+            rules.append((rule_pattern(pattern[back:]), back))
     return IgnoreRules(rules)
 
 
@@ -16505,7 +16534,7 @@ class Tree:
                            for entry in os.scandir(fd))
         finally:
             os.close(fd)
-        pattern = compiled(name)
+        pattern = name_pattern(name)
         below = parts if name == "**" else rest
         for found, goes_on in names:
             if (name == "**" or pattern.fullmatch(found)) and (goes_on or not below):

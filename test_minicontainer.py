@@ -10016,7 +10016,8 @@ def test_a_dockerfile_has_a_dockerignore_and_the_last_rule_that_matches_decides(
                         ("**a.txt", {"a.txt", "d/a.txt", "d/e/a.txt"}), ("**/b.txt", {"b.txt"}),
                         ("d**a.txt", {"d/a.txt", "d/e/a.txt"}), ("**?.txt", {"a.txt", "b.txt", "d/a.txt", "d/e/a.txt"}),
                         ("[^b].txt", {"a.txt"}), ("[^a-c].txt", set()), ("d/../b.txt", {"b.txt"}),
-                        ("[\\a[-].txt", {"a.txt"})):
+                        ("[a[\\-].txt", {"a.txt"}), ("*.txt\n/!a.txt", {"b.txt"}),
+                        ("\\w.txt", {"a.txt", "b.txt"}), ("d/\\D*\n!/d/e", in_d - {"d/e/a.txt"})):
         (tmp_path / ".dockerignore").write_text(rules + "\nDockerfile\n.dockerignore\n")
         out = tmp_path.parent / "out"
         forked_mini("build", "-q", "-o", out, tmp_path)
@@ -10027,10 +10028,39 @@ def test_a_dockerfile_has_a_dockerignore_and_the_last_rule_that_matches_decides(
 
 @pytest.mark.parametrize("line, said", [
     ("!", "illegal exclusion pattern"), (" !/ ", "illegal exclusion pattern"),
-    ("a\\", "syntax error in pattern"), ("[a\\", "syntax error"), ("!b[", "syntax error")])
+    ("/!", "illegal exclusion pattern"), ("a/../!/", "illegal exclusion pattern"),
+    *((line, "syntax error in pattern") for line in (
+        "a\\", "[a\\", "!b[", "[", "[]", "[]a]", "[^]", "[a-]", "[-a]", "a[b-c-d]", "[b-a]", "*[", "a*[",
+        "**/[a-]", "\\q", "a*\\Z", "\\é", "\\1", "[[:digit:]]"))])
 def test_a_rule_of_a_dockerignore_that_means_nothing_is_refused(line, said):
     with pytest.raises(m.Fail, match=said):
         m.rules_of(f"a\n{line}\n")
+
+
+# What moby's patternmatcher says of each, that of Debian.
+@pytest.mark.parametrize("rule, matched, others", [
+    ("a\\d", ["a7"], ["ad", "a\\d"]), ("\\w\\s\\D", ["a b"], ["a bc", "é b"]), ("a\\n", ["a\n"], ["an", "a\\n"]),
+    ("*\\bb", ["b", "a-b"], ["ab"]), ("a\\.b", ["a.b"], ["acb"]), ("\\*\\?\\[\\]", ["*?[]"], ["a?[]"]),
+    ("\\x41\\z", ["A"], ["x41"]), ("a\\-\\_", ["a-_"], []), ("[\\d\\]]", ["7", "]"], ["d", "\\"]),
+    ("[*]", ["]", "^]", "/[]"], ["*"]), ("a[?]", ["a^]"], ["a?"]), ("[.+]", [".", "+"], ["a"]),
+    ("[[]", ["["], ["]"]), ("a[[]b", ["a[b"], ["ab"]), ("a[^b]", ["ac", "a/"], ["ab", "a"]),
+    ("a*[]b]", ["a]", "acb"], ["a"]), ("a*[b-]", ["a-", "acb"], ["ac"]), ("a]", ["a]"], ["a"]),
+    ("^a", ["^a"], ["a"]), ("^a*", ["ab"], ["^a", "^a*"]), ("$a.+(b)", ["$a.+(b)"], ["$ab(b)"]),
+    ("a&&[b~~&&]", ["a&&b", "a&&~", "a&&&"], ["ab"]), ("**]a", ["]a", "b/]a"], ["b]a"]), ("**a", ["ba", "b/a"], ["ab"]),
+    ("a**", ["a", "ab", "a/b"], ["ba"]), ("a/**", ["a/b", "a/b/c"], ["a", "ab"]), ("**/a", ["a", "b/c/a"], ["ba"]),
+    ("**/*a", ["ba", "c/ba"], ["c/b"]), ("a**b", ["ab", "ac/b"], ["acb"]), ("**", ["a", "a/b", "a\nb"], []),
+    ("**a**", ["a", "b/a", "ab/c"], ["ba"]), ("a?c", ["abc", "a\nc"], ["a/c"]), ("é*", ["éa"], ["ea"])])
+def test_a_rule_of_a_dockerignore_is_the_regular_expression_that_docker_makes_of_it(rule, matched, others):
+    ((pattern, _),) = m.rules_of(rule)
+    assert [path for path in matched + others if pattern.fullmatch(path)] == matched
+
+
+@pytest.mark.parametrize("line, wanted", [
+    ("/!x", ["!x"]), ("./!x", ["!x"]), ("!/!x", ["!!x"]), ("a/../ !x", ["!x"]), ("! /x/", ["!x"]), ("//x/./y/", ["x/y"]),
+    ("#x", []), (" #x", ["#x"]), ("/", []), (" ", []), ("x\ry", ["x\ry"]), ("x\v\fy\r\n z", ["x\v\fy", "z"]), ("\ufeffx", ["x"])])
+def test_a_line_of_a_dockerignore_is_cleaned_before_it_is_read(line, wanted):
+    assert [(rule.pattern, back) for rule, back in m.rules_of(line)] == [
+        (re.escape(text.removeprefix("!")), text.startswith("!")) for text in wanted]
 
 
 @root
