@@ -16477,7 +16477,9 @@ class Tree:
                 text.lstrip("/")).startswith(".."):
             raise self.outside(step, at, text)
         wild = wild and has_wildcard(path)
-        found = sorted(self.matching("", path.split("/"))) if wild else [path]
+        names = path.split("/") if ("parents", "true") in step.flags else [
+            "*" if name == "**" else name for name in path.split("/")]  # as in Go
+        found = sorted(self.matching("", names)) if wild else [path]
         there = []
         for one in found:
             try:

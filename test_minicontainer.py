@@ -9328,6 +9328,7 @@ SAME = {
     "a wildcard for one character": "COPY ?ne.md /md/",
     "a wildcard of a class": "COPY [ot]*.md /md/",
     "a wildcard in the middle of a path": "COPY sub/*/d.txt /d.txt",
+    "two stars are one": "COPY **/*.txt /d/",
     "a wildcard matches hidden files": "COPY .h* /h/",
     "a symlink to a directory is followed on the way": "COPY f.txt /lnk/",
     "a symlink to a directory is followed at the end": "COPY sub /lnk",
