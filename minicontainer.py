@@ -16647,7 +16647,8 @@ class Item:
 #       a file         into a target that ends with / or is a directory; else as that
 #       a directory    what is in it, into the target, which becomes one
 #       several        only into a target that ends with /
-#       an archive     with ADD, if it is one by its content: what is in it
+#       an archive     with ADD, if it is one by its content: what is in it; --chown
+#                      counts for that, --chmod does not
 #
 # Directories that are missing are made, and belong to whom --chown says, else to root,
 # with mode 755.  What comes from the context is root's; from a stage it is whose it
@@ -16894,7 +16895,8 @@ class Copying:
             for entry in entries:
                 if owner:
                     entry.uid, entry.gid = owner
-                if self.mode and not stat.S_ISLNK(entry.mode):
+                if self.mode and not item.open_archive and (
+                        not stat.S_ISLNK(entry.mode)):
                     entry.mode = stat.S_IFMT(entry.mode) | self.mode(entry.mode)
                 entry.name = os.path.normpath(f"{name}/{entry.name}".lstrip("/"))
                 entry.hard = entry.hard and f"{name}/{entry.hard}".lstrip("/")

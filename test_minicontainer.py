@@ -9354,6 +9354,7 @@ SAME = {
     "what only looks like an archive is copied": "ADD not.tgz /un/",
     "ADD of files is COPY": "ADD f.txt sub /to/",
     "ADD with chown": "ADD --chown=7:8 f.txt /g.txt",
+    "ADD with chmod leaves what is in an archive as it is": "ADD --chmod=777 a.tar /un/",
     # stages
     "COPY from a stage": "FROM base AS one\nRUN echo 1 > /one\nFROM base\nCOPY --from=one /one /got",
     "COPY from a stage by number": "FROM base\nRUN echo 1 > /one\nFROM base\nCOPY --from=0 /one /got",
