@@ -17291,6 +17291,10 @@ def run_in(options, args, report, when):
     signals are as they were."""
     mask, home = signal.pthread_sigmask(signal.SIG_BLOCK, ()), open_fd(".", O_PATH)
     record, spec, held_ = create(options, args)
+    asked = {long_mount(text)["destination"] for text in options.mount} | {
+        text.partition(":")[0] for text in options.tmpfs}
+    # What a step mounts comes last, and hides what is ours: on /etc, our /etc/hosts.
+    spec["mounts"].sort(key=lambda mount: mount["destination"] in asked)
     try:
         listener = Listener(report)
         shim = Life(record, spec, held_)

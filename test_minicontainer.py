@@ -9655,6 +9655,14 @@ OURS = {
     "a mount leaves no trace": ("RUN --mount=type=tmpfs,target=/t/u --mount=target=/ctx "
         "--mount=type=cache,target=/c cat /ctx/f.txt > /d; echo > /c/x; echo > /t/u/x",
         {"d": ("0o100644", 0, 0, "f\n")}),
+    "a mount hides what we have in /etc (buildah mounts that on top)":
+        ("RUN --mount=source=sub,target=/etc ls -A /etc > /d\n"
+         "RUN --mount=type=tmpfs,target=/etc ls -A /etc >> /d; echo 1 > /etc/conf", {
+             "d": ("0o100644", 0, 0, "deep\ns.txt\n")}),
+    "an archive that is unpacked is whose --chown says (buildah leaves it as it is)":
+        ("ADD --chown=7:8 a.tar /", {
+            "top": ("0o40711", 7, 8, ""), "top/t.txt": ("0o100640", 7, 8, "t\n"),
+            "top/ln": ("0o120777", 7, 8, "/etc/conf")}),
     "an archive is unpacked through the image's symlinks": ("COPY --from=base /lnk/old /x\n"
         "RUN ln -s /srv /top\nADD a.tar /\nRUN rm /x", {
             "top": ("0o40711", 5, 0, ""), "top/t.txt": ("0o100640", 7, 8, "t\n"),
