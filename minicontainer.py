@@ -6434,6 +6434,18 @@ def is_whiteout(status):
     return stat.S_ISCHR(status.st_mode) and status.st_rdev == 0
 
 
+def set_owner(name, owner, parent):
+    """Give a file to an owner, by ids; who has only one id keeps it."""
+    try:
+        os.chown(name, *(0, 0) if has_one_id() else owner, dir_fd=parent,
+                 follow_symlinks=False)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not rootless.uid:
+            raise
+        raise ValueError(f"its owner {owner[0]}:{owner[1]} is beyond the ids that "
+                         "/etc/subuid and /etc/subgid grant you") from None
+
+
 class Layer:
     """A directory that entries are unpacked into; a later one replaces an earlier one.
 
@@ -6590,14 +6602,7 @@ class Layer:
         An attribute that the file system does not take is left out, as Docker does, but
         for capabilities: a program that was to have them would fail later, and oddly.
         """
-        owner = (0, 0) if has_one_id() else (entry.uid, entry.gid)
-        try:
-            os.chown(name, *owner, dir_fd=parent, follow_symlinks=False)
-        except OSError as error:
-            if error.errno != errno.EINVAL or not rootless.uid:
-                raise
-            raise ValueError(f"its owner {entry.uid}:{entry.gid} is beyond the ids "
-                             "that /etc/subuid and /etc/subgid grant you") from None
+        set_owner(name, (entry.uid, entry.gid), parent)
         if not stat.S_ISLNK(entry.mode):
             os.chmod(name, entry.mode & 0o7777, dir_fd=parent)
             for key, value in entry.xattrs.items():
@@ -16756,7 +16761,9 @@ def make_way(c, path, owner=(0, 0), links=0):
         above = make_way(c, os.path.dirname(path), owner, links)
     try:
         os.mkdir(os.path.basename(path), 0o755, dir_fd=above)
-        os.chown(os.path.basename(path), *owner, dir_fd=above)
+        set_owner(os.path.basename(path), owner, above)
+    except ValueError as error:
+        raise Fail(f"{path}: {error}", "a smaller number, or more ids", 1) from None
     except FileExistsError:  # a symlink to what is not there
         if links == 40:
             raise Fail(f"{path}: too many levels of symbolic links", "", 1) from None

@@ -9188,6 +9188,12 @@ def test_an_ordinary_user_has_images_and_builds_them(person):
                    "RUN echo 1 > /mine" + "; chown 7:8 /mine" * granted +
                    "\nCMD [\"cat\", \"/old/g\"]\n")
     subprocess.run(["chown", "-R", str(PERSON.pw_uid), context], check=True)
+    beyond = "its owner 100000:100000 is beyond the ids"
+    for step in ("USER 100000\nWORKDIR /w", "COPY --chown=100000:100000 base.tar /"):
+        with open(f"{context}/Other", "w") as file:
+            file.write(f"FROM scratch\n{step}\n")
+        person("build", "-q", "-f", f"{context}/Other", context, code=granted)
+        assert (beyond in person.said) == granted
     person("build", "-q", "-t", "made", context)
     assert "devices that the image brings are left out" in person.said
     assert person.run("made") == "y\n"
@@ -9342,6 +9348,7 @@ SAME = {
     "chown by number": "COPY --chown=7:8 f.txt /g.txt",
     "chown by name": "COPY --chown=web:staff sub /to",
     "chown by name alone takes the group of passwd": "COPY --chown=web f.txt /g.txt",
+    "chown by a number that no container has": "COPY --chown=100000:200000 f.txt /g.txt",
     "chown takes what is in a directory too": "COPY --chown=7:8 sub /to",
     "chown counts for directories that are made": "COPY --chown=7:8 f.txt /n/e/w/",
     "chmod of a file": "COPY --chmod=751 f.txt /g.txt",
