@@ -17920,12 +17920,25 @@ class Stage:
                               for _, value in step.flags), None)
         self.steps = [step]
 
+    def source(self, step, text, stages):
+        """The earlier stage that a step copies or mounts from; None if the name is an
+        image's."""
+        found = stage_named(text, stages[:self.number])
+        later = None if found else stage_named(text, stages)
+        if not later and (found or not text.isdecimal()):
+            return found
+        raise step.fail(
+            f"invalid stage index {text}" if not later else
+            f"circular dependency detected on stage: {text}" if later is self else
+            f"cannot copy from stage {text!r}, it needs to be defined before current "
+            f"stage {self.name or str(self.number)!r}", "a stage that stands above, or "
+            "an image", "--")
+
     def needs(self, stages):
         """The earlier stages that it is made of."""
-        texts = [self.base] + [text for step in self.steps for flag in step.flags
-                               for text in sources_in(*flag)]
-        found = [stage_named(text, stages[:self.number], text != self.base)
-                 for text in texts]
+        found = [stage_named(self.base, stages[:self.number], False)] + [
+            self.source(step, text, stages) for step in self.steps
+            for flag in step.flags for text in sources_in(*flag)]
         return {stage.number for stage in found if stage}
 
 
@@ -18073,13 +18086,8 @@ class Build:
 
     def state_named(self, step, text, stage):
         """The State of an earlier stage, or of an image."""
-        found = stage_named(text, self.stages[:stage.number])
-        if found:
-            return self.state_of(found)
-        if text.isdecimal():
-            raise step.fail(f"invalid from flag value {text}: no such stage", "a stage "
-                            "that stands above, or an image", "--")
-        return self.image_state(text, stage.platform)
+        found = stage.source(step, text, self.stages)
+        return self.state_of(found) if found else self.image_state(text, stage.platform)
 
     def image(self, text, platform=None):
         """An Image of the store, pulled if need be, or in any case with --pull."""
