@@ -17178,14 +17178,18 @@ class Listener(Client):
 #
 # The container is one of chapter 12, with its record, its range of ids and its network;
 # only it has no name that anybody asked for, and is removed when its upper directory
-# has become the layer.  To mount something makes a place to mount on in that directory,
-# which is taken out again: /etc/hosts of a build is in no image.
+# has become the layer.  An id beyond its 65,536, which COPY may give to a file, is
+# nobody's to a RUN, and there is no such user, but with --userns host.
+#
+# To mount something makes a place to mount on in that directory, which is taken out
+# again: /etc/hosts of a build is in no image.
 
 
 # Which of the options of `run` a build has too, for each of its containers.
 LIMITS_OF_RUN = tuple(option for option in OF_CREATE if {*option[0]} & {*"""
     --memory --memory-swap --cpu-shares --cpus --cpuset-cpus --cpuset-mems --shm-size
-    --pids-limit --ulimit --add-host --dns --network --security-opt""".split()})
+    --pids-limit --ulimit --add-host --dns --network --userns
+    --security-opt""".split()})
 
 
 RUN_MOUNT_WORDS = {  # of --mount of RUN: the keys that each type may have
@@ -17252,6 +17256,38 @@ def options_of_run(given):
     options.own_labels, options.image, options.stop_signal = {}, "build", "SIGKILL"
     options.no_healthcheck, options.log_driver = True, "none"
     return options
+
+
+def choose_users(options):
+    """Find out whether each RUN can have ids of its own, and if not start anew now:
+    later we have read our input, and may be one process of several."""
+    if not options.userns and not rootless.uid:
+        layers, first = store("layers", ""), CONTAINER_IDS[0]
+        maps = [{"containerID": 0, "hostID": first, "size": CONTAINER_IDS[1]}]
+        tree = syscall("open_tree", AT_FDCWD, layers, OPEN_TREE_CLONE
+                       | OPEN_TREE_CLOEXEC, why="a copy of this mount, to try it")
+        try:
+            users = user_namespace(maps, maps)
+            set_attributes(tree, 0, 0, users, layers)
+            os.close(users)
+        except CannotMapIds as error:
+            say(f"{error.message}: using the host's user namespace (root inside is "
+                "root outside)")
+            options.userns = "host"
+        except OSError:  # there are no user namespaces: a RUN will say so
+            pass
+        os.close(tree)
+    if options.userns:
+        seal_interpreter({"linux": {"namespaces": []}})
+
+
+def check_limits(given):
+    """Refuse what no container could have, before any step is done."""
+    options = options_of_run(given)
+    options.like, options.notes = None, {}
+    choose_network(options)
+    host_lines(options.add_host, "127.0.0.1")
+    make_spec(options, "0" * 64, [])
 
 
 def is_noise(facts, path, layers, base):
@@ -17754,13 +17790,7 @@ def layer_of_run(w, step, options, args, script, mounts):
             write_file(f"{mounts.top}/script", script, create=0o755)
             options.mount.append(f"type=bind,source={mounts.top}/script,"
                                  f"target={args[0]},readonly")
-        try:
-            code, layer = run_in(options, args, w.build.report, w.build.epoch)
-        except CannotMapIds as error:  # as `run` does it
-            say(f"{error.message}: using the host's user namespace (root inside is "
-                "root outside)")
-            options.userns = "host"
-            code, layer = run_in(options, args, w.build.report, w.build.epoch)
+        code, layer = run_in(options, args, w.build.report, w.build.epoch)
     if code:
         fail = step.fail(f"The command {' '.join(args)!r} returned a non-zero code: "
                          f"{code}")
@@ -18381,6 +18411,8 @@ class Context:
          arg("path", metavar="PATH|-", help="of the context: a directory or tarball"))
 def build_command(options):
     """Make an image as a Dockerfile says."""
+    check_limits(options)
+    choose_users(options)
     refs = [new_name(text) for text in options.tag]
     style = "quiet" if options.quiet else options.progress
     if style == "auto":

@@ -2785,11 +2785,7 @@ def test_who_has_a_user_namespace_is_not_started_twice():
         assert len(re.findall(r"parent  execve\(.*/python", shown)) == times
 
 
-@root
-def test_the_fallback_to_the_hosts_user_namespace_is_sealed_and_announced_once(
-        attacked, tmp_path):
-    python, options = attacked
-    (tmp_path / "launcher").write_text(f"""if True:
+WITHOUT_ID_MAPS = f"""if True:
         import sys
         sys.path.insert(0, {HERE!r})
         import minicontainer as m
@@ -2799,7 +2795,14 @@ def test_the_fallback_to_the_hosts_user_namespace_is_sealed_and_announced_once(
                 raise OSError(22, "Invalid argument")
             return original(name, args)
         m.kernel = kernel
-        sys.exit(m.main())""")
+        sys.exit(m.main())"""
+
+
+@root
+def test_the_fallback_to_the_hosts_user_namespace_is_sealed_and_announced_once(
+        attacked, tmp_path):
+    python, options = attacked
+    (tmp_path / "launcher").write_text(WITHOUT_ID_MAPS)
     result = subprocess.run([python, tmp_path / "launcher", "run", "--rm", *options,
                              "/attack", "/proc/self/exe"], capture_output=True, text=True)
     assert set(result.stdout.splitlines()) == {"Read-only file system"}, result.stderr
@@ -10159,6 +10162,27 @@ def test_a_bind_mount_shows_the_context_a_stage_or_an_image_and_what_is_written_
     assert "not in the cache: the mount /c has changed" in told(base, text)
     (base / "f.txt").write_text("f\n")
     os.unlink(base / ".dockerignore")
+
+
+@root
+def test_a_build_that_can_map_no_ids_starts_anew_before_it_has_read_anything(base, tmp_path):
+    (tmp_path / "launcher").write_text(WITHOUT_ID_MAPS)
+    text = ("FROM base AS a\nRUN cat /proc/self/uid_map > /a\nFROM base AS b\nRUN echo b > /b\n"
+            "FROM base\nCOPY --from=a /a /\nCOPY --from=b /b /\nRUN cat /a /b")
+    said = subprocess.run([PYTHON, tmp_path / "launcher", "build", "-"], input=text, text=True,
+                          capture_output=True)
+    assert said.returncode == 0 and re.search(r"\n +0 +0 +4294967295\nb\n", said.stderr), said.stderr
+    assert said.stderr.count("cannot be id-mapped") == said.stderr.count("FROM base AS a") == 1
+
+
+@root
+def test_a_run_has_all_ids_if_root_inside_may_be_root_outside(base):
+    text = ("FROM base\nCOPY --chown=100000:200000 f.txt /g\nUSER 100000\nWORKDIR /w\nRUN chmod 600 /g; "
+            "touch x; id -u")
+    said = mini("build", "--userns", "host", "-t", "it", "-f", "-", base, stdin=text)
+    assert said.returncode == 0 and "\n100000\n" in said.stderr, said.stderr
+    assert re.search(r"^-rw-------.* 100000 +200000 .*/g\n-.* 100000 .*/w/x", run(
+        "--userns", "host", "it", "ls", "-n", "/g", "/w/x"))
 
 
 @root
