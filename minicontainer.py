@@ -18007,6 +18007,16 @@ def remove_unfinished():
                 (remove_tree if os.path.isdir(path) else take_away_file)(path)
 
 
+def without_container(work, *words):
+    """What work(*words) returns.  An error of it ends with 1, as in Docker: 125 is for
+    those who wait for a program's own code."""
+    try:
+        return work(*words)
+    except (Fail, OSError) as error:
+        fail = diagnose(error)
+        raise Fail(fail.message, fail.hint, 1) from None
+
+
 class Build:
     """One build: what the command line asked, and how far it has come."""
 
@@ -18017,9 +18027,13 @@ class Build:
                  for text in options.build_arg]  # what is nowhere was not given
         self.given_args = {name: value for name, value in given if value is not None}
         self.secrets = dict(map(secret_of, options.secret))
+        self.labels = dict(given_pair("--label", text, lambda _: "")
+                           for text in options.label)
         epoch = self.given_args.get("SOURCE_DATE_EPOCH",
                                     os.environ.get("SOURCE_DATE_EPOCH"))
-        self.epoch = whole("SOURCE_DATE_EPOCH", epoch, 0) * 10 ** 9 if epoch else None
+        last = 253402300799  # of the year 9999: a date has no room for more
+        self.epoch = without_container(whole, "SOURCE_DATE_EPOCH", epoch, 0, last
+                                       ) * 10 ** 9 if epoch else None
         self.created = rfc3339(None if self.epoch is None else self.epoch // 10 ** 9)
         self.done = {}  # number of a stage: its State
         self.divide()
@@ -18211,11 +18225,9 @@ class Build:
 
     def finish(self, state, refs):
         """Make an image of a State; its id."""
-        labels = dict(given_pair("--label", text, lambda _: "")
-                      for text in self.options.label)
-        if labels:
+        if self.labels:
             old = state.settings.get("Labels") or {}
-            state.settings["Labels"] = {**old, **labels}
+            state.settings["Labels"] = {**old, **self.labels}
         layers, diff_ids, sizes_ = (list(column) for column in zip(
             *state.layers, strict=True)) if state.layers else ([], [], [])
         raw = to_json({
@@ -18236,24 +18248,14 @@ class Build:
 # ── the command ──
 
 
-def without_container(work, *words):
-    """What work(*words) returns.  An error of it ends with 1, as in Docker: 125 is for
-    those who wait for a program's own code."""
-    try:
-        return work(*words)
-    except (Fail, OSError) as error:
-        fail = diagnose(error)
-        raise Fail(fail.message, fail.hint, 1) from None
-
-
 def save_id(path, id):
     """Write an image's id to a file."""
     with open(path, "w") as file:
         file.write(id)
 
 
-def export_files(state, text, when):
-    """Write the files of a State where -o says."""
+def output_of(text):
+    """(whether it is a directory, its path) of an -o."""
     words = dict(part.partition("=")[::2] for part in text.split(","))
     if "=" not in text:
         words = {"type": "tar" if text == "-" else "local", "dest": text}
@@ -18261,10 +18263,15 @@ def export_files(state, text, when):
     if kind not in ("local", "tar") or kind == "local" and not place:
         raise Fail(f"-o {text}: not possible",
                    "type=local,dest=DIR or type=tar,dest=FILE", 1)
+    return kind == "local", place
+
+
+def export_files(state, is_local, place, when):
+    """Write the files of a State where -o says."""
     path = temporary_directory("layers")
     try:
         copy_layers(state.directories(), path, 0)
-        if kind == "local":  # what a layer says is gone may be the user's own there
+        if is_local:  # what a layer says is gone may be the user's own there
             os.makedirs(place, exist_ok=True)
             for entry in layer_entries(path, 0):  # before anything is written
                 check_kind(entry, os.path.join(place, entry.name))
@@ -18414,6 +18421,7 @@ def build_command(options):
     check_limits(options)
     choose_users(options)
     refs = [new_name(text) for text in options.tag]
+    outputs = [output_of(text) for text in options.output]
     style = "quiet" if options.quiet else options.progress
     if style == "auto":
         style = "tty" if os.isatty(2) else "plain"
@@ -18427,9 +18435,9 @@ def build_command(options):
                           Report(style, bool(options.explain)))
             state = build.run()
             build.warn_of_args()
-            for text in options.output:
-                without_container(export_files, state, text, build.epoch)
-            if options.output:
+            for output_ in outputs:
+                without_container(export_files, state, *output_, build.epoch)
+            if outputs:
                 return
             id = build.finish(state, refs)
         finally:
