@@ -17976,7 +17976,8 @@ def given_pair(option, text, unsaid):
     """(name, value) of an option; without a value, what unsaid(name) gives."""
     name, equals, value = text.partition("=")
     if not name:
-        raise Fail(f"{option} {text!r}: it has no name", "NAME=VALUE", 1)
+        raise Fail(f"invalid argument {text!r} for {option}: it has no name",
+                   "NAME=VALUE")
     return name, value if equals else unsaid(name)
 
 

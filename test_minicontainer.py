@@ -10587,11 +10587,13 @@ def test_a_build_that_fails_leaves_no_older_id_and_ends_with_1_or_the_code_of_it
     build(base, "RUN exit 125", "--iidfile", path, code=125)
     assert not path.exists()
     path.write_text("no tarball")
-    for words, said in ((["--label", "=x"], "it has no name"), (["-o", "type=x"], "not possible"),
+    for words, said in ((["-o", "type=x"], "not possible"),
                         (["--build-arg", f"SOURCE_DATE_EPOCH={253402300800}"], "to 253402300799")):
         assert said in build(base, "RUN false", *words, code=1)  # before any step
     for words, said in ((["--memory", "x"], "invalid size"), (["--ulimit", "x"], "no such limit"),
                         (["--add-host", "x"], "bad format for add-host"), (["-t", "BAD NAME"], "invalid ref"),
+                        (["--label", "=x"], "'=x' for --label: it has no name"),
+                        (["--build-arg", "=x"], "'=x' for --build-arg: it has no name"),
                         (["--nosuch"], "unknown flag: --nosuch")):
         assert said in build(base, "RUN false", *words, code=125)  # as `docker build` ends
     for words, said in ((["--iidfile", tmp_path], "Is a directory"),
