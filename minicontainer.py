@@ -8928,9 +8928,9 @@ def remove_image(text, force=False):
         running = check_removable(image, text, by_name, force)
         gone = [ref] if by_name else list(image.names)
         left = [ref for ref in image.names if ref not in gone]
-        tagged = {split_name(ref)[:2] for ref in left if "@" not in ref}
+        known = {split_name(ref)[:2] for ref in left if "@" not in ref}
         gone += [ref for ref in left if "@" in ref and split_name(ref)[:2] in {
-            split_name(name)[:2] for name in gone} - tagged]
+            split_name(name)[:2] for name in gone} - known]
         for ref in gone:
             point(entries, ref)
             note_image("untag", image.id)
@@ -9259,9 +9259,10 @@ def is_within(host, networks):
     import re
     import socket
 
+    name = re.sub(r":[0-9]+$", "", host).strip("[]")
     try:
-        found = [ipaddress.ip_address(address[0]) for *_, address in socket.getaddrinfo(
-            re.sub(r":[0-9]+$", "", host).strip("[]"), None) if networks]
+        found = [ipaddress.ip_address(address[0])
+                 for *_, address in socket.getaddrinfo(name, None)]
         return any(address in ipaddress.ip_network(network, strict=False)
                    for network in networks for address in found)
     except OSError:
@@ -9279,7 +9280,8 @@ def may_be_insecure(host):
     with open(path, "rb") as file:
         config = parsed(file.read(), path, {"insecure-registries": [str]})
     rules = config.get("insecure-registries") or []
-    return host in rules or is_within(host, [rule for rule in rules if "/" in rule])
+    networks = [rule for rule in rules if "/" in rule]
+    return host in rules or bool(networks) and is_within(host, networks)
 
 
 def tls_context(host):
