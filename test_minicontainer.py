@@ -6597,6 +6597,9 @@ for name in set(globals()) - BEFORE_IMAGES:
 
 # ══ 10. NETWORK ══
 
+BEFORE_NETWORK = set(globals())
+
+
 def test_an_attribute_is_padded_to_four_bytes_and_may_hold_others():
     assert m.attribute(3, "eth0") == b"\x09\0\x03\0eth0\0\0\0\0"
     assert m.attribute(4, 1500) == b"\x08\0\x04\0" + struct.pack("=I", 1500)
@@ -7587,6 +7590,16 @@ def test_addresses_are_never_given_twice_under_a_race(networks):
         process.communicate("\n")
         assert process.returncode == 0
     assert len(addresses) == 6
+
+
+# Of chapter 10, what is tested with Debian's kernel, too.
+for name in set(globals()) - BEFORE_NETWORK - {
+        "test_containers_of_a_network_reach_each_other_by_name_and_no_other_network",
+        "test_a_published_port_leads_to_the_container_and_is_its_alone",
+        "test_what_goes_out_has_the_address_of_the_host_and_internal_goes_nowhere",
+        "test_gc_clears_the_network_of_who_was_killed"}:
+    if name.startswith("test_"):
+        pytest.mark.network(globals()[name])
 
 
 # ══ 11. THE SHIM ══
