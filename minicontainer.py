@@ -69,6 +69,7 @@ if __name__ == "__main__" and callable(signal.getsignal(signal.SIGINT)):
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while we are still being read
 
 import _struct as struct  # all that struct.py does is pass it on
+import codecs
 import errno
 import fcntl
 import os
@@ -7413,6 +7414,8 @@ ARCHITECTURE_ALIASES = {  # other names of some: (architecture, variant)
     "x86_64": ("amd64", ""), "x86-64": ("amd64", ""), "i386": ("386", ""),
     "aarch64": ("arm64", ""), "armhf": ("arm", "v7"), "armel": ("arm", "v6")}
 SYSTEMS = "linux", "windows", "darwin", "freebsd"
+ARCHITECTURES = ("386 amd64 arm arm64 loong64 mips mips64 mips64le mipsle ppc64 "
+                 "ppc64le riscv64 s390x wasm").split()
 PLATFORM_LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_-")
 VARIANTS = {"amd64": 1, "arm64": 8, "arm": 5}  # the first of those with numbers
 
@@ -7436,6 +7439,9 @@ def platform_of(text=None):
             part and PLATFORM_LETTERS.issuperset(part) for part in parts):
         raise Fail(f"invalid platform: {text!r}", "linux/arm64 or linux/arm/v7")
     if len(parts) == 1:
+        if parts[0] not in (*SYSTEMS, *ARCHITECTURES, *ARCHITECTURE_ALIASES):
+            raise Fail(f'"{text}": unknown operating system or architecture',
+                       "linux/arm64 or linux/arm/v7")
         parts = [*parts, ours[1]] if parts[0] in SYSTEMS else ["linux", *parts]
     return list(filter(None, normal_platform(*parts)))
 
@@ -7485,7 +7491,7 @@ def check_layers(manifest, diff_ids):
     """Refuse layers that are none, and numbers that do not agree."""
     layers = manifest.get("layers") or []
     for layer in layers:
-        kind = layer.get("mediaType", "")
+        kind = layer.get("mediaType") or ""
         if "foreign" in kind or "nondistributable" in kind:
             raise Fail(f"a foreign layer ({kind}): it is not where its image is",
                        "its maker's terms keep it elsewhere: use another image", 1)
@@ -8323,7 +8329,7 @@ def print_list(columns, rows, form, quiet="", more=""):
 
     form, known = form or "table", [*columns.values(), *more.split()]
     cells = []
-    if quiet:
+    if quiet and form == "table":
         lines = [row[quiet] for row in rows]
     elif form == "json":
         lines = map(to_json, rows)
@@ -8460,7 +8466,8 @@ def is_true(key, text):
 
 IMAGE_FILTERS = {  # whether one passes KEY=text
     **prune_filters(lambda image: image.labels, lambda image: image.created * 10 ** 9),
-    "dangling": lambda image, text: is_true("dangling", text) == (not image.names),
+    "dangling": lambda image, text: (  # a digest alone is a name, but no tag
+        not image.tags() if is_true("dangling", text) else bool(image.names)),
     "before": lambda image, text: image.created < find_image(text).created,
     "since": lambda image, text: image.created > find_image(text).created,
 }
@@ -8562,7 +8569,7 @@ def inspected(image):
             "LowerDir": ":".join(map(layer_path, reversed(image.diff_ids)))}},
         "RootFS": {"Type": "layers", "Layers": image.diff_ids},
         "Metadata": {"LastTagTime": max(
-            other.entry["annotations"].get(TAGGED, "0001-01-01T00:00:00Z")
+            other.entry.get("annotations", {}).get(TAGGED, "0001-01-01T00:00:00Z")
             for other in indexed_images() if other.id == image.id)},
         "Descriptor": bare(image.entry)}
 
@@ -8835,6 +8842,9 @@ def containers():
             yield id, spec.get("annotations", {})
         except (FileNotFoundError, NotADirectoryError):
             continue  # not quite made, or just removed
+        except ValueError:
+            raise Fail(f"container {id[:12]}: its config.json is damaged",
+                       f"`rm -f {id[:12]}` removes it", 1) from None
 
 
 def layers_in_use():
@@ -8905,12 +8915,12 @@ def check_removable(image, text, by_name, force):
     elif running:
         conflict(f"delete {short} (cannot be forced) - image is being used by running "
                  "container", running[0], "end it")
-    elif not force and users:
-        conflict(f"delete {short} (must be forced) - image is being used by stopped "
-                 "container", users[0][:12], "-f")
     elif not force and not single:
         conflict(f"delete {short} (must be forced) - image is", "referenced in "
                  "multiple repositories", "-f")
+    elif not force and users:
+        conflict(f"delete {short} (must be forced) - image is being used by stopped "
+                 "container", users[0][:12], "-f")
     return running
 
 
@@ -8982,7 +8992,7 @@ def remove_idle(named, wanted):
     with changed_index():
         pass  # so that it has only what is there
     for image in all_images():
-        if (named or not image.names) and image.id not in used and passes(
+        if (named or not image.tags()) and image.id not in used and passes(
                 image, IMAGE_FILTERS, wanted):
             try:
                 said = remove_image(image.id, True)
@@ -9265,7 +9275,7 @@ def is_within(host, networks):
                  for *_, address in socket.getaddrinfo(name, None)]
         return any(address in ipaddress.ip_network(network, strict=False)
                    for network in networks for address in found)
-    except OSError:
+    except (OSError, UnicodeError):
         return False  # whoever connects to it says why
     except ValueError as error:
         raise Fail(f"{DOCKER_ETC}/daemon.json: insecure-registries: {error}",
@@ -9603,6 +9613,8 @@ class Registry:
 
     def tags(self):
         """The tags of the repository, of which a registry gives some at a time."""
+        from urllib.parse import urljoin
+
         path, found = f"/v2/{self.path}/tags/list", {}
         while path:
             with self.ask("GET", path) as answer:
@@ -9610,7 +9622,7 @@ class Registry:
                 more = answer.headers.get("Link", "").partition(">")
             before = len(found)
             found.update(dict.fromkeys(said.get("tags") or ()))
-            path = more[0].strip(" <") if "next" in more[2] and (
+            path = urljoin(path, more[0].strip(" <")) if "next" in more[2] and (
                 len(found) > before) else ""
         return sorted(found)
 
@@ -9715,15 +9727,16 @@ def pull_version(registry, ref, platform, out):
                           registry.manifest, version)
     print(f"{short_name(ref) if '@' in ref else version}: Pulling from {path}",
           file=out)
-    raw, progress = pick(registry, raw, platform), Progress(out)
     known = [(name_of(entry), entry["digest"]) for entry in read_index()]
-    is_here = sha256(io.BytesIO(raw)) in [digest for _, digest in known]
+    progress = Progress(out)
 
     def show(id, status, *how):
         if status != "Already exists" or not is_here:
             progress(id, status, *how)
 
     with adding():
+        raw = pick(registry, raw, platform)
+        is_here = sha256(io.BytesIO(raw)) in [digest for _, digest in known]
         image = take_image(registry, raw, dict.fromkeys(
             (ref, f"{host}/{path}@{digest}")), show)
     print(f"Digest: {digest}", file=out)
@@ -9797,24 +9810,34 @@ def push_image(image, ref, out):
     note_image("push", short_name(ref), short_name(f"{host}/{path}"))
 
 
+def names_to_push(ref, all_tags):
+    """This name, or all tags of its repository, if there are any."""
+    host, path, _ = split_name(ref)
+    repository = short_name(f"{host}/{path}")
+    there = [name for name in map(name_of, read_index())
+             if split_name(name)[:2] == (host, path)]
+    found = sorted(name for name in there
+                   if name == ref or all_tags and "@" not in name)
+    if not found:
+        raise Fail("An image does not exist locally with the tag: " + repository
+                   if not there else f"no tags to push for {repository}"
+                   if all_tags else f"tag does not exist: {short_name(ref)}",
+                   "see `minicontainer images`", 1)
+    return found
+
+
 @command("push", ONLY_NAME, ALL_TAGS,
          arg("name", metavar="NAME[:TAG]", help="of the image"))
 def push_command(options):
     """Send an image to a registry."""
     ref = asked_name(options)
     host, path, _ = split_name(ref)
+    if "@" in ref:
+        raise Fail("cannot push a digest reference", "NAME[:TAG]", 1)
     with telling(options) as out, adding():
         print(f"The push refers to repository [{host}/{path}]", file=out, flush=True)
-        names = [name for name in map(name_of, read_index())
-                 if split_name(name)[:2] == (host, path) and "@" not in name]
-        chosen = sorted(names) if options.all_tags else [ref]
-        if not names or chosen[0] not in names:
-            raise Fail(f"tag does not exist: {short_name(ref)}" if names else
-                       "An image does not exist locally with the tag: "
-                       f"{short_name(f'{host}/{path}')}", "see `minicontainer images`",
-                       1)
-        for ref in chosen:
-            push_image(find_image(ref), ref, out)
+        for name in names_to_push(ref, options.all_tags):
+            push_image(find_image(name), name, out)
     if options.quiet:
         print(short_name(f"{host}/{path}" if options.all_tags else ref))
 
@@ -12744,8 +12767,8 @@ class Record:
         """The id of the image that it was made of, which may be gone; "" if of none."""
         try:
             return self.spec()["annotations"].get(OF_IMAGE, "")
-        except FileNotFoundError:
-            return ""  # it was not quite made
+        except (FileNotFoundError, ValueError):
+            return ""  # it was not quite made, or is damaged
 
     def layers(self, spec):
         """Directories of the host, bottom first; none if its rootfs is a copy."""
@@ -13211,8 +13234,6 @@ def discard(record, volumes=True):
     image = record.image_id()
     # The directory first: what leads to no directory is seen to be nobody's.
     remove_tree(record.path())
-    if image and not os.path.exists(blob_path(image)):
-        sweep()  # it was removed by force before, and its layers were kept for this one
     for name in record.volumes if volumes else ():
         if is_volume(name) and not users_of(name) and (
                 NAMELESS in volume_facts(name)["Labels"]):
@@ -13223,6 +13244,10 @@ def discard(record, volumes=True):
                  store("names", record.name)):
         if owner_of(path) == record.id:
             take_away_file(path)
+    if image and not os.path.exists(blob_path(image)):
+        with changed_index():
+            pass  # so that it has only what is there
+        sweep()  # it was removed by force before, and its layers were kept for this one
 
 
 def booted():
@@ -14574,19 +14599,24 @@ def network_settings(record, spec):
             "Networks": settings}
 
 
-NAMED_NOW = {}  # full name: id of its image; for one command
+IMAGES_NOW = {}  # what now means an image, a full name or an id: its id
 
 
 def image_shown(record, id, whole_):
     """What `ps` calls the image of a container: as the person did, or by its id if that
     means another one by now, or none."""
-    if not id or id.startswith((record.image, f"sha256:{record.image}")):
-        return record.image
-    if not NAMED_NOW:
-        NAMED_NOW.update((name_of(image.entry), image.id) for image in sound_images())
-    if NAMED_NOW.get(spelled_out(record.image)) == id:
-        return record.image
-    return id if whole_ else id[7:19]
+    text, digits = record.image, record.image.removeprefix("sha256:")
+    if not id:
+        return text
+    if not IMAGES_NOW:
+        for image in sound_images():
+            IMAGES_NOW.update({name_of(image.entry): image.id, image.id: image.id})
+    is_id = id[7:].startswith(digits)
+    if IMAGES_NOW.get(id if is_id else spelled_out(text)) != id:
+        text, digits, is_id = id, id[7:], True
+    if whole_:
+        return text
+    return digits[:12] if is_id else short_name(text.partition("@")[0])
 
 
 def container_row(record, whole_=False, with_size=False):
@@ -19591,9 +19621,19 @@ def stop(number, _):
     raise SystemExit(128 + number)
 
 
+def as_bytes(error):
+    """What is not quite text: the byte of a name as it is, else what Go puts there."""
+    return b"".join(bytes((ord(letter) - 0xDC00,)) if "\udc80" <= letter <= "\udcff"
+                    else b"\xef\xbf\xbd" for letter in error.object[
+                        error.start:error.end]), error.end
+
+
 def main(argv=None):
     """Run one command line; its exit code.  No traceback ever reaches the person."""
     os.umask(0o022)  # what we make is as readable as it is meant to be
+    codecs.register_error("as_bytes", as_bytes)
+    for file in filter(None, (sys.stdout, sys.stderr)):
+        file.reconfigure(errors="as_bytes")
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, stop)
