@@ -16013,7 +16013,7 @@ def understand(step):
         step.at += len(step.whole[step.at:]) - len(step.whole[step.at:].lstrip())
     step.value = form(step) if step.text else []
     if not step.text or least > 1 and len(step.value) < least or (
-            step.name == "RUN" and not step.value):
+            step.name in ("RUN", "SHELL", "VOLUME") and not step.value):
         raise step.fail(f"{step.name} requires at least {least} argument"
                         f"{'s' * (least > 1)}", "", step.at)
 
@@ -16170,6 +16170,18 @@ class Dockerfile:
 # nothing.  A line sees what the lines above it have set, and not itself.
 
 
+def unhurried(parts, shortest=False):
+    """The regular expression of parts between which there is any text.
+
+    What is before each part but the last is as short as it can be, for good: nothing
+    goes back into (?=(…))\\1.  No other way matches more, and who writes the pattern
+    cannot make us try all of them, which might never end."""
+    first, *others, last = parts if len(parts) > 1 else [*parts, None]
+    return first + "".join(
+        f"(?=(?P<n{n}>.*?{part}))(?P=n{n})" for n, part in enumerate(others)) + (
+            "" if last is None else f".*{'?' * shortest}{last}")
+
+
 class Expansion:
     """A word as Docker reads it: quotes and escapes go, variables become values."""
 
@@ -16271,10 +16283,7 @@ class Expansion:
         return found
 
     def regex(self, word, backwards=False, shortest=False):
-        """The regular expression of a pattern: * is any text, ? any character.
-
-        Each * but the last takes as little as it can, for good: (?=(…))\\1 is not gone
-        back into.  No other way matches more, and to try them all might never end."""
+        """The regular expression of a pattern: * is any text, ? any character."""
         import re
 
         if odd := re.search(r"\\([^*?\\/}]|$)", re.sub(r"\\\\", "", word)):
@@ -16286,10 +16295,7 @@ class Expansion:
                 parts.append("")
             else:
                 parts[-1] += "." if letter == "?" else re.escape(letter[-1])
-        first, *others, last = parts if len(parts) > 1 else [*parts, None]
-        return re.compile(first + "".join(
-            f"(?=(?P<n{n}>.*?{part}))(?P=n{n})" for n, part in enumerate(others)) + (
-                "" if last is None else f".*{'?' * shortest}{last}"))
+        return re.compile(unhurried(parts, shortest))
 
     def replaced(self, value):
         """A value with one text in place of another, of the first or of each.  Escapes
@@ -16364,11 +16370,12 @@ def name_pattern(pattern):
 
     def meaning(found):
         if not found[2]:
-            return {"*": ".*", "?": "."}.get(found[0], re.escape(found[0][-1]))
+            return {"*": "\0", "?": "."}.get(found[0], re.escape(found[0][-1]))
         return found[1] + re.sub(r"\\(.)|[^-]", lambda one: re.escape(
             one[1] or one[0]), found[2], flags=re.S) + "]"
-    return compiled(pattern, rf"(?:{MATCH_PART}|\*)*\Z", re.sub(
-        r"(\[\^?)((?:\\.|[^]\\])+)\]|\\?.", meaning, pattern, flags=re.S), re.S)
+    return compiled(pattern, rf"(?:{MATCH_PART}|\*)*\Z", unhurried(re.sub(
+        r"(\[\^?)((?:\\.|[^]\\])+)\]|\\?.", meaning, pattern, flags=re.S
+        ).split("\0")), re.S)
 
 
 def rule_pattern(pattern):
@@ -16385,14 +16392,19 @@ def rule_pattern(pattern):
         if text.startswith("**"):
             return ".*" if found.end() == len(pattern) or plain and text == "**" else (
                 "(.*/)?")
-        return {"*": "[^/]*", "?": "[^/]", "\\z": "\\Z"}.get(text) or (
+        return {"*": "\0", "?": "[^/]", "\\z": "\\Z"}.get(text) or (
             re.escape(text) if plain or text in ".+()|{}$&~" else text)
     # Go knows no more escapes than these; [[:digit:]] it knows, and Python does not.
     odd = re.search(r"\\(?![aAbBdDfnrsStvwWxz0])([^\W_]|[^\0-\x7f])|\[[^]]*\[:.*:\]",
                     re.sub(r"\\\\", "", pattern))
     if odd:
         raise Fail(f"syntax error in pattern {pattern!r}", f"{odd[0]} means nothing", 1)
-    text = re.sub(r"\*\*/?|\\?.", meaning, pattern, flags=re.S)
+    # As in unhurried(), but where a part may end at a /, the one before may need more.
+    first, *parts = re.sub(r"\*\*/?|\\?.", meaning, pattern, flags=re.S).split("\0")
+    text = first + "".join(
+        f"[^/]*{part}" if n == len(parts) - 1 or re.search(
+            r"/|\.\*|\[|\\[A-Za-z]", part.replace("[^/]", ""))
+        else f"(?=(?P<n{n}>[^/]*?{part}))(?P=n{n})" for n, part in enumerate(parts))
     text = re.sub(r"(\\.)|\[(?=\[)",  # to Python [[ is to be something of its own
                   lambda found: found[1] or "[\\", text, flags=re.S)
     # Docker has filepath.Match look at it only up to a * that follows on something.
@@ -16810,10 +16822,11 @@ def make_way(c, path, owner=(0, 0), links=0):
 def owner_inside(c, text):
     """(user id, group id) of --chown, by the image's own files; a user without a group
     has the one of passwd, a number without one has itself."""
-    name, colon, group = text.partition(":")
+    name, _, group = text.partition(":")
+    name = name or "0"
     row = look_up(image_table(c, "/etc/passwd"), name, "user", 4)
     user = int(row[2]) if row else int(name)
-    if not colon:
+    if not group:
         return user, int(row[3]) if row and not name.isdecimal() else user
     row = look_up(image_table(c, "/etc/group"), group, "group", 3)
     return user, int(row[2]) if row else int(group)
@@ -17539,8 +17552,8 @@ class Worker:
         self.opened = []  # Trees
 
     def known(self):
-        """All variables; ENV is stronger than ARG."""
-        return {**self.state.args, **self.state.env()}
+        """All variables; of an ENV and an ARG the later one counts, as in BuildKit."""
+        return {**self.state.env(), **self.state.args}
 
     def word(self, step, at, text):
         """What a word means."""
@@ -17691,6 +17704,7 @@ def set_pairs(w, step):
         w.set("Labels", {**(w.state.settings.get("Labels") or {}), **pairs})
     else:
         w.set("Env", [f"{k}={v}" for k, v in {**w.state.env(), **pairs}.items()])
+        w.state.args = {k: v for k, v in w.state.args.items() if k not in pairs}
     w.say_that(step, " ".join(f"{k}={v}" for k, v in pairs.items()))
 
 
@@ -17718,7 +17732,7 @@ def set_word(w, step):
     if step.name == "MAINTAINER":  # a name, like O'Reilly, in which nothing is special
         w.state.config["author"] = word = step.text
     else:
-        word = w.words(step)[0]
+        word = w.word(step, *step.value[0])  # of USER it may be empty, which is root
         if step.name == "STOPSIGNAL" and not signal_number(word):
             raise step.fail(f"invalid signal: {word}", "0 is none", step.at)
         w.set({"USER": "User", "STOPSIGNAL": "StopSignal"}[step.name], word)
@@ -17728,9 +17742,10 @@ def set_word(w, step):
 @instruction("EXPOSE", as_words)
 def expose(w, step):
     """Say at which ports it listens."""
-    ports = exposed(" ".join(w.words(step)).split())
+    words = " ".join(w.word(step, at, text) for at, text in step.value).split()
+    ports = exposed([word.rpartition(":")[2] for word in words])  # as -p has them
     w.set("ExposedPorts", {**(w.state.settings.get("ExposedPorts") or {}), **ports})
-    w.say_that(step, " ".join(w.words(step)))
+    w.say_that(step, " ".join(words))
 
 
 @instruction("VOLUME", as_words)
@@ -17841,12 +17856,11 @@ def run_step(w, step):
     args, script = w.shell(step.value), ""
     if step.documents and isinstance(step.value, str):
         args, script = run_documents(w, step)
-    env = w.state.env()
-    used = {name: value for name, value in w.state.args.items() if name not in env}
+    env, used = w.state.env(), w.state.args
     seen = [f"|{len(used)}", *(f"{name}={value}" for name, value in used.items())]
     options.like = {"cwd": w.state.settings.get("WorkingDir") or "/", "env": [
         f"{name}={value}" for name, value in {
-            "PATH": DEFAULT_PATH, **w.build.proxies(), **used, **env}.items()],
+            "PATH": DEFAULT_PATH, **w.build.proxies(), **env, **used}.items()],
         "user": {"username": w.state.settings.get("User") or ""}}
     return w.change(["RUN", *seen * bool(used), *args], {
         **mounts.digests(), "the network": options.network, "the here-document": script,
@@ -17900,7 +17914,7 @@ def items_of(w, step, sources):
             data = expand(step, at, data, w.known(), True) if expands else data
             items.append(Item(name, lambda data=data: [text_entry(data, now)]))
             continue
-        if step.name == "ADD" and "://" in text or text.startswith("git@"):
+        if step.name == "ADD" and ("://" in text or text.startswith("git@")):
             items.append(remote_item(w, step, at, text))
             continue
         tree = tree or w.tree(step, w.flag(step, "from"))
@@ -18181,7 +18195,11 @@ class Build:
                   if key not in ("config", "history", "rootfs", "created")}
         history = image.config.get("history") or [
             {"created": image.config.get("created") or ""} for _ in image.layers]
-        return State(config=config, settings=dict(image.settings), history=history,
+        env = image.settings.get("Env") or []
+        if not any(line.startswith("PATH=") for line in env):
+            env = [*env, f"PATH={DEFAULT_PATH}"]  # for what $PATH is added to
+        return State(config=config, settings={**image.settings, "Env": env},
+                     history=history,
                      key=digest_of(image.id), layers=[list(layer) for layer in zip(
                          image.layers, image.diff_ids, image.sizes, strict=True)])
 

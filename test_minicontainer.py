@@ -9482,6 +9482,8 @@ SAME = {
     "ARG has a default": "ARG X=1\nARG Y\nENV A=$X B=-$Y-",
     "ENV is stronger than ARG": "ARG X=arg\nENV X=env\nRUN echo $X > /x",
     "RUN sees ARG": "ARG X=arg\nRUN echo $X > /x",
+    "an owner or a group alone": "COPY --chown=web: f.txt /a\nCOPY --chown=:www f.txt /b",
+    "a USER of nothing is root": "USER web\nUSER $NOBODY\nRUN id -u > /tmp/u",
     "variables in COPY": "ARG F=f\nENV D=/dir\nCOPY $F.txt ${D}/",
     "variables in WORKDIR, USER, EXPOSE, VOLUME, LABEL": "ENV A=1\nWORKDIR /w$A\nUSER u$A\n"
         "EXPOSE 8$A\nVOLUME /v$A\nLABEL l$A=v$A",
@@ -9684,6 +9686,10 @@ def test_what_is_built_is_what_buildah_builds(case, base, buildah, tmp_path):
 OURS = {
     "setuid survives (buildah removes it, BuildKit does not)":
         ("COPY --chmod=4755 f.txt /g", {"g": ("0o104755", 0, 0, "f\n")}),
+    "of ENV and ARG the later one counts (to buildah it is always ENV)":
+        ("ENV A=1 B=1\nARG A=2 B=2 C\nENV B=3\nRUN echo $BASE $A $B > /r\nENV D=$A\n"
+         "ARG BASE=x\nCOPY <<EOF /c\n$BASE $A $B $D\nEOF", {
+             "r": ("0o100644", 0, 0, "base 2 3\n"), "c": ("0o100644", 0, 0, "x 2 3 2\n")}),
     "ARG is known to a stage that begins with this one (buildah forgets it)":
         ("FROM base AS one\nARG V=1\nFROM one\nRUN echo $V > /v", {
             "v": ("0o100644", 0, 0, "1\n")}),
@@ -9790,6 +9796,22 @@ def test_what_is_built_is_as_docker_has_it(case, base, tmp_path):
               for name, (mode, *rest, what) in added.items()
               for rest in [[mode, *rest]]}
     assert {k: v for k, v in found.items() if before.get(k) != v} == wanted
+
+
+@root
+def test_an_image_that_is_built_has_a_path_also_where_its_base_has_none(base, workplace):
+    forked_mini("import", workplace / "base.tar", "bare")
+    path = f"PATH={m.DEFAULT_PATH}"
+    for text, env in (("LABEL a=b", [path]), ("ENV A=1", [path, "A=1"]),
+                      ("ENV PATH=/opt:$PATH\nRUN test $PATH = /opt:" + m.DEFAULT_PATH,
+                       [f"PATH=/opt:{m.DEFAULT_PATH}"])):
+        assert m.find_image(build(base, f"FROM bare\n{text}")).settings["Env"] == env
+
+
+@root
+def test_expose_takes_what_p_takes_and_keeps_the_ports_inside(base):
+    said = m.find_image(build(base, "EXPOSE 127.0.0.1:80:81 8080:82/udp 83-84 $NONE")).settings
+    assert set(said["ExposedPorts"]) == {"81/tcp", "82/udp", "83/tcp", "84/tcp"}
 
 
 @root
@@ -10326,7 +10348,8 @@ def test_a_step_that_fails_is_shown_with_its_line_and_leaves_only_the_cache_befo
     ("FROM ${X", "Dockerfile:1:8: syntax error: missing '}'"),
     ("FROM x AS 1", "Dockerfile:1:6: invalid name for build stage: '1'"),
     ("FROM x AS scratch", "Dockerfile:1:6: invalid name for build stage: 'scratch'"),
-    ("FROM x\nRUN []", "Dockerfile:2:5: RUN requires at least 1 argument"),
+    *((f"FROM x\n{word} []", f"Dockerfile:2:{len(word) + 2}: {word} requires at least 1 argument")
+      for word in ("RUN", "SHELL", "VOLUME")),
     ("FROM x\nCOPY --from=$A a b", "Dockerfile:2:6: variable expansion is not supported for --from"),
     ("FROM x\nRUN --mount=target=$A --mount=from=$A,target=/ x",
      "Dockerfile:2:23: variable expansion is not supported for --from"),
@@ -10395,6 +10418,29 @@ def test_a_pattern_of_many_stars_is_soon_found_to_match_nothing(text):
     known = {"a": "a" * 5000}
     for pattern in (f"b{'*a' * 30}", f"{'a*' * 30}b", f"{'*a' * 30}*b"):
         assert m.Expansion(text % pattern, known, "\\").word() == known["a"]
+
+
+def test_nor_does_a_name_or_a_rule_of_many_stars_take_for_ever():
+    for pattern in (f"{'*a' * 30}*b", f"{'a*' * 30}b", f"{'*?a' * 20}*b"):
+        (rule, _), = m.rules_of(pattern)
+        for form in (rule, m.name_pattern(pattern)):
+            assert not form.fullmatch("a" * 250) and form.fullmatch("a" * 250 + "b")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_pattern_of_few_stars_matches_what_a_simple_reading_of_it_does(seed):
+    pick = random.Random(seed).choice
+    for _ in range(2000):
+        pattern = "".join(pick("ab*?/*") for _ in range(pick(range(1, 9))))
+        if "**" in pattern or re.search("^/|//|/$", pattern):
+            continue
+        simple = re.compile("".join({"*": "[^/]*", "?": "[^/]"}.get(c, c) for c in pattern))
+        (rule, _), = m.rules_of(pattern)
+        for _ in range(20):
+            path = "".join(pick("aab/") for _ in range(pick(range(1, 12))))
+            assert bool(rule.fullmatch(path)) == bool(simple.fullmatch(path)), (pattern, path)
+            if "/" not in pattern + path:
+                assert bool(m.name_pattern(pattern).fullmatch(path)) == bool(simple.fullmatch(path))
 
 
 @pytest.mark.parametrize("text, words", [
