@@ -7414,8 +7414,8 @@ ARCHITECTURE_ALIASES = {  # other names of some: (architecture, variant)
     "x86_64": ("amd64", ""), "x86-64": ("amd64", ""), "i386": ("386", ""),
     "aarch64": ("arm64", ""), "armhf": ("arm", "v7"), "armel": ("arm", "v6")}
 SYSTEMS = "linux", "windows", "darwin", "freebsd"
-ARCHITECTURES = ("386 amd64 arm arm64 loong64 mips mips64 mips64le mipsle ppc64 "
-                 "ppc64le riscv64 s390x wasm").split()
+PROCESSORS = ("386 amd64 arm arm64 loong64 mips mips64 mips64le mipsle ppc64 "
+              "ppc64le riscv64 s390x wasm").split()
 PLATFORM_LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_-")
 VARIANTS = {"amd64": 1, "arm64": 8, "arm": 5}  # the first of those with numbers
 
@@ -7439,7 +7439,7 @@ def platform_of(text=None):
             part and PLATFORM_LETTERS.issuperset(part) for part in parts):
         raise Fail(f"invalid platform: {text!r}", "linux/arm64 or linux/arm/v7")
     if len(parts) == 1:
-        if parts[0] not in (*SYSTEMS, *ARCHITECTURES, *ARCHITECTURE_ALIASES):
+        if parts[0] not in (*SYSTEMS, *PROCESSORS, *ARCHITECTURE_ALIASES):
             raise Fail(f'"{text}": unknown operating system or architecture',
                        "linux/arm64 or linux/arm/v7")
         parts = [*parts, ours[1]] if parts[0] in SYSTEMS else ["linux", *parts]
@@ -12764,11 +12764,12 @@ class Record:
         return from_json(read_file(self.path("config.json")))
 
     def image_id(self):
-        """The id of the image that it was made of, which may be gone; "" if of none."""
+        """The id of the image that it was made of, which may be gone; "" if of none, or
+        if nobody can read that any more."""
         try:
             return self.spec()["annotations"].get(OF_IMAGE, "")
-        except (FileNotFoundError, ValueError):
-            return ""  # it was not quite made, or is damaged
+        except (OSError, ValueError):
+            return ""
 
     def layers(self, spec):
         """Directories of the host, bottom first; none if its rootfs is a copy."""
