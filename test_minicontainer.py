@@ -5164,12 +5164,12 @@ def test_ps_calls_an_image_as_docker_does(image, rootfs_tar):
         id = forked_mini("create", text).strip()
         assert forked_mini("ps", "-a", "--format", "{{.Image}}") == f"{word}\n"
         assert forked_mini("ps", "-a", "--no-trunc", "--format", "{{.Image}}") == f"{text}\n"
-        forked_mini("rm", id)
+        forked_mini("rm", "-v", id)
     id = forked_mini("create", image[7:12]).strip()
     assert forked_mini("ps", "-aq", "--format", "{{.Image}}") == f"{image[7:12]}\n"
     forked_mini("rmi", "-f", image)
     assert forked_mini("ps", "-a", "--format", "{{.Image}}") == f"{image[7:19]}\n"
-    forked_mini("rm", id)
+    forked_mini("rm", "-v", id)
 
 
 @root
@@ -5190,7 +5190,7 @@ def test_an_image_removed_by_force_leaves_its_layers_to_the_containers_that_have
     assert forked_mini("ps", "-a", "--format", "{{.Image}}") == f"{image[7:19]}\n"
     forked_mini("rmi", "thing:1")
     assert os.path.isdir(m.layer_path(layer))
-    forked_mini("rm", "user")
+    forked_mini("rm", "-v", "user")
     assert os.listdir(f"{STORE}/images/blobs/sha256") == os.listdir(f"{STORE}/layers") == []
 
 
@@ -5203,7 +5203,7 @@ def test_a_container_is_removed_whatever_is_damaged_around_it(image, rootfs_tar,
     for words in (["rmi", "thing:1"], ["image", "prune", "-f"]):
         said = forked_mini(*words, code=1)
         assert "its config.json is damaged" in said and "`rm -f " in said
-    forked_mini("rm", "-f", "one")
+    forked_mini("rm", "-fv", "one")
     forked_mini("rmi", "-f", "thing:1")
     other = forked_mini("import", "-m", "another", rootfs_tar, "other:1").strip()
     os.unlink(m.blob_path(other))
