@@ -16056,10 +16056,13 @@ def as_pairs(step):
             for name, equals, value in [word.partition("=")]]
 
 
+NO_TRIGGER = "ONBUILD", "FROM", "MAINTAINER"
+
+
 def as_trigger(step):
     """Form: an instruction, for those who build on the image."""
     name = step.text.split()[0].upper()
-    if name in ("ONBUILD", "FROM", "MAINTAINER"):
+    if name in NO_TRIGGER:
         raise step.fail(f"{name} isn't allowed as an ONBUILD trigger", "", step.at)
     if name not in INSTRUCTIONS:
         raise step.fail(f"unknown instruction: {name}", "", step.at)
@@ -17085,18 +17088,19 @@ class View:
     The cursor waits below; so whatever ends us, it is where a shell wants it."""
 
     def __init__(self):
-        self.rows, self.height = {}, 0  # who: [title, since when, what it wrote]
+        self.height = 0
+        self.rows = {}  # who: [[title, since when, what it wrote], …]
 
     def hear(self, who, news, text):
         """Take what a stage tells: that a step begins, writes, ends, or has failed."""
         above = []
         if news == "begin":
-            self.rows[who] = [text, time.monotonic(), ""]
+            self.rows.setdefault(who, []).append([text, time.monotonic(), ""])
         elif news == "write":  # draw() will show it, soon enough
-            self.rows[who][2] = (self.rows[who][2] + text)[-(1 << 12):]
+            self.rows[who][-1][2] = (self.rows[who][-1][2] + text)[-(1 << 12):]
             return
         elif news == "end":
-            (title, began, _), self.rows[who] = self.rows[who], None
+            title, began, _ = self.rows[who].pop()
             note, *why = text.split("\n")
             above = [(f" => {title}", note or f"{time.monotonic() - began:.1f}s"),
                      *((f"    {line}", "") for line in why)]
@@ -17108,7 +17112,7 @@ class View:
         """Show how it is now, below the lines that are to stay."""
         high, wide = struct.unpack("4H", window_size() or b"\0" * 8)[:2]
         high, wide, lines = high or 24, wide or 80, []
-        for title, began, tail in filter(None, self.rows.values()):
+        for title, began, tail in sum(self.rows.values(), []):
             lines.append((f" => {title}", f"{time.monotonic() - began:.1f}s"))
             lines += [(f"    | {line}", "") for line in tail.splitlines()[-LAST_LINES:]]
         above, shown = ("".join(self.fitting(*line, wide - 1) for line in part)
@@ -17164,9 +17168,12 @@ class Report:
                 self.line(line.decode("utf-8", "surrogateescape"))
         elif self.style == "plain":
             write_all(2, data)
+            self.rest = data.rpartition(b"\n")[2]
 
     def end(self, note):
         """A step has ended, and how."""
+        if self.rest:  # its last line had no end
+            self.write(b"\n")
         if self.style == "plain" and note:
             self.line(f" ---> {note}")
         if self.style == "tty":
@@ -17174,6 +17181,8 @@ class Report:
 
     def failed(self):
         """Show what has not been shown so far."""
+        if self.rest:
+            self.write(b"\n")
         if self.style == "quiet":
             write_all(2, self.tail)
         if self.style == "tty":
@@ -17189,21 +17198,6 @@ class Listener(Client):
     def __init__(self, report):
         super().__init__(False, False, owner=True)
         self.report, self.stopped = report, 0
-        self.timer = syscall("timerfd_create", 1, O_CLOEXEC, why="CLOCK_MONOTONIC")
-        if report.style == "tty" and not report.prefix:  # else our parent has a clock
-            syscall("timerfd_settime", self.timer, 0, struct.pack(
-                "4q", 0, 10 ** 8, 0, 10 ** 8), None, why="the time that it takes")
-
-    def wanted(self):
-        """What it waits for, and a clock."""
-        return {**super().wanted(), self.timer: select.POLLIN}
-
-    def act(self, ready):
-        """Do what can be done."""
-        if self.timer in ready:
-            os.read(self.timer, 8)
-            self.report.view.draw()
-        super().act(ready)
 
     def hear(self, letter, data):
         """Take what the shim sends."""
@@ -17215,7 +17209,8 @@ class Listener(Client):
     def take_signal(self, about):
         """Kill the process if a person wants to stop; other signals are not for it."""
         number = struct.unpack_from("I", about)[0]
-        if number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) and self.peer:
+        if number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) and self.peer and (
+                signal.getsignal(number) != signal.SIG_IGN):  # nohup, a shell's `&`
             self.stopped = number
             self.peer.send(b"s", bytes([signal.SIGKILL]))
 
@@ -17251,7 +17246,7 @@ SAME_WORDS = {"dst": "target", "destination": "target", "src": "source",
 YES, NO = "1 t T TRUE true True".split(), "0 f F FALSE false False".split()  # as in Go
 
 
-def mount_words(step, text):
+def mount_words(step, text, at):
     """{key: value} of a --mount of RUN, checked."""
     words = {}
     for part in text.split(","):
@@ -17260,31 +17255,31 @@ def mount_words(step, text):
     kind = words.setdefault("type", "bind")
     if kind not in RUN_MOUNT_WORDS:
         raise step.fail(f"unsupported mount type {kind!r}",
-                        f"known are {', '.join(RUN_MOUNT_WORDS)}", "--mount")
+                        f"known are {', '.join(RUN_MOUNT_WORDS)}", at)
     known = RUN_MOUNT_WORDS[kind].split()
-    for key in sorted({*words} - {"type", "ro", *known}):
+    for key in sorted({*words} - {"type", "ro", "rw", *known}):
         raise step.fail(f"unexpected key {key!r} for mount type {kind!r}",
-                        f"it has {', '.join(known)}", "--mount")
+                        f"it has {', '.join(known)}", at)
     if kind == "cache" and "source" in words and "from" not in words:
-        raise step.fail("source= of a cache mount needs from=", "from=STAGE", "--mount")
+        raise step.fail("source= of a cache mount needs from=", "from=STAGE", at)
     for key in sorted({"mode", "uid", "gid"} & {*words}):
         digits = {*"01234567"} if key == "mode" else {*"0123456789"}
         if {*words[key]} - digits or not words[key]:
             raise step.fail(f"invalid {key} of a mount: {words[key]!r}", "a number",
-                            "--mount")
+                            at)
     for key in sorted({"rw", "ro", "required"} & {*words}):
         if words[key] not in (*YES, *NO):
             raise step.fail(f"invalid value for {key}: {words[key]}", "true or false",
-                            "--mount")
+                            at)
         words[key] = words[key] in YES
     if words.get("sharing", "shared") not in ("shared", "private", "locked"):
         raise step.fail(f"unsupported sharing value {words['sharing']!r}",
-                        "shared, private or locked", "--mount")
+                        "shared, private or locked", at)
     named = kind == "secret" and (words.get("id") or words.get("env"))
     if not words.get("target") and not named:
         raise step.fail(f"invalid mount: {text!r} has no target", "target=/DIR",
-                        "--mount")
-    return words
+                        at)
+    return {**words, "at": at}  # the flag, as it stands there
 
 
 def options_of_run(given):
@@ -17392,7 +17387,7 @@ def run_in(options, args, report, when):
             news = listener.attend(shim)
         finally:
             ends = {peer.fd for peer in (listener.peer, *shim.peers) if peer}
-            for fd in {listener.signals, listener.timer, shim.door, *ends} - {-1}:
+            for fd in {listener.signals, shim.door, *ends} - {-1}:
                 os.close(fd)
         if listener.stopped:
             raise SystemExit(128 + listener.stopped)
@@ -17422,7 +17417,8 @@ class Mounts:
 
     def __init__(self, worker, step):
         self.worker, self.step = worker, step
-        self.wanted = [mount_words(step, worker.word(step, step.at, value))
+        self.wanted = [mount_words(step, worker.word(step, step.at, value),
+                                   f"--mount={value}")
                        for name, value in step.flags if name == "mount"]
         self.items = [self.item(words) if words["type"] == "bind" or "from" in words
                       else None for words in self.wanted]
@@ -17439,10 +17435,10 @@ class Mounts:
         """What a bind shows, or a new cache begins with."""
         tree = self.worker.tree(self.step, words.get("from"))
         source = words.get("source", ".")
-        (path, is_tree), = tree.find(self.step, "--mount", source, wild=False)
+        (path, is_tree), = tree.find(self.step, words["at"], source, wild=False)
         if words["type"] == "cache" and not is_tree:
             raise self.step.fail(f"{source}: Not a directory", "a cache is one",
-                                 "--mount")
+                                 words["at"])
         return tree_item(tree, path, is_tree)
 
     def digests(self):
@@ -17495,7 +17491,8 @@ class Mounts:
     def cache(self, options, words, place, number):
         """A directory that stays; `locked` and `private` wait for who has it."""
         item, name = self.items[number], words.get("id") or self.target(words)
-        name = digest_of([name, item.digest()] if item else name)
+        name = digest_of([name, item and item.digest(), *(
+            words.get(key, "") for key in ("mode", "uid", "gid"))])
         path = store("mounts", name)
 
         def make(top):
@@ -17517,7 +17514,7 @@ class Mounts:
         if value is None:
             if words.get("required"):
                 raise self.step.fail(f"secret {id}: not found", f"--secret id={id},"
-                                     "src=FILE", "--mount")
+                                     "src=FILE", words["at"])
             return None
         if "env" in words:
             options.like["env"].append(
@@ -17675,9 +17672,14 @@ class Worker:
 def begin_stage(w, step):
     """Begin with an image, an earlier stage, or nothing; next is what it left to us."""
     w.state = w.build.base_of(w.stage)
-    w.stage.steps[1:1] = [
+    triggers = [
         trigger for text in w.state.settings.pop("OnBuild", None) or []
         for trigger in Dockerfile(f"ONBUILD of {w.stage.base}", text).instructions]
+    for trigger in triggers:
+        if trigger.name in NO_TRIGGER:  # a builder would not have left it
+            raise step.fail(f"{trigger.name} isn't allowed as an ONBUILD trigger", "",
+                            step.at)
+    w.stage.steps[1:1] = triggers
 
 
 @instruction("ARG", as_pairs)
@@ -17875,6 +17877,7 @@ def remote_item(w, step, at, url):
     if not url.startswith(("http://", "https://")) or url.endswith(".git"):
         raise step.fail(f"ADD {url}: only http and https", "git clone, then COPY", at)
     from email.utils import parsedate_to_datetime
+    from urllib.parse import unquote, urlsplit
 
     headers = {}
     path, digest = spool(import_pieces(url, headers))
@@ -17887,8 +17890,8 @@ def remote_item(w, step, at, url):
     if wanted != digest:
         raise step.fail(f"ADD {url}: wrong digest, what has come is {digest}",
                         f"--checksum says {wanted}", at)
-    name = os.path.basename(url.partition("?")[0])
-    if not name and step.value[-1][1].endswith("/"):
+    name = os.path.basename(unquote(urlsplit(url).path).rstrip("/"))
+    if name in ("", ".", "..") and step.value[-1][1].endswith("/"):
         raise step.fail(f"cannot determine filename for source {url!r}",
                         "name the file, not the directory", at)
 
@@ -18009,7 +18012,7 @@ class Stage:
             f"circular dependency detected on stage: {text}" if later is self else
             f"cannot copy from stage {text!r}, it needs to be defined before current "
             f"stage {self.name or str(self.number)!r}", "a stage that stands above, or "
-            "an image", "--")
+            "an image", f"from={text}")
 
     def needs(self, stages):
         """The earlier stages that it is made of."""
@@ -18031,12 +18034,15 @@ def given_pair(option, text, unsaid):
 def secret_of(text):
     """(id, its bytes) of --secret id=…,src=FILE, or env=NAME."""
     words = dict(part.partition("=")[::2] for part in text.split(","))
-    id = words.get("id", "")
+    id, kind, name = (words.get(key, "") for key in ("id", "type", "env"))
     source = words.get("src") or words.get("source")
-    if not id or set(words) - {"id", "src", "source", "env", "type"}:
+    if not id or set(words) - {"id", "src", "source", "env", "type"} or (
+            kind not in ("", "file", "env")):
         raise Fail(f"--secret {text!r}: not possible", "id=NAME,src=FILE", 1)
-    if not source and (name := words.get("env", id)) in os.environ:
-        return id, os.environb[os.fsencode(name)]
+    if kind == "env" and not name:
+        source, name = "", source
+    if name or not source and id in os.environ:  # one that is not set is empty
+        return id, os.environb.get(os.fsencode(name or id), b"")
     try:
         with open(source or id, "rb") as file:
             return id, file.read()
@@ -18077,8 +18083,10 @@ class Build:
         self.secrets = dict(map(secret_of, options.secret))
         self.labels = dict(given_pair("--label", text, lambda _: "")
                            for text in options.label)
-        epoch = self.given_args.get("SOURCE_DATE_EPOCH",
-                                    os.environ.get("SOURCE_DATE_EPOCH"))
+        if os.environ.get("SOURCE_DATE_EPOCH"):  # an ARG of that name has it too
+            self.given_args.setdefault("SOURCE_DATE_EPOCH",
+                                       os.environ["SOURCE_DATE_EPOCH"])
+        epoch = self.given_args.get("SOURCE_DATE_EPOCH")
         last = 253402300799  # of the year 9999: a date has no room for more
         self.epoch = without_container(whole, "SOURCE_DATE_EPOCH", epoch, 0, last
                                        ) * 10 ** 9 if epoch else None
@@ -18186,7 +18194,7 @@ class Build:
         wish = Options()
         wish.pull = "always" if self.options.pull else "missing"
         wish.platform = platform or self.options.platform
-        wish.quiet = self.options.quiet
+        wish.quiet = self.report.style != "plain"  # a View has the terminal for itself
         return image_to_run(wish, text)
 
     def image_state(self, text, platform):
@@ -18234,7 +18242,7 @@ class Build:
             waiting += self.stages[number].needs(self.stages) - wanted
         self.total = sum(len(self.stages[number].steps) for number in wanted)
         while wanted - set(self.done):
-            if len(ready := self.ready(wanted)) == 1:
+            if len(ready := self.ready(wanted)) == 1 and self.report.style != "tty":
                 self.state_of(ready[0])
             else:
                 self.build_all(wanted)
@@ -18248,11 +18256,11 @@ class Build:
     def build_all(self, wanted):
         """Build stages that do not need each other at the same time, and as soon as one
         has ended those that have waited for it; what comes alone is left to be done."""
-        begun = []
+        begun, several = [], len(wanted) > 1
 
         def job(stage, number):
             def work(tell):
-                self.report.prefix = f"[{stage.name or stage.number}] "
+                self.report.prefix = f"[{stage.name or stage.number}] " * several
                 self.report.hear, self.number = tell, number
                 try:
                     return vars(self.state_of(stage))
@@ -18263,7 +18271,7 @@ class Build:
         def jobs():
             ready = self.ready(wanted)
             fresh = [stage for stage in ready if stage not in begun]
-            for stage in fresh if len(ready) > 1 else ():
+            for stage in fresh if len(ready) > 1 or self.report.style == "tty" else ():
                 begun.append(stage)
                 yield job(stage, self.number)
                 self.number += len(stage.steps)
@@ -18320,6 +18328,10 @@ def output_of(text):
 
 def export_files(state, is_local, place, when):
     """Write the files of a State where -o says."""
+    def callers(entry):  # as with Docker, in a directory all is whose the build is
+        entry.uid, entry.gid = os.getuid(), os.getgid()
+        return entry
+
     path = temporary_directory("layers")
     try:
         copy_layers(state.directories(), path, 0)
@@ -18328,7 +18340,7 @@ def export_files(state, is_local, place, when):
             for entry in layer_entries(path, 0):  # before anything is written
                 check_kind(entry, os.path.join(place, entry.name))
             with Layer(place) as target:
-                target.add_all((entry for entry in layer_entries(path, 0)
+                target.add_all((callers(entry) for entry in layer_entries(path, 0)
                                 if entry.name != "."), place)
             return
         with output("" if place == "-" else place) as file:

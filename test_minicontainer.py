@@ -10012,6 +10012,8 @@ def test_stages_that_are_not_needed_are_left_out_and_others_are_built_side_by_si
             "COPY --from=a /a /\nCOPY --from=b /b /\nFROM bad AS other\nRUN true")
     said = told(base, text, "--target", "end")
     assert "[a] in a\n" in said and "[b] in b\n" in said and "false" not in said
+    assert "[b] the reason\n" in told(base, text.replace("echo in b;", "printf 'the reason'; exit 3;"),
+                                      "--target", "end", code=3)
     assert told(base, text, "--target", "end").count("CACHED") == 4
     assert "non-zero code: 1" in told(base, text, code=1)
     assert "target stage 'no' could not be found" in told(base, text, "--target", "no", code=1)
@@ -10078,9 +10080,9 @@ def test_the_files_can_be_had_without_an_image(base, tmp_path):
     assert (tmp_path / "o/d/f").read_text() == "f\n" and index() == before
     assert [path.read_text() for path in mine] == ["mine\n"] * 3
     assert not (tmp_path / "o/srv/old").exists()
-    assert os.stat(tmp_path / "o/x").st_uid == 7
+    assert os.stat(tmp_path / "o/x").st_uid == os.getuid()  # who builds has it, as with Docker
     with tarfile.open(tmp_path / "o.tar") as tar:
-        assert {"d", "d/f", "x"} <= set(tar.getnames())
+        assert {"d", "d/f", "x"} <= set(tar.getnames()) and tar.getmember("x").uid == 7
     # a directory is never given up for a file, nor a symlink followed or given up for a directory
     for name, make in (("x", lambda path: (path / "mine").write_text("")),
                        ("d", lambda path: (shutil.rmtree(path), path.write_text(""))),
@@ -10233,6 +10235,26 @@ def test_a_secret_is_seen_by_one_run_and_is_in_no_layer(base, tmp_path):
                 assert b"hush-hush" not in file.read(), name
     assert "secret key: not found" in told(
         base, text.replace("id=key ", "id=key,required "), code=1)
+
+
+@root
+def test_a_secret_is_what_the_command_line_says_and_no_file_of_its_name(base, tmp_path, monkeypatch):
+    (tmp_path / "key").write_text("of a file")
+    for words, content in (("id=key", "of a file"), ("id=key,env=UNSET", ""), ("id=key,env=W", "of-mouth"),
+                           ("type=env,id=key,src=W", "of-mouth"), ("type=file,id=key", "of a file")):
+        text = f"RUN --mount=type=secret,id=key test \"$(cat /run/secrets/key)\" = '{content}'"
+        with monkeypatch.context() as here:
+            here.chdir(tmp_path)
+            told(base, text, "--no-cache", "--secret", words, env={"W": "of-mouth"})
+    assert "not possible" in build(base, "RUN true", "--secret", "id=key,type=bogus", code=1)
+
+
+@root
+def test_a_cache_of_another_owner_or_mode_is_another_cache(base):
+    text = "USER web\nRUN --mount=type=cache,target=/c%s id -u > /c/id"
+    assert "Permission denied" in told(base, text % "", code=1)
+    told(base, text % ",uid=33,gid=44")
+    told(base, text % ",mode=1777,rw")
 
 
 @root
@@ -10509,6 +10531,8 @@ def test_no_dockerfile_makes_a_traceback(seed):
     ("RUN --security=insecure true", "--security=insecure is not allowed"),
     ("RUN --network=bridge true", "unsupported network mode 'bridge'"),
     ("RUN --mount=type=ssh true", "unsupported mount type 'ssh'"),
+    ("RUN --mount=type=tmpfs,target=/a \\\n  --mount=type=ssh,target=/b true",
+     "Dockerfile:3:3: unsupported mount type 'ssh'"),
     ("RUN --mount=type=cache,targte=/x true", "unexpected key 'targte'"),
     ("RUN --mount=type=cache,target=/x,source=/y true", "source= of a cache mount needs from="),
     ("RUN --mount=type=cache,target=/x,mode=rwx true", "invalid mode of a mount: 'rwx'"),
@@ -10570,6 +10594,21 @@ def test_ctrl_c_in_a_run_leaves_nothing(base):
         assert "interrupted" in process.stderr.read()
         process.stderr.close()
     assert os.listdir(f"{STORE}/steps") == []
+
+
+@root
+def test_who_is_not_to_hear_of_a_hangup_goes_on_with_a_run(base):
+    file = base.parent / "Dockerfile"
+    file.write_text("FROM base\nRUN --mount=type=cache,target=/c echo begun; until test -e /c/go; do sleep .02; done")
+    process = subprocess.Popen(command("build", "-q", "--progress", "plain", "-f", file, base), text=True,
+                               stdout=subprocess.DEVNULL,
+                               preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    (name,) = until(lambda: [name for name in os.listdir(f"{STORE}/mounts")
+                             if our_processes() and not name.startswith(".")])
+    until(lambda: any(m.read_file(f"/proc/{pid}/comm") == "sh\n" for pid in our_processes()))
+    os.kill(process.pid, signal.SIGHUP)
+    open(f"{STORE}/mounts/{name}/go", "w").close()
+    assert process.wait(30) == 0
 
 
 @root
@@ -10693,6 +10732,36 @@ def test_a_terminal_shows_each_running_step_its_time_and_its_last_lines(base):
     assert said.rfind("\x1b[?7h") >= said.rfind("\x1b[?7l")  # lines wrap again
     assert termios.tcgetattr(terminal.fd) == before and terminal.end() == 130
     assert os.listdir(f"{STORE}/steps") == [] and not our_processes()
+
+
+@root
+def test_a_terminal_shows_the_time_of_any_step_and_what_an_image_has_its_heirs_do(base):
+    build(base, "FROM base\nONBUILD COPY --from=builder /x /x", "-t", "parent")
+    os.truncate(base / "f.txt", 1 << 30)
+    (base.parent / "Dockerfile").write_text(
+        "FROM base AS builder\nCOPY f.txt /f\nRUN : > /f; echo 1 > /x\nFROM parent\n")
+    try:
+        terminal = Terminal("build", "-f", base.parent / "Dockerfile", base)
+        for seconds in (0, 1, 2):  # while nothing else happens
+            terminal.expect(rf"COPY f.txt /f [^\r]* 0\.{seconds}s\r\n") if seconds == 0 else (
+                terminal.expect(rf"COPY f.txt /f [^\r]* 0\.[{seconds}-9]s\r\n"))
+        assert terminal.end() == 0
+    finally:
+        (base / "f.txt").write_text("f\n")
+
+
+@root
+def test_a_base_that_would_have_us_begin_anew_for_ever_is_refused(base):
+    with fake_registry(serving(*an_image(small_layer(), config={"OnBuild": ["FROM x"]}))) as (host, _):
+        assert "FROM isn't allowed as an ONBUILD trigger" in told(base, f"FROM {host}/x", code=1)
+        forked_mini("rmi", f"{host}/x")
+
+
+@root
+def test_an_argument_has_the_epoch_of_the_environment_too(base):
+    text = "ARG SOURCE_DATE_EPOCH\nRUN echo it is $SOURCE_DATE_EPOCH"
+    assert "it is 1700000000\n" in told(base, text, env={"SOURCE_DATE_EPOCH": "1700000000"})
+    assert told(base, text, "--build-arg", "SOURCE_DATE_EPOCH=1700000000").count("CACHED") == 1
 
 
 @root
