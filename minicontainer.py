@@ -11446,8 +11446,10 @@ def host_lines(texts, gateway):
     """[name, address] of each --add-host."""
     found = []
     for text in texts:
-        host, colon, address = text.partition(":")
+        host, colon, address = text.partition("=" if "=" in text else ":")
         check_words("--add-host", [host])
+        if address[:1] + address[-1:] == "[]":
+            address = address[1:-1]
         address = gateway if address == "host-gateway" else address
         try:
             packed(address)

@@ -7541,6 +7541,8 @@ def test_the_default_is_no_network_and_a_published_port_means_the_bridge(network
     hosts = sh("cat /etc/hosts", "--network", "one", "--add-host", "up:host-gateway")
     assert "10.213.1.1\tup\n" in hosts
     assert "1.2.3.4\tx\n" in sh("cat /etc/hosts", "--add-host", "x:1.2.3.4")
+    assert m.host_lines(["a=1.2.3.4", "b:[::1]", "c=::1", "d:::1"], "") == [
+        ["a", "1.2.3.4"], ["b", "::1"], ["c", "::1"], ["d", "::1"]]
 
 
 @root
