@@ -2538,6 +2538,8 @@ def build_rootfs(c):
         options += ",volatile"  # not synced to disk at the end: it is removed then
     if rootless.uid:
         options += ",userxattr"  # its notes on directories are a user's attributes
+    else:  # a layer is to be whole: no file, no directory that leads to one below
+        options += ",redirect_dir=off,metacopy=off"
     syscall("mount", "overlay", "rootfs", "overlay", MS_NODEV, options,
             why="layers below, changes on top; device nodes in it are inert")
 
@@ -6605,7 +6607,13 @@ class Layer:
         """
         set_owner(name, (entry.uid, entry.gid), parent)
         if not stat.S_ISLNK(entry.mode):
-            os.chmod(name, entry.mode & 0o7777, dir_fd=parent)
+            # subtle: chmod by name would follow a symlink that a container to which
+            # `cp` copies has put there meanwhile, to a file of the host.
+            fd = os.open(name, O_PATH | os.O_NOFOLLOW | O_CLOEXEC, dir_fd=parent)
+            try:
+                os.chmod(f"/proc/self/fd/{fd}", entry.mode & 0o7777)
+            finally:
+                os.close(fd)
             for key, value in entry.xattrs.items():
                 try:
                     os.setxattr(f"/proc/self/fd/{parent}/{name}", key, value,
@@ -6688,13 +6696,22 @@ def shifted(name, value, base):
     return value
 
 
+def walk(begin, parent):
+    """os.fwalk() of a directory, which calls itself for each level."""
+    try:
+        yield from os.fwalk(begin, dir_fd=parent)
+    except RecursionError:
+        raise Fail("directories are nested too deep to be packed",
+                   "some 900 levels are possible") from None
+
+
 def tree_entries(parent, begin, base, wanted=None):
     """An Entry for all that a directory, a descriptor, has under one name, with owners
     from `base` on; outer first, and by name.  What is there itself is named ".".  What
     is not `wanted`, a function of its name, is passed over with all that is in it."""
     first = {}  # inode: the name that is not a hard link to another
     is_tree = stat.S_ISDIR(os.stat(begin, dir_fd=parent, follow_symlinks=False).st_mode)
-    for top, directories, files, fd in os.fwalk(begin, dir_fd=parent) if is_tree else [
+    for top, directories, files, fd in walk(begin, parent) if is_tree else [
             (begin, [], [begin], parent)]:
         for names in (directories, files):
             names[:] = sorted(name for name in names if not wanted or wanted(
@@ -6716,9 +6733,14 @@ def tree_entries(parent, begin, base, wanted=None):
                 entry.hard = first.setdefault(status.st_ino, entry.name)
             if entry.hard == entry.name:
                 entry.hard = ""
-            for key in () if kind == stat.S_IFLNK else sorted(os.listxattr(path)):
-                entry.xattrs[key] = shifted(key, os.getxattr(path, key), base)
-            with open(path if entry.size else os.devnull, "rb") as entry.stream:
+            for key in () if kind == stat.S_IFLNK else sorted(
+                    os.listxattr(path, follow_symlinks=False)):
+                entry.xattrs[key] = shifted(key, os.getxattr(
+                    path, key, follow_symlinks=False), base)
+            # What a container that runs has made of it meanwhile is not followed.
+            with open(name if entry.size else os.devnull, "rb", opener=lambda path, how,
+                      fd=fd: os.open(path, how | os.O_NOFOLLOW | os.O_NONBLOCK,
+                                     dir_fd=fd)) as entry.stream:
                 yield entry
 
 
@@ -6733,8 +6755,8 @@ def layer_entries(layer, base):
 def uncovered(copy, entries):
     """The entries of a layer for a copy of those below it, from which what this one
     says is gone has been taken away."""
-    for entry in entries:
-        if entry.xattrs.pop(OPAQUE, entry.is_gone()):
+    for entry in entries:  # overlay has no opaque top
+        if entry.xattrs.pop(OPAQUE, entry.is_gone()) and entry.name != ".":
             copy.clear(*copy.parent(entry.name))
         if not entry.is_gone():
             yield entry
@@ -7789,7 +7811,7 @@ def write_archive(chosen, file):
                                 "manifests": entries})
         add_json("manifest.json", [{
             "Config": f"blobs/sha256/{hex_of(image.id)}",
-            "RepoTags": [short_name(name) for name in names] or None,
+            "RepoTags": [short_name(name) for name in names if "@" not in name] or None,
             "Layers": [f"blobs/sha256/{hex_of(d['digest'])}" for d in image.layers],
         } for image, names in chosen])
 
@@ -8406,11 +8428,12 @@ class Progress:
         if self.live:
             now, (begun, first) = time.monotonic(), self.began.setdefault(
                 (id, status), (time.monotonic(), at))
-            bar = f"[{'=' * (50 * at // of) + '>':51.51}] " if of else ""
+            wide = os.get_terminal_size(self.file.fileno()).columns or 200
+            bar = f"[{'=' * (50 * at // of) + '>':51.51}] " * (wide > 110) if of else ""
             rate = (at - first) / max(now - begun, 0.1)
             count = f"{decimal(at)}/{decimal(of)}  {decimal(rate)}/s" if of else ""
             up = f"\033[{len(self.rows)}A" if self.rows else ""
-            self.rows[id] = f"{id}: {status} {bar}{count}"
+            self.rows[id] = f"{id}: {status} {bar}{count}"[:wide - 1]
             lines = "".join(f"\033[2K{row}\n" for row in self.rows.values())
             print(up + lines, end="", file=self.file, flush=True)
         elif not of:
@@ -9209,7 +9232,8 @@ def credentials(host):
     if helper:
         said = parsed(ask_helper(helper, "get", key) or "{}",
                       f"docker-credential-{helper}", {"Username": str, "Secret": str})
-        return [said["Username"], said["Secret"]] if said.get("Secret") else None
+        return [said.get("Username") or "", said["Secret"]] if said.get("Secret") else (
+            None)
     auths = config.get("auths") or {}
     kept = auths.get(key) or next(  # older ones have a whole URL
         (kept for name, kept in auths.items() if login_host(name) == host), None)
@@ -9403,9 +9427,28 @@ def http_opener(host):
                         new.add_unredirected_header(name, value)
             return new
 
+    class Listening:
+        """It hears an answer that comes before all is sent: why that is not wanted."""
+
+        def do_open(self, connection, req, **how):
+            class Heard(connection):
+                def request(self, *args, **how):
+                    try:
+                        super().request(*args, **how)
+                    except (BrokenPipeError, ConnectionResetError):
+                        if not self.sock:
+                            raise
+            return super().do_open(Heard, req, **how)
+
+    class Http(Listening, request.HTTPHandler):
+        pass
+
+    class Https(Listening, request.HTTPSHandler):
+        pass
+
     opener = request.OpenerDirector()
-    for handler in (Proxies, Redirects, request.HTTPHandler, request.UnknownHandler,
-                    request.HTTPSHandler(context=tls_context(host)),
+    for handler in (Proxies, Redirects, Http, request.UnknownHandler,
+                    Https(context=tls_context(host)),
                     request.HTTPDefaultErrorHandler, request.HTTPErrorProcessor):
         opener.add_handler(handler() if isinstance(handler, type) else handler)
     return opener
@@ -9514,18 +9557,25 @@ class Registry:
         url = urllib.parse.urljoin(home, path)  # an upload may go on elsewhere
         if self.scheme == "https" and not url.startswith("https://"):
             raise Fail(f"{self.host} sends us on to http, which is not safe", "", 1)
+
+        def is_at_home(url):  # a port that goes without saying may be said
+            to, us = urllib.parse.urlsplit(url), urllib.parse.urlsplit(home)
+            usual = {"http": 80, "https": 443}[us.scheme]
+            return (to.scheme, to.hostname, to.port or usual) == (
+                us.scheme, us.hostname, us.port or usual)
+
         for known in (False, True):
             asked = urllib.request.Request(url, body(), {
                 name.replace("_", "-"): value for name, value in headers.items()
             }, method=method)
-            if self.authorization and url.startswith(home):
+            if self.authorization and is_at_home(url):
                 asked.add_unredirected_header("Authorization", self.authorization)
             try:
                 return self.open_url(asked)
             except urllib.error.HTTPError as error:
                 challenge = error.headers.get_all("WWW-Authenticate") or [""]
                 # Another host that redirects led to may ask too, and is told nothing.
-                if error.code != 401 or known or not error.filename.startswith(home):
+                if error.code != 401 or known or not is_at_home(error.filename):
                     raise refusal(error, self.host) from None
                 error.close()
             self.authorize(sorted(
@@ -9538,7 +9588,9 @@ class Registry:
         import urllib.error
 
         try:
-            return self.opener.open(asked, timeout=PATIENCE)
+            # What was sent may first be copied and read again, all of it.
+            return self.opener.open(asked, timeout=PATIENCE * (
+                10 if asked.get_method() == "PUT" else 1))
         except urllib.error.HTTPError:
             raise
         except urllib.error.URLError as error:
@@ -9857,7 +9909,8 @@ def login_command(options):
                    "--password-stdin SERVER; an option would show in `ps`", 1)
     name = options.username or input("Username: ")
     registry = Registry(login_host(options.server), "", [
-        name, sys.stdin.readline().rstrip("\r\n") if options.password_stdin
+        name, sys.stdin.read().removesuffix("\n").removesuffix("\r")  # or a whole key
+        if options.password_stdin
         else getpass.getpass("Password: ")])
     try:
         registry.patiently(registry.ask, "GET", "/v2/").close()

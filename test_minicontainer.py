@@ -562,7 +562,8 @@ def test_the_sequence_of_requests_can_be_recorded_without_root():
         os.open, os.close, m.open_inside = original
     mounts = [args for name, args, _ in asked if name == "mount"]
     assert mounts[-1] == ("overlay", "rootfs", "overlay", m.MS_NODEV,
-                          "lowerdir=1:0,upperdir=changes/upper,workdir=changes/work")
+                          "lowerdir=1:0,upperdir=changes/upper,workdir=changes/work"
+                          ",redirect_dir=off,metacopy=off")
     assert [n for n, *_ in asked].count("mount_setattr") == 2
     assert names == [["unshare", "mount"], ["mount", "openat"],
                      ["fchdir", "pivot_root", "umount2", "chdir", "openat"],
@@ -5153,6 +5154,64 @@ def test_an_image_that_a_container_uses_is_not_removed(image):
 
 
 @root
+def test_what_a_container_makes_of_a_file_while_it_is_copied_leads_nowhere(tmp_path, monkeypatch):
+    """cp and commit meet files of a container that runs: what it swaps for a symlink."""
+    (victim := tmp_path / "victim").write_text("the host's\n")
+    victim.chmod(0o600)
+
+    def swap(name, *_, parent=None, **__):
+        where = {"dir_fd": parent} if parent is not None else {}
+        if os.path.basename(name) != "f":
+            return []
+        os.unlink(name, **where)
+        os.symlink(victim, name, **where)
+        return []
+
+    (top := tmp_path / "top").mkdir()
+    with monkeypatch.context() as racer:
+        racer.setattr(m, "set_owner", lambda name, owner, parent: swap(name, parent=parent))
+        tar = make_tar(tmp_path / "t.tar", ("f", {"data": b"x", "mode": 0o4777}))
+        with pytest.raises(m.Fail, match="'f': "), open(tar, "rb") as file, m.Layer(str(top)) as layer:
+            layer.add_all(m.TarReader(file, "t"), "t")
+    assert stat.S_IMODE(victim.stat().st_mode) == 0o600
+    (top / "f").unlink()
+    (top / "f").write_text("mine\n")
+    with monkeypatch.context() as racer:
+        racer.setattr(os, "listxattr", swap)
+        with pytest.raises(OSError, match="symbolic links"):
+            list(m.layer_entries(str(top), 0))
+
+
+@root
+def test_a_layer_is_whole_whatever_overlay_does_by_default(images, rootfs_tar, tmp_path):
+    switches = [f"/sys/module/overlay/parameters/{name}" for name in ("metacopy", "redirect_dir")]
+    before = [m.read_file(path) for path in switches]
+    forked_mini("import", rootfs_tar, "thing:1")
+    try:
+        for path in switches:
+            m.write_file(path, "Y")
+        script = "cat /srv/page > /srv/copy; exec /bin/busybox sh -c 'chmod 600 /srv/page; mv /srv /moved'"
+        forked_mini("create", "--name", "maker", "thing:1", "/bin/sh", "-c", script)
+        forked_mini("start", "-a", "maker")
+    finally:
+        for path, text in zip(switches, before, strict=True):
+            m.write_file(path, text)
+    forked_mini("commit", "maker", "made:1")
+    forked_mini("rm", "maker")
+    assert run("made:1", "/bin/cat", "/moved/page", "/moved/copy") == "hello\nhello\n"
+
+
+@root
+def test_directories_without_end_are_told_in_words(image):
+    script = "i=0; while [ $i -lt 1100 ]; do /bin/busybox mkdir d; cd d; i=$((i+1)); done"
+    forked_mini("create", "--name", "deep", "--entrypoint", "/bin/sh", "-u", "0", "-w", "/", "thing:1", "-c", script)
+    forked_mini("start", "-a", "deep")
+    for words in (["commit", "deep"], ["export", "-o", os.devnull, "deep"]):
+        assert "nested too deep" in forked_mini(*words, code=125)
+    forked_mini("rm", "-v", "deep")
+
+
+@root
 def test_ps_calls_an_image_as_docker_does(image, rootfs_tar):
     digest = m.find_image(image).entry["digest"]
     with m.changed_index() as entries:  # as a pull by digest names it
@@ -6636,6 +6695,61 @@ def test_pulls_at_the_same_time_fetch_each_layer_once(images):
         fetched = [path for _, path, _ in asked() if "/blobs/" in path]
     assert len(fetched) == len(set(fetched)) == 3  # the config, too
     assert m.find_image(f"{host}/x:1").tags() == [f"{host}/x:1"]
+
+
+@root
+@pytest.mark.parametrize("columns", [50, 80])
+def test_on_a_narrow_terminal_a_row_stays_a_row(images, columns):
+    manifest, blobs = an_image(small_layer(), small_layer())
+    with fake_registry(serving(manifest, blobs)) as (host, _):
+        terminal = Terminal("pull", f"{host}/x:1")
+        fcntl.ioctl(terminal.fd, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
+        assert terminal.end() == 0
+        rows = re.findall(r"\x1b\[2K([^\r]*)\r\n", terminal.seen)
+        assert rows and max(map(len, rows)) < columns and any("Pull complete" in row for row in rows)
+
+
+@root
+def test_why_a_blob_is_not_wanted_is_heard_before_all_of_it_is_sent(images, tmp_path):
+    make_tar(tmp_path / "t.tar", ("big", random.randbytes(8 << 20)))
+
+    def answer(request, number):
+        if request.command == "PUT":
+            return 413, {}, b""
+        if request.command == "POST":
+            return 202, {"Location": "/v2/x/blobs/uploads/1"}, b""
+        return 404, {}, b""
+
+    with fake_registry(answer) as (host, asked):
+        forked_mini("import", tmp_path / "t.tar", f"{host}/x:1")
+        assert "413 Request Entity Too Large" in forked_mini("push", f"{host}/x:1", code=1)
+        assert [method for method, *_ in asked()].count("PUT") == 1
+
+
+def test_who_we_are_is_told_to_a_host_whose_usual_port_is_said(monkeypatch):
+    asked = []
+    monkeypatch.setattr(m.Registry, "open_url", lambda self, request: asked.append(request))
+    registry = m.Registry("localhost", "x", ["u", "p"])
+    registry.scheme, registry.authorization = "http", "Basic x"
+    for where, told in (("http://localhost:80/up", True), ("http://localhost/up", True), ("/up", True),
+                        ("http://localhost:81/up", False), ("http://localhost.x/up", False),
+                        ("https://localhost:80/up", False), ("http://x@localhost/up", True)):
+        registry.ask("PUT", where)
+        assert ("Authorization" in asked[-1].unredirected_hdrs) == told, where
+
+
+@root
+def test_all_of_standard_input_is_the_password(docker_config, images):
+    def answer(request, number):
+        return (200, {}, b"") if "Authorization" in request.headers else (
+            401, {"WWW-Authenticate": "Basic realm=x"}, b"")
+
+    with fake_registry(answer) as (host, asked), tempfile.TemporaryFile() as file:
+        file.write(b'{\n "key": 1\n}\r\n')
+        file.seek(0)
+        forked_mini("login", "-u", "_json_key", "--password-stdin", host, stdin=file.fileno())
+        (auth,) = {headers.get("Authorization") for *_, headers in asked()} - {None}
+        assert base64.b64decode(auth.split()[1]) == b'_json_key:{\n "key": 1\n}'
 
 
 @root
