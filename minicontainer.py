@@ -9390,6 +9390,22 @@ def proxy_for(url):
     return at.netloc.rpartition("@")[2], user
 
 
+def listening(kind):
+    """urllib's handler of that kind, but that it hears an answer which comes before all
+    has been sent: it says why the rest is not wanted."""
+    class Handler(kind):
+        def do_open(self, connection, req, **how):
+            class Connection(connection):
+                def request(self, *args, **how):
+                    try:
+                        super().request(*args, **how)
+                    except (BrokenPipeError, ConnectionResetError):
+                        if not self.sock:
+                            raise
+            return super().do_open(Connection, req, **how)
+    return Handler
+
+
 def http_opener(host):
     """urllib's opener for a registry: http and https alone, a proxy if the environment
     names one, and nothing that proves who we are along a redirect to another host.
@@ -9427,29 +9443,11 @@ def http_opener(host):
                         new.add_unredirected_header(name, value)
             return new
 
-    class Listening:
-        """It hears an answer that comes before all is sent: why that is not wanted."""
-
-        def do_open(self, connection, req, **how):
-            class Heard(connection):
-                def request(self, *args, **how):
-                    try:
-                        super().request(*args, **how)
-                    except (BrokenPipeError, ConnectionResetError):
-                        if not self.sock:
-                            raise
-            return super().do_open(Heard, req, **how)
-
-    class Http(Listening, request.HTTPHandler):
-        pass
-
-    class Https(Listening, request.HTTPSHandler):
-        pass
-
     opener = request.OpenerDirector()
-    for handler in (Proxies, Redirects, Http, request.UnknownHandler,
-                    Https(context=tls_context(host)),
-                    request.HTTPDefaultErrorHandler, request.HTTPErrorProcessor):
+    for handler in (Proxies, Redirects, listening(request.HTTPHandler),
+                    listening(request.HTTPSHandler)(context=tls_context(host)),
+                    request.UnknownHandler, request.HTTPDefaultErrorHandler,
+                    request.HTTPErrorProcessor):
         opener.add_handler(handler() if isinstance(handler, type) else handler)
     return opener
 
