@@ -6737,10 +6737,11 @@ def tree_entries(parent, begin, base, wanted=None):
                     os.listxattr(path, follow_symlinks=False)):
                 entry.xattrs[key] = shifted(key, os.getxattr(
                     path, key, follow_symlinks=False), base)
-            # What a container that runs has made of it meanwhile is not followed.
-            with open(name if entry.size else os.devnull, "rb", opener=lambda path, how,
-                      fd=fd: os.open(path, how | os.O_NOFOLLOW | os.O_NONBLOCK,
-                                     dir_fd=fd)) as entry.stream:
+            # What a running container has made of it meanwhile is not followed, and not
+            # waited for.
+            source = os.open(name if entry.size else os.devnull, os.O_RDONLY | O_CLOEXEC
+                             | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=fd)
+            with open(source, "rb") as entry.stream:
                 yield entry
 
 
@@ -7294,6 +7295,12 @@ class changed_index(held):
                 self.write()
         finally:
             super().__exit__()
+
+
+def forget_lost():
+    """Have the index name only what is there."""
+    with changed_index():
+        pass
 
 
 def indexed_images():
@@ -9012,8 +9019,7 @@ def remove_idle(named, wanted):
     as well: what is said of each, with no size of its own, and the bytes of them all.
     """
     used, gone = {notes.get(OF_IMAGE) for _, notes in containers()}, {}
-    with changed_index():
-        pass  # so that it has only what is there
+    forget_lost()
     for image in all_images():
         if (named or not image.tags()) and image.id not in used and passes(
                 image, IMAGE_FILTERS, wanted):
@@ -13299,8 +13305,7 @@ def discard(record, volumes=True):
         if owner_of(path) == record.id:
             take_away_file(path)
     if image and not os.path.exists(blob_path(image)):
-        with changed_index():
-            pass  # so that it has only what is there
+        forget_lost()
         sweep()  # it was removed by force before, and its layers were kept for this one
 
 
@@ -16227,16 +16232,22 @@ class Dockerfile:
 # nothing.  A line sees what the lines above it have set, and not itself.
 
 
-def unhurried(parts, shortest=False):
-    """The regular expression of parts between which there is any text.
+# The patterns of variables, of COPY and of a .dockerignore have stars, and who writes
+# them must not make us try every way to match, which might never end.  So what a star
+# stands for is as short as it can be, for good: nothing goes back into (?=(…))\1.  But
+# for the last star, no other way matches more.
 
-    What is before each part but the last is as short as it can be, for good: nothing
-    goes back into (?=(…))\\1.  No other way matches more, and who writes the pattern
-    cannot make us try all of them, which might never end."""
+
+def up_to(number, letter, part):
+    """The regular expression of letters up to the first place of a part."""
+    return f"(?=(?P<n{number}>{letter}*?{part}))(?P=n{number})"
+
+
+def joined_by_stars(parts, shortest=False):
+    """The regular expression of parts between which there is any text."""
     first, *others, last = parts if len(parts) > 1 else [*parts, None]
-    return first + "".join(
-        f"(?=(?P<n{n}>.*?{part}))(?P=n{n})" for n, part in enumerate(others)) + (
-            "" if last is None else f".*{'?' * shortest}{last}")
+    return first + "".join(up_to(n, ".", part) for n, part in enumerate(others)) + (
+        "" if last is None else f".*{'?' * shortest}{last}")
 
 
 class Expansion:
@@ -16352,7 +16363,7 @@ class Expansion:
                 parts.append("")
             else:
                 parts[-1] += "." if letter == "?" else re.escape(letter[-1])
-        return re.compile(unhurried(parts, shortest))
+        return re.compile(joined_by_stars(parts, shortest))
 
     def replaced(self, value):
         """A value with one text in place of another, of the first or of each.  Escapes
@@ -16430,9 +16441,9 @@ def name_pattern(pattern):
             return {"*": "\0", "?": "."}.get(found[0], re.escape(found[0][-1]))
         return found[1] + re.sub(r"\\(.)|[^-]", lambda one: re.escape(
             one[1] or one[0]), found[2], flags=re.S) + "]"
-    return compiled(pattern, rf"(?:{MATCH_PART}|\*)*\Z", unhurried(re.sub(
-        r"(\[\^?)((?:\\.|[^]\\])+)\]|\\?.", meaning, pattern, flags=re.S
-        ).split("\0")), re.S)
+    parts = re.sub(r"(\[\^?)((?:\\.|[^]\\])+)\]|\\?.", meaning, pattern, flags=re.S
+                   ).split("\0")
+    return compiled(pattern, rf"(?:{MATCH_PART}|\*)*\Z", joined_by_stars(parts), re.S)
 
 
 def rule_pattern(pattern):
@@ -16456,12 +16467,12 @@ def rule_pattern(pattern):
                     re.sub(r"\\\\", "", pattern))
     if odd:
         raise Fail(f"syntax error in pattern {pattern!r}", f"{odd[0]} means nothing", 1)
-    # As in unhurried(), but where a part may end at a /, the one before may need more.
+    # A * ends at a /; where one is in the next part, it may have to stand for more.
     first, *parts = re.sub(r"\*\*/?|\\?.", meaning, pattern, flags=re.S).split("\0")
     text = first + "".join(
         f"[^/]*{part}" if n == len(parts) - 1 or re.search(
             r"/|\.\*|\[|\\[A-Za-z]", part.replace("[^/]", ""))
-        else f"(?=(?P<n{n}>[^/]*?{part}))(?P=n{n})" for n, part in enumerate(parts))
+        else up_to(n, "[^/]", part) for n, part in enumerate(parts))
     text = re.sub(r"(\\.)|\[(?=\[)",  # to Python [[ is to be something of its own
                   lambda found: found[1] or "[\\", text, flags=re.S)
     # Docker has filepath.Match look at it only up to a * that follows on something.
@@ -17142,7 +17153,7 @@ class View:
 
     def __init__(self):
         self.height = 0
-        self.rows = {}  # who: [[title, since when, what it wrote], …]
+        self.rows = {}  # who: [title, since when, what it wrote] of each step begun
 
     def hear(self, who, news, text):
         """Take what a stage tells: that a step begins, writes, ends, or has failed."""
@@ -17318,8 +17329,7 @@ def mount_words(step, text, at):
     for key in sorted({"mode", "uid", "gid"} & {*words}):
         digits = {*"01234567"} if key == "mode" else {*"0123456789"}
         if {*words[key]} - digits or not words[key]:
-            raise step.fail(f"invalid {key} of a mount: {words[key]!r}", "a number",
-                            at)
+            raise step.fail(f"invalid {key} of a mount: {words[key]!r}", "a number", at)
     for key in sorted({"rw", "ro", "required"} & {*words}):
         if words[key] not in (*YES, *NO):
             raise step.fail(f"invalid value for {key}: {words[key]}", "true or false",
@@ -17330,8 +17340,7 @@ def mount_words(step, text, at):
                         "shared, private or locked", at)
     named = kind == "secret" and (words.get("id") or words.get("env"))
     if not words.get("target") and not named:
-        raise step.fail(f"invalid mount: {text!r} has no target", "target=/DIR",
-                        at)
+        raise step.fail(f"invalid mount: {text!r} has no target", "target=/DIR", at)
     return {**words, "at": at}  # the flag, as it stands there
 
 
@@ -19632,13 +19641,13 @@ START_NOTHING = {*"image images history import load login logout network pull pu
 
 def short_form(argv):
     """A command as it is declared: `image build` is `build`, `list` is `ls`."""
-    group, name, *rest = [*argv, "", ""][:max(len(argv), 2)]
+    group, name = (*argv, "")[:2]
     if group in ("container", "image", "network", "volume"):
         name = {"list": "ls", "remove": "rm"}.get(name, name)
         if f"{group} {name}" in COMMANDS:
-            return [group, name, *rest]
+            return [group, name, *argv[2:]]
         if group in ("container", "image") and name in COMMANDS:
-            return [name, *rest]
+            return [name, *argv[2:]]
     return argv
 
 
