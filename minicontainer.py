@@ -16232,22 +16232,16 @@ class Dockerfile:
 # nothing.  A line sees what the lines above it have set, and not itself.
 
 
-# The patterns of variables, of COPY and of a .dockerignore have stars, and who writes
-# them must not make us try every way to match, which might never end.  So what a star
-# stands for is as short as it can be, for good: nothing goes back into (?=(…))\1.  But
-# for the last star, no other way matches more.
-
-
-def up_to(number, letter, part):
-    """The regular expression of letters up to the first place of a part."""
-    return f"(?=(?P<n{number}>{letter}*?{part}))(?P=n{number})"
-
-
 def joined_by_stars(parts, shortest=False):
-    """The regular expression of parts between which there is any text."""
+    """The regular expression of parts between which there is any text.
+
+    Who writes a pattern must not make us try every way to match, which might never end.
+    So up to each part but the last the text is as short as it can be, for good, since
+    nothing goes back into (?=(…))\\1.  No other way matches more."""
     first, *others, last = parts if len(parts) > 1 else [*parts, None]
-    return first + "".join(up_to(n, ".", part) for n, part in enumerate(others)) + (
-        "" if last is None else f".*{'?' * shortest}{last}")
+    return first + "".join(
+        f"(?=(?P<n{n}>.*?{part}))(?P=n{n})" for n, part in enumerate(others)) + (
+            "" if last is None else f".*{'?' * shortest}{last}")
 
 
 class Expansion:
@@ -16446,6 +16440,46 @@ def name_pattern(pattern):
     return compiled(pattern, rf"(?:{MATCH_PART}|\*)*\Z", joined_by_stars(parts), re.S)
 
 
+class AllWays:
+    """A regular expression that is matched as Go does it, going all ways at once: no
+    rule, whoever wrote it, takes longer than its length times that of the path.
+
+    It has to be one of rule_pattern(): what repeats in it is a letter."""
+
+    def __init__(self, text, flags):
+        import re
+
+        self.any = re.compile(".*", flags)
+        # Of three, a part is: any directories; a letter that repeats; letters.
+        kinds = (r"(\(\.\*/\)\?)|((?:\.|\[(?:\\.|[^]\\])*\])\*)|"
+                 r"((?:\\.|\[(?:\\.|[^]\\])*\](?!\*)|[^\\[.(])+)")
+        self.parts = [[part and re.compile(part, flags) for part in parts]
+                      for parts in re.findall(kinds, text, re.S)]
+
+    def fullmatch(self, path):
+        """Whether it matches all of a path."""
+        places = {0}  # where we may be in it
+        for any_depth, repeated, once in self.parts:
+            if any_depth:
+                places |= {at + 1 for at in self.beyond(places, self.any, path)
+                           if path[at:at + 1] == "/"}
+            elif repeated:
+                places = self.beyond(places, repeated, path)
+            else:
+                places = {found.end() for at in places
+                          if (found := once.match(path, at))}
+        return len(path) in places
+
+    @staticmethod
+    def beyond(places, repeated, path):
+        """These places, and where any number of such letters leads from them."""
+        reach = set()
+        for at in sorted(places):
+            if at not in reach:
+                reach.update(range(at, repeated.match(path, at).end() + 1))
+        return reach
+
+
 def rule_pattern(pattern):
     """The regular expression of a rule, made letter by letter as Docker makes it: what
     is escaped is what that is in one, \\d a digit, and in a class * is no star.  Plain
@@ -16460,23 +16494,19 @@ def rule_pattern(pattern):
         if text.startswith("**"):
             return ".*" if found.end() == len(pattern) or plain and text == "**" else (
                 "(.*/)?")
-        return {"*": "\0", "?": "[^/]", "\\z": "\\Z"}.get(text) or (
+        return {"*": "[^/]*", "?": "[^/]", "\\z": "\\Z"}.get(text) or (
             re.escape(text) if plain or text in ".+()|{}$&~" else text)
     # Go knows no more escapes than these; [[:digit:]] it knows, and Python does not.
     odd = re.search(r"\\(?![aAbBdDfnrsStvwWxz0])([^\W_]|[^\0-\x7f])|\[[^]]*\[:.*:\]",
                     re.sub(r"\\\\", "", pattern))
     if odd:
         raise Fail(f"syntax error in pattern {pattern!r}", f"{odd[0]} means nothing", 1)
-    # A * ends at a /; where one is in the next part, it may have to stand for more.
-    first, *parts = re.sub(r"\*\*/?|\\?.", meaning, pattern, flags=re.S).split("\0")
-    text = first + "".join(
-        f"[^/]*{part}" if n == len(parts) - 1 or re.search(
-            r"/|\.\*|\[|\\[A-Za-z]", part.replace("[^/]", ""))
-        else up_to(n, "[^/]", part) for n, part in enumerate(parts))
+    text = re.sub(r"\*\*/?|\\?.", meaning, pattern, flags=re.S)
     text = re.sub(r"(\\.)|\[(?=\[)",  # to Python [[ is to be something of its own
                   lambda found: found[1] or "[\\", text, flags=re.S)
     # Docker has filepath.Match look at it only up to a * that follows on something.
-    return compiled(pattern, rf"\**(?!\*)(?:{MATCH_PART})*(\*|\Z)", text, re.S * plain)
+    compiled(pattern, rf"\**(?!\*)(?:{MATCH_PART})*(\*|\Z)", text)
+    return AllWays(text, re.S * plain | re.ASCII)
 
 
 class IgnoreRules(list):

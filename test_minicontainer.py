@@ -10318,9 +10318,9 @@ def test_a_rule_of_a_dockerignore_is_the_regular_expression_that_docker_makes_of
 @pytest.mark.parametrize("line, wanted", [
     ("/!x", ["!x"]), ("./!x", ["!x"]), ("!/!x", ["!!x"]), ("a/../ !x", ["!x"]), ("! /x/", ["!x"]), ("//x/./y/", ["x/y"]),
     ("#x", []), (" #x", ["#x"]), ("/", []), (" ", []), ("x\ry", ["x\ry"]), ("x\v\fy\r\n z", ["x\v\fy", "z"]), ("\ufeffx", ["x"])])
-def test_a_line_of_a_dockerignore_is_cleaned_before_it_is_read(line, wanted):
-    assert [(rule.pattern, back) for rule, back in m.rules_of(line)] == [
-        (re.escape(text.removeprefix("!")), text.startswith("!")) for text in wanted]
+def test_a_line_of_a_dockerignore_is_cleaned_before_it_is_read(line, wanted, monkeypatch):
+    monkeypatch.setattr(m, "rule_pattern", str)
+    assert m.rules_of(line) == [(text.removeprefix("!"), text.startswith("!")) for text in wanted]
 
 
 @root
@@ -10559,10 +10559,12 @@ def test_a_pattern_of_many_stars_is_soon_found_to_match_nothing(text):
 
 
 def test_nor_does_a_name_or_a_rule_of_many_stars_take_for_ever():
-    for pattern in (f"{'*a' * 30}*b", f"{'a*' * 30}b", f"{'*?a' * 20}*b"):
+    for pattern in (f"{'*a' * 30}*b", f"{'a*' * 30}b", f"{'*?a' * 20}*b", f"{'*[a]' * 20}*b"):
         (rule, _), = m.rules_of(pattern)
-        for form in (rule, m.name_pattern(pattern)):
+        for form in (rule, m.name_pattern(pattern)) if "[" not in pattern else (rule,):
             assert not form.fullmatch("a" * 250) and form.fullmatch("a" * 250 + "b")
+    (rule, _), = m.rules_of("**/" * 40 + "b")
+    assert not rule.fullmatch("a/" * 100 + "c") and rule.fullmatch("a/" * 100 + "b")
 
 
 @pytest.mark.parametrize("seed", range(3))
