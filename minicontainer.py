@@ -18392,8 +18392,9 @@ class Build:
         entry = {"mediaType": OCI_MANIFEST, "digest": keep(manifest), "size":
                  len(manifest), "annotations": {SIZES: " ".join(map(str, sizes_))}}
         with changed_index() as entries:
-            for ref in refs or [""]:
-                point(entries, ref, entry)
+            for ref in refs or [""]:  # a moment of our own could not be reproduced
+                point(entries, ref, tagged(entry) if ref and self.epoch is None
+                      else entry)
         return id
 
 

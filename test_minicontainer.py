@@ -5089,6 +5089,11 @@ def test_inspect_tells_when_an_image_was_last_given_a_name(rootfs_tar, images):
     assert told(id) == m.seconds_of("0001-01-01T00:00:00Z")
     forked_mini("tag", id, "named")
     assert before <= told(id) == told("named") <= time.time()
+    with tempfile.TemporaryFile() as file:
+        file.write(b"FROM named\nLABEL a=b\n")
+        file.seek(0)
+        forked_mini("build", "-q", "-t", "built", "-", stdin=file.fileno())
+    assert told("named") <= told("built") <= time.time()
 
 
 @root
