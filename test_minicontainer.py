@@ -11423,8 +11423,13 @@ def test_install_and_uninstall_touch_no_file_that_is_not_theirs(tmp_path):
     assert tree(tmp_path) == before
 
 
-def test_install_without_permission_says_so_and_leaves_nothing():
+def test_install_without_permission_says_so_and_leaves_nothing(monkeypatch):
     prefix = f"{STORE}/prefix" if IS_ROOT else "/usr"
+    file = tempfile.NamedTemporaryFile(suffix=".py")  # nobody may be unable to read ours, too
+    file.write(SOURCE.encode())
+    file.flush()
+    os.chmod(file.name, 0o644)
+    monkeypatch.setattr(m, "__file__", file.name)
     if IS_ROOT:
         os.mkdir(prefix)
 
@@ -11438,6 +11443,7 @@ def test_install_without_permission_says_so_and_leaves_nothing():
     assert (code, "Permission denied" in said, "hint: sudo" in said) == (1, 1, 1), said
     if IS_ROOT:
         os.rmdir(prefix)
+    file.close()
 
 
 def test_minirunc_is_the_oci_runtime(tmp_path):
