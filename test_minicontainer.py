@@ -7242,19 +7242,26 @@ def test_who_sends_datagrams_without_a_pause_is_heard_by_who_has_the_port_now(
         caller.connect((HOST[version], 18080))
         caller.settimeout(0.3)
 
-        def answer():
+        numbers = itertools.count()
+
+        def answer():  # to this question: one to an earlier question may come late
+            said = f" to {next(numbers)}".encode()
             with contextlib.suppress(OSError):
-                caller.send(b"x")
-                return caller.recv(10)
+                caller.send(said)
+                while not (heard := caller.recv(100)).endswith(said):
+                    pass
+                return heard.removesuffix(said).decode()
         assert not answer()
         for name, address in (("first", here[0]), ("second", here[1])):
             with idle(name, "--network", "eight", ("--ip", "--ip6")[version], address,
                       "-p", "18080:53/udp") as pid, served(
-                          pid, address, 53, lambda *_: name.encode(), udp=True):  # noqa: B023
-                assert until(answer) == name.encode()
+                          pid, address, 53, lambda _, said: name.encode() + said,  # noqa: B023
+                          udp=True):
+                assert until(answer) == name
         until(lambda: address not in mini("network", "inspect", "eight").stdout)
         with idle("third", "--network", "eight", ("--ip", "--ip6")[version], address
-                  ) as pid, served(pid, address, 53, lambda *_: b"third", udp=True):
+                  ) as pid, served(pid, address, 53, lambda _, said: b"third" + said,
+                                   udp=True):
             assert not answer() and not answer()
     assert mini("network", "rm", "eight").returncode == 0
 
