@@ -2879,8 +2879,14 @@ def mask_paths(c):
         set_attributes(place.fd, MOUNT_ATTR_RDONLY, what=place)
 
 
+AS_IT_STANDS = "minicontainer.cwd"  # annotation: the working directory is there, or not
+
+
 def make_cwd(c):
-    """Step: the working directory, if the root file system has none, as everywhere."""
+    """Step: the working directory, if the root file system has none; images count on
+    that.  Of a directory or a tarball, who says -w knows what there is, or errs."""
+    if AS_IT_STANDS in c.spec.get("annotations", ()):
+        return
     try:
         inside(c, c.spec["process"]["cwd"], "dir").close()
     except OSError:
@@ -3838,7 +3844,7 @@ def enter_cwd(c):
     except OSError as error:
         code = 127 if error.errno == errno.ENOENT else 126
         raise Fail(f"working directory {cwd}: {error.strerror}",
-                   "a directory of the image; -w names another", code) from None
+                   "a directory that is there; -w names another", code) from None
     place.close()
 
 
@@ -13837,7 +13843,7 @@ def choose(options):
     """The program and its arguments; options get what the image says of them."""
     args, settings = options.words or ["/bin/sh"] * bool(options.stop_after), {}
     options.image, options.like = " ".join(options.rootfs) or "default", None
-    options.notes = {}
+    options.notes = {AS_IT_STANDS: options.workdir} if options.workdir else {}
     if options.rootfs:
         layers = [layer_of(path) for path in options.rootfs]
     elif args[0].startswith("/"):

@@ -2912,11 +2912,14 @@ def test_a_program_that_cannot_be_executed_is_named(args, code, words):
 
 
 @root
-def test_a_working_directory_that_is_missing_is_made_as_the_containers_root():
-    assert sh("pwd; stat -c '%u %a' . ..", "-w", "/made/here", "-u", "12").split("\n")[:3] == [
-        "/made/here", "0 755", "0 755"]
+def test_a_working_directory_that_is_missing_is_named_and_not_made():
+    """Of a directory or a tarball, that is; of an image it is made, see there."""
+    for words, code in (("/nosuch", 127), ("/etc/passwd/x", 126)):
+        message = refused("run", "--rm", "-w", words, "/bin/pwd", code=code)
+        assert f"working directory {words}: No" in message and "hint:" in message
+    assert "working directory /nosuch: No" in refused(
+        "run", "--rm", "--rootfs", m.default_rootfs(), "-w", "/nosuch", "/bin/pwd", code=127)
     assert sh("pwd; touch x", "-w", "/made", "--tmpfs", "/made:mode=777", "-u", "12") == "/made\n"
-    assert sh("pwd", "--read-only", "-w", "/made/here") == "/made/here\n"
     with running() as (_, id, _):
         assert "working directory /nosuch: No such" in refused("exec", "-w", "/nosuch", id, "/bin/pwd", code=127)
 
@@ -4959,6 +4962,9 @@ def test_the_config_of_an_image_is_honoured_and_options_win(image):
                ) == "/srv\nred a b\nhello\n"
     assert run("-e", "COLOUR=blue", "-w", "/", "-u", "0", "--entrypoint", "sh", image[7:19],
                "-c", "echo $COLOUR; pwd; id -u") == "blue\n/\n0\n"
+    made = run("-w", "/made/here", "--entrypoint", "sh", "thing:1", "-c", "pwd; stat -c '%u %a' . ..")
+    assert made == run("--read-only", "-w", "/made/here", "--entrypoint", "sh", "thing:1", "-c",
+                       "pwd; stat -c '%u %a' . ..") == "/made/here\n0 755\n0 755\n"
     assert run("-e", "COLOUR", "--entrypoint", "sh", "thing:1", "-c", "echo ${COLOUR-none}"
                ) == "none\n"  # a variable that is not there on the host
     assert "No command specified" in refused("run", "--entrypoint", "", "thing:1")
