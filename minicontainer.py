@@ -3994,6 +3994,16 @@ def let_go():
     os.close(null)
 
 
+def let_go_of_callers():
+    """Close what whoever called us has left open beside 0, 1 and 2: a lock that it is
+    would be held, and a pipe be waited for, as long as we live.  Of ours, none would
+    survive an execve; his have done that."""
+    with os.scandir("/proc/self/fd") as found:
+        for fd in (int(entry.name) for entry in found):
+            if fd > 2 and os.get_inheritable(fd):
+                os.close(fd)
+
+
 def close_descriptors(c):
     """Step: the program gets 0, 1 and 2, and nothing else of ours.
 
@@ -9151,6 +9161,9 @@ def image_command(image, entrypoint, words):
     return found
 
 
+EXPOSED = "org.opencontainers.image.exposedPorts"  # of a container: --expose, too
+
+
 def image_notes(image):
     """The annotations of a container made of an image, as the OCI image specification
     has them ("conversion.md"): what only `stop`, `ps` or its user needs to know."""
@@ -9160,7 +9173,7 @@ def image_notes(image):
              f"{key}.author": image.config.get("author"),
              f"{key}.created": image.config.get("created"),
              f"{key}.stopSignal": settings.get("StopSignal"),
-             f"{key}.exposedPorts": ",".join(settings.get("ExposedPorts") or {})}
+             EXPOSED: ",".join(settings.get("ExposedPorts") or {})}
     return {**{name: text for name, text in notes.items() if text},
             **(settings.get("Labels") or {}), OF_IMAGE: image.id}
 
@@ -9252,8 +9265,9 @@ def credentials(host):
     try:
         if token := kept and kept.get("identitytoken"):
             return ["<token>", token]
-        if not kept or not kept.get("auth"):
-            return None
+        if not kept or not kept.get("auth"):  # it may be there in the clear
+            name, secret = (kept or {}).get("username"), (kept or {}).get("password")
+            return [name, secret or ""] if name else None
         name, secret = base64.b64decode(kept["auth"]).decode().split(":", 1)
         return [name, secret]
     except (ValueError, TypeError, AttributeError):
@@ -10003,6 +10017,8 @@ ENDPOINT_OPTIONS = (
         default=[], help="what comes to that port of the host is for this of its own"),
     arg("-P", "--publish-all", action="store_true",
         help="publish what the image says it listens at, at ports that are free"),
+    arg("--expose", metavar="PORT[-PORT][/udp]", action="append", default=[],
+        help="it listens there, too, whatever the image says"),
     *ADDRESS_OPTIONS,
     arg("--network-alias", metavar="NAME", action="append", default=[],
         help="one more name in the network"),
@@ -11435,10 +11451,31 @@ def published(option):
     return [[kind, address, *pair] for pair in zip(outer, inner, strict=True)]
 
 
-def ports_text(ports):
-    """Published ports, as `ps` shows them."""
-    return ", ".join(f"{f'[{address}]' if ':' in address else address}:{port}->"
-                     f"{inner}/{kind}" for kind, address, port, inner in ports)
+def ports_text(ports, listens=()):
+    """Ports as Docker's `ps` has them: what it only listens at is "80/tcp", what has
+    the same number outside is one of a range, and what has another comes last."""
+    known = {(str(inner), kind) for kind, _, _, inner in ports}
+    only = [(kind, "", "", int(inner)) for inner, _, kind in (
+        text.partition("/") for text in listens) if (inner, kind) not in known]
+    texts, ranges, mapped = [], {}, []  # ranges: where and of which protocol: its ends
+
+    def tell(host, kind, first, last):
+        span = f"{first}-{last}" if last > first else f"{first}"
+        texts.append(f"{host}:{span}->{span}/{kind}" if host else f"{span}/{kind}")
+    for kind, address, port, inner in sorted(
+            [*ports, *only], key=lambda row: (row[3], row[1], str(row[2]), row[0])):
+        host = f"[{address}]" if ":" in address else address
+        first, last = ranges.get((host, kind), (inner, inner - 1))
+        if host and port != inner:
+            mapped.append(f"{host}:{port}->{inner}/{kind}")
+        elif inner == last + 1:
+            ranges[host, kind] = first, inner
+        else:
+            tell(host, kind, first, last)
+            ranges[host, kind] = inner, inner
+    for where, ends in ranges.items():
+        tell(*where, *ends)
+    return ", ".join(texts + mapped)
 
 
 def check_words(option, words):
@@ -12267,6 +12304,7 @@ def leave_to(shim):
         stay_in_users()
         os.close(ours.fd)
         os.setsid()  # Ctrl-C and a hang-up are for the client
+        let_go_of_callers()
         shim.live(theirs)
         let_go()  # if that was so short that we have not heard it leave
         while after := shim.again():
@@ -13857,12 +13895,14 @@ def choose(options):
         options.entry = ([options.entrypoint] if options.entrypoint else [
             ] if options.entrypoint == "" else settings.get("Entrypoint") or [])
     options.own_labels = settings.get("Labels") or {}
-    options.exposed = list(settings.get("ExposedPorts") or {})
+    options.exposed = list({**(settings.get("ExposedPorts") or {}),
+                            **exposed(options.expose)})
     options.own_volumes = list(settings.get("Volumes") or {})
     options.health = settings.get("Healthcheck") or {}
     options.stop_signal = (options.stop_signal or settings.get("StopSignal")
                            or "SIGTERM")
-    options.notes = {OF_LAYERS: to_json(layers), **options.notes}
+    options.notes = {OF_LAYERS: to_json(layers), **options.notes,
+                     **({EXPOSED: ",".join(options.exposed)} if options.expose else {})}
     return args
 
 
@@ -14627,13 +14667,22 @@ def ports_of(record):
                                   ()) for port in endpoint["ports"]]
 
 
-def port_bindings(ports):
+def ports_inside(record, spec):
+    """The ports at which it listens, or so its image or --expose says, as "80/tcp",
+    while it is on a network of ours."""
+    if record.status not in LIVE or not wants_of(spec)["networks"]:
+        return []
+    return [text for text in spec["annotations"].get(EXPOSED, "").split(",")
+            if text.partition("/")[0].isdecimal()]  # an image may say anything
+
+
+def port_bindings(ports, listens=()):
     """The same as Docker's JSON has it."""
-    found = {}
+    found = dict.fromkeys(listens)
     for kind, address, port, inner in ports:
         some = f"{port[0]}-{port[-1]}" if isinstance(port, list) else str(port)
-        found.setdefault(f"{inner}/{kind}", []).append(
-            {"HostIp": address, "HostPort": some})
+        found[f"{inner}/{kind}"] = [*(found.get(f"{inner}/{kind}") or ()),
+                                    {"HostIp": address, "HostPort": some}]
     return found
 
 
@@ -14658,7 +14707,7 @@ def network_settings(record, spec):
                           "IPPrefixLen": bits})
         settings[endpoint["network"]] = found
     first = next(iter(settings.values()))
-    return {"Ports": port_bindings(ports_of(record)),
+    return {"Ports": port_bindings(ports_of(record), ports_inside(record, spec)),
             **{key: first[key] for key in (
                 "IPAddress", "Gateway", "GlobalIPv6Address")},
             "Networks": settings}
@@ -14697,7 +14746,7 @@ def container_row(record, whole_=False, with_size=False):
         "CreatedAt": time.strftime("%Y-%m-%d %H:%M:%S +0000 UTC",
                                    time.gmtime(record.created // 10 ** 9)),
         "RunningFor": ago(record.created / 10 ** 9),
-        "Ports": ports_text(ports_of(record)),
+        "Ports": ports_text(ports_of(record), ports_inside(record, spec)),
         "State": record.status, "Status": record.state(), "Names": record.name,
         "Labels": label_text(record.labels),
         "Mounts": ",".join(short(facts.get("Name", facts["Source"]), 15)
@@ -14830,8 +14879,8 @@ def container_facts(record, with_sizes=False):
     spec, asked = record.spec(), record.asked
     process, entry = spec["process"], asked.get("entry") or []
     host = host_config(record, spec)
-    listens = spec["annotations"].get("org.opencontainers.image.exposedPorts", "")
-    ports = {port: {} for port in [*listens.split(","), *host["PortBindings"]] if port}
+    listens = spec["annotations"].get(EXPOSED, "").split(",")
+    ports = {port: {} for port in [*listens, *host["PortBindings"]] if port}
     found = {
         "Id": record.id, "Created": timestamp(record.created),
         "Path": process["args"][0], "Args": process["args"][1:],
@@ -17525,7 +17574,8 @@ class Mounts:
 
     def target(self, words):
         """Where one goes."""
-        path = words.get("target") or f"/run/secrets/{words.get('id', 'default')}"
+        path = words.get("target") or (
+            f"/run/secrets/{os.path.basename(words.get('id', 'default'))}")
         return os.path.normpath(os.path.join(
             self.worker.state.settings.get("WorkingDir") or "/", path))
 
@@ -17965,6 +18015,7 @@ def run_step(w, step):
         "user": {"username": w.state.settings.get("User") or ""}}
     return w.change(["RUN", *seen * bool(used), *args], {
         **mounts.digests(), "the network": options.network, "the here-document": script,
+        "--add-host": options.add_host,
         "what --mount says": [value for name, value in step.flags if name == "mount"]},
         lambda: layer_of_run(w, step, options, args, script, mounts),
         [item for item in mounts.items if item])
@@ -18499,11 +18550,14 @@ class Context:
             return Dockerfile("Dockerfile", self.text)
         if not self.file or self.temporary:
             text = self.text_inside(name)
+            if text is None and not self.file:
+                name = "dockerfile"
+                text = self.text_inside(name)
         else:
             name, text = os.path.basename(name), self.text_at(name)
         if text is None:
-            raise Fail(f"failed to read {self.file or name}: No such file or directory",
-                       "-f FILE names another", 1)
+            raise Fail(f"failed to read {self.file or 'Dockerfile'}: No such file or "
+                       "directory", "-f FILE names another", 1)
         return Dockerfile(name, text)
 
     def text_at(self, path):

@@ -6079,6 +6079,9 @@ def test_login_is_kept_for_us_alone_and_used(image, locked_registry, docker_conf
     assert "pull access denied" in forked_mini("pull", name, code=1)
     docker_config.write_text(json.dumps({"auths": {host: {"auth": "YWxpY2U="}}}))  # no password
     assert f"no name and password for {host}" in forked_mini("pull", name, code=1)
+    for words, code in ({"username": "alice", "password": "secret"}, 0), ({"username": "alice"}, 1):
+        docker_config.write_text(json.dumps({"auths": {host: words}}))  # in the clear, by another tool
+        forked_mini("pull", name, code=code)
     assert login("secret") == "Login Succeeded\n"
     with open(os.devnull) as stdin:
         assert "--password-stdin" in forked_mini("login", host, stdin=stdin.fileno(), code=1)
@@ -7146,6 +7149,27 @@ def test_a_published_port_leads_to_the_container_and_is_its_alone(networks, worl
     assert "without a network" in refused("run", "--rm", "--network", "none", "-p", "1:1",
                                           "/bin/true")
     assert "network moon not found" in refused("run", "--network", "moon", "/x")
+
+
+@root
+def test_ps_shows_ports_as_docker_does_and_neighbours_as_a_range(networks):
+    """What is published, and what --expose says that it listens at."""
+    with idle("many", "--network", "one", "-p", "127.0.0.1:18080-18082:18080-18082", "-p",
+              "127.0.0.1:18082:18082/udp", "-p", "127.0.0.1:18090:90", "--expose", "70-72",
+              "--expose", "53/udp", "--expose", "18081", "--expose", "74"):
+        assert mini("ps", "--format", "{{.Ports}}").stdout == (
+            "70-72/tcp, 53/udp, 74/tcp, 127.0.0.1:18080-18082->18080-18082/tcp, "
+            "127.0.0.1:18082->18082/udp, 127.0.0.1:18090->90/tcp\n")
+        facts = json.loads(mini("inspect", "many").stdout)[0]
+        there = facts["NetworkSettings"]["Ports"]
+        assert there["70/tcp"] is None and len(there["18081/tcp"]) == 1
+        assert {"70/tcp", "53/udp", "18082/udp", "90/tcp"} <= set(facts["Config"]["ExposedPorts"])
+        assert mini("port", "many").stdout.count("\n") == 5
+        assert mini("stop", "-t", "0", "many").returncode == 0
+        assert mini("ps", "-a", "--format", "{{.Ports}}").stdout == "\n"
+    with idle("all", "--network", "one", "--expose", "74", "-P"):
+        assert mini("port", "all", "74").stdout.startswith("0.0.0.0:")
+    assert "invalid proto: x" in refused("run", "--rm", "--expose", "1/x", "/bin/true")
 
 
 @root
@@ -8485,6 +8509,23 @@ def test_what_does_not_start_leaves_a_container_only_if_there_was_one():
     assert (record.status, record.exit_code) == ("created", 127)
     assert "no such file" in refused("start", "-a", id, code=127)
     quietly("rm", id)
+
+
+@root
+def test_a_container_keeps_nothing_open_of_whoever_started_it(tmp_path):
+    """As of a shell that holds a lock while it starts one, or reads all of a pipe."""
+    out, into = os.pipe()
+    os.set_inheritable(into, True)
+    with open(tmp_path / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        os.set_inheritable(lock.fileno(), True)
+        made = subprocess.run(command("run", "-d", "/bin/sleep", "1000"), text=True, close_fds=False,
+                              capture_output=True)
+    os.close(into)
+    with open(out, "rb") as pipe, open(tmp_path / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        assert pipe.read() == b""
+    quietly("rm", "-f", made.stdout.strip())
 
 
 @root
@@ -10264,6 +10305,16 @@ def test_a_tarball_leads_to_no_file_of_the_host(name, base, tmp_path):
 
 
 @root
+def test_a_dockerfile_in_small_letters_is_read_where_there_is_no_other(base, tmp_path):
+    (tmp_path / "dockerfile").write_text("FROM scratch\nCOPY a /small\n")
+    (tmp_path / "a").touch()
+    forked_mini("build", "-q", "-o", tmp_path / "o", tmp_path)
+    (tmp_path / "Dockerfile").write_text("FROM scratch\nCOPY a /great\n")
+    forked_mini("build", "-q", "-o", tmp_path / "o", tmp_path)
+    assert sorted(os.listdir(tmp_path / "o")) == ["great", "small"]
+
+
+@root
 def test_a_dockerignore_of_a_dockerfile_counts_instead_of_the_other_also_if_it_is_empty(base, tmp_path):
     (tmp_path / "Dockerfile").write_text("FROM scratch\nCOPY a /\n")
     for name, text in (("a", ""), (".dockerignore", "a\n"), ("Dockerfile.dockerignore", "")):
@@ -10381,6 +10432,8 @@ def test_a_secret_is_what_the_command_line_says_and_no_file_of_its_name(base, tm
             here.chdir(tmp_path)
             told(base, text, "--no-cache", "--secret", words, env={"W": "of-mouth"})
     assert "not possible" in build(base, "RUN true", "--secret", "id=key,type=bogus", code=1)
+    told(base, "RUN --mount=type=secret,id=a/key grep -q file /run/secrets/key && ! test -e /run/secrets/a",
+         "--no-cache", "--secret", f"id=a/key,src={tmp_path}/key")
 
 
 @root
@@ -10471,6 +10524,9 @@ def test_a_run_has_the_limits_and_the_network_that_it_was_given(base):
                 "--ulimit", "nofile=77:77", "-m", "64m", "--cpu-shares", "512",
                 "--add-host", "else.where:10.9.8.7")
     assert "\n77\nlo\n" in said and re.search(r"\n10\.9\.8\.7\s+else\.where\n", said)
+    for address, cached in ("9", 0), ("9", 1), ("8", 0):
+        assert told(base, "RUN cat /etc/hosts", "--add-host", f"else.where:10.9.8.{address}"
+                    ).count("CACHED") == cached
     assert f"\n{64 << 20}\n{20 if V2 else 512}\n" in said
     assert f"of the host: {' '.join(sorted(os.listdir('/sys/class/net')))}" in said
     huge = "RUN x=$(cat /dev/zero | /bin/busybox head -c 90000000 | /bin/busybox tr '\\0' x)"
