@@ -472,6 +472,14 @@ def read_file(path, why=""):
     return request("read", (path,), ask, why)
 
 
+def lines_of(path, why=""):
+    """The lines of one of the kernel's files.
+
+    subtle: a name in one may have in it what Python's own splitlines() and split() take
+    for the end of a line or for a blank; so rows are split at " ", too."""
+    return [line for line in read_file(path, why=why).split("\n") if line]
+
+
 def sync(path):
     """Return when the disk has a file, or the names in a directory."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -684,15 +692,17 @@ class Container:
     def ended_unheard(self):
         """Whether init has given up behind a seccomp filter that let it not say so.
 
-        subtle: execve closes the pipe a moment before it changes the name.
+        subtle: execve closes the pipe a moment before it changes the name, which the
+        dead keep.
         """
         if not self.pid or self.wants_reaper or not self.spec["linux"].get("seccomp"):
             return False
-        while self.status is None and (
-                read_file(f"/proc/{self.pid}/comm") == f"{NOT_YET}\n"):
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.status = status if pid else None
-        return self.status == 125 << 8
+        dead = None
+        while read_file(f"/proc/{self.pid}/comm") == f"{NOT_YET}\n":
+            if dead:
+                return True
+            dead = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        return False
 
     def wait(self):
         """Reap the process; its exit code, with 128 + n for signal n."""
@@ -1124,11 +1134,11 @@ def ns_command(options):
             what = NAMESPACES[kind][2] if other not in (inode, "?") else "-"
             lines.append(f"{kind:10} {inode:>11} {other:>11}  {what}")
         for title, file in (("uid map", "uid_map"), ("gid map", "gid_map")):
-            for row in read_file(f"/proc/{pid}/{file}").splitlines():
+            for row in lines_of(f"/proc/{pid}/{file}"):
                 inside, outside, count = map(int, row.split())
                 lines.append(f"{title}: {inside}-{inside + count - 1} inside is "
                              f"{outside}-{outside + count - 1} outside")
-        for row in read_file(f"/proc/{pid}/status").splitlines():
+        for row in lines_of(f"/proc/{pid}/status"):
             if row.startswith("NSpid:"):
                 lines.append("pid, from the host's namespace to the innermost: "
                              + " → ".join(row.split()[1:]))
@@ -1251,7 +1261,7 @@ def visit_users(fd):
 def look_at_maps():
     """Take note of the ids that there are in the engine's user namespace."""
     for kind in ("uid", "gid"):
-        rows = [row.split() for row in read_file(f"/proc/self/{kind}_map").splitlines()]
+        rows = [row.split() for row in lines_of(f"/proc/self/{kind}_map")]
         rootless.maps[kind] = [{"containerID": int(row[0]), "hostID": int(row[0]),
                                 "size": int(row[2])} for row in rows]
 
@@ -1326,8 +1336,7 @@ def cgroup_trees(resources=()):
         return {}
     trees, wanted = {}, set(V1_CONTROLLERS).union(
         *(names for key, names in SELDOM.items() if key in resources))
-    mounts = read_file("/proc/self/mountinfo", why="where the v1 trees are")
-    for line in mounts.splitlines():
+    for line in lines_of("/proc/self/mountinfo", why="where the v1 trees are"):
         left, _, right = line.partition(" - ")
         kind, _, super_options = right.split(" ", 2)
         if kind == "cgroup":
@@ -1396,7 +1405,7 @@ def resources_spec(o):
     if o.memory and size(o.memory):
         memory["limit"] = size(o.memory)
         memory["swap"] = 2 * memory["limit"]  # Docker's: as much swap as memory
-    if o.memory_swap:
+    if (o.memory_swap or "0") != "0":  # as to Docker, 0 is as if it were not there
         if "limit" not in memory:
             raise Fail("--memory-swap without --memory", "set --memory as well")
         memory["swap"] = -1 if o.memory_swap == "-1" else size(o.memory_swap)
@@ -1920,7 +1929,7 @@ def show_stats(used):
 def group_of_his_own():
     """The group nearest to ours that this user may divide, and in which there is no
     process, as version 2 wants it; or ""."""
-    path = next((line[3:] for line in read_file("/proc/self/cgroup").splitlines()
+    path = next((line[3:] for line in lines_of("/proc/self/cgroup")
                  if line.startswith("0::") and not cgroup_trees()), "/")
     while path != "/":
         top = CGROUP_ROOT + path
@@ -2179,6 +2188,7 @@ def tmpfs_mount(option, target, words):
                 OPTION_WORDS, CLEARING_WORDS, NEUTRAL_WORDS, TMPFS_WORDS)):
             raise Fail(f"{option}: unknown option {word!r}",
                        "size=64m, mode=1777, ro, exec …")
+    words = [word for word in words if word != "dev"]  # a node made there is inert
     return {"destination": "/" + os.path.normpath(target).lstrip("/"), "type": "tmpfs",
             "source": "tmpfs", "options": ["nosuid", "nodev", "noexec", *words]}
 
@@ -2429,8 +2439,8 @@ def check_propagation(mount):
     if not wanted:
         return
     source, best = os.path.realpath(mount["source"]), ("", "")
-    for line in read_file("/proc/self/mountinfo", why="shared?").splitlines():
-        fields = line.split()
+    for line in lines_of("/proc/self/mountinfo", why="shared?"):
+        fields = line.split(" ")
         point = fields[4]
         for escaped, character in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"),
                                    ("\\134", "\\")):
@@ -3049,8 +3059,8 @@ SECURITY_OPTIONS = {  # the key, and what it may be
 def env_lines(name):
     """The lines of an --env-file that are not empty or a comment."""
     try:
-        with open(name, encoding="utf-8", errors="surrogateescape") as file:
-            lines = file.read().splitlines()
+        with open(name, encoding="utf-8-sig", errors="surrogateescape") as file:
+            lines = file.read().split("\n")
     except OSError as error:
         raise Fail(f"--env-file {name}: {error.strerror}", "a text file") from None
     return [line.lstrip() for line in lines
@@ -3774,7 +3784,7 @@ def image_table(c, path):
         text = os.read(fd, 1 << 20).decode("utf-8", "surrogateescape")
     finally:
         os.close(fd)
-    return [line.split(":") for line in text.splitlines()]
+    return [line.split(":") for line in text.split("\n") if line]
 
 
 def look_up(rows, text, what, fields):
@@ -4249,7 +4259,7 @@ def refused_to_root(error):
     if os.geteuid() and narration.who == "parent" and not rootless.uid:
         return "it takes root: sudo"
     status = dict(line.split(":\t", 1)
-                  for line in read_file("/proc/self/status").splitlines())
+                  for line in lines_of("/proc/self/status"))
     missing = [name for number, name in enumerate(CAPABILITIES)
                if name in ("CAP_SYS_ADMIN", "CAP_SETUID", "CAP_SETFCAP")
                and not int(status["CapEff"], 16) >> number & 1]
@@ -4271,9 +4281,9 @@ def refused_to_root(error):
 
 def shared_mounts(_):
     """EINVAL of pivot_root: the mount that is shared, or the root that cannot move."""
-    for line in read_file("/proc/self/mountinfo").splitlines():
+    for line in lines_of("/proc/self/mountinfo"):
         if " shared:" in line:
-            point = line.split()[4]
+            point = line.split(" ")[4]
             return f"{point} is a shared mount: mount --make-rprivate {point}"
     return "is the host's / its initial ramfs? That one cannot be pivoted away"
 
@@ -4283,9 +4293,10 @@ def holders(error):
     words = getattr(error.filename, "args", (error.filename,))
     path = next((w for w in words if isinstance(w, str) and w.startswith("/")), None)
     found = []
-    for line in read_file("/proc/self/mountinfo").splitlines() if path else ():
-        if f"{line.split()[4]}/".startswith(f"{path}/"):
-            found.append(f"the mount at {line.split()[4]}")
+    for line in lines_of("/proc/self/mountinfo") if path else ():
+        point = line.split(" ")[4]
+        if f"{point}/".startswith(f"{path}/"):
+            found.append(f"the mount at {point}")
     for pid in filter(str.isdecimal, os.listdir("/proc") if path else ()):
         try:
             links = [f"/proc/{pid}/cwd", f"/proc/{pid}/root",
@@ -5129,7 +5140,7 @@ def pass_listener(c, fd):
     """Outside: send what asks about system calls to the one who is to judge them."""
     profile = c.spec["linux"]["seccomp"]
     fd = syscall("pidfd_getfd", c.pidfd, fd, 0, why="where the kernel will ask")
-    lines = read_file(f"/proc/self/fdinfo/{c.pidfd}").splitlines()
+    lines = lines_of(f"/proc/self/fdinfo/{c.pidfd}")
     pid = next(int(line[4:]) for line in lines if line.startswith("Pid:"))
     record = {"id": c.id, "pid": pid, "bundle": c.directory, "spec": c.spec}
     message = {"ociVersion": OCI_VERSION, "fds": ["seccompFd"], "pid": pid,
@@ -12021,7 +12032,11 @@ class LogReader:
         """Whether there are files that were begun after ours; they are ours then."""
         ours = os.fstat(self.files[-1]).st_ino if self.files else 0
         newer = []
-        for name, _ in log_files(self.path):
+        try:
+            found = log_files(self.path)
+        except FileNotFoundError:  # its container was --rm
+            return False
+        for name, _ in found:
             try:
                 fd = os.open(name, os.O_RDONLY | O_CLOEXEC)
             except FileNotFoundError:  # is being put away: there it is seen next time
@@ -12590,6 +12605,7 @@ class Client:
         self.interrupts = 0
         self.runs, self.raw = False, None  # what it is about; our terminal, if raw
         self.end = None  # what the shim said last; {} if the person has left
+        self.lost = None  # why some of what it wrote could not be shown
         self.signals = open_signals(WATCHED - {signal.SIGCHLD})
 
     def stay(self, peer, others=()):
@@ -12659,8 +12675,10 @@ class Client:
             data = data[os.write(fd, data[:4096]):]
         except BlockingIOError:
             pass
-        except OSError:  # nobody reads it
+        except OSError as error:
             data = b""
+            if error.errno not in (errno.EPIPE, errno.EIO):  # somebody would read it
+                self.lost = error
             if not self.owner:
                 self.end, self.shown = {}, []
             elif self.peer:
@@ -12804,8 +12822,8 @@ RUN_OPTIONS = (
     arg("-a", "--attach", metavar="STREAM", action="append", default=[],
         help="only stdin, stdout, stderr, whichever are named"), DETACH_KEYS,
     arg("--stats-at-exit", action="store_true", help="print what it used"),
-    arg("--stop-after", metavar="STEP", help="a shell in the half-made container; see "
-        "`steps` for what there is"),
+    arg("--stop-after", metavar="STEP", help="a shell, or the COMMAND, in the "
+        "half-made container; see `steps` for what there is"),
     arg("--without", metavar="STEP,…", action="append", default=[],
         help="leave out walls: seccomp, userns, mask_paths …"),
 )
@@ -13633,7 +13651,7 @@ def make_spec(options, id, args):
                            "at most 64 characters, none of them a space")
         spec["process"]["env"].insert(1, f"HOSTNAME={spec['hostname']}")
     spec["annotations"] = options.notes
-    if options.memory and not options.memory_swap:
+    if options.memory and (options.memory_swap or "0") == "0":
         spec["annotations"] = {**options.notes, IMPLIED: "memory swap"}
     return spec
 
@@ -13894,6 +13912,8 @@ def choose(options):
         args = image_command(image, options.entrypoint, args[1:])
         options.entry = ([options.entrypoint] if options.entrypoint else [
             ] if options.entrypoint == "" else settings.get("Entrypoint") or [])
+    if options.like is None and options.entrypoint:  # no image, but what is said counts
+        args = [options.entrypoint, *args]
     options.own_labels = settings.get("Labels") or {}
     options.exposed = list({**(settings.get("ExposedPorts") or {}),
                             **exposed(options.expose)})
@@ -13935,12 +13955,21 @@ def leave_out_walls(options):
     return steps
 
 
+def be_born_outside(c):
+    """Outside: without join_cgroup, of which in version 2 the birth is a part."""
+    if c.cgroup.birth_fd >= 0:
+        os.close(c.cgroup.birth_fd)
+        c.cgroup.birth_fd = -1
+
+
 def choose_steps(options):
     """(BEFORE, OUTSIDE, BIRTH) without what --without names, and no further than
     --stop-after; then the program is a shell, wherever init stands."""
     missing = leave_out_walls(options)
     before, outside, birth = ([step for step in steps if step not in missing]
                               for steps in (BEFORE, OUTSIDE, BIRTH))
+    if join_cgroup in missing:
+        before.insert(before.index(make_cgroup) + 1, be_born_outside)
     if options.stop_after:
         go = birth.index(wait_for_go) + 1
         taken = [*before, *birth[:go], *outside, *birth[go:]]
@@ -14250,12 +14279,16 @@ def report_end(news, options):
     return code
 
 
-def conclude(news, options, name):
+def conclude(client, news, options, name):
     """Tell how it ended, if it did; the exit code."""
     if news is None:
         raise Fail(f"the shim of {name} was killed, and it ended with it",
                    "`ps -a` tells what is left of it", 137)
-    return report_end(news, options) if news else 0
+    code = report_end(news, options) if news else 0
+    if client.lost:
+        raise Fail(f"what {name} wrote could not be written: {client.lost.strerror}",
+                   "is there room where our output goes?", code or 125)
+    return code
 
 
 def accompany(client, shim, options, name):
@@ -14267,7 +14300,7 @@ def accompany(client, shim, options, name):
         news = client.stay(leave_to(shim))
     else:
         news = client.attend(shim)
-    return conclude(news, options, name)
+    return conclude(client, news, options, name)
 
 
 OF_CREATE = (*CREATE_OPTIONS, *PROCESS_OPTIONS, *NAMESPACE_OPTIONS, *ENDPOINT_OPTIONS,
@@ -15054,7 +15087,7 @@ def port_command(options):
 def process_row(pid, record):
     """What `top` shows of a process; ProcessLookupError if it has ended."""
     facts = dict(line.partition(":\t")[::2]
-                 for line in read_file(f"/proc/{pid}/status").splitlines())
+                 for line in lines_of(f"/proc/{pid}/status"))
     ticks = read_file(f"/proc/{pid}/stat").rpartition(") ")[2].split()[11:13]
     line = read_file(f"/proc/{pid}/cmdline").replace("\0", " ").strip()
     seconds = sum(map(int, ticks)) // os.sysconf("SC_CLK_TCK")
@@ -15109,7 +15142,7 @@ def sample(record):
     used = cgroup.measure()
     traffic = [0, 0]
     try:
-        for line in read_file(f"/proc/{record.pid}/net/dev").splitlines()[2:]:
+        for line in lines_of(f"/proc/{record.pid}/net/dev")[2:]:
             name, _, numbers = line.partition(":")
             if name.strip() != "lo" and record.asked["network"] != "host":
                 traffic = [traffic[n] + int(numbers.split()[8 * n]) for n in (0, 1)]
@@ -15273,10 +15306,10 @@ def follow_log(record, reader, look):
 
     The file is watched, and not the output: who reads a log slowly, or not at all, is
     waited for by nobody."""
-    watch = watch_directory(record.path())  # before the first read: nothing is missed
     try:
+        watch = watch_directory(record.path())  # before we read: nothing is missed
         peer = visit(record)
-    except (ConnectionRefusedError, FileNotFoundError):  # its shim was killed
+    except (ConnectionRefusedError, FileNotFoundError):  # its shim is gone, or all is
         return
     peer.send(b"q")
     over = False
@@ -15369,7 +15402,8 @@ def attach_to(record, keys, typing):
     hold_signals()
     peer = visit(record)
     announce(record, "attach")
-    return conclude(Client(tty, typing, keys).stay(peer), None, record.name)
+    client = Client(tty, typing, keys)
+    return conclude(client, client.stay(peer), None, record.name)
 
 
 @command("start",
@@ -15920,8 +15954,8 @@ def leftovers():
         except FileNotFoundError:
             yield (f"directory {top}{id}: without a record",
                    lambda id=id: remove_tree(top + id))
-    for line in read_file("/proc/self/mountinfo").splitlines():
-        place = line.split()[4]
+    for line in lines_of("/proc/self/mountinfo"):
+        place = line.split(" ")[4]
         if place.startswith((top, store("workshop", ""))):
             yield f"mount {place}", lambda at=place: syscall(
                 "umount2", at, MNT_DETACH, why="it is nobody's")

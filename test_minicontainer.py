@@ -929,6 +929,10 @@ def test_memory_and_swap_are_limited():
     text = sh(f"cat {path} 2>&1 || true", "--memory", "64m", "--memory-swap", "80m")
     if "No such file" not in text:
         assert text == f"{(16 if V2 else 80) << 20}\n"
+    none = spec_for("--memory", "64m", "--memory-swap", "0", "/x")  # as Docker takes it
+    assert (none["linux"]["resources"], none["annotations"]) == [
+        (spec["linux"]["resources"], spec["annotations"])
+        for spec in [spec_for("--memory", "64m", "/x")]][0]
 
 
 @root
@@ -1385,6 +1389,8 @@ def test_a_device_node_inside_is_inert(tmp_path):
                       "head -c1 /zero; mknod /mem c 1 5; head -c1 /mem")
         assert result.stderr.count("Permission denied") + result.stderr.count(
             "not permitted") + result.stderr.count("No such file") >= 2
+    assert "Permission denied" in mini("run", "--rm", "--userns", "host", "--tmpfs", "/v:dev", "/bin/sh",
+                                       "-c", "mknod /v/zero c 1 5 && head -c1 /v/zero").stderr
 
 
 @pytest.fixture
@@ -2573,6 +2579,10 @@ def test_a_profile_under_which_no_program_starts_is_named(tmp_path):
             ({"defaultAction": "SCMP_ACT_ERRNO", "syscalls": [
                 {"names": ["read", "exit_group"], "action": "SCMP_ACT_ALLOW"}]},
              126, "lets nobody say why"),
+            *(({"defaultAction": action}, 126, "lets nobody say why") for action in (
+                "SCMP_ACT_ERRNO", "SCMP_ACT_KILL_PROCESS", "SCMP_ACT_KILL_THREAD")),
+            ({**allow, "syscalls": [{"names": ["execve"], "action": "SCMP_ACT_KILL"}]},
+             126, "lets nobody say why"),
             ({**allow, "syscalls": [{"names": ["execve"], "action": "SCMP_ACT_ERRNO",
                                      "errnoRet": 0}]}, 126, "answers 0"),
             ({**allow, "syscalls": [{"names": ["execve"], "action": "SCMP_ACT_ERRNO"}]},
@@ -3014,12 +3024,55 @@ def test_an_image_name_is_not_mistaken_for_a_command():
 
 
 @root
+def test_an_entrypoint_is_put_before_the_command_of_a_plain_root_file_system():
+    assert run("--entrypoint", "/bin/echo", "/bin/true", "x") == "/bin/true x\n"
+    assert run("--rootfs", m.default_rootfs(), "--entrypoint", "/bin/echo", "hi", "there") == "hi there\n"
+
+
+@root
+def test_output_that_cannot_be_written_is_told():
+    """Whoever leaves has heard enough; but a full disk is nobody's wish."""
+    def into_full(*words):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(command(*words), stdout=full, stderr=subprocess.PIPE, text=True)
+        assert "could not be written: No space left on device" in done.stderr
+        return done.returncode
+    assert into_full("run", "--rm", "/bin/sh", "-c", "echo lost") == 125
+    assert into_full("run", "--rm", "/bin/sh", "-c", "echo lost; exit 3") == 3
+    with running() as (_, id, _):
+        assert into_full("exec", id, "/bin/sh", "-c", "echo lost") == 125
+
+
+@root
+def test_names_with_blanks_and_ends_of_lines_of_other_scripts_mislead_nobody(tmp_path):
+    """In the kernel's tables: a mount's path, a process's name, a user's."""
+    odd = tmp_path / "a\fb\u3000c\x85d\u2028e\xa0"
+    odd.mkdir()
+    m.syscall("mount", "tmpfs", str(odd), "tmpfs", 0, None)
+    try:
+        m.syscall("mount", None, str(odd), None, m.MS_SHARED, None)
+        assert run("-v", f"{odd}:/v:rshared", "/bin/echo", "up") == "up\n"
+        assert mini("gc").returncode == 0
+    finally:
+        m.syscall("umount2", str(odd), 0)
+    script = "printf 'x\\fNSpid:\\t9 9' > /proc/$$/comm; echo up; read x"
+    with running(script=script) as (_, _, pid):
+        assert quietly("ns", str(pid)).count("pid, from the host's") == 1
+    (tmp_path / "layer/etc").mkdir(parents=True)
+    (tmp_path / "layer/etc/passwd").write_text("odd\u2028eve:x:7:7::/:\n\neve:x:8:8::/:\n")
+    assert run("--rootfs", m.default_rootfs(), "--rootfs", tmp_path / "layer", "-u", "eve", "/bin/sh", "-c",
+               "id -u") == "8\n"
+
+
+@root
 def test_variables_come_from_options_files_and_the_host(tmp_path):
-    (tmp_path / "env").write_text("# comment\n\nFROM_FILE=f x\nPASSED\nABSENT\n")
+    (tmp_path / "env").write_text("\ufeffFIRST=1\r\n# comment\n\nFROM_FILE=f x\nPASSED\nABSENT\n"
+                                  "FEED=a\fb\u2028c\n")
     text = sh("env", "-e", "A=1", "-e", "B=x=y", "-e", "PASSED2", "--env-file",
               tmp_path / "env", env={"PASSED": "p", "PASSED2": "q", "LEAK": "no"})
     lines = text.splitlines()
-    for line in ("A=1", "B=x=y", "FROM_FILE=f x", "PASSED=p", "PASSED2=q", "HOME=/root",
+    assert "\nFEED=a\fb\u2028c\n" in text
+    for line in ("FIRST=1", "A=1", "B=x=y", "FROM_FILE=f x", "PASSED=p", "PASSED2=q", "HOME=/root",
                  f"PATH={m.DEFAULT_PATH}"):
         assert line in lines
     assert "LEAK" not in text and "ABSENT" not in text
@@ -8122,6 +8175,8 @@ def test_logs_follow_a_container_until_it_ends():
     with detached("-i", script="echo a; sleep 0.2; echo b") as id:
         assert quietly("logs", "-f", id) == "a\nb\n"
         assert quietly("logs", "-f", id) == "a\nb\n"
+    id = quietly("run", "-d", "--rm", "/bin/sh", "-c", "echo a; sleep 0.3; echo b").strip()
+    assert quietly("logs", "-f", id) == "a\nb\n"  # though nothing is left of it then
 
 
 def test_lines_of_a_log_are_json_whatever_is_written():
@@ -11195,6 +11250,8 @@ def test_any_wall_can_be_left_out_and_that_is_announced(step):
 def test_what_a_wall_was_good_for_is_seen_when_it_is_missing():
     script = "grep Seccomp: /proc/self/status; cat /proc/self/uid_map; ls -A /"
     seen = mini("run", "--rm", "--without", "seccomp,userns,pivot", "/bin/sh", "-c", script)
+    group = run("--without", "join_cgroup,cgroupns", "/bin/cat", "/proc/self/cgroup")
+    assert group == m.read_file("/proc/self/cgroup")
     words = seen.stdout.split()
     assert words[:5] == ["Seccomp:", "0", "0", "0", str(2**32 - 1)]
     assert words[5:] == sorted(os.listdir("/"))  # the host's own files
