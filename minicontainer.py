@@ -1406,9 +1406,9 @@ def resources_spec(o):
         memory["limit"] = size(o.memory)
         memory["swap"] = 2 * memory["limit"]  # Docker's: as much swap as memory
     if (o.memory_swap or "0") != "0":  # as to Docker, 0 is as if it were not there
-        if "limit" not in memory:
-            raise Fail("--memory-swap without --memory", "set --memory as well")
         memory["swap"] = -1 if o.memory_swap == "-1" else size(o.memory_swap)
+        if -1 < memory["swap"] and "limit" not in memory:
+            raise Fail("--memory-swap without --memory", "set --memory as well")
         if -1 < memory["swap"] < memory["limit"]:
             raise Fail("--memory-swap is less than --memory",
                        "it counts memory and swap together")
@@ -4315,6 +4315,8 @@ def holders(error):
 ADVICE = (
     ("execve", (), exec_refused),
     ("pivot_root", (errno.EINVAL,), shared_mounts),
+    ("setns", (errno.ESRCH,), lambda _: Fail(
+        "the container is not running: it has just ended", "`ps -a` tells how", 1)),
     ("clone3 clone unshare", (errno.ENOSPC, errno.EUSERS), lambda _:
      "the sysctls user.max_*_namespaces allow no more here; or "
      + ("sudo" if rootless.uid else "--userns host")),
@@ -4825,7 +4827,8 @@ def complete_linux(spec, id):
         for key in ("major", "minor"):
             if device.get(key) is None:
                 refuse(f"config.linux.devices[{number}].{key}", None, "a number")
-        device["fileMode"] = (device.get("fileMode") or 0o666) & 0o7777
+        mode = device.get("fileMode")
+        device["fileMode"] = (0o666 if mode is None else mode) & 0o7777
         device.update(uid=device.get("uid") or 0, gid=device.get("gid") or 0,
                       access="rwm", type=device["type"].replace("u", "c"))
     linux["resources"] = complete_resources(linux.get("resources") or {})
@@ -5365,7 +5368,8 @@ def exec_process(options, spec):
         if options.user:
             process["user"] = {**process["user"],
                                "uid": whole("--user", user, 0, IDS.stop - 1),
-                               "gid": whole("--user", group or "0", 0, IDS.stop - 1)}
+                               **({"gid": whole("--user", group, 0, IDS.stop - 1)}
+                                  if group else {})}
         more = [whole("--additional-gids", gid, 0, IDS.stop - 1)
                 for gid in options.additional_gids]
         process["user"]["additionalGids"] = [
@@ -12005,17 +12009,20 @@ class LogReader:
     def __init__(self, path, last=None):
         self.path, self.rest, self.files = path, b"", []
         self.open_newer()
+        ends = {fd: os.fstat(fd).st_size for fd in self.files}
         for number in reversed(range(0 if last is None else len(self.files))):
-            last -= self.seek_back(self.files[number], last)
+            fd = self.files[number]
+            last -= self.seek_back(fd, ends[fd], last)
             if not last:
                 del self.files[:number]
                 break
+        self.there = sum(ends[fd] - os.lseek(fd, 0, os.SEEK_CUR) for fd in self.files)
 
     @staticmethod
-    def seek_back(fd, count):
-        """Go to where the last `count` lines of a file begin; how many it has of them.
-        """
-        found, at = 0, os.lseek(fd, 0, os.SEEK_END)
+    def seek_back(fd, at, count):
+        """Go to where the last `count` lines before a place in a file begin; how many
+        it has of them."""
+        found = 0
         while at:
             start = max(at - MOST, 0)
             part = os.pread(fd, at - start, start)
@@ -12048,12 +12055,14 @@ class LogReader:
         self.files += newer
         return bool(newer)
 
-    def read(self, look=None):
-        """Lists of the entries that have come since, or look(those lines of the file).
-        """
-        while self.files or self.open_newer():
+    def read(self, look=None, to_the_end=True):
+        """Lists of the entries that have come since, or look(those lines of the file);
+        or only of what was there at first, as some write faster than we read."""
+        left = 1 << 62 if to_the_end else self.there
+        while left and (self.files or self.open_newer()):
             finished = len(self.files) > 1  # before we read: it will not grow any more
-            if data := os.read(self.files[0], 1 << 20):
+            if data := os.read(self.files[0], min(left, 1 << 20)):
+                left -= len(data)
                 lines, _, self.rest = (self.rest + data).rpartition(b"\n")
                 if lines:
                     yield (look or self.entries)(lines)
@@ -13233,10 +13242,15 @@ def fill_volume(record, spec, name, target):
 
 @command("volume create", arg("--label", metavar="KEY=VALUE", action="append",
                               default=[], help="a note that `ls --filter` finds"),
+         arg("-d", "--driver", metavar="DRIVER", default="local",
+             help="local, a directory of this machine, is what there is"),
          arg("name", nargs="?", metavar="NAME", help="or it gets a random one"))
 def volume_create_command(options):
     """Make a volume."""
     name = options.name or os.urandom(32).hex()
+    if options.driver != "local":
+        raise Fail(f'error looking up volume plugin {options.driver}: plugin "'
+                   f'{options.driver}" not found', "--driver local", 1)
     if not is_word(name):
         raise no_volume_name(name, 1)
     make_volume(name, dict(text.partition("=")[::2] for text in options.label),
@@ -13246,6 +13260,7 @@ def volume_create_command(options):
 
 VOLUME_FILTERS = {  # of `volume ls`: whether one passes for one of the values
     "name": lambda facts, text: text in facts["Name"],
+    "driver": lambda facts, text: text == facts["Driver"],
     "label": lambda facts, text: has_label(facts["Labels"], text),
     "label!": lambda facts, text: not has_label(facts["Labels"], text),
     "dangling": lambda facts, text: is_true("dangling", text) == (
@@ -13699,7 +13714,11 @@ def health_spec(options):
     for name in ("interval", "timeout", "start_period"):
         if text := getattr(options, f"health_{name}"):
             option = f"--health-{name.replace('_', '-')}"
-            found[name.title().replace("_", "")] = nanoseconds(option, text)
+            span = nanoseconds(option, text)
+            if 0 < span < 10 ** 6:
+                raise Fail(f"{option} cannot be less than 1ms: {text}", "as in 30s")
+            if span:  # 0 is as if it were not there
+                found[name.title().replace("_", "")] = span
     if options.health_retries:
         found["Retries"] = whole("--health-retries", options.health_retries, 1)
     none = options.no_healthcheck or found.get("Test", ["NONE"])[0] == "NONE"
@@ -14097,8 +14116,10 @@ class HealthCheck:
             early = time.time_ns() - now.started < health["StartPeriod"]
             if not (ill and early and found["Status"] == "starting"):
                 found["FailingStreak"] = (found["FailingStreak"] + 1) * ill
+                before = found["Status"]
                 if not ill or found["FailingStreak"] >= health["Retries"]:
                     found["Status"] = "unhealthy" if ill else "healthy"
+                if found["Status"] != before:
                     announce(now, f"health_status: {found['Status']}")
             found["Log"] = [*found["Log"][-4:], {
                 "Start": timestamp(self.began), "End": timestamp(time.time_ns()),
@@ -14489,6 +14510,9 @@ def send_signal(record, number):
 
 def not_running(record):
     """What to raise of a container that does not run."""
+    if record.status == "restarting":
+        return Fail(f"Container {record.id} is restarting, wait until the container is "
+                    "running", "`ps` tells", 1)
     return Fail(f"Container {record.id} is not running", "`start` starts it", 1)
 
 
@@ -14618,6 +14642,8 @@ def kill_it(record, number):
     if number in (signal.SIGKILL, signal_number(record.stop_signal)):
         with changing(record.id) as record:
             record.stopped = True
+    if record.status == "restarting":  # nobody is there; nor will be, if it is to stop
+        return
     fd = send_signal(record, number)
     if fd is None:
         raise not_running(record)
@@ -14806,7 +14832,21 @@ def is_named(record, pattern):
     """Whether a regular expression finds something in its name."""
     import re
 
-    return any(re.search(pattern, name) for name in (record.name, f"/{record.name}"))
+    try:
+        return any(re.search(pattern, name)
+                   for name in (record.name, f"/{record.name}"))
+    except re.error as error:
+        raise Fail(f"Invalid filter 'name={pattern}': {error}", "a regular expression",
+                   1) from None
+
+
+def has_port(text, ports):
+    """Whether one of some ports, each "80/tcp", is among those that 80, 80/tcp or
+    80-90/udp means."""
+    span, _, kind = text.partition("/")
+    numbers = port_range(span, f"--filter {text}")
+    return any(int(port) in numbers and its == (kind or "tcp")
+               for port, _, its in (port.partition("/") for port in ports))
 
 
 def has_status(record, text):
@@ -14826,6 +14866,11 @@ FILTERS = {  # of `ps`: whether a record passes for one of the values
     "since": lambda record, text: record.created > find(text).created,
     "health": lambda record, text: record.checked.get("Status", "none") == text,
     "network": lambda record, text: text in network_names(record, record.spec()),
+    "publish": lambda record, text: has_port(text, [
+        f"{port}/{kind}" for kind, _, port, _ in ports_of(record)]),
+    "expose": lambda record, text: has_port(text, [
+        *ports_inside(record, record.spec()), *(
+            f"{inner}/{kind}" for kind, _, _, inner in ports_of(record))]),
     "volume": lambda record, text: text in record.volumes or any(
         text in (facts["Source"], facts["Destination"])
         for facts in mount_facts(record, record.spec()["mounts"])),
@@ -14937,7 +14982,8 @@ def container_facts(record, with_sizes=False):
         "Mounts": list(mount_facts(record, spec["mounts"])),
         "Config": {
             "Hostname": spec.get("hostname", ""),
-            "Domainname": spec.get("domainname", ""), "User": asked.get("user", ""),
+            "Domainname": spec.get("domainname", ""),
+            "User": process["user"].get("username", ""),
             "Tty": process["terminal"], "OpenStdin": record.interactive,
             "Env": process["env"], "Entrypoint": entry or None,
             "Cmd": process["args"][len(entry):], "Image": record.image,
@@ -15204,6 +15250,8 @@ def update_command(options):
     except Fail as fail:
         fail.code = 1  # no container was to be started
         raise
+    if options.pids_limit in ("-1", "0"):  # of a new container: as if it were not there
+        resources["pids"] = {"limit": -1}
     if not resources and not options.restart:
         raise Fail("you must provide one or more flags when using this command",
                    options.hint, 1)
@@ -15211,6 +15259,9 @@ def update_command(options):
     def update(record):
         with changing(record.id) as now:
             if options.restart:
+                if now.throw_away and restart_policy(options)[0] != "no":
+                    raise Fail("Restart policy cannot be updated because AutoRemove is "
+                               "enabled for the container", "it was --rm", 1)
                 now.restart, now.tries = restart_policy(options)
             spec = now.spec()
             kept = spec["linux"]["resources"]  # of the next start, too
@@ -15300,9 +15351,9 @@ def show_entries(entries, stamped, since, until_):
         write_all(1 if stream == "stdout" else 2, memoryview(data))
 
 
-def follow_log(record, reader, look):
-    """What comes in a log, until the container ends: its shim says so when all is
-    there.
+def follow_log(record, reader, look, end):
+    """What comes in a log, until the container ends, of which its shim says when all is
+    there, or until a moment.
 
     The file is watched, and not the output: who reads a log slowly, or not at all, is
     waited for by nobody."""
@@ -15314,11 +15365,14 @@ def follow_log(record, reader, look):
     peer.send(b"q")
     over = False
     while not over:
-        if watch in (ready := select.select([watch, peer.fd], [], [])[0]):
+        left = max(end - time.time_ns(), 0)
+        if watch in (ready := select.select([watch, peer.fd], [], [],
+                                            min(left / 10 ** 9, 1 << 20))[0]):
             os.read(watch, MOST)
+        over = not left
         if peer.fd in ready:
             found = peer.receive()
-            over = found and found[0] in (b"x", b"")
+            over = over or found and found[0] in (b"x", b"")
         yield from reader.read(look)
 
 
@@ -15334,15 +15388,16 @@ def logs_command(options):
         raise Fail("configured logging driver does not support reading",
                    "it was made with --log-driver none", 1)
     since = timestamp(moment("--since", options.since)) if options.since else ""
-    until_ = timestamp(moment("--until", options.until)) if options.until else "~"
+    end = moment("--until", options.until) if options.until else 1 << 62
+    until_ = timestamp(end) if options.until else "~"
     # As in Docker, what is no number is "all".
     last = int(options.tail) if options.tail.isdecimal() else None
     reader = LogReader(record.path("log"), last)
     follows = options.follow and record.status in LIVE
     bare = not (options.timestamps or since or options.until)
     look = reader.plain if bare else reader.entries
-    for source in (reader.read(look),
-                   follow_log(record, reader, look) if follows else ()):
+    for source in (reader.read(look, follows),
+                   follow_log(record, reader, look, end) if follows else ()):
         for entries in source:
             show_entries(entries, options.timestamps, since, until_)
 
@@ -15519,6 +15574,12 @@ def changes(record):
                    "`export` writes all of it", 1)
     with merged(record, spec) as c:
         for top, directories, files in os.walk(upper):
+            inner = top[len(upper):]
+            if OPAQUE in os.listxattr(top) and is_there(c, inner):  # made anew
+                below = open_inside(c, inner, os.O_RDONLY)
+                if stat.S_ISDIR(os.fstat(below).st_mode):
+                    found.update({f"{inner}/{name}": "D" for name in os.listdir(below)})
+                os.close(below)
             for path in (os.path.join(top, name) for name in directories + files):
                 inner, facts = path[len(upper):], os.lstat(path)
                 gone = stat.S_ISCHR(facts.st_mode) and facts.st_rdev == 0
@@ -15540,6 +15601,22 @@ def diff_command(options):
     print("".join(f"{found[path]} {path}\n" for path in sorted(found)), end="")
 
 
+def committed(record, image):
+    """The config of an image that is made of a container: what it was started with,
+    options and all, but for what is of this one container alone."""
+    found, old = container_facts(record)["Config"], image.settings if image else {}
+    found["Env"] = [line for line in found["Env"] if not line.startswith(("HOSTNAME=",
+                    *(["TERM="] if found["Tty"] else [])))]
+    for key, default in ("WorkingDir", "/"), ("StopSignal", "SIGTERM"):
+        if found[key] == default and not old.get(key):
+            found[key] = ""
+    if "Healthcheck" in old and not record.health:
+        found["Healthcheck"] = {"Test": ["NONE"]}
+    return {**old, **{key: found.get(key) for key in (
+        "User Env Entrypoint Cmd WorkingDir Labels ExposedPorts StopSignal Healthcheck"
+        ).split() if found.get(key) or old.get(key)}}
+
+
 @command("commit",
          arg("-a", "--author", metavar="TEXT", default="", help="who made it"),
          arg("-c", "--change", metavar="LINE", action="append", default=[],
@@ -15554,7 +15631,7 @@ def commit_command(options):
     refs, spec = [new_name(options.name)] if options.name else [""], record.spec()
     base = spec["annotations"].get(OF_IMAGE)
     image = find_image(base) if base and record.layers(spec) else None
-    settings = {**(image.settings if image else {"Cmd": spec["process"]["args"]})}
+    settings = committed(record, image)
     for text in options.change:
         take_change(settings, text)
     with adding():
@@ -15717,9 +15794,21 @@ def copy_outside(record, path, target, options):
                 out.addfile(tar_header(entry), entry.stream)
 
 
+def check_writable(spec, path):
+    """Refuse to write what the container itself may not write."""
+    over = max((mount for mount in spec["mounts"] if f"{path}/".startswith(
+        f"{mount['destination']}/")), key=lambda mount: len(mount["destination"]),
+        default=None)
+    if over and {"ro", "rro"} & {*over["options"]}:
+        raise Fail("mounted volume is marked read-only", f"{over['destination']} is", 1)
+    if not over and spec["root"]["readonly"]:
+        raise Fail("container rootfs is marked read-only", "it is --read-only", 1)
+
+
 def copy_inside(record, source, path, options):
     """Copy from a path of the host, or from a tarball, to a container."""
     path = f"/{path.lstrip('/')}"
+    check_writable(record.spec(), os.path.normpath(path))
     with looking_into(record, path) as (open_, base):
         if source != "-":
             name, inside_only, entries = read_tree(

@@ -2914,11 +2914,25 @@ for name in set(globals()) - BEFORE_WALLS:
     (["/etc"], 126, "is a directory"),
     (["/etc/passwd"], 126, "permission denied"),
     (["-w", "/etc/passwd", "/bin/true"], 126, "working directory"),
-    (["--ulimit", "as=1", "/bin/true"], 125, "no memory is left for the step"),
 ])
 def test_a_program_that_cannot_be_executed_is_named(args, code, words):
     message = refused("run", "--rm", *args, code=code)
     assert words in message and "hint:" in message
+
+
+@root
+def test_a_limit_that_leaves_no_memory_is_told_by_whoever_notices(monkeypatch):
+    """Us in a step, for which it depends on what is left over; or else the kernel, who
+    executes the program and has nothing to load it into."""
+    done = mini("run", "--rm", "--ulimit", "as=1", "/bin/true")
+    told = "no memory is left for the step" in done.stderr
+    assert (done.returncode, told) in ((125, True), (139, False)), done.stderr
+
+    def starve(c):
+        raise MemoryError
+    monkeypatch.setattr(m, "BIRTH", m.replace_steps(m.BIRTH, {m.set_priorities: (starve,)}))
+    code, _, err = forked(main("run", "--rm", "/bin/true"))
+    assert code == 125 and "no memory is left for the step starve" in err
 
 
 @root
@@ -3788,6 +3802,18 @@ def test_a_disk_cannot_be_read_through_a_node_of_ones_own():
                   "&& echo null works", process__noNewPrivileges=False,
                   process__capabilities=m.capability_sets(m.DOCKER_CAPABILITIES))
     assert out == "null works\n"
+
+
+@root
+def test_what_is_zero_or_not_said_is_as_runc_has_it():
+    """A device nobody may open; and the group of who is named without one."""
+    with oci_created(process__user={"uid": 1000, "gid": 1000}, linux__devices=[
+            {"path": "/dev/none", "type": "c", "major": 1, "minor": 3, "fileMode": 0}]):
+        oci("start", "c1")
+        for user, ids in ("1001", "1001 1000"), ("0:7", "0 7"):
+            assert oci("exec", "-u", user, "c1", "/bin/sh", "-c", "echo $(id -u) $(id -g)"
+                       ).stdout == f"{ids}\n"
+        assert oci("exec", "c1", "/bin/stat", "-c", "%a", "/dev/none").stdout == "0\n"
 
 
 @root
@@ -7218,6 +7244,9 @@ def test_ps_shows_ports_as_docker_does_and_neighbours_as_a_range(networks):
         assert there["70/tcp"] is None and len(there["18081/tcp"]) == 1
         assert {"70/tcp", "53/udp", "18082/udp", "90/tcp"} <= set(facts["Config"]["ExposedPorts"])
         assert mini("port", "many").stdout.count("\n") == 5
+        for wanted, found in (("publish=18090", 1), ("publish=18000-18085/tcp", 1), ("publish=90", 0),
+                              ("expose=90", 1), ("expose=53", 0), ("expose=53/udp", 1), ("publish=70", 0)):
+            assert mini("ps", "-q", "--filter", wanted).stdout.count("\n") == found, wanted
         assert mini("stop", "-t", "0", "many").returncode == 0
         assert mini("ps", "-a", "--format", "{{.Ports}}").stdout == "\n"
     with idle("all", "--network", "one", "--expose", "74", "-P"):
@@ -8179,6 +8208,17 @@ def test_logs_follow_a_container_until_it_ends():
     assert quietly("logs", "-f", id) == "a\nb\n"  # though nothing is left of it then
 
 
+@root
+def test_a_log_is_shown_to_where_it_ends_when_it_is_asked_for():
+    """Though the container writes faster than anybody reads; or to a moment."""
+    with detached(script="while :; do echo x; done") as id:
+        until(lambda: quietly("logs", "--tail", "3", id) == "x\n" * 3)
+        assert quietly("logs", "-t", "--tail", "1", id).count("\n") == 1
+    with detached(script="while :; do echo x; sleep 0.05; done") as id:
+        assert set(quietly("logs", "-f", "--until", f"{time.time() + 0.5:.9f}", id).split()) == {"x"}
+        quietly("logs", "-f", "--until", "1s", id)
+
+
 def test_lines_of_a_log_are_json_whatever_is_written():
     source = random.Random(5)
     words = [b"plain", b"\n", b"\n\n", b'"', b"\\", b"\\n", b"\t", b"\x1b[1m", b"\0", b"\x7f", "é".encode(),
@@ -8474,6 +8514,12 @@ def test_what_a_person_has_stopped_stays_so_whatever_the_policy():
     with detached("--restart", "always") as id:
         quietly("kill", id)
         assert m.load(id).status == "exited"
+    with detached("--restart", "always", script="exit 1") as id:
+        until(lambda: m.load(id).restarts >= 3)
+        state(id, "restarting")  # for almost a second
+        assert "is restarting, wait" in refused("exec", id, "/bin/true", code=1)
+        quietly("kill", id)
+        state(id, "exited")
 
 
 @root
@@ -8523,11 +8569,13 @@ def test_ps_lists_filters_and_formats_as_docker_does():
         for wanted, found in (("name=tw", ["two"]), ("exited=7", ["two"]), ("label=a", [
                 "two", "one"]), ("label=a=b", ["one"]), ("status=running", ["one"]),
                 ("since=one", ["two"]), ("before=two", ["one"]), (f"id={one[:9]}", ["one"]),
-                ("ancestor=default", ["two", "one"]), ("network=host", [])):
+                ("ancestor=default", ["two", "one"]), ("network=host", []), ("publish=80", []),
+                ("expose=70-90/udp", [])):
             assert ps("-a", "--format", "{{.Names}}", "--filter", wanted) == found, wanted
         assert json.loads(quietly("ps", "--format", "json"))["Labels"] == "a=b"
         assert quietly("ps", "-s", "--format", "{{.Size}}").startswith("0B (virtual ")
         assert "invalid filter" in refused("ps", "--filter", "x=y", code=1)
+        assert "Invalid filter 'name=['" in refused("ps", "--filter", "name=[", code=1)
 
 
 @root
@@ -8602,6 +8650,10 @@ def test_a_health_check_finds_out_whether_a_container_is_well():
         assert quietly("ps", "-q", "--filter", "health=unhealthy") == f"{id[:12]}\n"
         quietly("exec", id, "/bin/touch", "/tmp/ok")
         until(lambda: m.load(id).checked["Status"] == "healthy")
+        began = len(m.load(id).checked["Log"]) and m.load(id).checked["Log"][-1]["Start"]
+        until(lambda: m.load(id).checked["Log"][0]["Start"] > began)  # it stays so, and nobody is told
+        assert quietly("events", "--since", "1h", "--until", "0s", "--filter", f"container={id}", "--format",
+                       "{{.Action}}").count("health_status: healthy\n") == 1
         (*_, last) = json.loads(quietly("inspect", id))[0]["State"]["Health"]["Log"]
         assert (last["ExitCode"], last["Output"]) == (0, "fine\n")
         spaces = f"/proc/{parent_of(m.load(id).pid)}/ns"  # only its checks go inside
@@ -8612,6 +8664,11 @@ def test_a_health_check_finds_out_whether_a_container_is_well():
         until(lambda: m.load(id).checked["Log"])
         assert m.load(id).checked["Status"] == "unhealthy"
         assert "exceeded timeout (0.05s)" in m.load(id).checked["Log"][0]["Output"]
+    id = quietly("create", "--health-cmd", "x", "--health-interval", "0s", "/bin/true").strip()
+    assert m.load(id).health["Interval"] == 30 * 10 ** 9
+    quietly("rm", id)
+    assert "cannot be less than 1ms" in refused("create", "--health-cmd", "x", "--health-timeout", "1us", "/x",
+                                                code=1)
 
 
 @root
@@ -8651,7 +8708,12 @@ def test_stats_are_of_now_and_update_changes_the_limits():
         assert m.load(id).restart == "always"
         quietly("restart", "-t", "0", id)
         assert m.cgroup_of(m.load(id).spec()).measure()["pids_limit"] == 9
+        quietly("update", "--pids-limit", "-1", id)
+        assert m.cgroup_of(m.load(id).spec()).measure()["pids_limit"] is None
+        assert quietly("update", "--memory-swap", "-1", id) == f"{id}\n"
         assert "provide one or more flags" in refused("update", id, code=1)
+    with detached("--rm") as id:
+        assert "AutoRemove" in refused("update", "--restart", "always", id, code=1)
 
 
 @root
@@ -8855,6 +8917,19 @@ def test_a_container_can_have_the_volumes_of_another(tmp_path):
 
 
 @root
+def test_nothing_is_copied_to_where_the_container_may_not_write(tmp_path):
+    (tmp_path / "f").write_text("x")
+    for words, target, said in (
+            (["-v", "kept:/v:ro"], "/v/f", "mounted volume is marked read-only"),
+            (["--read-only", "-v", "kept:/v"], "/f", "container rootfs is marked read-only"),
+            (["--read-only", "-v", "kept:/v"], "/v/f", "")):
+        with detached(*words) as id:
+            done = mini("cp", tmp_path / "f", f"{id}:{target}")
+            assert (done.returncode, said in done.stderr) == (int(bool(said)), True)
+    quietly("volume", "rm", "kept")
+
+
+@root
 def test_a_link_of_the_container_leads_nowhere_on_the_host(tmp_path):
     (tmp_path / "secret").write_text("secret\n")
     (tmp_path / "mine").write_text("mine\n")
@@ -8880,11 +8955,22 @@ def test_what_was_changed_is_shown_and_becomes_an_image(image):
     facts = json.loads(quietly("image", "inspect", made))[0]
     assert len(facts["RootFS"]["Layers"]) == 2 and facts["Author"] == "me"
     assert "why" in quietly("history", "made:1")
+    asked = facts["Config"]  # what it was started with, but for what is its own
+    assert "SEEN=1" in asked["Env"] and "COLOUR=red" in asked["Env"] and "HOSTNAME" not in str(asked["Env"])
+    assert asked["User"] == "0" and asked["WorkingDir"] == "/srv" and "80/tcp" in asked["ExposedPorts"]
+    again = quietly("commit", id).strip()
+    asked = json.loads(quietly("image", "inspect", again))[0]["Config"]
+    assert asked["Entrypoint"] == ["/bin/sh"] and asked["Cmd"][0] == "-c" and len(asked["Cmd"]) == 2
+    quietly("rmi", again)
     with detached(script=script) as other:
         until(lambda: mini("logs", other).stdout)
         quietly("commit", other, "whole:1")
         assert m.load(other).status == "running"
         assert "D /etc/group" in quietly("diff", other)
+    with detached("-u", "0", "--entrypoint", "", "thing:1", script="rm -r /srv; mkdir /srv; echo > /srv/new"
+                  ) as other:
+        assert quietly("wait", other) == "0\n"
+        assert quietly("diff", other).splitlines() == ["C /srv", "A /srv/new", "D /srv/page"]
     assert run("whole:1", "/bin/cat", "/srv/new") == "x\n"
     quietly("rm", "-v", id)
     quietly("rmi", "made:1", "whole:1")
