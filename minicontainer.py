@@ -12156,7 +12156,7 @@ class Shim:
             for _ in range(64):  # what is left: more than that comes from elsewhere
                 if not turn([self], 0):
                     break
-        except (OSError, Fail, LookupError) as error:  # it has nobody else: it ends
+        except Exception as error:  # whatever it is, the container has nobody else
             self.trouble = diagnose(error).message
             kill_and_wait(self.c)
         if self.signals >= 0:
