@@ -549,6 +549,19 @@ def size(text):
     return int(float(digits) * UNITS[unit])
 
 
+def fields_of(text):
+    """What stands between commas; what has one in it stands in quotes, as in CSV."""
+    if '"' not in text:
+        return text.split(",")
+    import csv
+
+    try:
+        return next(csv.reader([text], strict=True))
+    except csv.Error as error:
+        raise Fail(f"{text!r}: {error}", """as in 'type=bind,"source=/a,b",target=/c'"""
+                   ) from None
+
+
 SPANS = {"ns": 1, "us": 1000, "µs": 1000, "ms": 10 ** 6, "s": 10 ** 9,
          "m": 60 * 10 ** 9, "h": 3600 * 10 ** 9}
 
@@ -2193,7 +2206,7 @@ def tmpfs_mount(option, target, words):
             "source": "tmpfs", "options": ["nosuid", "nodev", "noexec", *words]}
 
 
-MOUNT_KEYS = {"bind": ("source", "bind-propagation"),
+MOUNT_KEYS = {"bind": ("source", "bind-propagation", "bind-nonrecursive"),
               "volume": ("source", "volume-nocopy"),
               "tmpfs": ("tmpfs-size", "tmpfs-mode")}
 
@@ -2204,18 +2217,18 @@ def mount_keys(text):
     keys = {"type": "volume"}
     names = {"src": "source", "dst": "target", "destination": "target",
              "ro": "readonly", "propagation": "bind-propagation"}
-    for part in text.split(","):
+    for part in fields_of(text):
         key, _, value = part.partition("=")
         keys[names.get(key, key)] = value
     if keys["type"] not in MOUNT_KEYS:
         raise Fail(f"--mount {text}: type {keys['type']!r} is not known",
                    "type=bind, type=tmpfs or type=volume")
-    known = ("type", "target", "readonly", *MOUNT_KEYS[keys["type"]])
+    known = ("type", "target", "readonly", "consistency", *MOUNT_KEYS[keys["type"]])
     unknown = set(keys) - set(known)
     if unknown:
         raise Fail(f"--mount {text}: unknown key {min(unknown)!r}", ", ".join(known))
     meanings = {"": True, "true": True, "1": True, "false": False, "0": False}
-    for key in ("readonly", "volume-nocopy"):
+    for key in ("readonly", "volume-nocopy", "bind-nonrecursive"):
         value = keys.get(key, "false")
         if value.lower() not in meanings:
             raise Fail(f"--mount {text}: invalid value for {key}: {value}",
@@ -2244,7 +2257,10 @@ def long_mount(text):
                    f"{keys['source']}", "make it first; only -v makes it for you")
     if "bind-propagation" in keys:
         words.append(keys["bind-propagation"])
-    return bind_mount(f"--mount {text}", keys["source"], target, words)
+    mount = bind_mount(f"--mount {text}", keys["source"], target, words)
+    if keys["bind-nonrecursive"]:
+        mount["options"][0] = "bind"
+    return mount
 
 
 def device_nodes(source, target):
@@ -4236,6 +4252,9 @@ def exec_refused(error):
         what, file = path, path
         if interpreter and os.access(path, os.X_OK):
             what, file = f"{path}: its interpreter {interpreter}", interpreter
+        if os.statvfs(path).f_flag & os.ST_NOEXEC:
+            return Fail(f"exec {path}: permission denied",
+                        "the file system that it is on is mounted noexec", 126)
         return Fail(f"exec {what}: permission denied",
                     f"is it executable (chmod +x {file}), for this user?", 126)
     if machine and machine != os.uname().machine:
@@ -16219,7 +16238,7 @@ def exec_form(step, at=None):
 
 def sources_in(name, value):
     """The stages, or images, that a flag copies or mounts from."""
-    return [word.removeprefix("from=") for word in value.split(",") if name == "from" or
+    return [word.removeprefix("from=") for word in fields_of(value) if name == "from" or
             name == "mount" and word.startswith("from=")]
 
 
@@ -17521,7 +17540,7 @@ YES, NO = "1 t T TRUE true True".split(), "0 f F FALSE false False".split()  # a
 def mount_words(step, text, at):
     """{key: value} of a --mount of RUN, checked."""
     words = {}
-    for part in text.split(","):
+    for part in fields_of(text):
         key, equals, value = part.partition("=")
         words[SAME_WORDS.get(key, key)] = value if equals else "true"
     kind = words.setdefault("type", "bind")
@@ -18305,7 +18324,7 @@ def given_pair(option, text, unsaid):
 
 def secret_of(text):
     """(id, its bytes) of --secret id=…,src=FILE, or env=NAME."""
-    words = dict(part.partition("=")[::2] for part in text.split(","))
+    words = dict(part.partition("=")[::2] for part in fields_of(text))
     id, kind, name = (words.get(key, "") for key in ("id", "type", "env"))
     source = words.get("src") or words.get("source")
     if not id or set(words) - {"id", "src", "source", "env", "type"} or (
@@ -18589,7 +18608,7 @@ def save_id(path, id):
 
 def output_of(text):
     """(whether it is a directory, its path) of an -o."""
-    words = dict(part.partition("=")[::2] for part in text.split(","))
+    words = dict(part.partition("=")[::2] for part in fields_of(text))
     if "=" not in text:
         words = {"type": "tar" if text == "-" else "local", "dest": text}
     kind, place = words.get("type"), words.get("dest", "")
@@ -19694,9 +19713,9 @@ def install_command(options):
     except PermissionError as error:
         raise Fail(f"{error.filename}: {error.strerror}",
                    "sudo, or --prefix with a directory of your own", 1) from None
-    except (FileExistsError, NotADirectoryError) as error:
-        raise Fail(f"{error.filename}: {error.strerror}: something is in the way of "
-                   "what is to be installed", "another --prefix", 1) from None
+    except OSError as error:
+        fail = diagnose(error)
+        raise Fail(fail.message, fail.hint or "another --prefix", 1) from None
     finally:
         take_away([f"{path}.new" for path in paths], made)
 
