@@ -3812,7 +3812,8 @@ def look_up(rows, text, what, fields):
             return row
     if not (text.isascii() and text.isdecimal() and int(text) < 1 << 31):
         raise Fail(f"unable to find {what} {text}: no matching entries in {file} file",
-                   f"a name from the image's own files, or a number for any {what}")
+                   "a name from the image's own files, or any number from 0 to "
+                   "2147483647")
     for row in rows:
         if len(row) >= fields and row[2] == text:
             return row
@@ -4328,6 +4329,14 @@ def holders(error):
     return f"held by {', '.join(found[:5])}" if found else ""
 
 
+def not_mounted(_):
+    """ENOENT: what every host has, and this place has not."""
+    missing = [f"mount -t {kind} {kind} {top}" for kind, top, inside in (
+        ("proc", "/proc", "self"), ("sysfs", "/sys", "kernel"))
+        if narration.who == "parent" and not os.path.exists(f"{top}/{inside}")]
+    return " && ".join(missing)
+
+
 # Which call (any, if none is named), which errors, and what a person can do: words, a
 # function of the error that finds them, or one that says all.  The first that has an
 # answer is taken.
@@ -4346,6 +4355,7 @@ ADVICE = (
      "a file, and a link of the image may lead to where nothing can be made"),
     ("mount", (errno.EINVAL,), "are the options of this mount right? see mount(8)"),
     ("mount", (errno.ENODEV,), "the kernel lacks this file system: is there a module?"),
+    ("", (errno.ENOENT,), not_mounted),
     ("", (errno.EPERM, errno.EACCES), refused_to_root),
     ("", (errno.EBUSY,), holders),
     ("", (errno.ENOSPC, errno.EDQUOT), "the disk is full: see `df -h` and `df -i`"),
@@ -5777,8 +5787,11 @@ calls(syncfs=(306, 267, "fd"))
 
 DATA_HOME = ("/var/lib" if os.geteuid() == 0 else os.environ.get("XDG_DATA_HOME")
              or os.path.expanduser("~/.local/share"))  # "~/…" if nobody knows his home
-STORE = os.path.abspath(os.environ.get("MINICONTAINER_ROOT")
-                        or f"{DATA_HOME}/minicontainer")
+STORE = os.environ.get("MINICONTAINER_ROOT") or f"{DATA_HOME}/minicontainer"
+try:
+    STORE = os.path.abspath(STORE)
+except FileNotFoundError:  # where we are is gone; whoever needs the store says so
+    pass
 OPAQUE = "trusted.overlay.opaque"  # overlay's note on a directory that hides all below
 PARENTS = set()  # directories of the store that are there
 FOLDER = os.O_RDONLY | O_DIRECTORY | os.O_NOFOLLOW | O_CLOEXEC
@@ -10081,10 +10094,12 @@ def packed(address):
     import _socket
 
     try:
-        return _socket.inet_pton(AF_INET6 if ":" in address else AF_INET, address)
-    except OSError:
-        raise Fail(f"invalid address: {address!r}", "as 172.18.0.2, or fd00::2"
-                   ) from None
+        data = _socket.inet_pton(AF_INET6 if ":" in address else AF_INET, address)
+        if len(data) == 4 or int.from_bytes(data, "big") not in IPV4:
+            return data
+    except (OSError, UnicodeError):
+        pass
+    raise Fail(f"invalid address: {address!r}", "as 172.18.0.2, or fd00::2")
 
 
 def number_of(address):
@@ -10400,6 +10415,14 @@ def make_pools(subnets, gateways, ranges, six, networks):
     pools = []
     for subnet in subnets:
         own = subnet_range(subnet)
+        if packed(subnet.partition("/")[0])[0] in (
+                (255,) if ":" in subnet else (0, 127, *range(224, 256))):
+            raise Fail(f"invalid subnet {subnet}: no host has such an address",
+                       "as 172.18.0.0/16 or fd00:1::/64", 1)
+        for gateway in gateways:
+            if number_of(gateway) == own.start:
+                raise Fail(f"{gateway} is the address of {subnet} itself",
+                           f"--gateway {address_of(own.start + 1)}", 1)
         for network in networks:
             for other in network["pools"]:
                 if overlap(own, subnet_range(other["subnet"])):
@@ -10440,7 +10463,8 @@ def all_networks():
 def check_bridge(name, networks):
     """Refuse a name for a bridge that is no interface's, or somebody else's."""
     if not 0 < len(name) < 16 or not name.isascii() or not all(
-            letter.isalnum() or letter in "-_." for letter in name):
+            letter.isalnum() or letter in "-_." for letter in name) or (
+                name in (".", "..", "all", "default")):  # others in /proc/sys/net
         raise Fail(f"invalid name of a bridge: {name!r}", "at most 15 letters", 1)
     if Netlink().index(name) or any(
             network["bridge"] == name for network in networks):
@@ -10512,7 +10536,13 @@ def find_network(text, code=1, only_seen=False):
 # instruction says what becomes of the packet.  Ours are written as nft(8) takes them,
 # `ip saddr 10.0.0.0/8 drop`, which is what --explain tells, and assembled below.
 
-OURS, NFPROTO_INET, NFT = "minicontainer", 1, 10 << 8  # NFNL_SUBSYS_NFTABLES
+NFPROTO_INET, NFT = 1, 10 << 8  # NFNL_SUBSYS_NFTABLES
+# Each store has a table, of which other stores know nothing.
+OURS = "minicontainer"
+if os.path.isabs(STORE) and STORE != "/var/lib/minicontainer":
+    OURS += "".join(  # each store has a table: those of others are not touched
+        letter if letter.isascii() and letter.isalnum() or letter in "/.-" else "_"
+        for letter in os.path.realpath(STORE))[-60:]  # as nft(8) takes it, unquoted
 NFT_MSG_NEWTABLE, NFT_MSG_DELTABLE, NFT_MSG_NEWCHAIN, NFT_MSG_GETCHAIN = 0, 2, 3, 4
 NFT_MSG_NEWRULE, NFT_MSG_GETRULE, NFT_MSG_DELRULE = 6, 7, 8
 FAMILIES = {"inet": NFPROTO_INET, "ip": AF_INET, "ip6": AF_INET6}
@@ -10994,7 +11024,7 @@ def endpoints_of(id):
     """Where a container is, while it runs; the first is the first that it was given."""
     directory, found = os.path.dirname(store("endpoints", "x")), []
     for name in os.listdir(directory):
-        if name.startswith(f"{id}-"):
+        if name.startswith(f"{id}-") and name.endswith(".json"):
             try:
                 found.append(from_json(read_file(f"{directory}/{name}")))
             except FileNotFoundError:  # it leaves
@@ -11012,7 +11042,7 @@ def all_endpoints():
     networks/."""
     directory = os.path.dirname(store("endpoints", "x"))
     return [from_json(read_file(f"{directory}/{name}"))
-            for name in sorted(os.listdir(directory))]
+            for name in sorted(os.listdir(directory)) if name.endswith(".json")]
 
 
 def endpoints():
@@ -11367,6 +11397,8 @@ def guard_program(name, c, ports, shim, told):
     program = os.fork()
     if program == 0:
         reset_signals(c)
+        syscall("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0,
+                why="not even if the guard is killed does it stay")
         os.set_inheritable(sign, name == "slirp4netns")
         for fd in (1, 2):
             os.dup2(output, fd)
@@ -11524,8 +11556,10 @@ def wish_for(network, options, ports=(), aliases=()):
     check_words("a name in a network", aliases)
     mac = options.mac_address or ""
     if mac and ([len(part) for part in mac.split(":")] != [2] * 6 or
-                set(mac.lower()) - set("0123456789abcdef:")):
-        raise Fail(f"invalid MAC address: {mac!r}", "as 02:42:ac:12:00:02")
+                set(mac.lower()) - set("0123456789abcdef:") or
+                int(mac[:2], 16) & 1 or not set(mac) - set("0:")):
+        raise Fail(f"invalid MAC address: {mac!r}", "one interface's, as "
+                   "02:42:ac:12:00:02: the first number is even")
     ips = [address for address in (options.ip, options.ip6) if address]
     for address in ips:
         packed(address)
@@ -11542,9 +11576,12 @@ def choose_program(name, asked):
     wanted = PROGRAMS if name == "bridge" else [name]
     program = next(filter(on_path, wanted), "")
     if not program:
+        there = next((f"--network {other}, which is there; or " for other in PROGRAMS
+                      if on_path(other)), "")
         raise Fail(f"--network {name}: not root, so it takes {' or '.join(wanted)}, "
-                   "which is not installed", "as root: apt install passt (which has "
-                   "pasta) or slirp4netns; or --network none or host")
+                   "which is not installed",
+                   f"{there}as root: apt install passt (which has pasta) or "
+                   "slirp4netns; or --network none or host")
     for word in asked:
         if word not in ("-p", "-P"):
             raise Fail(f"{word}: {program} has nothing of that", "a bridge has: sudo")
@@ -12436,6 +12473,9 @@ class Relay:
                 own = {"0.0.0.0": "127.0.0.1", "::": "::1" if six else "::"}.get(outer)
                 if own or is_oneself(outer) or ":" in outer and not six:
                     self.listen(kind, own or outer, port, to)
+        # The soft limit of open files; 164 are others', of which 100 are clients.
+        room = os.sysconf("SC_OPEN_MAX") - 164 - len(self.doors)
+        self.crowd = max(1, min(self.CROWD, room // 7))
 
     def socket(self, kind, address):
         """One that waits for nothing."""
@@ -12466,7 +12506,7 @@ class Relay:
     def wanted(self):
         """Who may knock, and what the Pumps and the answers to callers wait for."""
         wanted = dict.fromkeys(self.answers, select.POLLIN)
-        if len(self.pairs) < self.CROWD:  # who comes after that waits at the door
+        if len(self.pairs) < self.crowd:  # who comes after that waits at the door
             wanted.update(dict.fromkeys(self.doors, select.POLLIN))
         for pump in (pump for pair in self.pairs for pump in pair):
             for fd, events in pump.wanted().items():
@@ -12517,7 +12557,7 @@ class Relay:
                 inside.connect(to)
                 self.answers[inside.fileno()] = key
             self.callers[key] = inside
-            if len(self.callers) > self.CROWD:
+            if len(self.callers) > self.crowd:
                 self.forget(next(iter(self.callers)))
             inside.send(data)
         except OSError:  # a datagram may be lost
@@ -13394,12 +13434,12 @@ def discard(record, volumes=True):
         if is_volume(name) and not users_of(name) and (
                 NAMELESS in volume_facts(name)["Labels"]):
             remove_volume(name)
-    announce(record, "destroy")
     slot = slot_of(record.first_id)
     for path in (store("ids", slot), store("ids", f"{slot}.{record.id}"),
                  store("names", record.name)):
         if owner_of(path) == record.id:
             take_away_file(path)
+    announce(record, "destroy")  # last: the disk may be full
     if image and not os.path.exists(blob_path(image)):
         forget_lost()
         sweep()  # it was removed by force before, and its layers were kept for this one
@@ -15070,7 +15110,13 @@ class rewiring:
                        "start it with --network none", 1)
         self.change = changing(record.id)
         with held("networks", fcntl.LOCK_EX):
-            self.name = find_network(options.network)["name"]
+            try:
+                self.name = find_network(options.network)["name"]
+            except NoSuch:  # it was removed while the container did not run
+                self.name = options.network
+                if all(wish["network"] != self.name
+                       for wish in wants_of(record.spec())["networks"]):
+                    raise
 
     def __enter__(self):
         self.record = self.change.__enter__()
@@ -16037,6 +16083,12 @@ def start_restart_policies_command(options):
 # there: the locks of the containers' directories say that.
 
 
+def take_away_half(path):
+    """Remove what a killed command was writing, while nobody else is."""
+    with held("networks", fcntl.LOCK_EX):
+        take_away_file(path)
+
+
 def leftovers():
     """(what it is, what takes it away) of all that nobody looks after.
 
@@ -16070,10 +16122,14 @@ def leftovers():
     with held("endpoints", fcntl.LOCK_EX):  # who leaves just now has left
         with held("networks", fcntl.LOCK_EX):  # an ordinary user's has none
             places, bridges = all_endpoints(), [] if rootless.uid else idle_bridges()
+            halves = [store(kind, name) for kind in ("endpoints", "networks")
+                      for name in os.listdir(store(kind, "")) if name.endswith(".new")]
     for what in (*(f"endpoint of {place['id']} on network {place['network']}"
                    for place in places if place["id"] not in alive),
                  *(f"bridge {bridge}: nobody is on it" for bridge in bridges)):
         yield what, sweep_networks
+    for path in halves:
+        yield f"unfinished {path}", lambda at=path: take_away_half(at)
     for path in (store(kind, name) for kind in ("ids", "names")
                  for name in os.listdir(store(kind, ""))):
         if (owner := owner_of(path)) not in owners:

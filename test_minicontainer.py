@@ -3081,6 +3081,32 @@ def test_output_that_cannot_be_written_is_told():
 
 
 @root
+def test_where_we_are_may_be_gone_and_so_may_proc(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    for root, code in (str(tmp_path / "store"), 0), ("relative", 1):
+        with monkeypatch.context() as here:
+            here.setenv("MINICONTAINER_ROOT", root)
+            done = subprocess.run(["/bin/sh", "-c", 'rmdir "$PWD"; exec "$@"', "sh", *command("ps")],
+                                  cwd=tmp_path / "gone", capture_output=True, text=True)
+        assert "Traceback" not in done.stderr and done.returncode in (0, 1, 125)
+        assert bool(code) == ("relative: No such file" in done.stderr), done.stderr
+        (tmp_path / "gone").mkdir()
+    exists = os.path.exists
+    monkeypatch.setattr(os.path, "exists", lambda path: not str(path).startswith("/proc") and exists(path))
+    assert m.diagnose(FileNotFoundError(errno.ENOENT, "x", "/proc/self/ns")).hint == "mount -t proc proc /proc"
+
+
+@root
+def test_a_create_that_fails_leaves_neither_name_nor_ids():
+    """As where no file may have any bytes; the events cannot be written, either."""
+    before = {kind: os.listdir(m.store(kind, "")) for kind in ("names", "ids", "containers")}
+    done = subprocess.run(["/bin/sh", "-c", '(ulimit -f 0; "$@") 2>&1 | cat', "sh", *command(
+        "create", "--name", "unmade", "/bin/true")], capture_output=True, text=True)
+    assert "File too large" in done.stdout
+    assert before == {kind: os.listdir(m.store(kind, "")) for kind in before}
+
+
+@root
 def test_names_with_blanks_and_ends_of_lines_of_other_scripts_mislead_nobody(tmp_path):
     """In the kernel's tables: a mount's path, a process's name, a user's."""
     odd = tmp_path / "a\fb\u3000c\x85d\u2028e\xa0"
@@ -6935,7 +6961,7 @@ def test_attributes_are_read_as_they_were_written():
 def test_the_rules_that_are_told_are_those_that_are_made(networks):
     """nft(8) makes of the lines what we made of them by netlink."""
     def shown():
-        text = subprocess.run(["nft", "list", "table", "inet", "minicontainer"],
+        text = subprocess.run(["nft", "list", "table", "inet", m.OURS],
                               capture_output=True, text=True, check=True).stdout
         return text.replace("meta l4proto tcp tcp", "tcp")
     assert mini("network", "create", "--ipv6", "--subnet", "10.213.6.0/24", "--subnet",
@@ -7437,12 +7463,24 @@ def test_what_a_network_cannot_do_is_refused_and_not_left_out(networks):
             ("invalid address", "--dns", "x"), ("--add-host", "--add-host", ":1.2.3.4"),
             ("--add-host", "--add-host", "a\n6.6.6.6 bank:1.2.3.4"),
             ("--dns-search", "--dns-search", "x\nnameserver 6.6.6.6"),
-            ("a name in", "--network", "one", "--network-alias", "x\n6.6.6.6 bank")):
+            ("a name in", "--network", "one", "--network-alias", "x\n6.6.6.6 bank"),
+            *(("invalid MAC", "--network", "one", "--mac-address", mac) for mac in (
+                "01:00:00:00:00:01", "00:00:00:00:00:00", "ff:ff:ff:ff:ff:ff")),
+            *(("invalid", *words) for words in (
+                ("--dns", "\udcff"), ("--network", "one", "--ip", "\udcff"), ("--add-host", "a:\udcff"),
+                ("--network", "one", "-p", "\udcff:80:80")))):
         assert told in refused("run", "--rm", *words, "/bin/true")
     for told, *words in (
             ("unknown option", "-o", "com.docker.network.bridge.enable_icc=false"),
             ("from 1280", "--ipv6", "-o", "com.docker.network.driver.mtu=1000"),
-            ("prefix: '31'", "--subnet", "10.213.3.0/31")):
+            ("prefix: '31'", "--subnet", "10.213.3.0/31"),
+            *(("no host has such", "--subnet", subnet) for subnet in (
+                "224.0.0.0/24", "0.0.0.0/8", "ff02::/16")),
+            *(("invalid address", "--subnet", subnet) for subnet in (
+                "::ffff:172.30.0.0/112", "\udcff/24")),
+            ("of 10.213.3.0/24 itself", "--subnet", "10.213.3.0/24", "--gateway", "10.213.3.0"),
+            *(("invalid name of a bridge", "-o", f"com.docker.network.bridge.name={name}")
+              for name in ("..", "all", "default"))):
         assert told in refused("network", "create", *words, "three", code=1)
     assert "at most 128" in refused("network", "create", "a" * 129, code=1)
     resolv = sh("cat /etc/resolv.conf", "--network", "host", "--dns", "192.0.2.53",
@@ -7587,7 +7625,7 @@ def test_the_chains_of_others_leave_our_bridges_alone_and_are_as_before_afterwar
             with idle("web-2", "--network", "two"):
                 text = subprocess.run(["nft", "list", "chain", "ip", "mc-walls", "FORWARD"],
                                       capture_output=True, text=True).stdout
-                assert text.count("minicontainer") == 4
+                assert text.count(m.OURS) == 4
         until(lambda: ruleset() == before)
     finally:
         subprocess.run(["nft", "-f", "-"], input="delete table ip mc-walls\n"
@@ -7608,16 +7646,16 @@ def test_only_a_chain_that_drops_what_it_does_not_know_is_touched():
             (2, {3: struct.pack(">Q", handle), 4: code,
                  7: b"\0\1" + note.encode() + b"\0"}) for handle, code, note in rules],
             ['iifname "b"', 'oifname "b"']).listing
-    into, out = (f'nft insert rule ip t c {word} "b" accept comment "minicontainer: '
+    into, out = (f'nft insert rule ip t c {word} "b" accept comment "{m.OURS}: '
                  f'{word} b"' for word in ("iifname", "oifname"))
     assert asked(False) == asked(False, (1, some, ""), (2, accept, "")) == []
     assert sorted(asked(True)) == sorted(asked(False, (3, counter + drop, "")))
     assert sorted(asked(True)) == [into, out]
-    there = (4, accept, "minicontainer: iifname b")
+    there = (4, accept, f"{m.OURS}: iifname b")
     assert asked(True, there) == [out]
     assert asked(False, there) == ["nft delete rule ip t c handle 4"]
-    assert asked(True, there, (5, accept, "minicontainer: oifname b"), (
-        6, accept, "minicontainer: oifname gone")) == ["nft delete rule ip t c handle 6"]
+    assert asked(True, there, (5, accept, f"{m.OURS}: oifname b"), (
+        6, accept, f"{m.OURS}: oifname gone")) == ["nft delete rule ip t c handle 6"]
 
 
 @root
@@ -7914,6 +7952,63 @@ def test_a_relay_of_datagrams_answers_each_caller_and_forgets_who_was_quiet(
         until(lambda: m.turn([relay], 100))
         m.turn([relay], 100)
         relay.close()
+
+
+@root
+def test_what_a_killed_command_was_writing_of_a_network_is_in_nobodys_way(networks):
+    """The file that was to replace another, half written or empty."""
+    halves = [m.store("endpoints", f"{'0' * 64}-one.json.new"), m.store("networks", "one.json.new")]
+    for half, text in zip(halves, ("", "{"), strict=True):
+        m.write_file(half, text, create=0o600)
+    assert run("--network", "one", "/bin/echo", "up") == "up\n"
+    assert mini("network", "ls", "-q").stdout.count("\n") == 5
+    said = mini("gc").stdout
+    assert all(f"unfinished {half}" in said and not os.path.exists(half) for half in halves), said
+
+
+@root
+def test_containers_of_another_store_keep_their_walls(networks, tmp_path):
+    """A table of nf_tables is made of what is in a store, of that one alone."""
+    with idle("web-1", "--network", "one", "-p", "18080:80"), idle("web-2", "--network", "two"):
+        before = ruleset()
+        assert m.OURS in before.decode()
+        done = mini("run", "--rm", "--network", "bridge", "/bin/true",
+                    env={"MINICONTAINER_ROOT": str(tmp_path / "other")})
+        assert done.returncode == 0, done.stderr
+        until(lambda: ruleset() == before)
+
+
+@root
+def test_who_calls_often_uses_up_no_descriptors_of_the_shim(networks):
+    """However few a user may have open; who comes too much waits at the door."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
+    try:
+        made = mini("run", "-d", "--name", "few", "--network", "one", "-p", "127.0.0.1:18080:80",
+                    "/bin/sleep", "1000")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert made.returncode == 0, made.stderr
+    pid = m.load(made.stdout.strip()).pid
+    with served(pid, "10.213.1.2", 80, lambda _: "hello"), contextlib.ExitStack() as callers:
+        for _ in range(60):
+            callers.enter_context(socket.create_connection(("127.0.0.1", 18080)))
+        until(lambda: len(opened_by(parent_of(pid)).split()) > 100)
+        callers.close()
+        assert until(lambda: asked("127.0.0.1", 18080)) == "hello"
+    assert mini("rm", "-f", "few").returncode == 0
+
+
+@root
+def test_who_was_on_a_network_that_is_gone_can_leave_it(networks):
+    assert mini("network", "create", "--subnet", "10.213.3.0/24", "three").returncode == 0
+    id = mini("create", "--name", "late", "--network", "three", "/bin/true").stdout.strip()
+    assert mini("network", "rm", "three").returncode == 0
+    assert "network three not found" in refused("start", "late", code=1)
+    assert "network four not found" in refused("network", "disconnect", "four", "late", code=1)
+    assert mini("network", "disconnect", "three", "late").returncode == 0
+    assert mini("start", "-a", "late").returncode == 0 and m.load(id).exit_code == 0
+    assert mini("rm", "late").returncode == 0
 
 
 @root
