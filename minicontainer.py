@@ -489,10 +489,10 @@ def sync(path):
         os.close(fd)
 
 
-def save(path, document, lasting=False):
+def save(path, document, lasting=False, room=0):
     """Replace a JSON file, so that a reader sees the old one or the new one (P3); what
-    is `lasting` survives a power cut."""
-    text = to_json(document)
+    is `lasting` survives a power cut.  There is `room` for so many bytes more."""
+    text = to_json(document) + " " * room
     if write_file(f"{path}.new", text, create=0o600) < len(text):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
     if lasting:
@@ -2672,8 +2672,14 @@ def mount_cgroup(c, path, flags):
         syscall("mount", "cgroup", place, "tmpfs", flags & ~MS_RDONLY, "mode=755",
                 why="v1: a directory for each tree")
     elif own:
-        syscall("mount", "cgroup", place, "cgroup2", flags & ~MS_RDONLY, None,
-                why="its own cgroup looks like the root")
+        try:
+            syscall("mount", "cgroup", place, "cgroup2", flags & ~MS_RDONLY, None,
+                    why="its own cgroup looks like the root")
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            syscall("mount", c.cgroup.directory(), place, None, MS_BIND, None,
+                    why="the same, where a /sys of the host's has its own there")
     else:
         syscall("mount", CGROUP_ROOT, place, None, MS_BIND | MS_REC, None,
                 why="the host's whole tree")
@@ -4851,6 +4857,8 @@ def complete_linux(spec, id):
     for key in ("sysctl", "devices", "maskedPaths", "readonlyPaths"):
         linux[key] = linux.get(key) or ({} if key == "sysctl" else [])
     for number, device in enumerate(linux["devices"]):
+        if not device["path"]:
+            refuse(f"config.linux.devices[{number}].path", "", "a path")
         if device["type"] == "p":
             device.update(major=0, minor=0)
         for key in ("major", "minor"):
@@ -5225,6 +5233,8 @@ def create_container(options, stays=False):
     except BaseException:
         end(c)
         forget(directory)
+        if record.get("pid"):  # there was one, whose hooks may have made something
+            run_late_hooks(record, "poststop", "stopped")
         raise
     for fd in c.fifos:
         os.close(fd)
@@ -5787,11 +5797,18 @@ calls(syncfs=(306, 267, "fd"))
 
 DATA_HOME = ("/var/lib" if os.geteuid() == 0 else os.environ.get("XDG_DATA_HOME")
              or os.path.expanduser("~/.local/share"))  # "~/…" if nobody knows his home
-STORE = os.environ.get("MINICONTAINER_ROOT") or f"{DATA_HOME}/minicontainer"
-try:
-    STORE = os.path.abspath(STORE)
-except FileNotFoundError:  # where we are is gone; whoever needs the store says so
-    pass
+
+
+def absolute(path):
+    """A path from the root on; as it is if where we are is gone, which is told by
+    whoever needs it."""
+    try:
+        return os.path.abspath(path)
+    except FileNotFoundError:
+        return path
+
+
+STORE = absolute(os.environ.get("MINICONTAINER_ROOT") or f"{DATA_HOME}/minicontainer")
 OPAQUE = "trusted.overlay.opaque"  # overlay's note on a directory that hides all below
 PARENTS = set()  # directories of the store that are there
 FOLDER = os.O_RDONLY | O_DIRECTORY | os.O_NOFOLLOW | O_CLOEXEC
@@ -11867,6 +11884,14 @@ def open_signals(numbers):
                    why="signals become messages")
 
 
+def only_look():
+    """From here on a signal ends us as it does any program: there is nothing to undo.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def watch_directory(path):
     """A descriptor that can be read when a file there has changed or been replaced."""
     fd = syscall("inotify_init1", O_CLOEXEC, why="to be told of changes")
@@ -11992,11 +12017,11 @@ class Log:
         self.path, self.most, self.files = path, most, files
         self.begun = {}  # stream: what it wrote since its last newline
         self.failed = ""  # why lines were lost
-        self.open()
+        self.open(path)
 
-    def open(self):
-        """Begin at the end of the file, or with a new one."""
-        self.fd = os.open(self.path, O_WRONLY | os.O_APPEND | os.O_CREAT | O_CLOEXEC,
+    def open(self, path):
+        """Begin at the end of a file, or with a new one."""
+        self.fd = os.open(path, O_WRONLY | os.O_APPEND | os.O_CREAT | O_CLOEXEC,
                           0o640)
         self.size = os.lseek(self.fd, 0, os.SEEK_END)
 
@@ -12044,13 +12069,15 @@ class Log:
 
     def put_away(self):
         """Begin a new file; the oldest goes."""
-        os.close(self.fd)
+        old = self.fd
+        self.open(f"{self.path}.new")  # first: there may be no room for one
         for path, number in reversed(log_files(self.path)):
             if number + 1 < self.files:
                 os.rename(path, f"{self.path}.{number + 1}")
             else:
                 os.unlink(path)
-        self.open()
+        os.rename(f"{self.path}.new", self.path)
+        os.close(old)
 
     def close(self):
         """Keep the lines that were begun."""
@@ -12988,15 +13015,19 @@ def load(id):
     return Record(**from_json(read_file(f"{store('containers', id)}/record.json")))
 
 
+ROOM = 1024  # bytes of a file by which what is written there next may be longer
+
+
 def exchange(path, document, lasting):
     """What save() does, and the old file stays as PATH.new, to be written to the next
     time: so there is room to say how a container has ended that has filled the disk."""
     data, spare = to_json(document).encode(), f"{path}.new"
     fd = os.open(spare, O_WRONLY | os.O_CREAT | O_CLOEXEC, 0o600)
     try:
-        if os.write(fd, data) < len(data):
+        written = os.write(fd, data + b" " * ROOM)
+        if written < len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
-        os.ftruncate(fd, len(data))
+        os.ftruncate(fd, written)
         if lasting:
             os.fsync(fd)
     finally:
@@ -13044,10 +13075,20 @@ class changing:
     def __exit__(self, failed, *_):
         try:
             if not failed:
-                exchange(self.record.path("record.json"), vars(self.record),
-                         self.lasting)
+                self.keep()
         finally:
             os.close(self.lock)
+
+    def keep(self):
+        """Write it; on a full disk what health checks have printed gives its room."""
+        path = self.record.path("record.json")
+        try:
+            exchange(path, vars(self.record), self.lasting)
+        except OSError as error:
+            if error.errno != errno.ENOSPC or not self.record.checked.get("Log"):
+                raise
+            self.record.checked["Log"] = []
+            exchange(path, vars(self.record), self.lasting)
 
 
 # ── events ──
@@ -13079,6 +13120,7 @@ EVENT_FILTERS = {  # of `events`: whether one passes for one of the values
             event, {"container": "image"}.get(event["Type"], "name"))),
     "label": lambda event, text: has_label(event["Actor"]["Attributes"], text),
     "type": lambda event, text: event["Type"] == text,
+    "scope": lambda event, text: text == "local",
 }
 
 
@@ -13100,6 +13142,7 @@ def events_command(options):
     wanted = filters_of(options.filter, EVENT_FILTERS)
     show = event_line if not options.format else (
         to_json if options.format == "json" else Template(options.format))
+    only_look()
     watch = watch_directory(store("events", ""))  # before the first read, here too
     reader = LogReader(store("events", "log"))
     while True:
@@ -13380,6 +13423,9 @@ def take_name(name, id):
     if len(name) < 2 or not is_word(name):
         raise Fail(f"Invalid container name ({name}), only "
                    "[a-zA-Z0-9][a-zA-Z0-9_.-] are allowed", "at least two of them")
+    if len(name) > 255:
+        raise Fail(f"Invalid container name ({name[:20]}…): it is too long",
+                   "at most 255 letters")
     path = store("names", name)
     with held("names", fcntl.LOCK_EX):
         # Two may want a name whose owner is gone, and only one of them may have it.
@@ -13557,7 +13603,11 @@ def find(text):
 def volumes_of(text):
     """What --volumes-from CONTAINER[:ro] asks for, as -v would."""
     name, _, words = text.partition(":")
-    record = find(name)
+    try:
+        record = find(name)
+    except Fail as fail:
+        fail.code = 125
+        raise
     for facts in mount_facts(record, record.spec()["mounts"]):
         how = words or ("rw" if facts["RW"] else "ro")
         yield f"{facts.get('Name', facts['Source'])}:{facts['Destination']}:{how}"
@@ -13911,7 +13961,7 @@ def create(options, args):
             if name not in wish.nocopy:
                 fill_volume(record, spec, name, target)
         save(record.path("config.json"), spec)
-        save(record.path("record.json"), vars(record))
+        save(record.path("record.json"), vars(record), room=ROOM)
         announce(record, "create")
         if options.cidfile:
             with about("--cidfile"):
@@ -15286,6 +15336,7 @@ def stats_command(options):
     columns = {"CONTAINER ID": "ID", "NAME": "Name", "CPU %": "CPUPerc",
                "MEM USAGE / LIMIT": "MemUsage", "MEM %": "MemPerc", "NET I/O": "NetIO",
                "BLOCK I/O": "BlockIO", "PIDS": "PIDs"}
+    only_look()
     before = None
     while True:
         found = list(map(find, options.containers or ())) or [
@@ -15457,6 +15508,7 @@ def logs_command(options):
     until_ = timestamp(end) if options.until else "~"
     # As in Docker, what is no number is "all".
     last = int(options.tail) if options.tail.isdecimal() else None
+    only_look()
     reader = LogReader(record.path("log"), last)
     follows = options.follow and record.status in LIVE
     bare = not (options.timestamps or since or options.until)
@@ -15488,17 +15540,21 @@ def rename(record, name):
     name = name.removeprefix("/")
     if name == record.name:
         raise Fail("Renaming a container with the same name as its current name", "", 1)
-    with changing(record.id) as record:
-        try:
-            take_name(name, record.id)
-        except Fail as fail:
-            raise Fail(f"Error when allocating new name: {fail.message}", fail.hint,
-                       1) from None
-        old, record.name = record.name, name
-        spec = record.spec()
-        spec["annotations"][NETWORK] = to_json(rename_there(record.id, spec, name))
-        save(record.path("config.json"), spec)
-    os.unlink(store("names", old))
+    guard = lock(store("containers", ""), fcntl.LOCK_SH)  # `gc` waits for us
+    try:
+        with changing(record.id) as record:
+            try:
+                take_name(name, record.id)
+            except Fail as fail:
+                raise Fail(f"Error when allocating new name: {fail.message}", fail.hint,
+                           1) from None
+            old, record.name = record.name, name
+            spec = record.spec()
+            spec["annotations"][NETWORK] = to_json(rename_there(record.id, spec, name))
+            save(record.path("config.json"), spec)
+        os.unlink(store("names", old))
+    finally:
+        os.close(guard)
     announce(record, "rename", oldName=f"/{old}")
 
 
@@ -16132,7 +16188,9 @@ def leftovers():
         yield f"unfinished {path}", lambda at=path: take_away_half(at)
     for path in (store(kind, name) for kind in ("ids", "names")
                  for name in os.listdir(store(kind, ""))):
-        if (owner := owner_of(path)) not in owners:
+        owner, name = owner_of(path), os.path.basename(path)
+        if owner not in owners or path == store("names", name) and any(  # renamed since
+                record.name != name for record in of_those_there([owner], load)):
             yield f"link {path}: of no container", lambda at=path, was=owner: (
                 owner_of(at) == was and take_away_file(at))  # if it is still that one's
     for path in (store(kind, name) for kind in ("layers", "rootfs", "ingest")

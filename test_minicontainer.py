@@ -3346,6 +3346,7 @@ def oci_created(script="sleep 1000", **changes):
     ({"process__rlimits": [{"type": "RLIMIT_NOFILE", "soft": 2, "hard": 1}]},
      "config.process.rlimits[0].soft"),
     ({"linux__namespaces": [{"type": "moon"}]}, "config.linux.namespaces[0].type"),
+    ({"linux__devices": [{"path": "", "type": "c", "major": 1, "minor": 3}]}, "config.linux.devices[0].path"),
     ({"linux__namespaces": [{"type": "uts"}]}, "config.linux.namespaces"),
     ({"linux__intelRdt": {"closID": "x"}}, "config.linux.intelRdt"),
     ({"process__rlimits": [{"type": "RLIMIT_CPU", "soft": 1}]},
@@ -3834,6 +3835,24 @@ def test_spec_is_for_everybody_and_has_a_form_for_who_is_not_root(tmp_path):
 
 
 @root
+def test_root_may_run_what_is_for_who_is_not_root():
+    """Its /sys is the host's, with control groups in it, where version 2 allows no
+    second file system of them."""
+    os.makedirs(BUNDLE, exist_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(f"{BUNDLE}/config.json")
+    assert oci("spec", "--rootless", "-b", BUNDLE).returncode == 0
+    with open(f"{BUNDLE}/config.json") as file:
+        spec = json.load(file)
+    spec["root"] = {"path": m.default_rootfs(), "readonly": True}
+    spec["process"].update(terminal=False, args=["/bin/sh", "-c", "ls /sys/fs/cgroup"])
+    with open(f"{BUNDLE}/config.json", "w") as file:
+        json.dump(spec, file)
+    done = oci("run", "-b", BUNDLE, "c1")
+    assert done.returncode == 0 and ("cgroup.procs" if V2 else "memory") in done.stdout, done.stderr
+
+
+@root
 def test_rootless_changes_nothing_for_root_and_helps_nobody_else():
     bundle("exit 3")
     assert oci("--rootless", "true", "run", "-b", BUNDLE, "c1").returncode == 3
@@ -3969,6 +3988,11 @@ def test_hooks_hear_the_state_and_a_failing_one_undoes_the_container(tmp_path):
         bundle(hooks={"createRuntime": bad})
         assert "the createRuntime hook" in oci("run", "-b", BUNDLE, "c1").stderr
         assert not os.listdir(f"{STORE}/oci")
+    for kind in "prestart", "createRuntime", "createContainer":  # what it has made is to go
+        bundle(hooks={kind: hook("exit 3"), "poststop": hook(f"cat > {tmp_path}/gone")})
+        assert f"the {kind} hook" in oci("run", "-b", BUNDLE, "c1").stderr
+        assert json.loads((tmp_path / "gone").read_text())["status"] == "stopped"
+        (tmp_path / "gone").unlink()
 
 
 @root
@@ -9031,7 +9055,7 @@ def test_a_container_can_have_the_volumes_of_another(tmp_path):
                       "x", "touch: /data/y: Read-only file system"]
         assert quietly("exec", id, "/bin/ls", "/data") == "new\n"
         quietly("rm", "-f", "-v", id)
-    assert "No such container" in refused("run", "--volumes-from", "nosuch", "/bin/true", code=1)
+    assert "No such container" in refused("run", "--volumes-from", "nosuch", "/bin/true")
 
 
 @root
@@ -9264,10 +9288,71 @@ def test_on_a_full_disk_a_container_ends_and_its_record_says_how(tmp_path):
             assert line == "a line that finds no room"
         assert mini("rm", "full", env=env).returncode == 0
         assert mini("run", "--rm", "/bin/echo", "fine", env=env).stdout == "fine\n"
+        # Nor does it matter how long the record is, or what a health check has said.
+        for label, *check in ((3300,), (3400,), (3500,), (3600,), (
+                9, "--health-interval", "50ms", "--health-retries", "1", "--health-cmd",
+                "head -c 4000 /dev/zero | tr '\\0' x; ! [ -e /dev/shm/ill ]")):
+            made = mini("run", "-d", "--name", "full", "--label", f"x={'x' * label}", *check, "/bin/sh", "-c",
+                        "cat /dev/zero > /big; until [ -e /dev/shm/go ]; do sleep 0.01; done; exit 5", env=env)
+            assert made.returncode == 0, made.stderr
+            until(lambda: not shutil.disk_usage(tmp_path).free)
+            for word in ["ill"] * bool(check):
+                assert mini("exec", "full", "/bin/touch", f"/dev/shm/{word}", env=env).returncode == 0
+                until(lambda: "(unhealthy)" in mini("ps", env=env).stdout)
+            assert mini("exec", "full", "/bin/touch", "/dev/shm/go", env=env).returncode == 0
+            assert mini("wait", "full", env=env).stdout == "5\n"
+            assert mini("rm", "full", env=env).returncode == 0
         assert os.listdir(tmp_path / "containers") == []
     finally:  # the last shim may still be on its way out
         until(lambda: subprocess.run(["umount", tmp_path], stderr=subprocess.DEVNULL
                                      ).returncode == 0)
+
+
+@root
+def test_a_log_goes_on_where_there_is_no_room_for_another_file(tmp_path):
+    """Which is found out before the old one is put away."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "nr_inodes=5", "none", tmp_path], check=True)
+    try:
+        log = m.Log(str(tmp_path / "log"), 1000, 3)
+        others = [tmp_path / name for name in "xyz"]
+        for other in others:
+            other.touch()
+        for number in range(30):
+            log.add("stdout", b"line %d\n" % number)
+        assert "No space" in log.failed and os.listdir(tmp_path).count("log") == 1
+        for other in others:
+            other.unlink()
+        for number in range(30, 60):
+            log.add("stdout", b"line %d\n" % number)
+        log.close()
+        reader = m.LogReader(str(tmp_path / "log"))
+        lines = [entry["log"] for entries in reader.read() for entry in entries]
+        for fd in reader.files:
+            os.close(fd)
+        assert lines[-1] == "line 59\n" and len({*lines}) == len(lines)
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+@root
+def test_a_rename_that_was_cut_short_leaves_a_name_that_gc_frees():
+    id = quietly("create", "--name", "stays", "/bin/true").strip()
+    os.symlink(id, m.store("names", "second"))  # before its record said so, or after
+    said = quietly("gc")
+    assert f"link {m.store('names', 'second')}: of no container" in said
+    assert quietly("rename", "stays", "second") == "" and quietly("rm", "second")
+    assert "it is too long" in refused("create", "--name", "a" * 300, "/bin/true", code=1)
+
+
+@root
+def test_who_only_looks_is_ended_by_ctrl_c_without_a_word():
+    with detached() as id:
+        for words in ("events",), ("stats",), ("logs", "-f", id):
+            with subprocess.Popen(command(*words), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                                  text=True) as looks:
+                until(lambda: "State:\tS" in m.read_file(f"/proc/{looks.pid}/status"))  # noqa: B023
+                looks.send_signal(signal.SIGINT)
+                assert (looks.stderr.read(), looks.wait()) == ("", -signal.SIGINT)
 
 
 @root
