@@ -582,7 +582,10 @@ def nanoseconds(option, text, code=125):
 
 def rfc3339(moment=None):
     """A Unix time, or now, as RFC 3339 writes it."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
+    second, rest = divmod(time.time_ns() if moment is None else moment * 10 ** 9,
+                          10 ** 9)
+    date = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+    return date + f".{rest:09}".rstrip("0").rstrip(".") + "Z"
 
 
 def human(number):
@@ -8574,12 +8577,20 @@ def is_true(key, text):
     return text.lower() in ("1", "t", "true")
 
 
+def made(image):
+    """When an image was made, in nanoseconds: often several are in one second."""
+    import re
+
+    part = re.match(r"\.(\d{1,9})", (image.config.get("created") or "")[19:])
+    return image.created * 10 ** 9 + int(part[1].ljust(9, "0") if part else 0)
+
+
 IMAGE_FILTERS = {  # whether one passes KEY=text
-    **prune_filters(lambda image: image.labels, lambda image: image.created * 10 ** 9),
+    **prune_filters(lambda image: image.labels, made),
     "dangling": lambda image, text: (  # a digest alone is a name, but no tag
         not image.tags() if is_true("dangling", text) else bool(image.names)),
-    "before": lambda image, text: image.created < find_image(text).created,
-    "since": lambda image, text: image.created > find_image(text).created,
+    "before": lambda image, text: made(image) < made(find_image(text)),
+    "since": lambda image, text: made(image) > made(find_image(text)),
 }
 
 
@@ -8615,7 +8626,7 @@ def images_command(options):
     import fnmatch
 
     def is_like(name, pattern):  # to Go a * stands for no slash
-        parts = name.split("/"), pattern.split("/")
+        parts = name.split("/"), pattern.replace("[^", "[!").split("/")
         return len(parts[0]) == len(parts[1]) and all(map(fnmatch.fnmatchcase, *parts))
 
     wanted = filters_of(options.filter, (*IMAGE_FILTERS, "reference"))
@@ -8722,6 +8733,163 @@ def image_inspect_command(options):
     show_facts(options.images, lambda name: inspected(find_image(name)), options.format)
 
 
+# ── variables ──
+#
+# In lines of a Dockerfile, and in those that --change takes, Docker expands them
+# itself, in a language that looks like a shell's:
+#
+#       ${x:-y}  y if x is unset or empty      ${x:+y}  y if it is neither
+#       ${x-y}   y if x is unset               ${x+y}   y if it is set
+#       ${x#p}   without the shortest p in front, ## the longest; % and %% at the end
+#       ${x/p/y} with y for the first p, // for each
+#
+# In what is left to a real shell, RUN, CMD, ENTRYPOINT and HEALTHCHECK, it expands
+# nothing.  A line sees what the lines above it have set, and not itself.
+
+
+def joined_by_stars(parts, shortest=False):
+    """The regular expression of parts between which there is any text.
+
+    Who writes a pattern must not make us try every way to match, which might never end.
+    So up to each part but the last the text is as short as it can be, for good, since
+    nothing goes back into (?=(…))\\1.  No other way matches more."""
+    first, *others, last = parts if len(parts) > 1 else [*parts, None]
+    return first + "".join(
+        f"(?=(?P<n{n}>.*?{part}))(?P=n{n})" for n, part in enumerate(others)) + (
+            "" if last is None else f".*{'?' * shortest}{last}")
+
+
+class Expansion:
+    """A word as Docker reads it: quotes and escapes go, variables become values."""
+
+    def __init__(self, text, known, escape, quotes=True):
+        self.text, self.known, self.escape, self.at = text, known, escape, 0
+        self.quotes = quotes  # whether they are anything special
+
+    def take(self):
+        """The next character; "" at the end."""
+        self.at += 1
+        return self.text[self.at - 1:self.at]
+
+    def ahead(self):
+        """The same, without taking it."""
+        return self.text[self.at:self.at + 1]
+
+    def word(self, stop="", kept=""):
+        """What it means up to a character of `stop` that is in no quotes.  An escape
+        goes, or is `kept` as what is to stand there."""
+        found = []
+        while (letter := self.ahead()) and letter not in stop:
+            self.take()
+            if letter == "'" and self.quotes:
+                end = self.text.find("'", self.at)
+                if end < 0:
+                    raise ValueError("unexpected end of statement while looking for "
+                                     "matching single-quote")
+                found.append(self.text[self.at:end])
+                self.at = end + 1
+            elif letter == '"' and self.quotes:
+                found.append(self.in_quotes())
+            elif letter == "$":
+                found.append(self.variable())
+            elif letter == self.escape:
+                found.append(kept + self.take())
+            else:
+                found.append(letter)
+        return "".join(found)
+
+    def in_quotes(self):
+        """What stands between double quotes."""
+        found = []
+        while (letter := self.take()) != '"':
+            if not letter:
+                raise ValueError("unexpected end of statement while looking for "
+                                 "matching double-quote")
+            if letter == self.escape and self.ahead() in ('"', "$", self.escape):
+                letter = self.take()
+            elif letter == "$":
+                letter = self.variable()
+            found.append(letter)
+        return "".join(found)
+
+    def name(self):
+        """The name that begins here: a variable's, a number, or a sign that to a shell
+        is one, as $$, and has no value here."""
+        import re
+
+        found = re.compile(r"\d+|[@*#?$!-]|\w*").match(self.text, self.at)
+        self.at = found.end()
+        return found[0]
+
+    def variable(self):
+        """The value of what stands after a dollar."""
+        if self.ahead() != "{":
+            name = self.name()
+            return self.known.get(name, "") if name else "$"
+        self.take()
+        if (after := self.ahead()) and after in "{}:":
+            raise ValueError("bad substitution")
+        name = self.name()
+        value, sign = self.known.get(name), self.take()
+        if sign == "}":
+            return value or ""
+        if sign == "/":
+            return self.replaced(value or "")
+        if sign == ":":
+            sign, value = ":" + self.take(), value or None  # empty is as good as unset
+        if sign[-1:] in ("#", "%") and self.ahead() == sign[-1]:
+            sign += self.take()
+        if sign in ("", ":"):
+            raise ValueError("syntax error: missing '}'")
+        if sign.lstrip(":") not in ("+", "-", "?", "#", "##", "%", "%%"):
+            raise ValueError(f"unsupported modifier ({sign}) in substitution")
+        word = self.part("}", "\\" * (sign[-1] in "#%"))  # it tells \* from a wildcard
+        if sign[-1] in "#%":
+            return self.trimmed(value or "", sign.lstrip(":"), word)
+        if sign[-1] == "?" and value is None:
+            raise ValueError(f"{name}: " + (word or "is not allowed to be " + (
+                "empty" if name in self.known else "unset")))
+        return (word if value is not None else "") if sign[-1] == "+" else (
+            word if value is None else value)
+
+    def part(self, end, kept):
+        """A part of what stands in braces, up to the sign that ends it."""
+        found = self.word(end, kept)
+        if self.take() != end:
+            raise ValueError(f"syntax error: missing {end!r} in ${{}}")
+        return found
+
+    def regex(self, word, backwards=False, shortest=False):
+        """The regular expression of a pattern: * is any text, ? any character."""
+        import re
+
+        if odd := re.search(r"\\([^*?\\/}]|$)", re.sub(r"\\\\", "", word)):
+            raise ValueError(f"invalid pattern ({word}) in substitution: "
+                             f"invalid escape '{odd[0]}'")
+        parts, step = [""], -1 if backwards else 1
+        for letter in re.findall(r"(?s)\\?.", word)[::step]:
+            if letter == "*":
+                parts.append("")
+            else:
+                parts[-1] += "." if letter == "?" else re.escape(letter[-1])
+        return re.compile(joined_by_stars(parts, shortest))
+
+    def replaced(self, value):
+        """A value with one text in place of another, of the first or of each.  Escapes
+        in the new text stay there, as with BuildKit."""
+        once = self.ahead() != "/"
+        self.at += not once
+        pattern, other = self.regex(self.part("/", "\\")), self.part("}", self.escape)
+        return pattern.sub(lambda _: other, value, count=once)
+
+    def trimmed(self, value, sign, word):
+        """A value without what a pattern matches at one of its ends: with # and % the
+        shortest, with ## and %% the longest.  From the end all is read backwards."""
+        step = -1 if sign[0] == "%" else 1
+        found = self.regex(word, step < 0, len(sign) == 1).match(value[::step])
+        return value[::step][found.end():][::step] if found else value
+
+
 # ── images made, named and removed ──
 
 
@@ -8772,29 +8940,41 @@ def exposed(words):
 
 
 def pairs_of(word, words, rest):
-    """{NAME: VALUE} of ENV or LABEL; the older ENV NAME VALUE has just one."""
+    """[(NAME, VALUE), …] of ENV or LABEL; the older ENV NAME VALUE has just one."""
     if "=" not in words[0]:
         if len(words) < 2:
             raise ValueError(f"{word} must have two arguments")
-        return {words[0]: rest.partition(" ")[2].strip()}
+        return [(words[0], rest[len(words[0]):].strip())]
     for item in words:
         if "=" not in item:
             raise ValueError(f"can't find = in {item!r}. Must be of the form: "
                              "name=value")
-    return dict(item.partition("=")[::2] for item in words)
+    return [item.partition("=")[::2] for item in words]
+
+
+def listed_in(word, rest):
+    """The list that JSON gives, or None where it is none: [ is a program, too."""
+    try:
+        from_json(rest)
+    except (ValueError, RecursionError):
+        return None
+    return parsed(rest, word, [str]) if rest[0] == "[" else None
 
 
 def changed(settings, word, rest):
     """The new value of what one line of a Dockerfile changes in a config."""
-    import shlex
+    import re
 
-    old, listed = settings.get(CHANGES[word]), None
-    if rest[0] == "[":
-        listed = parsed(rest, word, [str])
+    old, listed = settings.get(CHANGES[word]), listed_in(word, rest)
+    env = dict(line.partition("=")[::2] for line in settings.get("Env") or ())
+
+    def meaning(text):
+        return Expansion(text, env, "\\").word()
+
     if word in ("CMD", "ENTRYPOINT"):
         return ["/bin/sh", "-c", rest] if listed is None else listed
     if word == "WORKDIR":  # one may lead on from the last
-        path = os.path.normpath(os.path.join("/", old or "", rest))
+        path = os.path.normpath(os.path.join("/", old or "", meaning(rest)))
         return f"/{path.lstrip('/')}"
     if word == "ONBUILD":
         if (name := rest.split()[0].upper()) in ("ONBUILD", "FROM", "MAINTAINER"):
@@ -8803,23 +8983,25 @@ def changed(settings, word, rest):
     if word == "HEALTHCHECK":
         return health_check(rest)
     if word in ("USER", "STOPSIGNAL"):
+        rest = meaning(rest)
         if word == "STOPSIGNAL" and not signal_number(rest):
             raise ValueError("0 is no signal")
         return rest
-    words = listed or shlex.split(rest)
+    words = listed or re.findall(
+        r"""(?:\\.|'[^']*'|"(?:\\.|[^"\\])*"|\S)+""", rest, re.S)
     if word == "EXPOSE":
-        return {**(old or {}), **exposed(words)}
+        return {**(old or {}), **exposed(map(meaning, words))}
     if word == "VOLUME":
-        return {**(old or {}), **{item: {} for item in words}}
-    pairs = pairs_of(word, words, rest)
+        return {**(old or {}), **{meaning(item): {} for item in words}}
+    pairs = {meaning(name): meaning(value)
+             for name, value in pairs_of(word, words, rest)}
     if word == "LABEL":
         return {**(old or {}), **pairs}
-    pairs = {**dict(line.partition("=")[::2] for line in old or ()), **pairs}
-    return [f"{name}={value}" for name, value in pairs.items()]
+    return [f"{name}={value}" for name, value in {**env, **pairs}.items()]
 
 
-def take_change(settings, text):
-    """Apply one line of a Dockerfile, of those that only change the config."""
+def take_line(settings, text):
+    """Apply one of them."""
     word, _, rest = text.strip().partition(" ")
     word, rest = word.upper(), rest.strip()
     if word not in CHANGES or not rest:
@@ -8829,6 +9011,16 @@ def take_change(settings, text):
         settings[CHANGES[word]] = changed(settings, word, rest)
     except (ValueError, Fail) as error:
         raise Fail(f"--change {text!r}: {error}", "as in a Dockerfile", 1) from None
+
+
+def take_change(settings, text):
+    """Apply lines of a Dockerfile, of those that only change the config."""
+    import re
+
+    lines = re.sub(r"\\[ \t]*\n", "", text).split("\n")
+    for line in [line for line in lines if line.strip()] or [text]:
+        if not line.lstrip().startswith("#"):
+            take_line(settings, line)
 
 
 def import_pieces(text, headers=None):
@@ -9117,6 +9309,8 @@ def remove_idle(named, wanted):
 def image_prune_command(options):
     """Remove images that have no name, and what no image needs."""
     wanted = filters_of(options.filter, ("until", "label", "label!"))
+    for text in wanted.get("until", ()):
+        moment("until", text)  # which says what is wrong with it
     gone, freed = {}, 0
     if confirm(options, IDLE_IMAGES[options.all]):
         gone, freed = remove_idle(options.all, wanted)
@@ -9170,9 +9364,13 @@ def load_command(options):
                     progress(id, "Loading layer", at, of)
 
             for raw, refs in archive.images(platform_of(options.platform)):
+                known = {name_of(old.entry): old.id for old in sound_images()}
                 image = take_image(archive, raw, refs, show)
                 note_image("load", image.id)
                 for ref in refs:
+                    if (old := known.get(ref, image.id)) != image.id:
+                        print(f"The image {short_name(ref)} already exists, renaming "
+                              f"the old one with ID {old} to empty string")
                     print(f"Loaded image: {short_name(ref)}")
                 if not refs:
                     print(f"Loaded image ID: {image.id}")
@@ -16294,16 +16492,20 @@ class Instruction:
 
     def fail(self, message, hint="", at=0):
         """A Fail that shows the place: where in the text, or which flag, is wrong."""
-        at = self.whole.find(at) if isinstance(at, str) else at
+        at = max(self.whole.find(at), 0) if isinstance(at, str) else at
         start, line, column = [spot for spot in self.spots if spot[0] <= at][-1]
         return self.file.fail(message, hint, line, column + at - start)
 
     def words(self):
         """(where, word) of the text, split at spaces that are in no quotes."""
+        import re
+
         found, begin, quote_, at = [], None, "", self.at
         while at < len(self.whole):
             letter = self.whole[at]
-            if letter.isspace() and not quote_:
+            if letter.isspace() and not quote_ and not (  # << EOF is one word of RUN
+                    begin is not None and self.name in ("RUN", "ONBUILD") and
+                    re.fullmatch(r"\d*<<\s*", self.whole[begin:at])):
                 found += [] if begin is None else [(begin, self.whole[begin:at])]
                 begin = None
             else:
@@ -16322,8 +16524,14 @@ class Instruction:
 
         announces = re.match(r"(ONBUILD\s+)?(RUN|COPY|ADD)\s", self.whole, re.I)
         for _, word in self.words() if announces else ():  # but $((1 <<2)) is a number
-            if match := re.fullmatch(r"\d*<<(-?)(['\"]?)([^<()\s'\"]+)\2", word):
-                yield match[3], bool(match[1]), not match[2]
+            if match := re.fullmatch(
+                    r"""\d*<<(-?)(?:\s+(?!\d))?((?:\\.|'[^']*'|"[^"]*"|[^<()\s'"])+)""",
+                    word):
+                quotes = re.compile(r"""\\(.)|'([^']*)'|"([^"]*)\"""")
+                name = quotes.sub(lambda found: "".join(filter(None, found.groups())),
+                                  match[2])
+                yield name, bool(match[1]), not re.search(
+                    "['\"]", re.sub(r"\\.", "", match[2]))
 
 
 def quoted(word, escape):
@@ -16358,12 +16566,20 @@ def sources_in(name, value):
 
 def understand(step):
     """Take an instruction apart, as the table says; or say where it is wrong."""
+    import re
+
     form, least, flags, _ = INSTRUCTIONS[step.name]
     known = {flag.rstrip("!"): flag.endswith("!") for flag in flags}  # !: yes or no
     for at, word in step.words() if flags else ():
         if not word.startswith("--"):
             break
-        name, equals, value = word[2:].partition("=")
+        after = at + len(word)
+        after += len(step.whole[after:]) - len(step.whole[after:].lstrip())
+        if word == "--":  # what follows is none, whatever it looks like
+            step.at = after
+            break
+        name, equals, value = re.sub(  # first quotes go, then variables are expanded
+            r"""\\(.)|['"]""", r"\1", word[2:]).partition("=")
         if name not in known:
             raise step.fail(f"unknown flag: --{name}",
                             f"{step.name} has --{', --'.join(known)}", at)
@@ -16379,8 +16595,7 @@ def understand(step):
         if name in dict(step.flags) and name not in ("mount", "exclude"):
             raise step.fail(f"duplicate flag specified: {name}", "say it once", at)
         step.flags.append((name, value.lower() or "true" if known[name] else value))
-        step.at = at + len(word)
-        step.at += len(step.whole[step.at:]) - len(step.whole[step.at:].lstrip())
+        step.at = after
     step.value = form(step) if step.text else []
     if not step.text or least > 1 and len(step.value) < least or (
             step.name in ("RUN", "SHELL", "VOLUME") and not step.value):
@@ -16528,162 +16743,6 @@ class Dockerfile:
             found.append(line)
         raise step.fail("unterminated heredoc", f"a line {name} ends it",
                         step.whole.index("<<"))
-
-
-# ── variables ──
-#
-# Docker expands them itself, in a language that looks like a shell's:
-#
-#       ${x:-y}  y if x is unset or empty      ${x:+y}  y if it is neither
-#       ${x-y}   y if x is unset               ${x+y}   y if it is set
-#       ${x#p}   without the shortest p in front, ## the longest; % and %% at the end
-#       ${x/p/y} with y for the first p, // for each
-#
-# In what is left to a real shell, RUN, CMD, ENTRYPOINT and HEALTHCHECK, it expands
-# nothing.  A line sees what the lines above it have set, and not itself.
-
-
-def joined_by_stars(parts, shortest=False):
-    """The regular expression of parts between which there is any text.
-
-    Who writes a pattern must not make us try every way to match, which might never end.
-    So up to each part but the last the text is as short as it can be, for good, since
-    nothing goes back into (?=(…))\\1.  No other way matches more."""
-    first, *others, last = parts if len(parts) > 1 else [*parts, None]
-    return first + "".join(
-        f"(?=(?P<n{n}>.*?{part}))(?P=n{n})" for n, part in enumerate(others)) + (
-            "" if last is None else f".*{'?' * shortest}{last}")
-
-
-class Expansion:
-    """A word as Docker reads it: quotes and escapes go, variables become values."""
-
-    def __init__(self, text, known, escape, quotes=True):
-        self.text, self.known, self.escape, self.at = text, known, escape, 0
-        self.quotes = quotes  # whether they are anything special
-
-    def take(self):
-        """The next character; "" at the end."""
-        self.at += 1
-        return self.text[self.at - 1:self.at]
-
-    def ahead(self):
-        """The same, without taking it."""
-        return self.text[self.at:self.at + 1]
-
-    def word(self, stop="", kept=""):
-        """What it means up to a character of `stop` that is in no quotes.  An escape
-        goes, or is `kept` as what is to stand there."""
-        found = []
-        while (letter := self.ahead()) and letter not in stop:
-            self.take()
-            if letter == "'" and self.quotes:
-                end = self.text.find("'", self.at)
-                if end < 0:
-                    raise ValueError("unexpected end of statement while looking for "
-                                     "matching single-quote")
-                found.append(self.text[self.at:end])
-                self.at = end + 1
-            elif letter == '"' and self.quotes:
-                found.append(self.in_quotes())
-            elif letter == "$":
-                found.append(self.variable())
-            elif letter == self.escape:
-                found.append(kept + self.take())
-            else:
-                found.append(letter)
-        return "".join(found)
-
-    def in_quotes(self):
-        """What stands between double quotes."""
-        found = []
-        while (letter := self.take()) != '"':
-            if not letter:
-                raise ValueError("unexpected end of statement while looking for "
-                                 "matching double-quote")
-            if letter == self.escape and self.ahead() in ('"', "$", self.escape):
-                letter = self.take()
-            elif letter == "$":
-                letter = self.variable()
-            found.append(letter)
-        return "".join(found)
-
-    def name(self):
-        """The name that begins here: a variable's, a number, or a sign that to a shell
-        is one, as $$, and has no value here."""
-        import re
-
-        found = re.compile(r"\d+|[@*#?$!-]|\w*").match(self.text, self.at)
-        self.at = found.end()
-        return found[0]
-
-    def variable(self):
-        """The value of what stands after a dollar."""
-        if self.ahead() != "{":
-            name = self.name()
-            return self.known.get(name, "") if name else "$"
-        self.take()
-        if (after := self.ahead()) and after in "{}:":
-            raise ValueError("bad substitution")
-        name = self.name()
-        value, sign = self.known.get(name), self.take()
-        if sign == "}":
-            return value or ""
-        if sign == "/":
-            return self.replaced(value or "")
-        if sign == ":":
-            sign, value = ":" + self.take(), value or None  # empty is as good as unset
-        if sign[-1:] in ("#", "%") and self.ahead() == sign[-1]:
-            sign += self.take()
-        if sign in ("", ":"):
-            raise ValueError("syntax error: missing '}'")
-        if sign.lstrip(":") not in ("+", "-", "?", "#", "##", "%", "%%"):
-            raise ValueError(f"unsupported modifier ({sign}) in substitution")
-        word = self.part("}", "\\" * (sign[-1] in "#%"))  # it tells \* from a wildcard
-        if sign[-1] in "#%":
-            return self.trimmed(value or "", sign.lstrip(":"), word)
-        if sign[-1] == "?" and value is None:
-            raise ValueError(f"{name}: " + (word or "is not allowed to be " + (
-                "empty" if name in self.known else "unset")))
-        return (word if value is not None else "") if sign[-1] == "+" else (
-            word if value is None else value)
-
-    def part(self, end, kept):
-        """A part of what stands in braces, up to the sign that ends it."""
-        found = self.word(end, kept)
-        if self.take() != end:
-            raise ValueError(f"syntax error: missing {end!r} in ${{}}")
-        return found
-
-    def regex(self, word, backwards=False, shortest=False):
-        """The regular expression of a pattern: * is any text, ? any character."""
-        import re
-
-        if odd := re.search(r"\\([^*?\\/}]|$)", re.sub(r"\\\\", "", word)):
-            raise ValueError(f"invalid pattern ({word}) in substitution: "
-                             f"invalid escape '{odd[0]}'")
-        parts, step = [""], -1 if backwards else 1
-        for letter in re.findall(r"(?s)\\?.", word)[::step]:
-            if letter == "*":
-                parts.append("")
-            else:
-                parts[-1] += "." if letter == "?" else re.escape(letter[-1])
-        return re.compile(joined_by_stars(parts, shortest))
-
-    def replaced(self, value):
-        """A value with one text in place of another, of the first or of each.  Escapes
-        in the new text stay there, as with BuildKit."""
-        once = self.ahead() != "/"
-        self.at += not once
-        pattern, other = self.regex(self.part("/", "\\")), self.part("}", self.escape)
-        return pattern.sub(lambda _: other, value, count=once)
-
-    def trimmed(self, value, sign, word):
-        """A value without what a pattern matches at one of its ends: with # and % the
-        shortest, with ## and %% the longest.  From the end all is read backwards."""
-        step = -1 if sign[0] == "%" else 1
-        found = self.regex(word, step < 0, len(sign) == 1).match(value[::step])
-        return value[::step][found.end():][::step] if found else value
 
 
 def expand(step, at, text, known, document=False):
@@ -17669,7 +17728,9 @@ def mount_words(step, text, at):
         raise step.fail("source= of a cache mount needs from=", "from=STAGE", at)
     for key in sorted({"mode", "uid", "gid"} & {*words}):
         digits = {*"01234567"} if key == "mode" else {*"0123456789"}
-        if {*words[key]} - digits or not words[key]:
+        if {*words[key]} - digits or not words[key] or len(words[key]) > 20 or (
+                int(words[key], 8 if key == "mode" else 10) > (
+                    0o7777 if key == "mode" else (1 << 32) - 2)):
             raise step.fail(f"invalid {key} of a mount: {words[key]!r}", "a number", at)
     for key in sorted({"rw", "ro", "required"} & {*words}):
         if words[key] not in (*YES, *NO):
@@ -18090,11 +18151,12 @@ def begin_stage(w, step):
 def name_argument(w, step):
     """Name a variable of the build: a value from the command line, or the default that
     stands here, or one from above the first FROM."""
+    known = w.known()  # what stands in the same line does not count yet
     for at, name, default in step.value:
         given = w.build.given_args.get(name)
         if given is None:
             given = w.build.args.get(name) if default is None else (
-                w.word(step, at, default))
+                expand(step, at, default, known))
         if given is not None:
             w.state.args[name] = given
     w.note(f"ARG {step.text}")  # it is part of no key but those of RUN
@@ -18544,6 +18606,7 @@ class Build:
         """Say which --build-arg nobody asked for."""
         asked = {name for step in self.file.instructions if step.name == "ARG"
                  for _, name, _ in step.value}
+        asked.update(*(state.args for state in self.done.values()))  # of ONBUILD, too
         left = {*self.given_args} - asked - {*self.proxies(), "SOURCE_DATE_EPOCH"}
         if left:
             say(f"[Warning] One or more build-args {sorted(left)} were not consumed")
@@ -18778,8 +18841,8 @@ class Context:
             spooled = spool(pieces(stdin))[0]
         try:
             with open(spooled, "rb") as file:
-                head = file.read(512)
-            if compression(head) or head[257:262] == b"ustar":
+                packed = compression(file.read(512))
+            if packed or is_archive(os.open(spooled, os.O_RDONLY | O_CLOEXEC)):
                 self.unpack(spooled, "standard input")
             else:
                 self.text = read_file(spooled)

@@ -5273,6 +5273,13 @@ def test_a_change_says_what_it_would_say_in_a_dockerfile(rootfs_tar, images):
         said = forked_mini("import", "-c", line, rootfs_tar, "wrong", code=1)
         assert words in said and line in said
     assert forked_mini("images", "-q", "wrong") == ""
+    lines = ["ENV A=1", "ENV B=$A:${A}x C=${N:-d}", 'WORKDIR "/a b"', 'USER "u$A"', 'LABEL a b  c "$A"',
+             "EXPOSE 8$A", "VOLUME /v$A", "CMD [ -f /x ] && y\nENV D=b\n# E=1\nENV F=\\\n1"]
+    forked_mini("import", *(word for line in lines for word in ("-c", line)), rootfs_tar, "made")
+    said = json.loads(forked_mini("image", "inspect", "-f", "{{json .Config}}", "made"))
+    assert said == {**said, "Env": ["A=1", "B=1:1x", "C=d", "D=b", "F=1"], "WorkingDir": "/a b", "User": "u1",
+                    "Labels": {"a": "b  c 1"}, "ExposedPorts": {"81/tcp": {}}, "Volumes": {"/v1": {}},
+                    "Cmd": ["/bin/sh", "-c", "[ -f /x ] && y"]}
 
 
 @root
@@ -5482,6 +5489,14 @@ def test_images_are_filtered_and_pruned_as_in_docker(image, rootfs_tar, images):
     assert ids("since=old:1") == ids("label!=keep") == ids("label=a.b") == ["thing"]
     assert ids("before=old:1") == ids("label=keep=no") == ids("dangling=true") == []
     assert ids("reference=o*", "before=thing:1") == ["old"]
+    assert ids("reference=[^o]*") == ["thing"] and ids("reference=[o]*") == ["old"]
+    for number in "123":  # in one second
+        forked_mini("import", rootfs_tar, f"quick:{number}")
+    tags = {sign: forked_mini("images", "--format", "{{.Tag}}", "-f", f"{sign}=quick:2", "-f", "reference=quick"
+                              ).split() for sign in ("before", "since")}
+    assert tags == {"before": ["1"], "since": ["3"]}
+    forked_mini("rmi", "quick:1", "quick:2", "quick:3")
+    assert "invalid date" in forked_mini("image", "prune", "-f", "--filter", "until=soon", code=1)
     assert "invalid date" in forked_mini("images", "-f", "until=soon", code=1)
     assert "No such image" in forked_mini("images", "-f", "since=nosuch", code=1)
     assert "invalid filter" in forked_mini("image", "prune", "-f", "--filter", "x=y", code=1)
@@ -10236,6 +10251,14 @@ OURS = {
                                     {"d": ("0o100644", 0, 0, "1 base\n")}),
     "a here-document is a program": ("RUN <<EOF\n#!/bin/env sh\necho $0 > /d\nEOF",
                                      {"d": ("0o100644", 0, 0, "/dev/pipes/EOF\n")}),
+    "a here-document is called as in a shell": ("RUN cat << EOF > /d; cat <<'B B' << \\C >> /d; echo $((1 << 2)) >> /d"
+        "\na\nEOF\nx\nB B\n$BASE\nC", {"d": ("0o100644", 0, 0, "a\n$BASE\n4\n")}),
+    "a here-document has quotes in its name": ("RUN cat <<E\"O\"F > /d\n$BASE\nEOF", {
+        "d": ("0o100644", 0, 0, "$BASE\n")}),
+    "a flag has quotes, and -- ends them": ("COPY --chown=\"5\" -- f.txt /d\nRUN -- echo -- >> /d", {
+        "d": ("0o100644", 5, 5, "f\n--\n")}),
+    "what stands in the line of an ARG does not count yet": ("ARG A=1 B=$A\nRUN echo -$A-$B- > /d", {
+        "d": ("0o100644", 0, 0, "-1--\n")}),
     "a here-document is an input": ("RUN cat <<A > /d && cat <<'B' >> /d\n$BASE\nA\n$BASE\nB",
                                     {"d": ("0o100644", 0, 0, "base\n$BASE\n")}),
     "--parents": ("COPY --parents e/f/g/h.txt one.md /d/", {
@@ -10627,6 +10650,9 @@ def test_the_context_may_be_a_tarball_or_standard_input(base, tmp_path):
     with open(tmp_path / "c.tgz") as file:
         id = forked_mini("build", "-q", "-f", "other", "-", stdin=file.fileno()).strip()
     assert run(id, "/bin/sh", "-c", "cd /g; ls; cat f") == "f\nin a tar\n"
+    subprocess.run(["tar", "--format=v7", "-C", base, "-cf", tmp_path / "v7.tar", "f.txt"], check=True)
+    with open(tmp_path / "v7.tar") as file:
+        assert "failed to read Dockerfile" in forked_mini("build", "-", stdin=file.fileno(), code=1)
     for words in (["-"], ["-f", "-", base]):
         id = mini("build", "-q", *words, stdin="FROM base\nRUN echo 1 > /x\n").stdout.strip()
         assert run(id, "cat", "/x") == "1\n"
@@ -11072,6 +11098,9 @@ def test_no_dockerfile_makes_a_traceback(seed):
     ("RUN --mount=type=cache,targte=/x true", "unexpected key 'targte'"),
     ("RUN --mount=type=cache,target=/x,source=/y true", "source= of a cache mount needs from="),
     ("RUN --mount=type=cache,target=/x,mode=rwx true", "invalid mode of a mount: 'rwx'"),
+    ("RUN --mount=type=cache,target=/x,uid=99999999999 true", "invalid uid of a mount"),
+    (f"RUN --mount=type=cache,target=/x,mode={'7' * 23} true", "invalid mode of a mount"),
+    ('COPY --from="7" x /', "invalid stage index 7"),
     ("RUN --mount=type=cache,target=/x,sharing=lockd true", "unsupported sharing value 'lockd'"),
     ("RUN --mount=type=secret,id=x,required=yes true", "invalid value for required: yes"),
     ("RUN echo > /etc/.wh.conf", "etc/.wh.conf: a name that layers keep to themselves"),
@@ -11326,6 +11355,9 @@ def test_what_is_no_file_is_copied_and_nobody_waits_for_what_is_in_it(base):
 def test_what_comes_of_a_build_is_named_counted_and_told(base, tmp_path):
     said = told(base, "ARG A", "-t", "one", "-t", "two:2", "--iidfile", tmp_path / "id", "--label",
                 "x=y", "--build-arg", "A=1", "--build-arg", "B=2")
+    told(base, "ONBUILD ARG Q\nONBUILD RUN echo it is $Q", "-t", "triggers")
+    onbuild = told(base, "FROM triggers", "--build-arg", "Q=7")
+    assert "it is 7" in onbuild and "not consumed" not in onbuild
     assert "build-args ['B'] were not consumed" in said and "Successfully tagged two:2" in said
     image = m.find_image((tmp_path / "id").read_text())
     assert image.tags() == ["one:latest", "two:2"] and image.settings["Labels"]["x"] == "y"
