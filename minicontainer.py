@@ -2743,6 +2743,17 @@ def fill_tmpfs(c, path, below, flags):
         os.close(fd)
 
 
+def existing(c, paths):
+    """The Places of those paths that the container has, each open for its turn."""
+    for path in paths:
+        try:
+            place = inside(c, path)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        yield place
+        place.close()
+
+
 def mount_one(c, mount):
     """Make one of the spec's mounts."""
     flags, data = 0, []
@@ -2758,6 +2769,10 @@ def mount_one(c, mount):
     elif mount["type"] == "cgroup":
         mount_cgroup(c, mount["destination"], flags)
     else:
+        has_mode = any(word.startswith("mode=") for word in data)
+        if mount["type"] == "tmpfs" and not has_mode:
+            for place in existing(c, [mount["destination"]]):  # it keeps its mode
+                data.append(f"mode={stat.S_IMODE(os.fstat(place.fd).st_mode):o}")
         place = inside(c, mount["destination"], "dir")
         syscall("mount", mount["source"], place, mount["type"], flags & ~MS_RDONLY
                 if "tmpcopyup" in mount["options"] else flags, ",".join(data),
@@ -2776,17 +2791,6 @@ def mount_all(c):
     for mount in c.spec["mounts"]:
         with about(f"the mount on {mount['destination']}"):
             mount_one(c, mount)
-
-
-def existing(c, paths):
-    """The Places of those paths that the container has, each open for its turn."""
-    for path in paths:
-        try:
-            place = inside(c, path)
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        yield place
-        place.close()
 
 
 def keep_nodes(c, paths):
@@ -3442,10 +3446,19 @@ def check_form(value, form, place):
             check_form(value.get(key), wanted, f"{place}.{key:.80}")
 
 
+def without_nulls(value):
+    """JSON without what is null, which is as good as not being there."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items()
+                if item is not None}
+    return [*map(without_nulls, value)] if isinstance(value, list) else value
+
+
 def read_json(path, form, place, what="", hint="JSON as the OCI specifies it"):
     """A document of a form like PROFILE_FORM; a Fail that names the path in it."""
     try:
-        document = from_json(sys.stdin.read() if path == "-" else read_file(path))
+        document = without_nulls(
+            from_json(sys.stdin.read() if path == "-" else read_file(path)))
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or f"not JSON: {error}"
         raise Fail(f"{what}{path}: {reason[:1].lower()}{reason[1:]}", hint) from None
@@ -3809,7 +3822,7 @@ def image_table(c, path):
         text = os.read(fd, 1 << 20).decode("utf-8", "surrogateescape")
     finally:
         os.close(fd)
-    return [line.split(":") for line in text.split("\n") if line]
+    return [line.rstrip("\r").split(":") for line in text.split("\n") if line]
 
 
 def look_up(rows, text, what, fields):
@@ -4258,11 +4271,15 @@ def exec_refused(error):
         machine, interpreter = elf_machine(head), interpreter_of(head)
     except (OSError, ValueError, struct.error):
         machine = interpreter = ""
+    try:
+        noexec = os.statvfs(path).f_flag & os.ST_NOEXEC
+    except OSError:  # a directory on the way is closed, or a filter lets nobody ask
+        noexec = 0
     if error.errno == errno.EACCES:
         what, file = path, path
         if interpreter and os.access(path, os.X_OK):
             what, file = f"{path}: its interpreter {interpreter}", interpreter
-        if os.statvfs(path).f_flag & os.ST_NOEXEC:
+        if noexec:
             return Fail(f"exec {path}: permission denied",
                         "the file system that it is on is mounted noexec", 126)
         return Fail(f"exec {what}: permission denied",
@@ -4820,6 +4837,10 @@ def complete_resources(resources, zeros=()):
     for file in (*(resources.get("unified") or ()), *pages):
         if not file or "/" in file:
             refuse("config.linux.resources", file, "the name of a file or a page size")
+    for number, rule in enumerate(resources.get("devices") or ()):
+        if not {*(rule.get("access") or "")} <= {*"rwm"}:
+            refuse(f"config.linux.resources.devices[{number}].access", rule["access"],
+                   "letters of rwm")
     return {name: {key: value for key, value in section.items()
                    if value or value == 0 and key in zeros}
             if isinstance(section, dict) else section
@@ -4877,6 +4898,10 @@ def complete_linux(spec, id):
         linux["resources"]["devices"] = [{"allow": False}, *rules_, *USUAL_DEVICES]
     if seccomp := linux.get("seccomp"):
         seccomp["syscalls"] = seccomp.get("syscalls") or []
+        for number, rule in enumerate(seccomp["syscalls"]):
+            if not rule.get("names"):
+                refuse(f"config.linux.seccomp.syscalls[{number}].names",
+                       rule.get("names"), "the calls that it is about")
         check_profile(seccomp, "config.linux.seccomp")
 
 
@@ -10752,10 +10777,10 @@ def find_network(text, code=1, only_seen=False):
 # `ip saddr 10.0.0.0/8 drop`, which is what --explain tells, and assembled below.
 
 NFPROTO_INET, NFT = 1, 10 << 8  # NFNL_SUBSYS_NFTABLES
-# Each store has a table, of which other stores know nothing.
-OURS = "minicontainer"
-if os.path.isabs(STORE) and STORE != "/var/lib/minicontainer":
-    OURS += "".join(  # each store has a table: those of others are not touched
+OURS = "minicontainer"  # and the store's path: the tables of others are not touched
+if os.path.isabs(STORE) and os.path.realpath(STORE) != os.path.realpath(
+        "/var/lib/minicontainer"):
+    OURS += "".join(
         letter if letter.isascii() and letter.isalnum() or letter in "/.-" else "_"
         for letter in os.path.realpath(STORE))[-60:]  # as nft(8) takes it, unquoted
 NFT_MSG_NEWTABLE, NFT_MSG_DELTABLE, NFT_MSG_NEWCHAIN, NFT_MSG_GETCHAIN = 0, 2, 3, 4
@@ -11613,7 +11638,7 @@ def guard_program(name, c, ports, shim, told):
     if program == 0:
         reset_signals(c)
         syscall("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0,
-                why="not even if the guard is killed does it stay")
+                why="slirp4netns stays no longer than its guard; pasta has left it")
         os.set_inheritable(sign, name == "slirp4netns")
         for fd in (1, 2):
             os.dup2(output, fd)
@@ -12970,8 +12995,8 @@ class Client:
             pass
         except OSError as error:
             data = b""
-            if error.errno not in (errno.EPIPE, errno.EIO):  # somebody would read it
-                self.lost = error
+            if error.errno not in (errno.EPIPE, errno.EIO, errno.ECONNRESET):
+                self.lost = error  # somebody would read it
             if not self.owner:
                 self.end, self.shown = {}, []
             elif self.peer:
@@ -13283,7 +13308,8 @@ class changing:
         try:
             exchange(path, vars(self.record), self.lasting)
         except OSError as error:
-            if error.errno != errno.ENOSPC or not self.record.checked.get("Log"):
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or (
+                    not self.record.checked.get("Log")):
                 raise
             self.record.checked["Log"] = []
             exchange(path, vars(self.record), self.lasting)
@@ -13683,10 +13709,10 @@ def discard(record, volumes=True):
                  store("names", record.name)):
         if owner_of(path) == record.id:
             take_away_file(path)
-    announce(record, "destroy")  # last: the disk may be full
     if image and not os.path.exists(blob_path(image)):
         forget_lost()
         sweep()  # it was removed by force before, and its layers were kept for this one
+    announce(record, "destroy")  # last: the disk may be full
 
 
 def booted():
@@ -14503,6 +14529,8 @@ class Life(Shim):
             now.exit_code, now.oom_killed, now.error = 0, False, ""
             now.checked = {"Status": "starting", "FailingStreak": 0, "Log": []} if (
                 now.health) else {}
+            if now.stopped:  # since we began: whoever did found nobody to tell
+                signal_by(self.c.pidfd, signal.SIGKILL, "a person has stopped it")
         note_mounts("mount", record, self.c.spec)
         announce(record, "start")
 
@@ -15036,7 +15064,8 @@ def ports_of(record):
 def ports_inside(record, spec):
     """The ports at which it listens, or so its image or --expose says, as "80/tcp",
     while it is on a network of ours."""
-    if record.status not in LIVE or not wants_of(spec)["networks"]:
+    wants = wants_of(spec)
+    if record.status not in LIVE or not (wants["networks"] or wants["program"]):
         return []
     return [text for text in spec["annotations"].get(EXPOSED, "").split(",")
             if text.partition("/")[0].isdecimal()]  # an image may say anything
@@ -15151,7 +15180,11 @@ def has_port(text, ports):
     """Whether one of some ports, each "80/tcp", is among those that 80, 80/tcp or
     80-90/udp means."""
     span, _, kind = text.partition("/")
-    numbers = port_range(span, f"--filter {text}")
+    try:
+        numbers = port_range(span, "--filter")
+    except Fail as fail:
+        fail.code = 1
+        raise
     return any(int(port) in numbers and its == (kind or "tcp")
                for port, _, its in (port.partition("/") for port in ports))
 
@@ -15715,6 +15748,8 @@ def logs_command(options):
                    follow_log(record, reader, look, end) if follows else ()):
         for entries in source:
             show_entries(entries, options.timestamps, since, until_)
+            if not bare and entries and entries[-1]["time"] > until_:
+                return  # it may write faster than we read
 
 
 @command("rm", arg("-f", "--force", action="store_true", help="also one that runs"),
@@ -15885,20 +15920,32 @@ def is_there(c, path):
         os.close(parent)
 
 
+def names_inside(c, path):
+    """The names in a directory of a container; none if it is something else."""
+    try:
+        fd = open_inside(c, path, FOLDER)  # which waits for no pipe, and is no link's
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    try:
+        return os.listdir(fd)
+    finally:
+        os.close(fd)
+
+
 def changes(record):
     """{path: A, C or D} of all that a container has added, changed or deleted."""
     spec, found, upper = record.spec(), {}, record.path("upper")
+    anew = set()  # directories that hide what is below them: so do those in there
     if not record.layers(spec):
         raise Fail("what a copy (--storage-driver vfs) has changed is not known",
                    "`export` writes all of it", 1)
     with merged(record, spec) as c:
         for top, directories, files in os.walk(upper):
             inner = top[len(upper):]
-            if OPAQUE in os.listxattr(top) and is_there(c, inner):  # made anew
-                below = open_inside(c, inner, os.O_RDONLY)
-                if stat.S_ISDIR(os.fstat(below).st_mode):
-                    found.update({f"{inner}/{name}": "D" for name in os.listdir(below)})
-                os.close(below)
+            if os.path.dirname(top) in anew or OPAQUE in os.listxattr(top):
+                anew.add(top)
+                found.update(
+                    {f"{inner}/{name}": "D" for name in names_inside(c, inner)})
             for path in (os.path.join(top, name) for name in directories + files):
                 inner, facts = path[len(upper):], os.lstat(path)
                 gone = stat.S_ISCHR(facts.st_mode) and facts.st_rdev == 0
@@ -16505,7 +16552,7 @@ class Instruction:
             letter = self.whole[at]
             if letter.isspace() and not quote_ and not (  # << EOF is one word of RUN
                     begin is not None and self.name in ("RUN", "ONBUILD") and
-                    re.fullmatch(r"\d*<<\s*", self.whole[begin:at])):
+                    re.fullmatch(r"\d*<<-?\s*", self.whole[begin:at])):
                 found += [] if begin is None else [(begin, self.whole[begin:at])]
                 begin = None
             else:
@@ -16525,13 +16572,16 @@ class Instruction:
         announces = re.match(r"(ONBUILD\s+)?(RUN|COPY|ADD)\s", self.whole, re.I)
         for _, word in self.words() if announces else ():  # but $((1 <<2)) is a number
             if match := re.fullmatch(
-                    r"""\d*<<(-?)(?:\s+(?!\d))?((?:\\.|'[^']*'|"[^"]*"|[^<()\s'"])+)""",
+                    r"""\d*<<(-?)(\s+(?!\d))?((?:\\.|'[^']*'|"[^"]*"|[^<()\s'"])+)""",
                     word):
                 quotes = re.compile(r"""\\(.)|'([^']*)'|"([^"]*)\"""")
                 name = quotes.sub(lambda found: "".join(filter(None, found.groups())),
-                                  match[2])
+                                  match[3])
+                if match[2] and name not in map(
+                        str.strip, self.file.lines[self.file.number:]):
+                    continue  # $((a << b )) is a number, too
                 yield name, bool(match[1]), not re.search(
-                    "['\"]", re.sub(r"\\.", "", match[2]))
+                    "['\"]", re.sub(r"\\.", "", match[3]))
 
 
 def quoted(word, escape):
@@ -16560,8 +16610,9 @@ def exec_form(step, at=None):
 
 def sources_in(name, value):
     """The stages, or images, that a flag copies or mounts from."""
-    return [word.removeprefix("from=") for word in fields_of(value) if name == "from" or
-            name == "mount" and word.startswith("from=")]
+    return [value] if name == "from" else [
+        word.removeprefix("from=") for word in (fields_of(value) if name == "mount" else
+                                                ()) if word.startswith("from=")]
 
 
 def understand(step):
@@ -16585,7 +16636,11 @@ def understand(step):
                             f"{step.name} has --{', --'.join(known)}", at)
         if not equals and not known[name]:
             raise step.fail(f"missing a value on flag: --{name}", f"--{name}=…", at)
-        if "$" in "".join(sources_in(name, value)):
+        try:
+            sources = "".join(sources_in(name, value))
+        except Fail as fail:
+            raise step.fail(fail.message, fail.hint, at) from None
+        if "$" in sources:
             raise step.fail("variable expansion is not supported for --from", "which "
                             "stages are needed has to be known before any is built: "
                             "FROM $NAME AS x, and --from=x", at)
@@ -19376,7 +19431,7 @@ class ByHand:
         lines = [f"exec {self.host['env']} -i {' '.join(map(self.quote, envp))} \\",
                  f"    {self.host['capsh']} \\",
                  f"    {' '.join(map(self.quote, words))} <&5 5<&-",
-                 "END OF INIT", "exit $code", "END OF WORKSHOP"]
+                 "END OF INIT", "exit $code", "END OF WORKSHOP", "exit $code"]
         return "\n".join(lines)
 
 
@@ -19406,6 +19461,14 @@ def end_script(code):
     print(f"exit {code}", file=sys.stderr)
 
 
+def above_ours(limit):
+    """Whether a limit is above our own, which an ordinary program cannot raise."""
+    import resource
+
+    most = resource.getrlimit(getattr(resource, limit["type"]))[1]
+    return most != -1 and not 0 <= limit["hard"] <= most
+
+
 def check_script(words, options):
     """Refuse, in words, to tell as a script what no script does."""
     if words != "run":
@@ -19416,6 +19479,8 @@ def check_script(words, options):
                           ("a network of its own", options.publish or
                            options.network not in ("", "none", "host")),
                           ("--without pivot", "pivot" in ",".join(options.without)),
+                          ("a --ulimit above ours", any(
+                              map(above_ours, map(rlimit_spec, options.ulimit)))),
                           ("--stop-after", options.stop_after)):
         if given:
             raise Fail(f"--explain=sh with {option}: no script does that",

@@ -62,7 +62,13 @@ END
 }
 
 say()   { printf '%s: %s\n' "$me" "$*" >&2; }
-fail()  { say "$@"; exit 1; }
+fail()  {  # whatever could not be done: if the disk is full, that is why
+    if [ -n "$work" ] && ! head -c 65536 /dev/zero 2>/dev/null >"$work/room"; then
+        set -- "no room left in $store: free some, or set MINICONTAINER_ROOT to a place that has"
+    fi
+    say "$@"
+    exit 1
+}
 wrong() { say "$*; see '$me --help'"; exit 2; }
 have()  { command -v "$1" >/dev/null; }
 

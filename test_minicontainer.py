@@ -1252,6 +1252,15 @@ def test_a_read_only_volume_cannot_be_written_to(volume):
 
 
 @root
+def test_a_tmpfs_is_open_to_those_to_whom_the_directory_below_it_was(tmp_path):
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "closed").chmod(0o2750)
+    assert run("--rootfs", m.default_rootfs(), "--rootfs", tmp_path, "--tmpfs", "/closed", "--tmpfs", "/new",
+               "--tmpfs", "/asked:mode=711", "/bin/stat", "-c", "%a", "/closed", "/new", "/asked"
+               ) == "2750\n1777\n711\n"
+
+
+@root
 def test_a_tmpfs_is_empty_and_as_large_as_asked():
     text = sh("ls -A /t /u; df -k /t | tail -1; grep ' /u ' /proc/mounts", "--mount",
               "type=tmpfs,dst=/t,tmpfs-size=2m", "--tmpfs", "/u:size=1m,exec")
@@ -2941,6 +2950,9 @@ def test_a_program_on_a_file_system_that_executes_nothing_is_named(tmp_path):
     (tmp_path / "program").write_text("#!/bin/sh\n")
     (tmp_path / "program").chmod(0o755)
     assert "mounted noexec" in refused("run", "--rm", "-v", f"{tmp_path}:/t:noexec", "/t/program", code=126)
+    tmp_path.chmod(0o700)  # whoever may not even look at it
+    assert "exec /t/program: permission denied" in refused("run", "--rm", "-v", f"{tmp_path}:/t", "-u", "1000",
+                                                           "/t/program", code=126)
 
 
 @root
@@ -3099,11 +3111,11 @@ def test_where_we_are_may_be_gone_and_so_may_proc(tmp_path, monkeypatch):
 @root
 def test_a_create_that_fails_leaves_neither_name_nor_ids():
     """As where no file may have any bytes; the events cannot be written, either."""
-    before = {kind: os.listdir(m.store(kind, "")) for kind in ("names", "ids", "containers")}
+    before = {kind: {*os.listdir(m.store(kind, ""))} for kind in ("names", "ids", "containers")}
     done = subprocess.run(["/bin/sh", "-c", '(ulimit -f 0; "$@") 2>&1 | cat', "sh", *command(
         "create", "--name", "unmade", "/bin/true")], capture_output=True, text=True)
     assert "File too large" in done.stdout
-    assert before == {kind: os.listdir(m.store(kind, "")) for kind in before}
+    assert before == {kind: {*os.listdir(m.store(kind, ""))} for kind in before}
 
 
 @root
@@ -3123,8 +3135,9 @@ def test_names_with_blanks_and_ends_of_lines_of_other_scripts_mislead_nobody(tmp
         assert quietly("ns", str(pid)).count("pid, from the host's") == 1
     (tmp_path / "layer/etc").mkdir(parents=True)
     (tmp_path / "layer/etc/passwd").write_text("odd\u2028eve:x:7:7::/:\n\neve:x:8:8::/:\n")
+    (tmp_path / "layer/etc/group").write_text("team:x:9:a,eve\r\n")
     assert run("--rootfs", m.default_rootfs(), "--rootfs", tmp_path / "layer", "-u", "eve", "/bin/sh", "-c",
-               "id -u") == "8\n"
+               "id -u; id -G") == "8\n8 9\n"
 
 
 @root
@@ -3346,6 +3359,10 @@ def oci_created(script="sleep 1000", **changes):
     ({"process__rlimits": [{"type": "RLIMIT_NOFILE", "soft": 2, "hard": 1}]},
      "config.process.rlimits[0].soft"),
     ({"linux__namespaces": [{"type": "moon"}]}, "config.linux.namespaces[0].type"),
+    ({"linux__resources": {"devices": [{"allow": True, "type": "c", "access": "rx"}]}},
+     "config.linux.resources.devices[0].access"),
+    ({"linux__seccomp": {"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{"action": "SCMP_ACT_ALLOW"}]}},
+     "config.linux.seccomp.syscalls[0].names"),
     ({"linux__devices": [{"path": "", "type": "c", "major": 1, "minor": 3}]}, "config.linux.devices[0].path"),
     ({"linux__namespaces": [{"type": "uts"}]}, "config.linux.namespaces"),
     ({"linux__intelRdt": {"closID": "x"}}, "config.linux.intelRdt"),
@@ -3870,6 +3887,15 @@ def test_a_disk_cannot_be_read_through_a_node_of_ones_own():
                   "&& echo null works", process__noNewPrivileges=False,
                   process__capabilities=m.capability_sets(m.DOCKER_CAPABILITIES))
     assert out == "null works\n"
+
+
+@root
+def test_what_is_null_is_as_good_as_not_there():
+    said = oci_run("umask; id -G", process__user={"uid": 0, "gid": 0, "umask": None, "additionalGids": None},
+                   annotations=None, linux__seccomp={"defaultAction": "SCMP_ACT_ALLOW", "flags": None,
+                                                     "syscalls": None})
+    assert said == "0022\n0\n"
+    assert oci_run("id -u", process__user=None) == "0\n"
 
 
 @root
@@ -8374,6 +8400,9 @@ def test_a_log_is_shown_to_where_it_ends_when_it_is_asked_for():
     with detached(script="while :; do echo x; sleep 0.05; done") as id:
         assert set(quietly("logs", "-f", "--until", f"{time.time() + 0.5:.9f}", id).split()) == {"x"}
         quietly("logs", "-f", "--until", "1s", id)
+    with detached("--log-opt", "max-size=50m", script="tr '\\0' '\\n' < /dev/zero") as id:
+        until(lambda: quietly("logs", "--tail", "1", id))
+        quietly("logs", "-f", "--tail", "1", "--until", f"{time.time() + 0.3:.9f}", id)
 
 
 def test_lines_of_a_log_are_json_whatever_is_written():
@@ -8733,6 +8762,7 @@ def test_ps_lists_filters_and_formats_as_docker_does():
         assert quietly("ps", "-s", "--format", "{{.Size}}").startswith("0B (virtual ")
         assert "invalid filter" in refused("ps", "--filter", "x=y", code=1)
         assert "Invalid filter 'name=['" in refused("ps", "--filter", "name=[", code=1)
+        assert "invalid value for --filter" in refused("ps", "-a", "--filter", "publish=x", code=1)
 
 
 @root
@@ -9071,6 +9101,18 @@ def test_a_container_can_have_the_volumes_of_another(tmp_path):
         assert quietly("exec", id, "/bin/ls", "/data") == "new\n"
         quietly("rm", "-f", "-v", id)
     assert "No such container" in refused("run", "--volumes-from", "nosuch", "/bin/true")
+
+
+@root
+def test_what_was_made_anew_hides_all_that_was_there_and_waits_for_no_pipe(tmp_path):
+    (tmp_path / "srv/a/b").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("/etc")
+    os.mkfifo(tmp_path / "pipe")
+    quietly("run", "--name", "anew", "--rootfs", m.default_rootfs(), "--rootfs", tmp_path, "/bin/sh", "-c",
+            "rm -r /srv /link /pipe; mkdir -p /srv/a /link /pipe; : > /link/x")
+    assert quietly("diff", "anew").splitlines() == [
+        "C /link", "A /link/x", "C /pipe", "C /srv", "C /srv/a", "D /srv/a/b"]
+    quietly("rm", "anew")
 
 
 @root
@@ -10256,6 +10298,7 @@ OURS = {
                                      {"d": ("0o100644", 0, 0, "/dev/pipes/EOF\n")}),
     "a here-document is called as in a shell": ("RUN cat << EOF > /d; cat <<'B B' << \\C >> /d; echo $((1 << 2)) >> /d"
         "\na\nEOF\nx\nB B\n$BASE\nC", {"d": ("0o100644", 0, 0, "a\n$BASE\n4\n")}),
+    "a shift is no here-document": ("ARG N=2\nRUN echo $((1 << N )) > /d", {"d": ("0o100644", 0, 0, "4\n")}),
     "a here-document has quotes in its name": ("RUN cat <<E\"O\"F > /d\n$BASE\nEOF", {
         "d": ("0o100644", 0, 0, "$BASE\n")}),
     "a flag has quotes, and -- ends them": ("COPY --chown=\"5\" -- f.txt /d\nRUN -- echo -- >> /d", {
@@ -11104,6 +11147,7 @@ def test_no_dockerfile_makes_a_traceback(seed):
     ("RUN --mount=type=cache,target=/x,uid=99999999999 true", "invalid uid of a mount"),
     (f"RUN --mount=type=cache,target=/x,mode={'7' * 23} true", "invalid mode of a mount"),
     ('COPY --from="7" x /', "invalid stage index 7"),
+    ('RUN --mount=type=bind,\\"source=/x true', "unexpected end of data"),
     ("RUN --mount=type=cache,target=/x,sharing=lockd true", "unsupported sharing value 'lockd'"),
     ("RUN --mount=type=secret,id=x,required=yes true", "invalid value for required: yes"),
     ("RUN echo > /etc/.wh.conf", "etc/.wh.conf: a name that layers keep to themselves"),
@@ -11625,7 +11669,24 @@ def test_a_script_removes_what_it_made_also_when_the_program_cannot_run(tmp_path
 
 
 @root
+def test_no_shell_takes_what_a_program_has_said_for_more_of_the_script(tmp_path):
+    """It says that on standard error, where the script is printed, too."""
+    told = mini("run", "--rm", "--explain=sh", "/bin/sh", "-c",
+                f"echo 'touch {tmp_path}/escaped; exit 9' >&2; exit 3")
+    assert told.returncode == 3 and "escaped" in told.stderr.splitlines()[-1]
+    (tmp_path / "script").write_text(told.stderr)
+    by_hand = subprocess.run(["sh", tmp_path / "script"], capture_output=True, text=True)
+    assert by_hand.returncode == 3 and not (tmp_path / "escaped").exists()
+    assert tree(f"{STORE}/containers") == []
+
+
+@root
 def test_what_no_script_does_is_refused(tmp_path):
+    def with_less():
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 1000))
+        return m.main(["run", "--explain=sh", "--ulimit", "core=-1", "/bin/sh"])
+    code, _, err = forked(with_less)
+    assert code == 125 and "--ulimit above ours" in err
     for options in (["-t"], ["--init"], ["--storage-driver", "vfs"],
                     ["--without", "pivot"], ["--stop-after", "pivot"]):
         assert "no script does that" in refused("run", "--explain=sh", *options, "/bin/sh")
