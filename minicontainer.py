@@ -9388,12 +9388,13 @@ def load_command(options):
                 if of and progress.live and not options.quiet:
                     progress(id, "Loading layer", at, of)
 
+            known = {name_of(old.entry): old.id for old in sound_images()}
             for raw, refs in archive.images(platform_of(options.platform)):
-                known = {name_of(old.entry): old.id for old in sound_images()}
                 image = take_image(archive, raw, refs, show)
                 note_image("load", image.id)
                 for ref in refs:
-                    if (old := known.get(ref, image.id)) != image.id:
+                    old, known[ref] = known.get(ref, image.id), image.id
+                    if old != image.id:
                         print(f"The image {short_name(ref)} already exists, renaming "
                               f"the old one with ID {old} to empty string")
                     print(f"Loaded image: {short_name(ref)}")
@@ -16519,6 +16520,14 @@ def instruction(name, form, least=1, flags=""):
     return declare
 
 
+def unquoted(word):
+    """A word without the quotes around its parts, and what escapes a letter."""
+    import re
+
+    return re.sub(r"""\\(.)|'([^']*)'|"([^"]*)\"""",
+                  lambda found: "".join(filter(None, found.groups())), word)
+
+
 class Instruction:
     """One instruction as it was read: its name, its flags, and the text after them."""
 
@@ -16574,9 +16583,7 @@ class Instruction:
             if match := re.fullmatch(
                     r"""\d*<<(-?)(\s+(?!\d))?((?:\\.|'[^']*'|"[^"]*"|[^<()\s'"])+)""",
                     word):
-                quotes = re.compile(r"""\\(.)|'([^']*)'|"([^"]*)\"""")
-                name = quotes.sub(lambda found: "".join(filter(None, found.groups())),
-                                  match[3])
+                name = unquoted(match[3])
                 if match[2] and name not in map(
                         str.strip, self.file.lines[self.file.number:]):
                     continue  # $((a << b )) is a number, too
@@ -16617,8 +16624,6 @@ def sources_in(name, value):
 
 def understand(step):
     """Take an instruction apart, as the table says; or say where it is wrong."""
-    import re
-
     form, least, flags, _ = INSTRUCTIONS[step.name]
     known = {flag.rstrip("!"): flag.endswith("!") for flag in flags}  # !: yes or no
     for at, word in step.words() if flags else ():
@@ -16629,8 +16634,7 @@ def understand(step):
         if word == "--":  # what follows is none, whatever it looks like
             step.at = after
             break
-        name, equals, value = re.sub(  # first quotes go, then variables are expanded
-            r"""\\(.)|['"]""", r"\1", word[2:]).partition("=")
+        name, equals, value = unquoted(word[2:]).partition("=")
         if name not in known:
             raise step.fail(f"unknown flag: --{name}",
                             f"{step.name} has --{', --'.join(known)}", at)
