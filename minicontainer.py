@@ -134,6 +134,21 @@ class NoSuch(Fail):
     """What was named is not there."""
 
 
+class ends_with:
+    """A context whose failures have another exit code than they would have elsewhere:
+    125 tells that a container was to be started, and was not."""
+
+    def __init__(self, code):
+        self.code = code
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, _):
+        if isinstance(error, Fail):
+            error.code = self.code
+
+
 class narration:
     """How --explain talks: kept by every process, inherited by every fork."""
 
@@ -580,12 +595,16 @@ def nanoseconds(option, text, code=125):
                "as in 2026-01-31T12:00:00Z, 1m30s or 500ms", code)
 
 
+def timestamp(moment):
+    """A Unix time in nanoseconds as RFC 3339 has it, in UTC."""
+    seconds, rest = divmod(moment, 10 ** 9)
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{rest:09}Z"
+
+
 def rfc3339(moment=None):
-    """A Unix time, or now, as RFC 3339 writes it."""
-    second, rest = divmod(time.time_ns() if moment is None else moment * 10 ** 9,
-                          10 ** 9)
-    date = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
-    return date + f".{rest:09}".rstrip("0").rstrip(".") + "Z"
+    """The same, or now, as Go writes it: without zeros at its end."""
+    text = timestamp(time.time_ns() if moment is None else moment)
+    return text[:-1].rstrip("0").rstrip(".") + "Z"
 
 
 def human(number):
@@ -2769,10 +2788,9 @@ def mount_one(c, mount):
     elif mount["type"] == "cgroup":
         mount_cgroup(c, mount["destination"], flags)
     else:
-        has_mode = any(word.startswith("mode=") for word in data)
-        if mount["type"] == "tmpfs" and not has_mode:
-            for place in existing(c, [mount["destination"]]):  # it keeps its mode
-                data.append(f"mode={stat.S_IMODE(os.fstat(place.fd).st_mode):o}")
+        if mount["type"] == "tmpfs" and not any(w.startswith("mode=") for w in data):
+            data += [f"mode={stat.S_IMODE(os.fstat(place.fd).st_mode):o}"  # as it had
+                     for place in existing(c, [mount["destination"]])]
         place = inside(c, mount["destination"], "dir")
         syscall("mount", mount["source"], place, mount["type"], flags & ~MS_RDONLY
                 if "tmpcopyup" in mount["options"] else flags, ",".join(data),
@@ -4044,9 +4062,9 @@ def let_go():
 
 
 def let_go_of_callers():
-    """Close what whoever called us has left open beside 0, 1 and 2: a lock that it is
-    would be held, and a pipe be waited for, as long as we live.  Of ours, none would
-    survive an execve; his have done that."""
+    """Close what whoever called us has left open beside 0, 1 and 2: a lock would be
+    held, and a pipe be waited for, as long as we live.  None of our own would survive
+    an execve; his have done that."""
     with os.scandir("/proc/self/fd") as found:
         for fd in (int(entry.name) for entry in found):
             if fd > 2 and os.get_inheritable(fd):
@@ -5434,9 +5452,9 @@ def exec_process(options, spec):
         user, _, group = options.user.partition(":")
         if options.user:
             process["user"] = {**process["user"],
-                               "uid": whole("--user", user, 0, IDS.stop - 1),
-                               **({"gid": whole("--user", group, 0, IDS.stop - 1)}
-                                  if group else {})}
+                               "uid": whole("--user", user, 0, IDS.stop - 1)}
+        if group:
+            process["user"]["gid"] = whole("--user", group, 0, IDS.stop - 1)
         more = [whole("--additional-gids", gid, 0, IDS.stop - 1)
                 for gid in options.additional_gids]
         process["user"]["additionalGids"] = [
@@ -8977,20 +8995,21 @@ def pairs_of(word, words, rest):
     return [item.partition("=")[::2] for item in words]
 
 
-def listed_in(word, rest):
+def json_list(text):
     """The list that JSON gives, or None where it is none: [ is a program, too."""
     try:
-        from_json(rest)
+        return from_json(text) if text.startswith("[") else None
     except (ValueError, RecursionError):
         return None
-    return parsed(rest, word, [str]) if rest[0] == "[" else None
 
 
 def changed(settings, word, rest):
     """The new value of what one line of a Dockerfile changes in a config."""
     import re
 
-    old, listed = settings.get(CHANGES[word]), listed_in(word, rest)
+    old, listed = settings.get(CHANGES[word]), json_list(rest)
+    if listed is not None:
+        listed = parsed(rest, word, [str])
     env = dict(line.partition("=")[::2] for line in settings.get("Env") or ())
 
     def meaning(text):
@@ -9012,7 +9031,7 @@ def changed(settings, word, rest):
         if word == "STOPSIGNAL" and not signal_number(rest):
             raise ValueError("0 is no signal")
         return rest
-    words = listed or re.findall(
+    words = listed or re.findall(  # what is in quotes is part of one
         r"""(?:\\.|'[^']*'|"(?:\\.|[^"\\])*"|\S)+""", rest, re.S)
     if word == "EXPOSE":
         return {**(old or {}), **exposed(map(meaning, words))}
@@ -9026,7 +9045,7 @@ def changed(settings, word, rest):
 
 
 def take_line(settings, text):
-    """Apply one of them."""
+    """Apply one line of a Dockerfile, of those that only change the config."""
     word, _, rest = text.strip().partition(" ")
     word, rest = word.upper(), rest.strip()
     if word not in CHANGES or not rest:
@@ -9039,7 +9058,7 @@ def take_line(settings, text):
 
 
 def take_change(settings, text):
-    """Apply lines of a Dockerfile, of those that only change the config."""
+    """Apply what one --change says: mostly one such line."""
     import re
 
     lines = re.sub(r"\\[ \t]*\n", "", text).split("\n")
@@ -11927,7 +11946,7 @@ def network_create_command(options):
 
 def network_document(network, there):
     """What `network inspect` shows, with Docker's keys."""
-    at = rfc3339(network["created"] // 10 ** 9)
+    at = rfc3339(network["created"])
     members = {}
     for endpoint in there:
         if endpoint["network"] == network["name"]:
@@ -12109,8 +12128,7 @@ def open_signals(numbers):
 
 
 def only_look():
-    """From here on a signal ends us as it does any program: there is nothing to undo.
-    """
+    """From here on a signal ends us as any program: there is nothing to undo."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
@@ -12212,12 +12230,6 @@ NEWLINE = "\udc0a"  # in a text that was decoded, nothing else is this
 ORDINARY = bytes({*range(32, 127), 10} - {*b'"\\'})  # what JSON does not quote
 BETWEEN = b'"}\n{"log":"'  # two objects of a log
 OF_STDOUT = b'","stream":"stdout","time":"'  # in an object; in a line quotes have a \
-
-
-def timestamp(moment):
-    """A Unix time in nanoseconds as RFC 3339 has it, in UTC."""
-    seconds, rest = divmod(moment, 10 ** 9)
-    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{rest:09}Z"
 
 
 def log_files(path):
@@ -13828,11 +13840,8 @@ def find(text):
 def volumes_of(text):
     """What --volumes-from CONTAINER[:ro] asks for, as -v would."""
     name, _, words = text.partition(":")
-    try:
+    with ends_with(125):
         record = find(name)
-    except Fail as fail:
-        fail.code = 125
-        raise
     for facts in mount_facts(record, record.spec()["mounts"]):
         how = words or ("rw" if facts["RW"] else "ro")
         yield f"{facts.get('Name', facts['Source'])}:{facts['Destination']}:{how}"
@@ -14111,11 +14120,8 @@ def share_network(options):
         return None
     if mode != "container":
         raise Fail(f"invalid network mode: {options.network}", "container:NAME")
-    try:
+    with ends_with(125):
         other = find(name)
-    except Fail as fail:
-        fail.code = 125
-        raise
     if "host" in (other.asked["network"], wants_of(other.spec())["of"] and "host"):
         raise Fail(f"{name} has no network of its own", "join the one that it joins")
     if rootless.uid:
@@ -14239,12 +14245,8 @@ def image_to_run(options, text):
         ref = full_name(text)
         if missing.message and not options.quiet:
             print(f"Unable to find image '{short_name(ref)}' locally", file=sys.stderr)
-    try:
-        with telling(options, 2) as out:
-            pull_image(ref, platform_of(options.platform), out)
-    except Fail as fail:
-        fail.code = 125
-        raise
+    with ends_with(125), telling(options, 2) as out:
+        pull_image(ref, platform_of(options.platform), out)
     return image_for(text, options.platform)
 
 
@@ -14730,12 +14732,8 @@ def run_command(options):
 def create_command(options):
     """Make a container, without starting it; prints its id."""
     options.stop_after, options.without = None, []
-    try:
-        with adding():
-            record, _, held = create(options, choose(options))
-    except Fail as fail:
-        fail.code = 1  # 125 is what `run` tells apart from a program's own
-        raise
+    with ends_with(1), adding():
+        record, _, held = create(options, choose(options))
     os.close(held)
     print(record.id)
 
@@ -15181,11 +15179,8 @@ def has_port(text, ports):
     """Whether one of some ports, each "80/tcp", is among those that 80, 80/tcp or
     80-90/udp means."""
     span, _, kind = text.partition("/")
-    try:
+    with ends_with(1):
         numbers = port_range(span, "--filter")
-    except Fail as fail:
-        fail.code = 1
-        raise
     return any(int(port) in numbers and its == (kind or "tcp")
                for port, _, its in (port.partition("/") for port in ports))
 
@@ -15592,12 +15587,9 @@ def stats_command(options):
 def update_command(options):
     """Change the limits of containers, also of those that run."""
     options.rm = False
-    try:
+    with ends_with(1):
         resources = {key: section for key, section in resources_spec(options).items()
                      if section and key != "devices"}
-    except Fail as fail:
-        fail.code = 1  # no container was to be started
-        raise
     if options.pids_limit in ("-1", "0"):  # of a new container: as if it were not there
         resources["pids"] = {"limit": -1}
     if not resources and not options.restart:
@@ -15972,8 +15964,8 @@ def committed(record, image):
     """The config of an image that is made of a container: what it was started with,
     options and all, but for what is of this one container alone."""
     found, old = container_facts(record)["Config"], image.settings if image else {}
-    found["Env"] = [line for line in found["Env"] if not line.startswith(("HOSTNAME=",
-                    *(["TERM="] if found["Tty"] else [])))]
+    its_own = ("HOSTNAME=", "TERM=") if found["Tty"] else ("HOSTNAME=",)
+    found["Env"] = [line for line in found["Env"] if not line.startswith(its_own)]
     for key, default in ("WorkingDir", "/"), ("StopSignal", "SIGTERM"):
         if found[key] == default and not old.get(key):
             found[key] = ""
@@ -16434,9 +16426,10 @@ def leftovers():
         yield f"unfinished {path}", lambda at=path: take_away_half(at)
     for path in (store(kind, name) for kind in ("ids", "names")
                  for name in os.listdir(store(kind, ""))):
-        owner, name = owner_of(path), os.path.basename(path)
-        if owner not in owners or path == store("names", name) and any(  # renamed since
-                record.name != name for record in of_those_there([owner], load)):
+        owner, (kind, name) = owner_of(path), path.split("/")[-2:]
+        renamed = kind == "names" and any(
+            record.name != name for record in of_those_there([owner], load))
+        if owner not in owners or renamed:
             yield f"link {path}: of no container", lambda at=path, was=owner: (
                 owner_of(at) == was and take_away_file(at))  # if it is still that one's
     for path in (store(kind, name) for kind in ("layers", "rootfs", "ingest")
@@ -16600,12 +16593,8 @@ NO_NUL = "neither a path nor a word of a command can have one"  # it would end t
 
 
 def exec_form(step, at=None):
-    """The list that JSON gives, or None where it is none: then it is a shell's."""
-    text = step.text if at is None else step.whole[at:].strip()
-    try:
-        words = from_json(text) if text.startswith("[") else None
-    except (ValueError, RecursionError):
-        return None
+    """The list that JSON gives, or None: then it is a shell's."""
+    words = json_list(step.text if at is None else step.whole[at:].strip())
     if not all(isinstance(word, str) for word in words or ()):
         raise step.fail("arrays must be comprised of strings only", "quote each",
                         step.at if at is None else at)
@@ -16617,9 +16606,10 @@ def exec_form(step, at=None):
 
 def sources_in(name, value):
     """The stages, or images, that a flag copies or mounts from."""
-    return [value] if name == "from" else [
-        word.removeprefix("from=") for word in (fields_of(value) if name == "mount" else
-                                                ()) if word.startswith("from=")]
+    if name == "mount":
+        return [word.removeprefix("from=") for word in fields_of(value)
+                if word.startswith("from=")]
+    return [value] * (name == "from")
 
 
 def understand(step):
@@ -18616,7 +18606,7 @@ class Build:
         last = 253402300799  # of the year 9999: a date has no room for more
         self.epoch = without_container(whole, "SOURCE_DATE_EPOCH", epoch, 0, last
                                        ) * 10 ** 9 if epoch else None
-        self.created = rfc3339(None if self.epoch is None else self.epoch // 10 ** 9)
+        self.created = rfc3339(self.epoch)
         self.done = {}  # number of a stage: its State
         self.divide()
         self.total, self.number = 0, 0
